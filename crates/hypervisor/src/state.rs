@@ -1,0 +1,188 @@
+//! The architectural state of one virtual processor, the same for every backend.
+
+use serde::{Deserialize, Serialize};
+
+/// The version of [`CpuState`]'s fields; raised with every change of them.
+pub const CPU_STATE_VERSION: u32 = 1;
+
+/// One segment register with its hidden part (Intel SDM 3A §3.4.3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Visible selector.
+    pub selector: u16,
+    /// Base address.
+    pub base: u64,
+    /// Limit in bytes (already scaled by G).
+    pub limit: u32,
+    /// Type (bits 0–3), S (4), DPL (5–6), P (7), AVL (12), L (13), D/B (14), G (15): the layout of
+    /// the descriptor's second doubleword, shifted right by 8; bits 8–11 are zero.
+    pub attributes: u16,
+    /// Null or otherwise not usable for access.
+    pub unusable: bool,
+}
+
+/// GDTR or IDTR.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DescriptorTable {
+    /// Linear base address.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
+/// General registers, instruction pointer and flags, in instruction-encoding order
+/// (RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8–R15).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GeneralRegisters {
+    /// The sixteen registers.
+    pub gpr: [u64; 16],
+    /// RIP.
+    pub rip: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+}
+
+/// Segments, tables and control registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SystemRegisters {
+    /// ES, CS, SS, DS, FS, GS, in encoding order.
+    pub segments: [Segment; 6],
+    /// Task register.
+    pub tr: Segment,
+    /// Local descriptor table register.
+    pub ldt: Segment,
+    /// GDTR.
+    pub gdt: DescriptorTable,
+    /// IDTR.
+    pub idt: DescriptorTable,
+    /// CR0.
+    pub cr0: u64,
+    /// CR2.
+    pub cr2: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// CR8, the task priority (also in the local APIC page, which rules where they differ).
+    pub cr8: u64,
+    /// IA32_EFER.
+    pub efer: u64,
+    /// IA32_APIC_BASE.
+    pub apic_base: u64,
+}
+
+/// Debug registers (DR4 and DR5 are aliases).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DebugRegisters {
+    /// DR0–DR3.
+    pub address: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+}
+
+/// Activity state (Intel SDM 3A §9.4, MP initialisation).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MpState {
+    /// Executes instructions.
+    #[default]
+    Runnable,
+    /// After reset, an application processor that waits for INIT.
+    Uninitialized,
+    /// After INIT, waits for SIPI.
+    InitReceived,
+    /// In HLT.
+    Halted,
+    /// SIPI received with this vector, not yet started.
+    SipiReceived(u8),
+}
+
+/// An exception on its way into the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExceptionEvent {
+    /// Vector 0–31.
+    pub vector: u8,
+    /// Error code, for the vectors that push one.
+    pub error_code: Option<u32>,
+    /// CR2 or DR6 value that the delivery sets, where it has not yet been set.
+    pub payload: Option<u64>,
+    /// Delivery has begun (*injected*) or not (*pending*).
+    pub injected: bool,
+}
+
+/// An interrupt on its way into the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterruptEvent {
+    /// Vector.
+    pub vector: u8,
+    /// From INT n rather than from outside.
+    pub soft: bool,
+}
+
+/// Events between instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Events {
+    /// Exception being delivered.
+    pub exception: Option<ExceptionEvent>,
+    /// Interrupt accepted and not yet delivered.
+    pub interrupt: Option<InterruptEvent>,
+    /// STI shadow: interrupts held off for one instruction.
+    pub sti_shadow: bool,
+    /// MOV SS / POP SS shadow.
+    pub mov_ss_shadow: bool,
+    /// NMI accepted and not yet delivered.
+    pub nmi_injected: bool,
+    /// NMI waiting.
+    pub nmi_pending: bool,
+    /// NMIs masked until IRET.
+    pub nmi_masked: bool,
+}
+
+/// The local APIC's registers, as the 4 KiB page of Intel SDM 3A table 12-1 has them: one 32-bit
+/// value every 16 bytes, the first 1 KiB of it. In x2APIC mode the same page, the id in bits
+/// 31–0 of register 0x20.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalApicState {
+    /// The registers at offsets 0x000, 0x010, … 0x3f0.
+    pub registers: Vec<u32>,
+    /// IA32_TSC_DEADLINE; zero when disarmed.
+    pub tsc_deadline: u64,
+}
+
+/// Everything that a processor is, architecturally, between two instructions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuState {
+    /// [`CPU_STATE_VERSION`].
+    pub version: u32,
+    /// General registers.
+    pub general: GeneralRegisters,
+    /// System registers.
+    pub system: SystemRegisters,
+    /// Debug registers.
+    pub debug: DebugRegisters,
+    /// XCR0.
+    pub xcr0: u64,
+    /// The XSAVE area in standard (not compacted) format, for the bits of XCR0 that the CPU model
+    /// allows: legacy region, header, then the extended regions at the offsets of CPUID leaf 0xd.
+    pub xsave: Vec<u8>,
+    /// Model-specific registers by index, ascending; those that have a field above excepted.
+    pub msrs: Vec<(u32, u64)>,
+    /// The local APIC; `None` in a VM without.
+    pub lapic: Option<LocalApicState>,
+    /// Activity state.
+    pub mp_state: MpState,
+    /// Events between instructions.
+    pub events: Events,
+    /// The time-stamp counter when the state was read.
+    pub tsc: u64,
+}
+
+/// What a boot loader sets before the first instruction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BootRegisters {
+    /// General registers.
+    pub general: GeneralRegisters,
+    /// System registers.
+    pub system: SystemRegisters,
+}
