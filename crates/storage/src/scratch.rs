@@ -1,0 +1,162 @@
+//! Scratch disks: an empty ext4 for what one virtual machine writes, gone when it ends.
+//!
+//! The host may have no `mkfs`, and making a file system takes longer than starting a guest, so an
+//! empty one ships inside this crate: the few blocks of it that aren't zero (`template/`).
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::{Access, DiskError, RawDisk, sys};
+
+/// What `template/make` wrote; the format is described in `examples/pack-template.rs`.
+const TEMPLATE: &[u8] = include_bytes!("../template/ext4.z");
+const MAGIC: &[u8; 8] = b"skscr01\n";
+
+/// The size of every scratch disk. It is what the guest may address, not what the host spends: the
+/// file is sparse.
+pub const SIZE: u64 = 64 << 30;
+
+/// Makes a scratch disk in `dir`: a file without a name, sparse, holding an empty ext4.
+///
+/// The file's space is freed by the host as soon as the disk is dropped or the process ends,
+/// however it ends.
+pub fn create(dir: impl AsRef<Path>) -> Result<RawDisk, DiskError> {
+    let dir = dir.as_ref();
+    let failed = |source| DiskError::Scratch {
+        dir: dir.to_owned(),
+        source,
+    };
+    let file = sys::unnamed_file(dir).map_err(failed)?;
+    let size = unpack(TEMPLATE, &file).map_err(failed)?;
+    let name = format!("{}/(scratch)", dir.display());
+    Ok(RawDisk::from_file(file, name, size, Access::ReadWrite))
+}
+
+fn u32_from(reader: &mut impl Read) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    reader.read_exact(&mut bytes)?;
+    Ok(u32::from_le_bytes(bytes))
+}
+
+/// Writes a packed template into an empty file; returns the size of the disk.
+fn unpack(template: &[u8], file: &File) -> io::Result<u64> {
+    let mut reader = flate2::read::ZlibDecoder::new(template);
+    let mut magic = [0; MAGIC.len()];
+    reader.read_exact(&mut magic)?;
+    let (block_size, blocks) = (u32_from(&mut reader)?, u32_from(&mut reader)?);
+    let stored = u32_from(&mut reader)?;
+    if &magic != MAGIC || block_size != 4096 || stored > blocks {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "not a packed template",
+        ));
+    }
+    let size = u64::from(blocks) * u64::from(block_size);
+    file.set_len(size)?;
+    let mut block = [0; 4096];
+    for _ in 0..stored {
+        let number = u32_from(&mut reader)?;
+        reader.read_exact(&mut block)?;
+        file.write_all_at(&block, u64::from(number) * u64::from(block_size))?;
+    }
+    Ok(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Disk;
+    use std::process::Command;
+
+    fn le32(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    #[test]
+    fn holds_an_ext4_superblock_of_the_stated_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = create(dir.path()).unwrap();
+        assert_eq!(disk.size(), SIZE);
+        let mut superblock = [0; 1024];
+        disk.read_at(&mut superblock, 1024).unwrap();
+        // Offsets: kernel documentation, filesystems/ext4/super.rst.
+        assert_eq!(superblock[0x38..0x3a], [0x53, 0xef]);
+        assert_eq!(
+            u64::from(le32(&superblock, 4)) << (10 + le32(&superblock, 0x18)),
+            SIZE
+        );
+        assert_eq!(superblock[0x3a], 1, "cleanly unmounted");
+        let (compat, incompat) = (le32(&superblock, 0x5c), le32(&superblock, 0x60));
+        assert_eq!(
+            compat & 4,
+            0,
+            "no journal: nothing here outlives a crash anyway"
+        );
+        assert_eq!(incompat & 4, 0, "no recovery needed");
+        assert_ne!(incompat & 0x40, 0, "extents");
+    }
+
+    #[test]
+    fn leaves_no_file_and_spends_little() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let file = sys::unnamed_file(dir.path()).unwrap();
+        unpack(TEMPLATE, &file).unwrap();
+        let metadata = file.metadata().unwrap();
+        assert!(
+            metadata.blocks() * 512 < 2 << 20,
+            "{} blocks",
+            metadata.blocks()
+        );
+        assert_eq!(metadata.nlink(), 0);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn two_never_share_a_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (create(dir.path()).unwrap(), create(dir.path()).unwrap());
+        one.write_at(&[0x5a; 4096], SIZE - 4096).unwrap();
+        let mut back = [1; 4096];
+        two.read_at(&mut back, SIZE - 4096).unwrap();
+        assert_eq!(back, [0; 4096]);
+    }
+
+    #[test]
+    fn a_missing_directory_is_named() {
+        let error = create("/nonexistent/skerry").unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/skerry"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_template_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = sys::unnamed_file(dir.path()).unwrap();
+        assert!(unpack(&TEMPLATE[..TEMPLATE.len() / 2], &file).is_err());
+        assert!(unpack(b"", &file).is_err());
+    }
+
+    /// The judge is e2fsprogs itself, where the machine has it.
+    #[test]
+    fn e2fsck_finds_nothing_to_mend() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scratch.img");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
+        unpack(TEMPLATE, &file).unwrap();
+        match Command::new("e2fsck")
+            .args(["-f", "-n"])
+            .arg(&path)
+            .output()
+        {
+            Ok(output) => assert!(output.status.success(), "{output:?}"),
+            Err(error) => println!("skipped: e2fsck is not on this machine ({error})"),
+        }
+    }
+}
