@@ -187,11 +187,12 @@ mod tests {
     #[test]
     fn copies_stay_inside_the_buffer() {
         let mut store = [1u8, 2, 3, 4];
-        let buf = IoBufMut::from(&mut store[..]);
-        assert_eq!(buf.copy_from(2, &[9, 9, 9]), 2);
-        assert_eq!(buf.copy_from(4, &[7]), 0);
-        assert_eq!(buf.copy_from(usize::MAX, &[7]), 0);
-        drop(buf);
+        {
+            let buf = IoBufMut::from(&mut store[..]);
+            assert_eq!(buf.copy_from(2, &[9, 9, 9]), 2);
+            assert_eq!(buf.copy_from(4, &[7]), 0);
+            assert_eq!(buf.copy_from(usize::MAX, &[7]), 0);
+        }
         assert_eq!(store, [1, 2, 9, 9]);
         let mut out = [0u8; 8];
         assert_eq!(IoBuf::from(&store[..]).copy_to(1, &mut out), 3);
