@@ -1,1 +1,10 @@
-//! (being written)
+//! The devices of Skerry's machine: a PC's chipset, serial ports, and virtio over MMIO.
+
+pub mod bus;
+pub mod chipset;
+pub mod clock;
+pub mod events;
+pub mod irq;
+mod state;
+
+pub use state::StateError;
