@@ -11,6 +11,7 @@
 //! Called by `machine`, once before the first instruction and again at every reset. No kernel's
 //! own decompressor runs: it is half of the work of booting a small kernel on a software processor.
 
+pub mod acpi;
 mod bytes;
 pub mod bzimage;
 pub mod decompress;
@@ -21,7 +22,9 @@ mod kernel;
 pub mod layout;
 mod linux;
 mod load;
+pub mod mptable;
 pub mod multiboot;
+pub mod platform;
 mod pvh;
 
 pub use entry::{Entry, MULTIBOOT_BOOTLOADER_MAGIC};
@@ -29,3 +32,4 @@ pub use error::{FormatError, LoadError};
 pub use kernel::Kernel;
 pub use layout::MemoryMap;
 pub use load::{BootInputs, NamedBytes};
+pub use platform::Platform;
