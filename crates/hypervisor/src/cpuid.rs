@@ -42,4 +42,17 @@ impl CpuidTable {
             .find(|e| e.leaf == leaf && e.subleaf.is_none_or(|s| s == subleaf))
             .map(|e| e.result)
     }
+
+    /// The frequency of the time-stamp counter that the table tells the guest, in kHz: from the
+    /// hypervisor leaf 0x4000_0010, or leaf 0x15 (Intel SDM 2A, CPUID).
+    pub fn tsc_khz(&self) -> Option<u32> {
+        if let Some(leaf) = self.get(0x4000_0010, 0).filter(|leaf| leaf.eax != 0) {
+            return Some(leaf.eax);
+        }
+        let leaf = self.get(0x15, 0)?;
+        let hz = u64::from(leaf.ecx)
+            .checked_mul(leaf.ebx.into())?
+            .checked_div(leaf.eax.into())?;
+        u32::try_from(hz / 1000).ok().filter(|khz| *khz != 0)
+    }
 }

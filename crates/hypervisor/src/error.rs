@@ -1,12 +1,13 @@
 //! One error type per operation; each says what was tried on what.
 
 use crate::memory::Gpa;
+use serde::Serialize;
 use thiserror::Error;
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a backend can't be used on this machine, in words for a person.
-#[derive(Clone, Debug, Error, PartialEq)]
+#[derive(Clone, Debug, Error, PartialEq, Serialize)]
 #[error("{reason}")]
 pub struct Unusable {
     /// What was found.
@@ -180,6 +181,12 @@ pub enum StateError {
         found: u32,
         /// In this build.
         expected: u32,
+    },
+    /// The instruction that left the guest has more accesses to make.
+    #[error("Virtual processor {id} stands inside an instruction; run it to its next exit first")]
+    InsideInstruction {
+        /// The processor.
+        id: u32,
     },
     /// The backend refused.
     #[error("Can't {what} of virtual processor {id}")]

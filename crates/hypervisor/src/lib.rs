@@ -17,8 +17,11 @@ pub mod cpuid;
 pub mod error;
 pub mod exit;
 pub mod memory;
+pub mod msr;
+pub mod probe;
 pub mod state;
 pub mod traits;
+pub mod validate;
 
 pub use cancel::{CallId, CancelOutcome, Canceller, Kick, cancel_all};
 pub use cpuid::{CpuidEntry, CpuidResult, CpuidTable};
@@ -28,5 +31,6 @@ pub use error::{
 };
 pub use exit::Exit;
 pub use memory::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
+pub use probe::ProbeReport;
 pub use state::{BootRegisters, CpuState};
 pub use traits::{Capabilities, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};

@@ -53,6 +53,27 @@ pub struct MemorySlot {
     pub log_dirty: bool,
 }
 
+impl MemorySlot {
+    /// Checks that the slot is made of whole pages, inside its region and inside the address
+    /// space.
+    pub fn check(&self) -> Result<(), crate::MapError> {
+        let &Self {
+            gpa, offset, len, ..
+        } = self;
+        let whole = [gpa.0, offset as u64, len as u64]
+            .iter()
+            .all(|n| n.is_multiple_of(PAGE_SIZE as u64));
+        let inside = offset
+            .checked_add(len)
+            .is_some_and(|end| end <= self.region.size());
+        if whole && inside && len != 0 && gpa.0.checked_add(len as u64).is_some() {
+            Ok(())
+        } else {
+            Err(crate::MapError::Misaligned { gpa, len })
+        }
+    }
+}
+
 impl fmt::Debug for MemorySlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemorySlot")

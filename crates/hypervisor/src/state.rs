@@ -186,3 +186,63 @@ pub struct BootRegisters {
     /// System registers.
     pub system: SystemRegisters,
 }
+
+impl Segment {
+    /// A segment that can't be used for access.
+    pub const UNUSABLE: Self = Self {
+        selector: 0,
+        base: 0,
+        limit: 0,
+        attributes: 0,
+        unusable: true,
+    };
+
+    /// A flat segment: base 0, limit 4 GiB - 1.
+    pub const fn flat(selector: u16, attributes: u16) -> Self {
+        Self {
+            selector,
+            base: 0,
+            limit: u32::MAX,
+            attributes,
+            unusable: false,
+        }
+    }
+}
+
+impl BootRegisters {
+    /// 64-bit mode at privilege level 0, interrupts off, with the page tables at `cr3`: flat
+    /// segments as a GDT of null, 64-bit code (8) and data (16) would give, no tables loaded.
+    pub fn long_mode(cr3: u64, rip: u64, rsp: u64) -> Self {
+        const CR0_PE_ET_NE_WP_PG: u64 = 0x8001_0031;
+        const CR4_PAE: u64 = 1 << 5;
+        const EFER_LME_LMA: u64 = (1 << 8) | (1 << 10);
+        const CODE64: u16 = 0xa09b;
+        const DATA: u16 = 0xc093;
+        const BUSY_TSS: u16 = 0x008b;
+        let data = Segment::flat(16, DATA);
+        let mut gpr = [0; 16];
+        gpr[4] = rsp;
+        Self {
+            general: GeneralRegisters {
+                gpr,
+                rip,
+                rflags: 2,
+            },
+            system: SystemRegisters {
+                segments: [data, Segment::flat(8, CODE64), data, data, data, data],
+                tr: Segment {
+                    limit: 0xffff,
+                    attributes: BUSY_TSS,
+                    ..Segment::default()
+                },
+                ldt: Segment::UNUSABLE,
+                cr0: CR0_PE_ET_NE_WP_PG,
+                cr3,
+                cr4: CR4_PAE,
+                efer: EFER_LME_LMA,
+                apic_base: 0xfee0_0900,
+                ..SystemRegisters::default()
+            },
+        }
+    }
+}

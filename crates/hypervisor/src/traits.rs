@@ -9,9 +9,10 @@ use crate::error::{
 use crate::exit::Exit;
 use crate::memory::{Gpa, MemorySlot};
 use crate::state::{BootRegisters, CpuState};
+use serde::Serialize;
 
 /// What a backend that can be used can do here.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Capabilities {
     /// Backend name as `--hypervisor` takes it.
     pub name: &'static str,
@@ -77,6 +78,9 @@ pub trait Vm: Send + Sync + 'static {
     fn unmap(&self, gpa: Gpa) -> Result<(), MapError>;
 
     /// Changes whether the slot at `gpa` is read-only and whether it logs guest writes.
+    ///
+    /// No processor may run while `read_only` changes: a backend may have to take the slot away
+    /// for a moment.
     fn protect(&self, gpa: Gpa, read_only: bool, log_dirty: bool) -> Result<(), MapError>;
 
     /// Takes and clears the log of pages that the *guest* wrote in the slot at `gpa`: one bit per
@@ -143,10 +147,12 @@ pub trait Vcpu: Send + 'static {
     /// Reads general and system registers (cheaper than [`Vcpu::state`]).
     fn boot_registers(&self) -> Result<BootRegisters, StateError>;
 
-    /// Reads everything.
-    fn state(&self) -> Result<CpuState, StateError>;
+    /// Reads everything. An access whose exit [`Vcpu::run`] returned is finished first (a backend
+    /// may have to enter the guest for that), so that the state is one between two instructions;
+    /// fails where the instruction goes on with another access.
+    fn state(&mut self) -> Result<CpuState, StateError>;
 
-    /// Sets everything. The state is checked first; if it is refused as
-    /// [`StateError::Invalid`] nothing was changed.
+    /// Sets everything; what was left of an access whose exit was returned is forgotten. The state
+    /// is checked first; if it is refused as [`StateError::Invalid`] nothing was changed.
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError>;
 }

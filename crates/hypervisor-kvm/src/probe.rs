@@ -1,0 +1,144 @@
+//! Opening `/dev/kvm`, and finding out whether it truly runs guests.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::{Cap, Kvm as KvmDevice};
+use skerry_hypervisor::probe::{self, GuestSpeed};
+use skerry_hypervisor::{Capabilities, CpuidTable, CreateVmError, Hypervisor, Unusable, VmSpec};
+
+use crate::convert;
+use crate::vm::KvmVm;
+
+const DEVICE: &str = "/dev/kvm";
+/// The version that every kernel since 2.6.22 has, and that the interface is frozen at.
+const API_VERSION: i32 = 12;
+/// CPUID leaves to make room for; the kernel has at most 256.
+const MAX_LEAVES: usize = 256;
+
+/// The KVM of this host.
+pub struct Kvm {
+    device: KvmDevice,
+    msr_indices: Arc<[u32]>,
+}
+
+fn unusable(reason: impl Into<String>, remedy: impl Into<String>) -> Unusable {
+    Unusable {
+        reason: reason.into(),
+        remedy: remedy.into(),
+        measured_mips: None,
+    }
+}
+
+fn open_error(error: kvm_ioctls::Error) -> Unusable {
+    match error.errno() {
+        libc::ENOENT => unusable(
+            format!("{DEVICE} does not exist"),
+            "Load the kvm_amd or kvm_intel module on a machine whose firmware enables \
+             virtualisation, pass the device into this container, or run with --hypervisor soft",
+        ),
+        libc::EACCES | libc::EPERM => unusable(
+            format!("{DEVICE} may not be opened by this user"),
+            "Add the user to the group that owns it, usually with `usermod -aG kvm USER`, and log \
+             in again; or run with --hypervisor soft",
+        ),
+        libc::ENODEV | libc::ENXIO => unusable(
+            format!("{DEVICE} exists, but no KVM module stands behind it"),
+            "Load the kvm_amd or kvm_intel module, or run with --hypervisor soft",
+        ),
+        errno => unusable(
+            format!(
+                "{DEVICE} can't be opened: {}",
+                io::Error::from_raw_os_error(errno)
+            ),
+            "Run with --hypervisor soft",
+        ),
+    }
+}
+
+impl Kvm {
+    fn supported_cpuid(&self) -> Result<CpuidTable, kvm_ioctls::Error> {
+        let supported = self.device.get_supported_cpuid(MAX_LEAVES)?;
+        let mut table = convert::cpuid_from(supported.as_slice());
+        // The kernel leaves it to us to say what its local APICs add.
+        const X2APIC: u32 = 1 << 21;
+        const TSC_DEADLINE: u32 = 1 << 24;
+        let deadline = self.device.check_extension(Cap::TscDeadlineTimer);
+        for entry in table.entries.iter_mut().filter(|entry| entry.leaf == 1) {
+            entry.result.ecx |= X2APIC;
+            if deadline {
+                entry.result.ecx |= TSC_DEADLINE;
+            }
+        }
+        Ok(table)
+    }
+
+    fn measure(&self) -> Result<Capabilities, Unusable> {
+        let failed = |what: &str, error: &dyn std::error::Error| {
+            unusable(
+                format!("{DEVICE} opens, but {what} fails: {}", probe::chain(error)),
+                "Update the host's kernel, or run with --hypervisor soft",
+            )
+        };
+        let supported_cpuid = self
+            .supported_cpuid()
+            .map_err(|e| failed("reading the processor's abilities", &e))?;
+        let GuestSpeed { mips, sse } = probe::measure_guest(self, &supported_cpuid)
+            .map_err(|e| failed("running a guest", &e))?;
+        if let Some(unusable) = probe::judge(DEVICE, mips, sse.as_deref()) {
+            return Err(unusable);
+        }
+        let tsc_khz = self
+            .device
+            .create_vm()
+            .and_then(|vm| vm.create_vcpu(0)?.get_tsc_khz())
+            .map_err(|e| failed("reading the time-stamp counter's frequency", &e))?;
+        let physical_address_bits = supported_cpuid
+            .get(0x8000_0008, 0)
+            .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
+        Ok(Capabilities {
+            name: "kvm",
+            description: format!("{DEVICE}, API version {API_VERSION}"),
+            measured_mips: mips,
+            max_vcpus: u32::try_from(self.device.get_max_vcpus())
+                .unwrap_or(1)
+                .min(64),
+            supported_cpuid,
+            tsc_khz,
+            physical_address_bits,
+        })
+    }
+}
+
+impl Hypervisor for Kvm {
+    type Vm = KvmVm;
+
+    fn probe() -> Result<Capabilities, Unusable> {
+        Self::open()?.measure()
+    }
+
+    fn open() -> Result<Self, Unusable> {
+        let device = KvmDevice::new().map_err(open_error)?;
+        let version = device.get_api_version();
+        if version != API_VERSION {
+            return Err(unusable(
+                format!("{DEVICE} speaks version {version} of KVM's interface, not {API_VERSION}"),
+                "Update the host's kernel, or run with --hypervisor soft",
+            ));
+        }
+        let list = device.get_msr_index_list().map_err(|e| {
+            unusable(
+                format!("{DEVICE} does not list its registers: {e}"),
+                "Update the host's kernel, or run with --hypervisor soft",
+            )
+        })?;
+        Ok(Self {
+            device,
+            msr_indices: list.as_slice().into(),
+        })
+    }
+
+    fn create_vm(&self, spec: &VmSpec) -> Result<KvmVm, CreateVmError> {
+        KvmVm::new(&self.device, self.msr_indices.clone(), spec)
+    }
+}
