@@ -1,1 +1,36 @@
-//! (being written)
+//! A whole machine on any backend: memory, chipset, virtio, processors, and how its run ends.
+//!
+//! ```text
+//!  engine ── MachineConfig + Attachments ──► Machine::new ──► start() ──► MachineHandle
+//!                                                                            │ pause, kill, wait
+//!      vCPU threads ── Vcpu::run ─► Exit ─► PortBus / MmioBus ─► devices     ▼
+//!           ▲  cancelled, parked, commanded                         │   supervisor thread:
+//!           └───────────────── Control ◄── MachineEvents ◄──────────┘   resets, ends, Outcome
+//!      devices ─ IrqLine ─► router ─► PIC ─ ExtINT ─► vCPU 0
+//!                                └──► I/O APIC ─ message ─► Vm::signal_msi
+//! ```
+//!
+//! Generic over the hypervisor contract and monomorphised per backend; called by `engine`, which
+//! chooses the backend. Every device is wired in one place for cold boot and reset alike.
+
+mod chipset;
+mod config;
+mod control;
+mod error;
+mod handle;
+mod interrupts;
+pub mod layout;
+mod machine;
+mod memory;
+mod outcome;
+mod report;
+mod vcpu;
+mod virtio;
+
+pub use chipset::{ChipsetState, SerialSink};
+pub use config::{DiskConfig, MachineConfig};
+pub use error::MachineError;
+pub use handle::{MachineHandle, MachineRemote};
+pub use machine::{Attachments, Machine, cpuid_for, host_cpuid};
+pub use outcome::{CrashReason, Outcome};
+pub use virtio::VirtioSet;

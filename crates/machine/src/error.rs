@@ -1,0 +1,84 @@
+//! Why a machine could not be built or changed.
+
+use std::io;
+use std::path::PathBuf;
+
+use skerry_hypervisor as hv;
+use thiserror::Error;
+
+/// Building or starting a machine failed.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// The memory size is none that a machine can have.
+    #[error(
+        "Memory of {0} bytes is no machine's: give a multiple of 4 KiB, 2 MiB or more, with --memory"
+    )]
+    BadMemorySize(u64),
+    /// The host has no room for the guest's memory.
+    #[error("Can't reserve {mib} MiB of guest memory on this host: give less with --memory")]
+    Memory {
+        /// What was asked for.
+        mib: u64,
+        /// The cause.
+        source: io::Error,
+    },
+    /// More processors than the machine has room for, or none.
+    #[error("{0} CPUs can't be had: give between 1 and {max} with --cpus", max = crate::layout::MAX_CPUS)]
+    BadCpuCount(u32),
+    /// A kernel or initrd can't be read.
+    #[error("Can't read {what} {}: check the path and its permissions", path.display())]
+    ReadFile {
+        /// What it is for.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Kernel, initrd or tables can't be loaded.
+    #[error(transparent)]
+    Load(#[from] skerry_boot::LoadError),
+    /// The backend can't make a virtual machine.
+    #[error(transparent)]
+    CreateVm(#[from] hv::CreateVmError),
+    /// The backend can't map memory.
+    #[error(transparent)]
+    Map(#[from] hv::MapError),
+    /// The backend can't make a processor.
+    #[error(transparent)]
+    CreateVcpu(#[from] hv::CreateVcpuError),
+    /// Registers can't be set or read.
+    #[error(transparent)]
+    CpuState(#[from] hv::StateError),
+    /// Two devices want one address.
+    #[error(transparent)]
+    Bus(#[from] skerry_devices::bus::BusError),
+    /// A device refuses a saved state.
+    #[error(transparent)]
+    DeviceState(#[from] skerry_devices::StateError),
+    /// A device or thread can't be made.
+    #[error("Can't make the {what}: the host may be out of threads or memory")]
+    Resource {
+        /// What was to be made.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// More virtio devices than there are slots.
+    #[error("The machine has {wanted} virtio devices, and {max} is the most: use fewer disks", max = crate::layout::VIRTIO_SLOTS)]
+    TooManyDevices {
+        /// How many were asked for.
+        wanted: usize,
+    },
+    /// Attachments and configuration disagree.
+    #[error("The machine's configuration names {configured} disks, and {attached} were opened")]
+    DiskCount {
+        /// In the configuration.
+        configured: usize,
+        /// Attached.
+        attached: usize,
+    },
+    /// The run is over.
+    #[error("The machine has ended: start a new one")]
+    Ended,
+}
