@@ -41,7 +41,9 @@ tar -xf "$tarball" -C "$work/src" --strip-components=1
 
 # Everything that would otherwise leave the time, place or person of the build in the image.
 export LC_ALL=C TZ=UTC
-export SOURCE_DATE_EPOCH KBUILD_BUILD_TIMESTAMP="@$SOURCE_DATE_EPOCH"
+export SOURCE_DATE_EPOCH
+KBUILD_BUILD_TIMESTAMP=$(date -u -d "@$SOURCE_DATE_EPOCH")
+export KBUILD_BUILD_TIMESTAMP
 export KBUILD_BUILD_USER=skerry KBUILD_BUILD_HOST=skerry KBUILD_BUILD_VERSION=1
 
 cd "$work/src"

@@ -24,7 +24,6 @@
 #![forbid(unsafe_code)]
 
 pub mod frame;
-#[cfg(feature = "host")]
 pub mod host;
 pub mod message;
 pub mod transport;

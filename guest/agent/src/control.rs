@@ -1,0 +1,136 @@
+//! The guest's side of the control connection.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use rustix::system::RebootCommand;
+use rustix::time::{ClockId, Timespec};
+use skerry_protocol::frame::{self, FrameDecoder, FrameError};
+use skerry_protocol::message::{ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent};
+
+use crate::{log, sys};
+
+/// A control connection.
+#[derive(Debug)]
+pub struct Control {
+    stream: UnixStream,
+    decoder: FrameDecoder,
+}
+
+impl Control {
+    /// Says hello on a fresh connection.
+    pub fn greet(mut stream: UnixStream) -> Result<Self, FrameError> {
+        let kernel = rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned();
+        let hello = Hello {
+            magic: Hello::MAGIC,
+            oldest: skerry_protocol::OLDEST_VERSION,
+            newest: skerry_protocol::VERSION,
+            agent: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel,
+        };
+        frame::write(&mut stream, &FromAgent::Hello(hello))?;
+        Ok(Self {
+            stream,
+            decoder: FrameDecoder::new(),
+        })
+    }
+
+    /// Waits for the set-up.
+    pub fn receive_setup(&mut self) -> io::Result<Setup> {
+        match self.receive() {
+            Ok(ToAgent::Setup(setup)) => Ok(setup),
+            Ok(ToAgent::Refused) => Err(io::Error::other("the host speaks another protocol")),
+            Ok(ToAgent::Request(_)) => Err(io::Error::other("the host asked before set-up")),
+            Err(error) => Err(io::Error::other(error)),
+        }
+    }
+
+    /// Reports the set-up done, or failed with these words.
+    pub fn ready(&mut self, result: Result<(), String>) -> Result<(), FrameError> {
+        frame::write(&mut self.stream, &FromAgent::Ready(result))
+    }
+
+    /// Does what the host asks until it hangs up.
+    pub fn serve(&mut self) -> FrameError {
+        loop {
+            let result = match self.receive() {
+                Ok(ToAgent::Request(request)) => self.obey(request),
+                // The host of a restored guest greets an agent that has been set up already.
+                Ok(ToAgent::Setup(setup)) => {
+                    refresh(&setup);
+                    self.ready(Ok(()))
+                }
+                Ok(ToAgent::Refused) => Err(FrameError::Closed),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = result {
+                return error;
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Result<ToAgent, FrameError> {
+        frame::decode(self.decoder.read_frame(&mut self.stream)?)
+    }
+
+    fn obey(&mut self, request: ControlRequest) -> Result<(), FrameError> {
+        let result = match request {
+            ControlRequest::Ping => Ok(()),
+            ControlRequest::SetClock(nanoseconds) => set_clock(nanoseconds),
+            ControlRequest::Reseed(entropy) => sys::add_entropy(&entropy),
+            ControlRequest::Shutdown(mode) => {
+                frame::write(&mut self.stream, &FromAgent::Reply(Ok(())))?;
+                shut_down(mode);
+            }
+        };
+        let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
+        frame::write(&mut self.stream, &reply)
+    }
+}
+
+/// Takes clock and entropy from a set-up.
+pub fn refresh(setup: &Setup) {
+    if setup.wall_clock != 0
+        && let Err(error) = set_clock(setup.wall_clock)
+    {
+        log::error(format_args!("clock: {error}"));
+    }
+    if !setup.entropy.is_empty()
+        && let Err(error) = sys::add_entropy(&setup.entropy)
+    {
+        log::error(format_args!("entropy: {error}"));
+    }
+}
+
+fn set_clock(nanoseconds: u64) -> io::Result<()> {
+    const SECOND: u64 = 1_000_000_000;
+    // Both casts are exact: a 64-bit count of nanoseconds has fewer than 2^63 seconds.
+    let time = Timespec {
+        tv_sec: (nanoseconds / SECOND) as i64,
+        tv_nsec: (nanoseconds % SECOND) as i64,
+    };
+    Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
+}
+
+/// Ends the guest.
+pub fn shut_down(mode: ShutdownMode) -> ! {
+    sys::signal_everyone(Signal::TERM);
+    // For programs that write something down at their end; one that takes longer is killed.
+    std::thread::sleep(Duration::from_millis(20));
+    sys::signal_everyone(Signal::KILL);
+    rustix::fs::sync();
+    let command = match mode {
+        ShutdownMode::PowerOff => RebootCommand::PowerOff,
+        ShutdownMode::Reboot => RebootCommand::Restart,
+    };
+    if let Err(error) = rustix::system::reboot(command) {
+        log::error(format_args!("power-off: {error}"));
+    }
+    // The kernel panics when PID 1 ends, which ends the machine too.
+    std::process::exit(1);
+}

@@ -1,0 +1,228 @@
+//! `USER[:GROUP]` by the image's `/etc/passwd` and `/etc/group` (passwd(5), group(5)).
+
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use skerry_protocol::message::{ExecFailure, FailureKind};
+
+use super::failure;
+
+/// Longest account file that is read; the rest is ignored.
+const MAX_FILE: u64 = 16 * 1024 * 1024;
+
+/// Most groups of one process (Linux `NGROUPS_MAX`).
+const MAX_GROUPS: usize = 65536;
+
+/// The ids that a command runs under.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Home directory.
+    pub home: String,
+}
+
+/// The account files of an image.
+#[derive(Debug, Default)]
+pub struct Accounts {
+    passwd: String,
+    group: String,
+}
+
+impl Accounts {
+    /// Reads the files under `root`; a missing or unreadable one has no entries.
+    #[must_use]
+    pub fn read(root: &Path) -> Self {
+        Self {
+            passwd: read_text(&root.join("etc/passwd")),
+            group: read_text(&root.join("etc/group")),
+        }
+    }
+
+    /// Resolves `USER[:GROUP]`; empty is root.
+    ///
+    /// A number needs no entry. Without a group, the user's own group and every group that lists
+    /// the user apply; with one, only that.
+    pub fn resolve(&self, spec: &str) -> Result<User, ExecFailure> {
+        let (user, group) = match spec.split_once(':') {
+            Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
+            None => (spec, None),
+        };
+        let user = if user.is_empty() { "0" } else { user };
+        // A name wins over a number: an account may be called "1000".
+        let number: Option<u32> = user.parse().ok();
+        let entry = self
+            .users()
+            .find(|entry| entry.name == user)
+            .or_else(|| number.and_then(|uid| self.users().find(|entry| entry.uid == uid)));
+        let (uid, own_gid, home, name) = match (&entry, number) {
+            (Some(entry), _) => (entry.uid, entry.gid, entry.home, Some(entry.name)),
+            (None, Some(uid)) => (uid, 0, "", None),
+            (None, None) => {
+                let text = format!("User \"{user}\" is not in the image's /etc/passwd");
+                return Err(failure(FailureKind::BadUser, text));
+            }
+        };
+        let (gid, groups) = match group {
+            Some(group) => (self.gid(group)?, Vec::new()),
+            None => (
+                own_gid,
+                name.map(|name| self.groups_of(name)).unwrap_or_default(),
+            ),
+        };
+        let home = if home.is_empty() { "/" } else { home }.to_owned();
+        Ok(User {
+            uid,
+            gid,
+            groups,
+            home,
+        })
+    }
+
+    fn gid(&self, group: &str) -> Result<u32, ExecFailure> {
+        let named = self
+            .groups()
+            .find(|entry| entry.name == group)
+            .map(|entry| entry.gid);
+        named.or_else(|| group.parse().ok()).ok_or_else(|| {
+            let text = format!("Group \"{group}\" is not in the image's /etc/group");
+            failure(FailureKind::BadUser, text)
+        })
+    }
+
+    fn groups_of(&self, name: &str) -> Vec<u32> {
+        let mut groups: Vec<u32> = self
+            .groups()
+            .filter(|entry| entry.members.split(',').any(|member| member == name))
+            .map(|entry| entry.gid)
+            .take(MAX_GROUPS)
+            .collect();
+        groups.sort_unstable();
+        groups.dedup();
+        groups
+    }
+
+    fn users(&self) -> impl Iterator<Item = UserEntry<'_>> {
+        self.passwd.lines().filter_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next().filter(|name| !name.is_empty())?;
+            let uid = fields.nth(1)?.parse().ok()?;
+            let gid = fields.next()?.parse().ok()?;
+            let home = fields.nth(1).unwrap_or_default();
+            Some(UserEntry {
+                name,
+                uid,
+                gid,
+                home,
+            })
+        })
+    }
+
+    fn groups(&self) -> impl Iterator<Item = GroupEntry<'_>> {
+        self.group.lines().filter_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next().filter(|name| !name.is_empty())?;
+            let gid = fields.nth(1)?.parse().ok()?;
+            let members = fields.next().unwrap_or_default();
+            Some(GroupEntry { name, gid, members })
+        })
+    }
+}
+
+struct UserEntry<'a> {
+    name: &'a str,
+    uid: u32,
+    gid: u32,
+    home: &'a str,
+}
+
+struct GroupEntry<'a> {
+    name: &'a str,
+    gid: u32,
+    members: &'a str,
+}
+
+/// Text of a regular file; anything else, a pipe that would block for instance, reads as empty.
+fn read_text(path: &Path) -> String {
+    let flags = (rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC).bits() as i32;
+    let mut bytes = Vec::new();
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    if let Ok(file) = opened
+        && file.metadata().is_ok_and(|metadata| metadata.is_file())
+    {
+        // What was read before an error still counts: an account at the end is then missing, and
+        // asking for it says so.
+        let _ = file.take(MAX_FILE).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accounts() -> Accounts {
+        Accounts {
+            passwd: "root:x:0:0:root:/root:/bin/sh\n\
+                     broken\n\
+                     app:x:1000:1001:App:/srv/app:/bin/sh\n\
+                     1000:x:77:77::/odd:/bin/sh\n\
+                     nohome:x:5:5\n"
+                .to_owned(),
+            group: "root:x:0:\nadm:x:4:root,app\nvideo:x:44:app\nstaff:x:50:\nbad:x:y:app\n"
+                .to_owned(),
+        }
+    }
+
+    fn user(uid: u32, gid: u32, groups: &[u32], home: &str) -> User {
+        User {
+            uid,
+            gid,
+            groups: groups.to_vec(),
+            home: home.to_owned(),
+        }
+    }
+
+    #[test]
+    fn names_numbers_and_groups_resolve() {
+        let accounts = accounts();
+        let resolve = |spec| accounts.resolve(spec).unwrap();
+        assert_eq!(resolve(""), user(0, 0, &[4], "/root"));
+        assert_eq!(resolve("app"), user(1000, 1001, &[4, 44], "/srv/app"));
+        assert_eq!(resolve("app:staff"), user(1000, 50, &[], "/srv/app"));
+        assert_eq!(resolve("app:"), user(1000, 1001, &[4, 44], "/srv/app"));
+        assert_eq!(resolve("app:12"), user(1000, 12, &[], "/srv/app"));
+        assert_eq!(resolve("1000"), user(77, 77, &[], "/odd"));
+        assert_eq!(resolve("4242"), user(4242, 0, &[], "/"));
+        assert_eq!(resolve("4242:4243"), user(4242, 4243, &[], "/"));
+        assert_eq!(resolve("nohome"), user(5, 5, &[], "/"));
+        assert_eq!(resolve(":staff"), user(0, 50, &[], "/root"));
+    }
+
+    #[test]
+    fn unknown_names_and_impossible_numbers_are_refused_by_name() {
+        for (spec, named) in [
+            ("nobody2", "nobody2"),
+            ("app:nogroup", "nogroup"),
+            ("-1", "-1"),
+        ] {
+            let failure = accounts().resolve(spec).unwrap_err();
+            assert_eq!(failure.kind, FailureKind::BadUser);
+            assert!(failure.message.contains(named), "{}", failure.message);
+        }
+    }
+
+    #[test]
+    fn missing_and_special_files_have_no_entries() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(directory.path().join("etc/passwd")).unwrap();
+        let accounts = Accounts::read(directory.path());
+        assert_eq!(accounts.resolve("").unwrap(), user(0, 0, &[], "/"));
+    }
+}

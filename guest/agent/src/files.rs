@@ -1,0 +1,157 @@
+//! The few files and settings of a guest that follow from its set-up and not from its image.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use skerry_protocol::message::Setup;
+
+use crate::log;
+
+/// Kernel settings: what container tools set for their containers, and the closed door for modules
+/// of a kernel that has none.
+const SETTINGS: [(&str, &str); 2] = [
+    ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
+    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
+];
+
+/// Writes names and settings under `root`.
+///
+/// None of it is worth failing for: an image may have a directory in such a place.
+pub fn write(root: &Path, setup: &Setup) {
+    let attempts = [
+        ("/etc/hostname", hostname(root, setup)),
+        ("/etc/hosts", hosts(root, setup)),
+        ("/etc/resolv.conf", resolv_conf(root, setup)),
+        ("/tmp", tmp(root)),
+    ];
+    for (what, result) in attempts {
+        if let Err(error) = result {
+            log::error(format_args!("{what}: {error}"));
+        }
+    }
+}
+
+/// Sets what the kernel keeps.
+pub fn apply_settings(setup: &Setup) {
+    if let Err(error) = rustix::system::sethostname(setup.hostname.as_bytes()) {
+        log::error(format_args!("host name \"{}\": {error}", setup.hostname));
+    }
+    for (path, value) in SETTINGS {
+        // A kernel without that setting has nothing to set.
+        let _ = fs::write(path, value);
+    }
+    if rustix::system::uname()
+        .release()
+        .to_bytes()
+        .ends_with(b"-skerry")
+    {
+        let _ = fs::write("/proc/sys/kernel/modules_disabled", "1");
+    }
+}
+
+fn hostname(root: &Path, setup: &Setup) -> io::Result<()> {
+    replace(&root.join("etc/hostname"), &format!("{}\n", setup.hostname))
+}
+
+/// Images made by container tools have an empty file in this place.
+fn hosts(root: &Path, setup: &Setup) -> io::Result<()> {
+    let path = root.join("etc/hosts");
+    if fs::metadata(&path).is_ok_and(|metadata| metadata.len() > 0) {
+        return Ok(());
+    }
+    let name = &setup.hostname;
+    let text =
+        format!("127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback {name}\n");
+    replace(&path, &text)
+}
+
+fn resolv_conf(root: &Path, setup: &Setup) -> io::Result<()> {
+    if setup.nameservers.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = setup
+        .nameservers
+        .iter()
+        .map(|server| format!("nameserver {server}\n"))
+        .collect();
+    replace(&root.join("etc/resolv.conf"), &lines.concat())
+}
+
+fn tmp(root: &Path) -> io::Result<()> {
+    let path = root.join("tmp");
+    if path.exists() {
+        return Ok(());
+    }
+    fs::create_dir(&path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o1777))
+}
+
+/// Puts a regular file in a place, whatever link was there.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink()) {
+        fs::remove_file(path)?;
+    }
+    fs::write(path, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn setup() -> Setup {
+        Setup {
+            hostname: "box".to_owned(),
+            nameservers: vec!["10.0.2.3".to_owned(), "fd00::3".to_owned()],
+            ..Setup::default()
+        }
+    }
+
+    #[test]
+    fn an_empty_root_gets_its_files() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), &setup());
+        let read = |name: &str| fs::read_to_string(root.path().join(name)).unwrap();
+        assert_eq!(read("etc/hostname"), "box\n");
+        assert!(read("etc/hosts").starts_with("127.0.0.1\tlocalhost box\n"));
+        assert_eq!(
+            read("etc/resolv.conf"),
+            "nameserver 10.0.2.3\nnameserver fd00::3\n"
+        );
+        let mode = fs::metadata(root.path().join("tmp"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o1777);
+    }
+
+    #[test]
+    fn an_image_keeps_its_hosts_and_loses_a_dangling_resolver() {
+        let root = tempfile::tempdir().unwrap();
+        let etc = root.path().join("etc");
+        fs::create_dir(&etc).unwrap();
+        fs::write(etc.join("hosts"), "mine\n").unwrap();
+        std::os::unix::fs::symlink("/run/gone/stub.conf", etc.join("resolv.conf")).unwrap();
+        write(root.path(), &setup());
+        assert_eq!(fs::read_to_string(etc.join("hosts")).unwrap(), "mine\n");
+        let text = fs::read_to_string(etc.join("resolv.conf")).unwrap();
+        assert!(text.starts_with("nameserver 10.0.2.3"));
+    }
+
+    #[test]
+    fn without_name_servers_the_resolver_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        write(
+            root.path(),
+            &Setup {
+                nameservers: Vec::new(),
+                ..setup()
+            },
+        );
+        assert!(!root.path().join("etc/resolv.conf").exists());
+    }
+}

@@ -1,0 +1,190 @@
+//! Making the image the root file system.
+//!
+//! ```text
+//!   /skerry/lower    the image, read-only
+//!   /skerry/rw       tmpfs, or the ext4 disk: upper/ and work/
+//!   /skerry/root     overlay of both  --moved to-->  /
+//! ```
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::mount::MountFlags;
+use skerry_protocol::message::{BlockDevice, RootSpec, Upper};
+
+use crate::mounts::{self, named};
+
+const LOWER: &str = "/skerry/lower";
+const WRITABLE: &str = "/skerry/rw";
+const ROOT: &str = "/skerry/root";
+
+/// How long a block device may take to appear.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Makes `spec` the root. Afterwards `/proc`, `/sys` and `/dev` are to be mounted anew.
+pub fn switch(spec: &RootSpec) -> io::Result<()> {
+    let RootSpec::Image {
+        device,
+        fs_type,
+        upper,
+    } = spec
+    else {
+        return Ok(());
+    };
+    for directory in [LOWER, WRITABLE, ROOT] {
+        fs::create_dir_all(directory)?;
+    }
+    let device = find(device)?;
+    mount(&device, LOWER, fs_type, MountFlags::RDONLY, "")?;
+    match upper {
+        Upper::ReadOnly => mount_tmpfs(0)?,
+        Upper::Tmpfs { size } => mount_tmpfs(*size)?,
+        Upper::Ext4(disk) => {
+            // The inode tables are zero already in a file that was sparse; nobody has to write
+            // them again in the background.
+            mount(
+                &find(disk)?,
+                WRITABLE,
+                "ext4",
+                MountFlags::NOATIME,
+                "noinit_itable",
+            )?;
+        }
+    }
+    for directory in ["upper", "work"] {
+        fs::create_dir_all(Path::new(WRITABLE).join(directory))?;
+    }
+    // The root directory of an overlay is the upper layer's: it has to look like the image's.
+    let image_root = fs::metadata(LOWER)?;
+    copy_owner(&image_root, &Path::new(WRITABLE).join("upper"))?;
+    let options = format!("lowerdir={LOWER},upperdir={WRITABLE}/upper,workdir={WRITABLE}/work");
+    mount(
+        Path::new("overlay"),
+        ROOT,
+        "overlay",
+        MountFlags::empty(),
+        &options,
+    )?;
+    enter(Path::new(ROOT))
+}
+
+/// Closes a root that is to be read-only, when the agent has put its files there.
+pub fn seal(spec: &RootSpec) -> io::Result<()> {
+    if let RootSpec::Image {
+        upper: Upper::ReadOnly,
+        ..
+    } = spec
+    {
+        let flags = MountFlags::RDONLY;
+        rustix::mount::mount_remount("/", flags, c"").map_err(|error| named("/", &error.into()))?;
+    }
+    Ok(())
+}
+
+/// Moves the mount at `root` over `/` and goes there (Linux, `switch_root` of an initramfs: the
+/// RAM file system can't be unmounted or pivoted).
+fn enter(root: &Path) -> io::Result<()> {
+    mounts::leave_early();
+    rustix::process::chdir(root)?;
+    rustix::mount::mount_move(".", "/").map_err(|error| named(root.display(), &error.into()))?;
+    rustix::process::chroot(".")?;
+    rustix::process::chdir("/")?;
+    Ok(())
+}
+
+fn mount_tmpfs(size: u64) -> io::Result<()> {
+    let options = if size == 0 {
+        "mode=0755".to_owned()
+    } else {
+        format!("mode=0755,size={size}")
+    };
+    mount(
+        Path::new("tmpfs"),
+        WRITABLE,
+        "tmpfs",
+        MountFlags::empty(),
+        &options,
+    )
+}
+
+fn mount(
+    source: &Path,
+    target: &str,
+    kind: &str,
+    flags: MountFlags,
+    options: &str,
+) -> io::Result<()> {
+    let options = CString::new(options)?;
+    rustix::mount::mount(source, target, kind, flags, options.as_c_str()).map_err(|error| {
+        named(
+            format_args!("mount {} ({kind}) at {target}", source.display()),
+            &error.into(),
+        )
+    })
+}
+
+fn copy_owner(from: &fs::Metadata, to: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    std::os::unix::fs::chown(to, Some(from.uid()), Some(from.gid()))?;
+    fs::set_permissions(to, from.permissions())
+}
+
+/// Device node of a block device, as soon as there is one.
+fn find(device: &BlockDevice) -> io::Result<PathBuf> {
+    let started = Instant::now();
+    loop {
+        let found = match device {
+            BlockDevice::Path(path) => Some(PathBuf::from(path)).filter(|path| path.exists()),
+            BlockDevice::Serial(serial) => find_serial(Path::new("/sys/block"), serial),
+        };
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        if started.elapsed() >= DEVICE_PATIENCE {
+            let text = match device {
+                BlockDevice::Path(path) => format!("no block device {path}"),
+                BlockDevice::Serial(serial) => format!("no block device with serial {serial}"),
+            };
+            return Err(io::Error::new(io::ErrorKind::NotFound, text));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn find_serial(block: &Path, serial: &str) -> Option<PathBuf> {
+    for entry in fs::read_dir(block).ok()?.flatten() {
+        let found = fs::read_to_string(entry.path().join("serial"));
+        if found.is_ok_and(|found| found.trim_end() == serial) {
+            return Some(Path::new("/dev").join(entry.file_name()));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_names_its_device_and_no_other() {
+        let block = tempfile::tempdir().unwrap();
+        for (name, serial) in [("vda", "root\n"), ("vdb", "scratch"), ("loop0", "")] {
+            fs::create_dir(block.path().join(name)).unwrap();
+            fs::write(block.path().join(name).join("serial"), serial).unwrap();
+        }
+        fs::create_dir(block.path().join("vdc")).unwrap();
+        assert_eq!(
+            find_serial(block.path(), "root"),
+            Some(PathBuf::from("/dev/vda"))
+        );
+        assert_eq!(
+            find_serial(block.path(), "scratch"),
+            Some(PathBuf::from("/dev/vdb"))
+        );
+        assert_eq!(find_serial(block.path(), "roo"), None);
+        assert_eq!(find_serial(Path::new("/nonexistent"), "root"), None);
+    }
+}

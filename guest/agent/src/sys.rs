@@ -1,0 +1,179 @@
+//! System calls that have no safe wrapper: the whole of the agent's `unsafe` but the child's side
+//! of an exec (`exec::spawn`) and the entry point.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper in rustix")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::Signal;
+
+/// The host's context id (virtio 1.3 §5.10.4).
+pub const HOST_CID: u32 = 2;
+
+/// Any context id, for listening.
+const ANY_CID: u32 = u32::MAX;
+
+/// `struct sockaddr_vm` of Linux's `vm_sockets.h`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct VsockAddress {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    flags: u8,
+    zero: [u8; 3],
+}
+
+impl VsockAddress {
+    fn new(cid: u32, port: u32) -> Self {
+        let family = AddressFamily::VSOCK.as_raw();
+        Self {
+            family,
+            reserved: 0,
+            port,
+            cid,
+            flags: 0,
+            zero: [0; 3],
+        }
+    }
+}
+
+// SAFETY: the pointer is to a live `VsockAddress`, which has the layout of `sockaddr_vm`, with its
+// whole length.
+unsafe impl SocketAddrArg for VsockAddress {
+    unsafe fn with_sockaddr<R>(
+        &self,
+        f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R,
+    ) -> R {
+        f(
+            (&raw const *self).cast(),
+            size_of::<Self>() as SocketAddrLen,
+        )
+    }
+}
+
+fn vsock_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(rustix::net::socket_with(
+        AddressFamily::VSOCK,
+        SocketType::STREAM,
+        flags,
+        None,
+    )?)
+}
+
+/// Connects to a port of the host.
+pub fn vsock_connect(port: u32) -> io::Result<OwnedFd> {
+    let socket = vsock_socket()?;
+    rustix::net::connect(&socket, &VsockAddress::new(HOST_CID, port))?;
+    Ok(socket)
+}
+
+/// Listens on a port of this guest.
+pub fn vsock_listen(port: u32) -> io::Result<OwnedFd> {
+    let socket = vsock_socket()?;
+    rustix::net::bind(&socket, &VsockAddress::new(ANY_CID, port))?;
+    rustix::net::listen(&socket, 128)?;
+    Ok(socket)
+}
+
+/// Context id at the other end of a vsock connection.
+pub fn vsock_peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut address = VsockAddress::new(0, 0);
+    let mut length = size_of::<VsockAddress>() as libc::socklen_t;
+    // SAFETY: the address is writable for the length given, and any bytes are a valid value.
+    let result = unsafe {
+        libc::getpeername(
+            socket.as_raw_fd(),
+            (&raw mut address).cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if length as usize != size_of::<VsockAddress>()
+        || address.family != AddressFamily::VSOCK.as_raw()
+    {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(address.cid)
+}
+
+/// Waits for any child to end and says which, leaving its status to be collected.
+pub fn peek_ended_child() -> io::Result<i32> {
+    // SAFETY: all-zero bytes are a valid `siginfo_t`.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let options = libc::WEXITED | libc::WNOWAIT;
+    // SAFETY: `info` is writable.
+    if unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, options) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a successful waitid fills in the fields of SIGCHLD, `si_pid` among them.
+    Ok(unsafe { info.si_pid() })
+}
+
+/// Collects the status of a child that has ended.
+pub fn collect_child(pid: i32) {
+    // SAFETY: a null status pointer is allowed (POSIX waitpid).
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };
+}
+
+/// The signal of a number from 1 to 64, real-time signals included.
+#[must_use]
+pub fn signal(number: u8) -> Option<Signal> {
+    // SAFETY: the number is not 0 and is a signal of Linux; the ones that the C library keeps for
+    // itself are only sent here, never handled.
+    (1..=64)
+        .contains(&number)
+        .then(|| unsafe { Signal::from_raw_unchecked(i32::from(number)) })
+}
+
+/// Ignores SIGPIPE, as a C entry point leaves it at "terminate".
+pub fn ignore_sigpipe() {
+    // SAFETY: "ignore" involves no handler.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
+/// Credits bytes to the kernel's entropy pool and has its generator take them now.
+pub fn add_entropy(bytes: &[u8]) -> io::Result<()> {
+    /// `struct rand_pool_info` of Linux's `random.h` with room for one piece.
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_count: libc::c_int,
+        buf_size: libc::c_int,
+        buf: [u8; 256],
+    }
+    // _IOW('R', 3, int[2]) and _IO('R', 7) of Linux's `random.h`.
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+
+    let random = File::open("/dev/urandom")?;
+    for piece in bytes.chunks(256) {
+        let mut info = PoolInfo {
+            entropy_count: piece.len() as libc::c_int * 8,
+            buf_size: piece.len() as libc::c_int,
+            buf: [0; 256],
+        };
+        info.buf[..piece.len()].copy_from_slice(piece);
+        // SAFETY: `info` is a pool-info header followed by at least `buf_size` bytes.
+        if unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: the request takes no argument.
+    if unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Sends a signal to every process but this one.
+pub fn signal_everyone(signal: Signal) {
+    // SAFETY: kill has no memory effects. It fails when there is nobody, which is fine.
+    unsafe { libc::kill(-1, signal.as_raw()) };
+}
