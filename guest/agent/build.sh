@@ -23,5 +23,6 @@ export CARGO_ENCODED_RUSTFLAGS=$(printf '%s\x1f' \
 CARGO_ENCODED_RUSTFLAGS=${CARGO_ENCODED_RUSTFLAGS%$'\x1f'}
 cargo build --quiet --locked --profile agent --target x86_64-unknown-linux-gnu -p skerry-agent --bin skerry-agent
 cp "$target/x86_64-unknown-linux-gnu/agent/skerry-agent" "$here/agent-x86_64"
+unset CARGO_ENCODED_RUSTFLAGS
 cargo run --quiet --locked -p skerry-agent --example agent-sources > "$here/agent.sources.sha256"
 ls -l "$here/agent-x86_64"
