@@ -78,6 +78,16 @@ pub enum MachineError {
         /// Attached.
         attached: usize,
     },
+    /// The state is of another machine or another build.
+    #[error(
+        "The saved state has version {version} and {cpus} CPUs, which is not what this machine has: use the build and the configuration that it was saved with"
+    )]
+    OtherMachine {
+        /// Its version.
+        version: u32,
+        /// Its processors.
+        cpus: usize,
+    },
     /// The run is over.
     #[error("The machine has ended: start a new one")]
     Ended,

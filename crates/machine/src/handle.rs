@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use skerry_devices::serial::SerialInput;
-use skerry_hypervisor::Vm;
+use skerry_hypervisor::{StateError, Vm};
 
 use crate::MachineError;
 use crate::chipset::Chipset;
 use crate::control::{Command, Control, Reply, Task};
 use crate::machine::BootSource;
 use crate::outcome::Outcome;
+use crate::state::{MACHINE_STATE_VERSION, MachineState};
 use crate::virtio::VirtioSet;
 
 /// How long the output of serial ports may take to reach its sinks when a run ends.
@@ -90,7 +91,7 @@ impl<V: Vm> Supervisor<V> {
             let _ = thread.join();
         }
         self.chipset.timers.pause();
-        self.virtio.shut_down();
+        self.virtio.pause();
         if flush {
             flush_serial(&self.chipset);
         }
@@ -127,10 +128,28 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What a handle needs of the virtual machine, whichever backend's it is.
+trait VmClock: Send + Sync {
+    fn clock_ns(&self) -> Result<u64, StateError>;
+    fn set_clock_ns(&self, ns: u64) -> Result<(), StateError>;
+}
+
+impl<V: Vm> VmClock for V {
+    fn clock_ns(&self) -> Result<u64, StateError> {
+        Vm::clock_ns(self)
+    }
+
+    fn set_clock_ns(&self, ns: u64) -> Result<(), StateError> {
+        Vm::set_clock_ns(self, ns)
+    }
+}
+
 /// What may be done to a running machine from any thread.
 #[derive(Clone)]
 pub struct MachineRemote {
     control: Arc<Control>,
+    clock: Arc<dyn VmClock>,
+    cpus: usize,
     chipset: Arc<Chipset>,
     virtio: Arc<VirtioSet>,
 }
@@ -159,6 +178,58 @@ impl MachineRemote {
         self.virtio.resume();
         self.chipset.timers.resume();
         self.control.unpause();
+    }
+
+    /// The state of a machine that is paused: processors first, so that what they had in hand is
+    /// finished, then devices, sources of interrupts before the controllers.
+    pub fn save_state(&self) -> Result<MachineState, MachineError> {
+        let mut cpus = Vec::with_capacity(self.cpus);
+        for cpu in 0..self.cpus {
+            match self.command(cpu, Command::Save)? {
+                Reply::State(state) => cpus.push(*state),
+                Reply::Text(_) | Reply::Done => return Err(MachineError::Ended),
+            }
+        }
+        Ok(MachineState {
+            version: MACHINE_STATE_VERSION,
+            clock_ns: self.clock.clock_ns()?,
+            cpus,
+            virtio: self.virtio.save(),
+            chipset: self.chipset.save(),
+        })
+    }
+
+    /// Puts a saved state back into a machine that is paused, and whose memory is that of the
+    /// state. After a failure the machine is in no consistent state: end it.
+    pub fn restore_state(&self, saved: MachineState) -> Result<(), MachineError> {
+        let MachineState {
+            version,
+            clock_ns,
+            cpus,
+            virtio,
+            chipset,
+        } = saved;
+        if version != MACHINE_STATE_VERSION || cpus.len() != self.cpus {
+            return Err(MachineError::OtherMachine {
+                version,
+                cpus: cpus.len(),
+            });
+        }
+        self.virtio.restore(virtio)?;
+        self.chipset.restore(chipset)?;
+        self.clock.set_clock_ns(clock_ns)?;
+        for (cpu, state) in cpus.into_iter().enumerate() {
+            self.command(cpu, Command::Restore(Box::new(state)))?;
+        }
+        Ok(())
+    }
+
+    fn command(&self, cpu: usize, command: Command) -> Result<Reply, MachineError> {
+        let reply = self
+            .control
+            .command(cpu, command)
+            .ok_or(MachineError::Ended)?;
+        Ok(reply?)
     }
 
     /// Asks the guest to power off, as the power button does.
@@ -202,6 +273,8 @@ impl MachineHandle {
     ) -> Result<Self, MachineError> {
         let remote = MachineRemote {
             control: supervisor.control.clone(),
+            clock: supervisor.vm.clone(),
+            cpus: supervisor.cpus,
             chipset: supervisor.chipset.clone(),
             virtio: supervisor.virtio.clone(),
         };

@@ -24,6 +24,7 @@ mod machine;
 mod memory;
 mod outcome;
 mod report;
+mod state;
 mod vcpu;
 mod virtio;
 
@@ -33,4 +34,6 @@ pub use error::MachineError;
 pub use handle::{MachineHandle, MachineRemote};
 pub use machine::{Attachments, Machine, cpuid_for, host_cpuid};
 pub use outcome::{CrashReason, Outcome};
+pub use skerry_devices::serial::SerialInput;
+pub use state::{MACHINE_STATE_VERSION, MachineState};
 pub use virtio::VirtioSet;

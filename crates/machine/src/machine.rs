@@ -34,8 +34,6 @@ pub struct Attachments {
     pub serial: [Option<SerialSink>; 4],
     /// Disks, one for each of the configuration's.
     pub disks: Vec<Arc<dyn skerry_storage::Disk>>,
-    /// Where the virtio console writes to.
-    pub console: Option<SerialSink>,
 }
 
 impl fmt::Debug for Attachments {
@@ -172,7 +170,6 @@ impl<H: Hypervisor> Machine<H> {
             ram: &ram.memory,
             router: &chipset.router,
             disks: attachments.disks,
-            console: attachments.console,
         };
         let virtio = VirtioSet::new(parts, &mut mmio)?;
         let vcpus: Vec<_> = (0..config.cpus)

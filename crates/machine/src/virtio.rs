@@ -1,5 +1,4 @@
-//! The machine's virtio devices, in the order in which the guest finds them: disks, console,
-//! entropy, sockets.
+//! The machine's virtio devices, in the order in which the guest finds them.
 
 use std::sync::Arc;
 
@@ -9,7 +8,6 @@ use skerry_hypervisor::GuestRam;
 use skerry_storage::Disk;
 
 use crate::MachineError;
-use crate::chipset::SerialSink;
 use crate::config::MachineConfig;
 
 /// What a [`VirtioSet`] is built from.
@@ -18,7 +16,6 @@ pub(crate) struct VirtioParts<'a> {
     pub(crate) ram: &'a GuestRam,
     pub(crate) router: &'a Arc<InterruptRouter>,
     pub(crate) disks: Vec<Arc<dyn Disk>>,
-    pub(crate) console: Option<SerialSink>,
 }
 
 /// All virtio devices of one machine.
@@ -35,7 +32,6 @@ impl VirtioSet {
             ram: _,
             router: _,
             disks,
-            console: _,
         } = parts;
         if disks.len() != config.disks.len() {
             return Err(MachineError::DiskCount {
@@ -46,8 +42,14 @@ impl VirtioSet {
         Ok(Self {})
     }
 
-    pub(crate) fn len(&self) -> usize {
+    /// How many devices there are.
+    pub fn len(&self) -> usize {
         0
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        true
     }
 
     pub(crate) fn pause(&self) {}
@@ -56,5 +58,11 @@ impl VirtioSet {
 
     pub(crate) fn reset(&self) {}
 
-    pub(crate) fn shut_down(&self) {}
+    pub(crate) fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    pub(crate) fn restore(&self, _saved: Vec<u8>) -> Result<(), MachineError> {
+        Ok(())
+    }
 }
