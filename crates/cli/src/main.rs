@@ -1,2 +1,69 @@
-//! The `skerry` command.
-fn main() {}
+//! The `skerry` command: parses, calls the engine, prints, and turns results into exit statuses.
+//!
+//! ```text
+//!  args (clap) ─► commands/* ─► engine
+//!  stdout: the workload's bytes, or what was asked for; stderr: notes and errors
+//! ```
+
+mod args;
+mod commands;
+mod output;
+mod status;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Asking for help is no failure; a mistaken line is skerry's own (125), as docker has
+            // it. Nothing can be done where stdout or stderr are closed.
+            let _ = error.print();
+            return match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+                _ => ExitCode::from(status::FAILED),
+            };
+        }
+    };
+    start_log(cli.verbose);
+    let result = match cli.command {
+        Command::Run(args) => commands::run::execute(args, cli.verbose),
+        Command::Boot(args) => commands::boot::execute(args),
+        Command::Images(args) => commands::images::list(&args),
+        Command::Rmi(args) => commands::images::remove(&args),
+        Command::Doctor(args) => commands::doctor::execute(&args),
+        Command::Version(args) => commands::about::version(&args),
+        Command::Completion(args) => commands::about::completion(&args),
+        Command::Man(args) => commands::about::man(&args),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            output::error(&error);
+            ExitCode::from(status::FAILED)
+        }
+    }
+}
+
+/// Events of the library go to stderr: warnings, with -v what is done, with -vv all.
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "skerry=debug,info",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_new(level).unwrap_or_default();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(output::colours())
+        .with_target(verbose > 1)
+        .init();
+}

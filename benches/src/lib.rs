@@ -1,0 +1,171 @@
+//! What the benchmarks share: building guests, finding peers, running them, medians.
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// The repository's root.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
+        .to_owned()
+}
+
+/// The repository's guest kernel.
+pub fn kernel() -> PathBuf {
+    repository().join("guest/kernel/bzImage-x86_64")
+}
+
+/// The `skerry` program beside the running benchmark.
+pub fn skerry() -> Result<PathBuf> {
+    let beside = std::env::current_exe()?.with_file_name("skerry");
+    if !beside.exists() {
+        bail!(
+            "There is no {}: build it with cargo build --release first",
+            beside.display()
+        );
+    }
+    Ok(beside)
+}
+
+/// QEMU, if it is installed, and its version line.
+pub fn qemu() -> Option<String> {
+    let output = Command::new("qemu-system-x86_64")
+        .arg("--version")
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines().next().map(str::to_owned)
+}
+
+/// Builds `classes-guest` without shared libraries.
+pub fn static_guest() -> Result<PathBuf> {
+    let target = repository().join("target/static-guest");
+    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(repository())
+        .args(["build", "--release", "--quiet", "-p", "skerry-benches"])
+        .args(["--bin", "classes-guest", "--target-dir"])
+        .arg(&target)
+        .args(["--target", "x86_64-unknown-linux-gnu"])
+        .env(
+            "RUSTFLAGS",
+            "-C target-feature=+crt-static -C relocation-model=static",
+        )
+        .status()
+        .context("Can't run cargo")?;
+    if !status.success() {
+        bail!("The guest program can't be built");
+    }
+    Ok(target.join("x86_64-unknown-linux-gnu/release/classes-guest"))
+}
+
+/// Writes an initial RAM disk whose `/init` is `program`.
+pub fn write_initrd(program: &[u8], to: &Path) -> Result<()> {
+    let archive = skerry_engine::initrd::with_init(program);
+    let mut file = std::fs::File::create(to)?;
+    file.write_all(&archive)?;
+    Ok(())
+}
+
+/// Writes busybox with an `/init` script that prints BOOT-OK and powers off.
+pub fn busybox_initrd(to: &Path) -> Result<()> {
+    const SCRIPT: &str = "#!/bin/busybox sh\n\
+        /bin/busybox mount -t proc proc /proc\n\
+        echo BOOT-OK\n\
+        /bin/busybox poweroff -f\n";
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .iter()
+        .find_map(|path| std::fs::read(path).ok())
+        .context("There is no busybox: install busybox-static")?;
+    let archive = skerry_engine::initrd::archive(&[
+        skerry_engine::initrd::Entry::folder("dev"),
+        skerry_engine::initrd::Entry::console(),
+        skerry_engine::initrd::Entry::folder("proc"),
+        skerry_engine::initrd::Entry::folder("bin"),
+        skerry_engine::initrd::Entry::program("bin/busybox", &busybox),
+        skerry_engine::initrd::Entry::program("init", SCRIPT.as_bytes()),
+    ]);
+    std::fs::write(to, archive)?;
+    Ok(())
+}
+
+/// Skerry, booting the repository's kernel with `initrd` on `hypervisor`.
+pub fn skerry_boot(initrd: &Path, command_line: &str, hypervisor: &str) -> Result<Command> {
+    let mut command = Command::new(skerry()?);
+    command
+        .args(["boot", "--memory", "256M", "--hypervisor", hypervisor])
+        .arg("--kernel")
+        .arg(kernel())
+        .arg("--initrd")
+        .arg(initrd)
+        .args(["--cmdline", command_line, "--no-reboot"]);
+    Ok(command)
+}
+
+/// QEMU with TCG, booting the same.
+///
+/// The frequency is told: calibrating against a timer on a busy host hangs now and then.
+pub fn qemu_boot(initrd: &Path, command_line: &str) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-M", "microvm,accel=tcg,pit=on,pic=on,rtc=on,acpi=on"])
+        .args(["-cpu", "max", "-m", "256", "-no-reboot"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-serial", "stdio"])
+        .arg("-kernel")
+        .arg(kernel())
+        .arg("-initrd")
+        .arg(initrd)
+        .arg("-append")
+        .arg(format!("{command_line} tsc_early_khz={}", host_tsc_khz()));
+    command
+}
+
+/// The host's time-stamp counter frequency in kHz: QEMU's TCG passes the counter through.
+fn host_tsc_khz() -> u64 {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    text.lines()
+        .find(|line| line.starts_with("cpu MHz"))
+        .and_then(|line| line.split(':').nth(1))
+        .and_then(|mhz| mhz.trim().parse::<f64>().ok())
+        .map_or(2_000_000, |mhz| (mhz * 1000.0) as u64)
+}
+
+/// Runs a command to its end; its output and how long it took.
+pub fn timed(mut command: Command) -> Result<(String, Duration)> {
+    let start = Instant::now();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("Can't run {:?}", command.get_program()))?;
+    let taken = start.elapsed();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok((text, taken))
+}
+
+/// The middle value.
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => values[n / 2],
+        n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert!(median(&mut []).is_nan());
+    }
+}

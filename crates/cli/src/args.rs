@@ -1,0 +1,412 @@
+//! The command line, as clap parses it; man pages and completions come from the same definitions.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Any Linux guest or OCI image in its own virtual machine, on any x86-64 machine.
+#[derive(Debug, Parser)]
+#[command(
+    name = "skerry",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    after_help = "Exit status: the command's own; 125 when skerry itself fails, 126 when the \
+                  command can't be invoked, 127 when it isn't found, 128+n when signal n ended it, \
+                  124 on a time-out."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// More notes on stderr; twice for the devices' and processors' own.
+    #[arg(short = 'v', long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
+    pub verbose: u8,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a command in a new virtual machine made from an image
+    Run(RunArgs),
+    /// Boot a kernel
+    Boot(BootArgs),
+    /// List the images in the store
+    Images(ImagesArgs),
+    /// Remove images from the store
+    Rmi(RmiArgs),
+    /// Say what this machine can run virtual machines on, and what to do where it can't
+    Doctor(DoctorArgs),
+    /// Print the version
+    Version(VersionArgs),
+    /// Print a completion script for a shell
+    Completion(CompletionArgs),
+    /// Write the man pages
+    #[command(hide = true)]
+    Man(ManArgs),
+}
+
+/// Which hypervisor runs the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum HypervisorArg {
+    /// The fastest that works here
+    #[default]
+    Auto,
+    /// Linux KVM
+    Kvm,
+    /// Skerry's own processor
+    Soft,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    #[default]
+    Text,
+    /// For programs
+    Json,
+}
+
+/// Options of every command that makes a virtual machine.
+#[derive(Debug, Args)]
+pub struct MachineArgs {
+    /// Memory of the machine: a number of bytes, or with K, M, G (powers of 1024)
+    #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M")]
+    pub memory: Size,
+
+    /// Virtual processors
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: u32,
+
+    /// What runs the machine
+    #[arg(long, value_enum, value_name = "NAME", default_value_t)]
+    pub hypervisor: HypervisorArg,
+
+    /// Processor model the guest sees: x86-64-v2, x86-64-v3 or host [default: the best that the
+    /// hypervisor can have of x86-64-v3 and x86-64-v2]
+    #[arg(long, value_name = "MODEL")]
+    pub cpu_model: Option<String>,
+
+    /// Stop the machine after this time and exit with 124: a number of seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Span>,
+}
+
+/// `skerry run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Set a variable of the command's environment; KEY alone passes it on
+    #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]
+    pub env: Vec<String>,
+
+    /// Working directory of the command
+    #[arg(short = 'w', long, value_name = "DIR")]
+    pub workdir: Option<String>,
+
+    /// User (and group) of the command, by name or number
+    #[arg(short = 'u', long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+
+    /// Give the command a terminal
+    #[arg(short = 't', long)]
+    pub tty: bool,
+
+    /// Pass stdin to the command
+    #[arg(short = 'i', long)]
+    pub interactive: bool,
+
+    /// Replace the image's entry point
+    #[arg(long, value_name = "COMMAND")]
+    pub entrypoint: Option<String>,
+
+    /// Keep the root file system as it is: writes fail
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// Host name inside
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+
+    /// The machine
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// Kernel to boot instead of the built-in one
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// demo, the name of an image in the store, oci:DIR[:TAG], oci-archive:TAR,
+    /// docker-archive:TAR, or dir:ROOTFS
+    #[arg(value_name = "IMAGE")]
+    pub image: String,
+
+    /// The command and its arguments [default: the image's own]
+    #[arg(
+        value_name = "CMD",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<String>,
+}
+
+/// `skerry boot`.
+#[derive(Debug, Args)]
+pub struct BootArgs {
+    /// Kernel: bzImage, ELF vmlinux, or a multiboot-1 kernel [default: the built-in one]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk; for a multiboot kernel a module, "FILE ARGS" with its command line
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Vec<String>,
+
+    /// Kernel command line, used as it is [default: console=ttyS0 reboot=t panic=-1]
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+
+    /// Disk image, raw; FILE,ro to protect it
+    #[arg(long, value_name = "FILE[,ro]")]
+    pub disk: Vec<DiskArg>,
+
+    /// First serial port: stdio, file=FILE, or none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: SerialArg,
+
+    /// End when the guest resets, instead of booting it again
+    #[arg(long)]
+    pub no_reboot: bool,
+
+    /// Port of a debug-exit device: a guest that writes V there ends skerry with (V << 1) | 1
+    #[arg(long, value_name = "PORT", value_parser = parse_port)]
+    pub debug_exit: Option<u16>,
+
+    /// The machine
+    #[command(flatten)]
+    pub machine: MachineArgs,
+}
+
+/// `skerry images`.
+#[derive(Debug, Args)]
+pub struct ImagesArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Only the digests
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// `skerry rmi`.
+#[derive(Debug, Args)]
+pub struct RmiArgs {
+    /// Names or digests
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+/// `skerry doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+}
+
+/// `skerry version`.
+#[derive(Debug, Args)]
+pub struct VersionArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+}
+
+/// `skerry completion`.
+#[derive(Debug, Args)]
+pub struct CompletionArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// `skerry man`.
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// Folder to write to
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
+/// A number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let shift = match &text[digits.len()..] {
+            "" | "b" | "B" => 0,
+            "k" | "K" | "KiB" => 10,
+            "m" | "M" | "MiB" => 20,
+            "g" | "G" | "GiB" => 30,
+            "t" | "T" | "TiB" => 40,
+            unit => return Err(format!("unknown unit {unit:?}: use K, M or G")),
+        };
+        let number: u64 = digits
+            .parse()
+            .map_err(|_| "not a size: write a number with K, M or G, such as 512M".to_owned())?;
+        number
+            .checked_mul(1 << shift)
+            .map(Size)
+            .ok_or_else(|| "too large".to_owned())
+    }
+}
+
+/// A length of time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let scale = match &text[digits.len()..] {
+            "ms" => 0.001,
+            "" | "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            unit => return Err(format!("unknown unit {unit:?}: use ms, s, m or h")),
+        };
+        let number: f64 = digits
+            .parse()
+            .map_err(|_| "not a time: write a number of seconds, such as 30 or 1.5s".to_owned())?;
+        Duration::try_from_secs_f64(number * scale)
+            .map(Span)
+            .map_err(|_| "out of range".to_owned())
+    }
+}
+
+/// A disk of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskArg {
+    /// The image file.
+    pub path: PathBuf,
+    /// Not written.
+    pub read_only: bool,
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, read_only) = match text.rsplit_once(',') {
+            Some((path, "ro")) => (path, true),
+            Some((path, "rw")) => (path, false),
+            Some((_, option)) if !text.contains('/') || !option.contains('/') => {
+                return Err(format!("unknown option {option:?}: use ro or rw"));
+            }
+            _ => (text, false),
+        };
+        if path.is_empty() {
+            return Err("no file is named".to_owned());
+        }
+        Ok(Self {
+            path: path.into(),
+            read_only,
+        })
+    }
+}
+
+/// Where a serial port goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialArg {
+    /// Output to stdout, input from stdin.
+    Stdio,
+    /// Output to a file.
+    File(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+impl FromStr for SerialArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "stdio" => Ok(Self::Stdio),
+            "none" => Ok(Self::None),
+            _ => match text.strip_prefix("file=") {
+                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
+                _ => Err("use stdio, file=FILE or none".to_owned()),
+            },
+        }
+    }
+}
+
+fn parse_port(text: &str) -> Result<u16, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u16::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| "not a port: write a number up to 0xffff, such as 0xf4".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!("512M".parse(), Ok(Size(512 << 20)));
+        assert_eq!("8G".parse(), Ok(Size(8 << 30)));
+        assert_eq!("4096".parse(), Ok(Size(4096)));
+        assert!("".parse::<Size>().is_err());
+        assert!("M".parse::<Size>().is_err());
+        assert!("5X".parse::<Size>().is_err());
+        assert!("99999999999999G".parse::<Size>().is_err());
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!("250ms".parse(), Ok(Span(Duration::from_millis(250))));
+        assert_eq!("1.5".parse(), Ok(Span(Duration::from_millis(1500))));
+        assert_eq!("2m".parse(), Ok(Span(Duration::from_secs(120))));
+        assert!("-1s".parse::<Span>().is_err());
+        assert!("soon".parse::<Span>().is_err());
+    }
+
+    #[test]
+    fn disks() {
+        let disk = |text: &str| text.parse::<DiskArg>();
+        assert!(disk("a.img,ro").unwrap().read_only);
+        assert!(!disk("a.img").unwrap().read_only);
+        assert!(disk("a.img,fast").is_err());
+        assert!(disk(",ro").is_err());
+    }
+
+    #[test]
+    fn a_command_keeps_its_own_flags() {
+        let cli = Cli::try_parse_from(["skerry", "run", "demo", "ls", "-l", "--color"]).unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("not run");
+        };
+        assert_eq!(run.command, ["ls", "-l", "--color"]);
+        let cli = Cli::try_parse_from(["skerry", "run", "-i", "demo", "--", "ls", "-l"]).unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("not run");
+        };
+        assert_eq!(run.command, ["ls", "-l"]);
+    }
+}

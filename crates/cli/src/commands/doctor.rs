@@ -1,0 +1,56 @@
+//! `skerry doctor`: what this machine can run virtual machines on.
+
+use std::io::{self, Write};
+
+use anyhow::Result;
+use serde::Serialize;
+use skerry_engine::hypervisor::Backend;
+use skerry_hypervisor::probe::ProbeReport;
+
+use crate::args::{DoctorArgs, Format};
+
+#[derive(Serialize)]
+struct Report {
+    /// What `--hypervisor auto` takes.
+    auto: Option<&'static str>,
+    hypervisors: Vec<ProbeReport>,
+}
+
+/// Probes every backend and prints what it found; fails when none can be used.
+pub fn execute(args: &DoctorArgs) -> Result<u8> {
+    let hypervisors: Vec<_> = Backend::ALL.into_iter().map(Backend::probe).collect();
+    let auto = hypervisors
+        .iter()
+        .find(|report| report.result.is_ok())
+        .map(|report| report.backend);
+    let report = Report { auto, hypervisors };
+    let mut out = io::stdout().lock();
+    match args.format {
+        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
+        Format::Text => text(&mut out, &report)?,
+    }
+    Ok(u8::from(report.auto.is_none()))
+}
+
+fn text(out: &mut impl Write, report: &Report) -> io::Result<()> {
+    for ProbeReport { backend, result } in &report.hypervisors {
+        match result {
+            Ok(found) => {
+                writeln!(out, "{backend:<6} usable      {}", found.description)?;
+                writeln!(
+                    out,
+                    "       {:.0} million instructions/s, up to {} CPUs",
+                    found.measured_mips, found.max_vcpus
+                )?;
+            }
+            Err(unusable) => {
+                writeln!(out, "{backend:<6} not usable  {}", unusable.reason)?;
+                writeln!(out, "       {}", unusable.remedy)?;
+            }
+        }
+    }
+    match report.auto {
+        Some(backend) => writeln!(out, "\n--hypervisor auto uses {backend}"),
+        None => writeln!(out, "\nNo hypervisor can be used"),
+    }
+}

@@ -1,0 +1,74 @@
+//! `skerry images` and `skerry rmi`.
+
+use std::io::{self, Write};
+
+use anyhow::Result;
+use serde::Serialize;
+use skerry_engine::Paths;
+
+use crate::args::{Format, ImagesArgs, RmiArgs};
+
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    digest: String,
+    size: u64,
+}
+
+/// Lists the store.
+pub fn list(args: &ImagesArgs) -> Result<u8> {
+    let store = skerry_engine::images::open(&Paths::of_user()?)?;
+    let rows: Vec<Row> = store
+        .list()?
+        .into_iter()
+        .map(|image| Row {
+            name: image.name().to_owned(),
+            digest: image.digest().to_string(),
+            size: image.size(),
+        })
+        .collect();
+    let mut out = io::stdout().lock();
+    if args.quiet {
+        for row in &rows {
+            writeln!(out, "{}", row.digest)?;
+        }
+        return Ok(0);
+    }
+    match args.format {
+        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?,
+        Format::Text => {
+            let width = rows
+                .iter()
+                .map(|row| row.name.len())
+                .max()
+                .unwrap_or(0)
+                .max(4);
+            writeln!(out, "{:<width$}  {:<19}  SIZE", "NAME", "DIGEST")?;
+            for row in &rows {
+                let short: String = row.digest.chars().take(19).collect();
+                writeln!(out, "{:<width$}  {short}  {}", row.name, mib(row.size))?;
+            }
+        }
+    }
+    Ok(0)
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// Removes images; goes on after one that can't be removed.
+pub fn remove(args: &RmiArgs) -> Result<u8> {
+    let store = skerry_engine::images::open(&Paths::of_user()?)?;
+    let mut status = 0;
+    for name in &args.images {
+        match store.remove(name) {
+            Ok(image) => writeln!(io::stdout(), "{}", image.digest())?,
+            Err(error) => {
+                crate::output::error(&error.into());
+                status = crate::status::FAILED;
+            }
+        }
+    }
+    Ok(status)
+}

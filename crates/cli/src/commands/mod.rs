@@ -1,0 +1,34 @@
+//! One module for each group of verbs.
+
+pub mod about;
+pub mod boot;
+pub mod doctor;
+pub mod images;
+pub mod run;
+
+use skerry_engine::MachineOptions;
+use skerry_engine::hypervisor::{Backend, Choice};
+
+use crate::args::{HypervisorArg, MachineArgs};
+
+/// The machine that the options describe.
+fn machine_options(args: MachineArgs) -> MachineOptions {
+    let MachineArgs {
+        memory,
+        cpus,
+        hypervisor,
+        cpu_model,
+        timeout,
+    } = args;
+    MachineOptions {
+        memory: memory.0,
+        cpus,
+        hypervisor: match hypervisor {
+            HypervisorArg::Auto => Choice::Auto,
+            HypervisorArg::Kvm => Choice::Only(Backend::Kvm),
+            HypervisorArg::Soft => Choice::Only(Backend::Soft),
+        },
+        cpu_model,
+        time_limit: timeout.map(|span| span.0),
+    }
+}

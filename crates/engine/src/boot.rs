@@ -1,0 +1,154 @@
+//! `skerry boot`: a kernel of the user's, its serial port, its disks.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
+use skerry_storage::{Access, Disk, RawDisk};
+
+use crate::builtin;
+use crate::error::EngineError;
+use crate::machine::{MachineOptions, start};
+
+/// The command line of a kernel that was given none.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=t panic=-1";
+
+/// A disk of the host for the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The raw image.
+    pub path: PathBuf,
+    /// Not written, and may be shared with other readers.
+    pub read_only: bool,
+}
+
+/// Where the first serial port goes.
+#[derive(Default)]
+pub struct SerialPort {
+    /// What the guest writes; `None` drops it.
+    pub output: Option<Box<dyn Write + Send>>,
+    /// What the guest reads.
+    pub input: Option<Box<dyn Read + Send>>,
+}
+
+impl fmt::Debug for SerialPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SerialPort")
+            .field("output", &self.output.is_some())
+            .field("input", &self.input.is_some())
+            .finish()
+    }
+}
+
+/// What to boot.
+#[derive(Debug, Default)]
+pub struct BootSpec {
+    /// The machine.
+    pub options: MachineOptions,
+    /// The kernel; `None` is the built-in one.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk, or for a multiboot kernel a module with its arguments.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; `None` is [`DEFAULT_COMMAND_LINE`].
+    pub command_line: Option<String>,
+    /// Disks, in order.
+    pub disks: Vec<DiskSpec>,
+    /// COM1.
+    pub serial: SerialPort,
+    /// A reset ends the run.
+    pub no_reboot: bool,
+    /// Port of the debug-exit device.
+    pub debug_exit: Option<u16>,
+}
+
+/// Starts the machine. `note` is told what the user should know once.
+pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<MachineHandle, EngineError> {
+    let mut attachments = Attachments::default();
+    if spec.kernel.is_none() {
+        attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
+    }
+    let mut disks = Vec::new();
+    for disk in &spec.disks {
+        let access = if disk.read_only {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        };
+        let opened: Arc<dyn Disk> = Arc::new(RawDisk::open(&disk.path, access)?);
+        attachments.disks.push(opened);
+        disks.push(DiskConfig {
+            name: disk.path.display().to_string(),
+            read_only: disk.read_only,
+        });
+    }
+    let SerialPort { output, input } = spec.serial;
+    attachments.serial[0] = output;
+    let mut command_line = spec
+        .command_line
+        .unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
+    let config = MachineConfig {
+        memory: spec.options.memory,
+        cpus: spec.options.cpus,
+        kernel: spec.kernel.unwrap_or_else(|| "built-in kernel".into()),
+        initrd: spec.initrd,
+        command_line: std::mem::take(&mut command_line),
+        disks,
+        rng: true,
+        no_reboot: spec.no_reboot,
+        debug_exit: spec.debug_exit,
+        ..MachineConfig::default()
+    };
+    let handle = start(&spec.options, config, attachments, note)?;
+    if let Some(input) = input {
+        feed_serial(handle.remote(), input)?;
+    }
+    Ok(handle)
+}
+
+/// Passes `input` to COM1 as fast as the guest takes it, in a thread that ends with the input.
+fn feed_serial(remote: &MachineRemote, mut input: Box<dyn Read + Send>) -> Result<(), EngineError> {
+    let Some(port) = remote.serial_input(0) else {
+        return Ok(());
+    };
+    let remote = remote.clone();
+    std::thread::Builder::new()
+        .name("serial-input".to_owned())
+        .spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let bytes = match input.read(&mut buffer) {
+                    Ok(0) | Err(_) => return,
+                    Ok(length) => buffer.get(..length).unwrap_or_default(),
+                };
+                let mut sent = 0;
+                while sent < bytes.len() {
+                    if remote.outcome().is_some() {
+                        return;
+                    }
+                    let rest = bytes.get(sent..).unwrap_or_default();
+                    sent += port.push_all(rest, std::time::Duration::from_millis(200));
+                }
+            }
+        })
+        .map_err(|source| EngineError::Host {
+            what: "start a thread",
+            source,
+        })?;
+    Ok(())
+}
+
+/// Opens the file that a serial port's output goes to.
+pub fn serial_file(path: PathBuf) -> Result<Box<dyn Write + Send>, EngineError> {
+    match File::create(&path) {
+        Ok(file) => Ok(Box::new(file)),
+        Err(source) => Err(EngineError::Open {
+            what: "serial output",
+            path,
+            source,
+        }),
+    }
+}

@@ -1,0 +1,82 @@
+//! What can go wrong between a request and a running machine.
+
+use std::io;
+use std::path::PathBuf;
+
+use skerry_hypervisor::Unusable;
+use skerry_hypervisor::cpu_model::CpuModelError;
+use skerry_machine::MachineError;
+use skerry_oci::OciError;
+use skerry_protocol::host::HostError;
+use skerry_storage::DiskError;
+use thiserror::Error;
+
+use crate::hypervisor::Backend;
+
+/// An operation of the engine failed.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// There is no place for the store.
+    #[error("Neither XDG_DATA_HOME nor HOME names a folder for images: set one of them")]
+    NoHome,
+    /// A folder can't be made.
+    #[error("Can't make the folder {}: check its parent's permissions and free space", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// No backend has this name.
+    #[error("There is no hypervisor {0:?}: use auto, kvm or soft")]
+    UnknownHypervisor(String),
+    /// The backend that was asked for can't be used.
+    #[error("Can't use the hypervisor {backend}. {remedy}")]
+    Hypervisor {
+        /// Which.
+        backend: Backend,
+        /// What the user can do.
+        remedy: String,
+        /// What the probe found.
+        source: Unusable,
+    },
+    /// The processor model can't be had.
+    #[error(transparent)]
+    CpuModel(#[from] CpuModelError),
+    /// The machine can't be built.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The image can't be had.
+    #[error(transparent)]
+    Image(#[from] OciError),
+    /// A disk can't be had.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A file of the host can't be opened.
+    #[error("Can't open {what} {}: check the path and its permissions", path.display())]
+    Open {
+        /// What it is for.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Nothing says what to run.
+    #[error("The image {0} names no command: give one after it")]
+    NoCommand(String),
+    /// The agent and the host don't understand each other.
+    #[error("The guest's agent failed")]
+    Agent(#[from] HostError),
+    /// The guest ended before the command did.
+    #[error("The virtual machine ended before the command did: {0}")]
+    GuestEnded(String),
+    /// A thread or channel of the host failed.
+    #[error("Can't {what} on this host")]
+    Host {
+        /// What.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,31 @@
+//! The image store, with the demo image in it.
+
+use std::str::FromStr;
+
+use skerry_oci::{Image, ImageRef, Store};
+
+use crate::builtin;
+use crate::error::EngineError;
+use crate::paths::Paths;
+
+/// Opens the user's store, making it where it doesn't exist.
+pub fn open(paths: &Paths) -> Result<Store, EngineError> {
+    let folder = paths.images();
+    Paths::ensure(&folder)?;
+    Ok(Store::open(folder)?)
+}
+
+/// The image that `name` means: imported and converted first where that has not been done.
+/// `progress` is told what takes time.
+pub fn resolve(
+    paths: &Paths,
+    name: &str,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Image, EngineError> {
+    let store = open(paths)?;
+    let reference = ImageRef::from_str(name).map_err(skerry_oci::OciError::from)?;
+    if name == builtin::DEMO_NAME {
+        return Ok(store.import_bytes(builtin::DEMO_NAME, builtin::DEMO, progress)?);
+    }
+    Ok(store.import(&reference, progress)?)
+}

@@ -1,0 +1,418 @@
+//! `skerry run`: one command from an image, in a machine of its own.
+//!
+//! ```text
+//!  image (EROFS, shared) ─┐                         ┌─► agent (PID 1) mounts root, says ready
+//!  scratch (ext4, own) ───┴─► Machine ── vsock ─────┴─► exec: stdin ► ◄ stdout, stderr, status
+//! ```
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use skerry_devices::virtio::VsockHost;
+use skerry_machine::{
+    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Outcome, layout,
+};
+use skerry_oci::{Image, ImageConfig};
+use skerry_protocol::host::{Control, ExecHandle, ExecSession, HostError};
+use skerry_protocol::message::{
+    BlockDevice, ExecFailure, ExecRequest, ExitStatus, RootSpec, Setup, Upper, WinSize,
+};
+use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
+use skerry_storage::{Access, Disk, RawDisk, scratch};
+
+use crate::error::EngineError;
+use crate::log::ConsoleLog;
+use crate::machine::{MachineOptions, start};
+use crate::paths::Paths;
+use crate::transport::GuestStream;
+use crate::{builtin, initrd};
+
+/// Context id of the guest on its socket device.
+const GUEST_CID: u64 = 3;
+/// Virtio serials by which the agent finds its disks.
+const ROOT_DISK: &str = "root";
+const SCRATCH_DISK: &str = "scratch";
+/// The search path of a command whose image sets none, as other container tools have it.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What to run.
+#[derive(Clone, Debug, Default)]
+pub struct RunSpec {
+    /// The machine.
+    pub options: MachineOptions,
+    /// Kernel other than the built-in one.
+    pub kernel: Option<PathBuf>,
+    /// Command and arguments in place of the image's.
+    pub command: Vec<String>,
+    /// Program in place of the image's entry point.
+    pub entrypoint: Option<String>,
+    /// Variables on top of the image's.
+    pub env: Vec<(String, String)>,
+    /// Working directory in place of the image's.
+    pub working_dir: Option<String>,
+    /// `USER[:GROUP]` in place of the image's.
+    pub user: Option<String>,
+    /// A terminal of this size.
+    pub tty: Option<WinSize>,
+    /// The root file system can't be written.
+    pub read_only: bool,
+    /// Host name; `None` is `skerry`.
+    pub hostname: Option<String>,
+    /// The guest's console goes to stderr.
+    pub show_console: bool,
+}
+
+/// What happens to the command from outside while it runs.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// A signal to pass on.
+    Signal(u8),
+    /// The terminal has another size.
+    Resize(WinSize),
+}
+
+/// The command's streams.
+pub struct RunIo {
+    /// Input; `None` is an empty one.
+    pub stdin: Option<Box<dyn Read + Send>>,
+    /// Output.
+    pub stdout: Box<dyn Write + Send>,
+    /// Errors; unused with a terminal.
+    pub stderr: Box<dyn Write + Send>,
+    /// Signals and sizes.
+    pub events: Option<Receiver<Event>>,
+}
+
+impl fmt::Debug for RunIo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RunIo").finish_non_exhaustive()
+    }
+}
+
+/// How a command ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunOutcome {
+    /// By itself, or by a signal.
+    Ended(ExitStatus),
+    /// It could not be started.
+    NotStarted(ExecFailure),
+    /// The machine's time limit passed.
+    TimedOut,
+}
+
+/// Runs a command from `image`; returns when it has ended and its machine is gone.
+pub fn run(
+    paths: &Paths,
+    image: &Image,
+    spec: RunSpec,
+    io: RunIo,
+    note: &mut dyn FnMut(&str),
+) -> Result<RunOutcome, EngineError> {
+    let request = exec_request(image, &spec, io.stdin.is_some())?;
+    let console = ConsoleLog::new(spec.show_console);
+    let handle = start_machine(paths, image, &spec, &console, note)?;
+    let remote = handle.remote().clone();
+    let vsock = remote
+        .virtio()
+        .vsock()
+        .ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
+    let setup = setup(&spec);
+    let (sender, receiver) = mpsc::channel();
+    let driver = sender.clone();
+    spawn("run-driver", move || {
+        let result = drive(&vsock, setup, request, io);
+        // The receiver is gone only when the machine's end was told first.
+        let _ = driver.send(Ended::Command(result));
+    })?;
+    watch(handle, sender)?;
+    let result = first_end(&receiver, &remote, &console);
+    remote.kill();
+    // The machine's threads, memory and files are gone when the watcher has told the end.
+    while let Ok(ended) = receiver.recv() {
+        if let Ended::Machine(_) = ended {
+            break;
+        }
+    }
+    result
+}
+
+/// What the waiting thread is told.
+enum Ended {
+    Command(Result<ExitStatus, HostError>),
+    Machine(Outcome),
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), EngineError> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map(drop)
+        .map_err(|source| EngineError::Host {
+            what: "start a thread",
+            source,
+        })
+}
+
+fn watch(handle: MachineHandle, sender: Sender<Ended>) -> Result<(), EngineError> {
+    spawn("run-watcher", move || {
+        let outcome = handle.wait();
+        drop(handle);
+        let _ = sender.send(Ended::Machine(outcome));
+    })
+}
+
+/// The end that comes first, as the result of the run.
+fn first_end(
+    receiver: &Receiver<Ended>,
+    remote: &MachineRemote,
+    console: &ConsoleLog,
+) -> Result<RunOutcome, EngineError> {
+    match receiver.recv() {
+        Ok(Ended::Command(Ok(status))) => Ok(RunOutcome::Ended(status)),
+        Ok(Ended::Command(Err(HostError::NotStarted(failure)))) => {
+            Ok(RunOutcome::NotStarted(failure))
+        }
+        Ok(Ended::Command(Err(error))) => match remote.outcome() {
+            // The connection broke because the machine ended.
+            Some(outcome) => machine_ended(outcome, console),
+            None => Err(error.into()),
+        },
+        Ok(Ended::Machine(outcome)) => machine_ended(outcome, console),
+        Err(_) => Err(EngineError::GuestEnded("its threads are gone".to_owned())),
+    }
+}
+
+fn machine_ended(outcome: Outcome, console: &ConsoleLog) -> Result<RunOutcome, EngineError> {
+    let reason = match outcome {
+        Outcome::TimedOut => return Ok(RunOutcome::TimedOut),
+        Outcome::PoweredOff => "the guest powered off".to_owned(),
+        Outcome::Reset => "the guest reset itself".to_owned(),
+        Outcome::DebugExit(_) | Outcome::Killed => "it was stopped".to_owned(),
+        Outcome::InternalError(text) => text,
+        Outcome::GuestCrash { reason, registers } => format!("{reason}\n{registers}"),
+    };
+    let tail = console.tail(20);
+    Err(EngineError::GuestEnded(if tail.is_empty() {
+        reason
+    } else {
+        format!("{reason}\nLast lines of its console:\n{tail}")
+    }))
+}
+
+/// Meets the agent, starts the command and passes its streams.
+fn drive(
+    vsock: &VsockHost,
+    setup: Setup,
+    request: ExecRequest,
+    io: RunIo,
+) -> Result<ExitStatus, HostError> {
+    let lost = |source| HostError::LocalStream {
+        stream: "connection",
+        source,
+    };
+    let listener = vsock.listen(CONTROL_PORT).map_err(lost)?;
+    let mut control = Control::accept(GuestStream(listener.accept().map_err(lost)?))?;
+    tracing::debug!(
+        agent = control.hello().agent,
+        kernel = control.hello().kernel,
+        "agent speaks"
+    );
+    control.set_up(&setup)?;
+    tracing::debug!("guest is ready");
+    let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
+    let session = ExecSession::start(stream, request)?;
+    let RunIo {
+        stdin,
+        mut stdout,
+        mut stderr,
+        events,
+    } = io;
+    if let Some(stdin) = stdin {
+        session.pump_stdin(stdin).map_err(lost)?;
+    }
+    if let Some(events) = events {
+        let handle = session.handle();
+        std::thread::Builder::new()
+            .name("run-events".to_owned())
+            .spawn(move || pass_events(&events, &handle))
+            .map_err(lost)?;
+    }
+    session.wait(&mut stdout, &mut stderr)
+}
+
+/// Passes signals and sizes on until either side is gone.
+fn pass_events(events: &Receiver<Event>, handle: &ExecHandle<GuestStream>) {
+    while let Ok(event) = events.recv() {
+        let passed = match event {
+            Event::Signal(signal) => handle.signal(signal),
+            Event::Resize(size) => handle.resize(size),
+        };
+        if passed.is_err() {
+            return;
+        }
+    }
+}
+
+fn start_machine(
+    paths: &Paths,
+    image: &Image,
+    spec: &RunSpec,
+    console: &ConsoleLog,
+    note: &mut dyn FnMut(&str),
+) -> Result<MachineHandle, EngineError> {
+    let mut attachments = Attachments::default();
+    let mut disks = Vec::new();
+    let root: Arc<dyn Disk> = Arc::new(RawDisk::open(image.rootfs(), Access::ReadOnly)?);
+    attachments.disks.push(root);
+    disks.push(DiskConfig {
+        name: ROOT_DISK.to_owned(),
+        read_only: true,
+    });
+    if !spec.read_only {
+        let folder = paths.scratch();
+        Paths::ensure(&folder)?;
+        attachments.disks.push(Arc::new(scratch::create(&folder)?));
+        disks.push(DiskConfig {
+            name: SCRATCH_DISK.to_owned(),
+            read_only: false,
+        });
+    }
+    if spec.kernel.is_none() {
+        attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
+    }
+    attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
+    attachments.serial[0] = Some(Box::new(console.clone()));
+    // Disks, entropy and socket device: what is behind the kernel's virtio parameters.
+    let devices = disks.len() + 2;
+    let command_line = format!(
+        "console=ttyS0 quiet loglevel=4 panic=-1 reboot=t skerry.transport=vsock {}",
+        layout::virtio_parameters(devices)
+    );
+    let config = MachineConfig {
+        memory: spec.options.memory,
+        cpus: spec.options.cpus,
+        kernel: spec
+            .kernel
+            .clone()
+            .unwrap_or_else(|| "built-in kernel".into()),
+        initrd: Some("agent".into()),
+        command_line,
+        disks,
+        rng: true,
+        vsock: Some(GUEST_CID),
+        no_reboot: true,
+        ..MachineConfig::default()
+    };
+    start(&spec.options, config, attachments, note)
+}
+
+fn setup(spec: &RunSpec) -> Setup {
+    let mut entropy = vec![0; 64];
+    // Without entropy from here the guest still has its virtio source.
+    if getrandom::fill(&mut entropy).is_err() {
+        entropy.clear();
+    }
+    let wall_clock = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|since| u64::try_from(since.as_nanos()).ok())
+        .unwrap_or(0);
+    Setup {
+        root: RootSpec::Image {
+            device: BlockDevice::Serial(ROOT_DISK.to_owned()),
+            fs_type: "erofs".to_owned(),
+            upper: if spec.read_only {
+                Upper::ReadOnly
+            } else {
+                Upper::Ext4(BlockDevice::Serial(SCRATCH_DISK.to_owned()))
+            },
+        },
+        hostname: spec.hostname.clone().unwrap_or_else(|| "skerry".to_owned()),
+        entropy,
+        wall_clock,
+        ..Setup::default()
+    }
+}
+
+/// Merges the image's configuration with what the user says, as other container tools do.
+fn exec_request(image: &Image, spec: &RunSpec, stdin: bool) -> Result<ExecRequest, EngineError> {
+    let config = image.config();
+    let argv = command_of(config, spec);
+    if argv.is_empty() {
+        return Err(EngineError::NoCommand(image.name().to_owned()));
+    }
+    let pair = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
+    let mut env = vec![pair("PATH", DEFAULT_PATH)];
+    if spec.tty.is_some() {
+        env.push(pair("TERM", "xterm"));
+    }
+    for variable in &config.env {
+        let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
+        env.push(pair(name, value));
+    }
+    env.extend(spec.env.iter().map(|(name, value)| pair(name, value)));
+    let user = spec.user.clone().or_else(|| config.user.clone());
+    let cwd = spec
+        .working_dir
+        .clone()
+        .or_else(|| config.working_dir.clone());
+    Ok(ExecRequest {
+        env,
+        cwd: cwd.unwrap_or_default().into_bytes(),
+        user: user.unwrap_or_default(),
+        tty: spec.tty,
+        stdin,
+        ..ExecRequest::new(argv)
+    })
+}
+
+/// Entry point, then command; an entry point of the user's drops the image's command too.
+fn command_of(config: &ImageConfig, spec: &RunSpec) -> Vec<String> {
+    let mut argv = match &spec.entrypoint {
+        Some(program) if program.is_empty() => Vec::new(),
+        Some(program) => vec![program.clone()],
+        None => config.entrypoint.clone(),
+    };
+    if !spec.command.is_empty() {
+        argv.extend(spec.command.iter().cloned());
+    } else if spec.entrypoint.is_none() {
+        argv.extend(config.cmd.iter().cloned());
+    }
+    argv
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn command_and_entry_point_merge_as_elsewhere() {
+        let config = ImageConfig {
+            entrypoint: words("/entry -x"),
+            cmd: words("default args"),
+            ..ImageConfig::default()
+        };
+        let argv = |entrypoint: Option<&str>, command: &str| {
+            let spec = RunSpec {
+                entrypoint: entrypoint.map(str::to_owned),
+                command: words(command),
+                ..RunSpec::default()
+            };
+            command_of(&config, &spec)
+        };
+        assert_eq!(argv(None, ""), words("/entry -x default args"));
+        assert_eq!(argv(None, "other"), words("/entry -x other"));
+        assert_eq!(argv(Some("sh"), ""), words("sh"));
+        assert_eq!(argv(Some("sh"), "-c true"), words("sh -c true"));
+        assert_eq!(argv(Some(""), "ls"), words("ls"));
+    }
+}
