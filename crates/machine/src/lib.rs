@@ -35,5 +35,6 @@ pub use handle::{MachineHandle, MachineRemote};
 pub use machine::{Attachments, Machine, cpuid_for, host_cpuid};
 pub use outcome::{CrashReason, Outcome};
 pub use skerry_devices::serial::SerialInput;
+pub use skerry_devices::virtio::console::PortHandle;
 pub use state::{MACHINE_STATE_VERSION, MachineState};
 pub use virtio::VirtioSet;

@@ -2,7 +2,7 @@
 //! processor parked.
 
 use serde::{Deserialize, Serialize};
-
+use skerry_devices::virtio::VirtioMmioState;
 use skerry_hypervisor::state::CpuState;
 
 use crate::chipset::ChipsetState;
@@ -20,7 +20,7 @@ pub struct MachineState {
     /// Processors, by id.
     pub cpus: Vec<CpuState>,
     /// Virtio devices, by slot.
-    pub virtio: Vec<u8>,
+    pub virtio: Vec<VirtioMmioState>,
     /// Chipset and serial ports.
     pub chipset: ChipsetState,
 }

@@ -1,14 +1,22 @@
-//! The machine's virtio devices, in the order in which the guest finds them.
+//! The machine's virtio devices, in the order in which the guest finds them: disks, console,
+//! entropy, sockets.
 
+use std::io;
 use std::sync::Arc;
 
 use skerry_devices::bus::MmioBusBuilder;
 use skerry_devices::irq::InterruptRouter;
+use skerry_devices::virtio::block::{BlockConfig, BlockDevice};
+use skerry_devices::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
+use skerry_devices::virtio::rng::RngDevice;
+use skerry_devices::virtio::vsock::{VsockDevice, VsockHost};
+use skerry_devices::virtio::{QueueRunner, VirtioDevice, VirtioMmio, VirtioMmioState};
 use skerry_hypervisor::GuestRam;
 use skerry_storage::Disk;
 
 use crate::MachineError;
 use crate::config::MachineConfig;
+use crate::layout;
 
 /// What a [`VirtioSet`] is built from.
 pub(crate) struct VirtioParts<'a> {
@@ -18,19 +26,59 @@ pub(crate) struct VirtioParts<'a> {
     pub(crate) disks: Vec<Arc<dyn Disk>>,
 }
 
-/// All virtio devices of one machine.
-#[derive(Debug)]
-pub struct VirtioSet {}
+/// All virtio devices of one machine, and the host's ends of those that talk.
+pub struct VirtioSet {
+    transports: Vec<Arc<VirtioMmio>>,
+    console: Option<(Arc<ConsoleDevice>, PortHandle)>,
+    vsock: Option<VsockHost>,
+}
+
+impl std::fmt::Debug for VirtioSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list()
+            .entries(self.transports.iter().map(|t| t.engine().kind()))
+            .finish()
+    }
+}
+
+/// Puts devices into slots.
+struct Builder<'a> {
+    ram: Arc<GuestRam>,
+    router: &'a Arc<InterruptRouter>,
+    mmio: &'a mut MmioBusBuilder,
+    transports: Vec<Arc<VirtioMmio>>,
+}
+
+impl Builder<'_> {
+    fn add(
+        &mut self,
+        name: &str,
+        device: Arc<dyn VirtioDevice>,
+        runner: QueueRunner,
+    ) -> Result<(), MachineError> {
+        let slot = layout::virtio_slot(self.transports.len());
+        let line = self.router.line(slot.gsi);
+        let transport = VirtioMmio::new(device, self.ram.clone(), line, runner);
+        let transport = transport.map_err(|source: io::Error| MachineError::Resource {
+            what: "virtio device",
+            source,
+        })?;
+        let (base, len) = (slot.base.into(), slot.len.into());
+        self.mmio.add(name, base, len, transport.clone())?;
+        self.transports.push(transport);
+        Ok(())
+    }
+}
 
 impl VirtioSet {
     pub(crate) fn new(
         parts: VirtioParts<'_>,
-        _mmio: &mut MmioBusBuilder,
+        mmio: &mut MmioBusBuilder,
     ) -> Result<Self, MachineError> {
         let VirtioParts {
             config,
-            ram: _,
-            router: _,
+            ram,
+            router,
             disks,
         } = parts;
         if disks.len() != config.disks.len() {
@@ -39,30 +87,102 @@ impl VirtioSet {
                 attached: disks.len(),
             });
         }
-        Ok(Self {})
+        let others = [config.console, config.rng, config.vsock.is_some()];
+        let wanted = disks.len() + others.iter().filter(|present| **present).count();
+        if wanted > layout::VIRTIO_SLOTS {
+            return Err(MachineError::TooManyDevices { wanted });
+        }
+        let mut builder = Builder {
+            ram: Arc::new(ram.clone()),
+            router,
+            mmio,
+            transports: Vec::with_capacity(wanted),
+        };
+        for (n, (disk, named)) in disks.into_iter().zip(&config.disks).enumerate() {
+            let block = BlockConfig {
+                serial: named.name.clone(),
+                ..BlockConfig::default()
+            };
+            let device = BlockDevice::new(disk, &block);
+            builder.add(&format!("disk{n}"), device, QueueRunner::Thread)?;
+        }
+        let mut console = None;
+        if config.console {
+            let port = ConsolePort {
+                name: String::new(),
+                console: true,
+            };
+            let (device, handles) = ConsoleDevice::new(vec![port]);
+            builder.add("console", device.clone(), QueueRunner::Thread)?;
+            console = handles.into_iter().next().map(|handle| (device, handle));
+        }
+        if config.rng {
+            builder.add("rng", RngDevice::new(), QueueRunner::Inline)?;
+        }
+        let mut vsock = None;
+        if let Some(cid) = config.vsock {
+            let (device, host) = VsockDevice::new(cid);
+            builder.add("vsock", device, QueueRunner::Thread)?;
+            vsock = Some(host);
+        }
+        Ok(Self {
+            transports: builder.transports,
+            console,
+            vsock,
+        })
     }
 
     /// How many devices there are.
     pub fn len(&self) -> usize {
-        0
+        self.transports.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        true
+        self.transports.is_empty()
     }
 
-    pub(crate) fn pause(&self) {}
-
-    pub(crate) fn resume(&self) {}
-
-    pub(crate) fn reset(&self) {}
-
-    pub(crate) fn save(&self) -> Vec<u8> {
-        Vec::new()
+    /// The host's end of the virtio console.
+    pub fn console(&self) -> Option<PortHandle> {
+        self.console.as_ref().map(|(_, handle)| handle.clone())
     }
 
-    pub(crate) fn restore(&self, _saved: Vec<u8>) -> Result<(), MachineError> {
+    /// Tells the guest the size of the virtio console's terminal.
+    pub fn resize_console(&self, columns: u16, rows: u16) {
+        if let Some((device, _)) = &self.console {
+            device.resize(columns, rows);
+        }
+    }
+
+    /// The host's end of the socket device.
+    pub fn vsock(&self) -> Option<&VsockHost> {
+        self.vsock.as_ref()
+    }
+
+    pub(crate) fn pause(&self) {
+        self.transports.iter().for_each(|t| t.pause());
+    }
+
+    pub(crate) fn resume(&self) {
+        self.transports.iter().for_each(|t| t.resume());
+    }
+
+    pub(crate) fn reset(&self) {
+        self.transports.iter().for_each(|t| t.reset());
+    }
+
+    pub(crate) fn save(&self) -> Vec<VirtioMmioState> {
+        self.transports.iter().map(|t| t.save()).collect()
+    }
+
+    pub(crate) fn restore(&self, saved: Vec<VirtioMmioState>) -> Result<(), MachineError> {
+        if saved.len() != self.transports.len() {
+            let problem = "it has another number of virtio devices than this machine";
+            return Err(skerry_devices::StateError::new("virtio", problem).into());
+        }
+        for (transport, state) in self.transports.iter().zip(saved) {
+            transport.restore(state)?;
+        }
         Ok(())
     }
 }

@@ -1,0 +1,325 @@
+//! Whole machines with a tiny guest, on every backend that opens here. A KVM that only emulates is
+//! good enough: the guest uses integer instructions alone.
+
+mod guest;
+
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, Hypervisor};
+use skerry_machine::{
+    Attachments, CrashReason, Machine, MachineConfig, MachineError, MachineHandle, Outcome,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Default)]
+struct Output(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Output {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+
+    fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+
+    fn wait_longer_than(&self, len: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.len() <= len {
+            assert!(Instant::now() < deadline, "no output");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn config(command_line: &str) -> MachineConfig {
+    MachineConfig {
+        memory: 16 << 20,
+        kernel: "test guest".into(),
+        command_line: command_line.into(),
+        no_reboot: true,
+        debug_exit: Some(0xf4),
+        ..MachineConfig::default()
+    }
+}
+
+/// A processor with little more than a local APIC.
+fn cpuid(id: u32) -> CpuidTable {
+    let entry = |leaf, eax, ebx, edx| CpuidEntry {
+        leaf,
+        subleaf: None,
+        result: CpuidResult {
+            eax,
+            ebx,
+            ecx: 0,
+            edx,
+        },
+    };
+    // FPU, PSE, TSC, MSR, PAE, CX8, APIC, CMOV.
+    let features = 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 9 | 1 << 15;
+    CpuidTable {
+        entries: vec![entry(0, 1, 0, 0), entry(1, 0x600, id << 24, features)],
+    }
+}
+
+/// `None` where the backend does not open here.
+fn start<H: Hypervisor>(
+    config: MachineConfig,
+    initrd: Option<&'static [u8]>,
+    limit: Duration,
+) -> Option<(MachineHandle, Output)> {
+    let hypervisor = match H::open() {
+        Ok(hypervisor) => hypervisor,
+        Err(unusable) => {
+            eprintln!("skipped: {unusable}");
+            return None;
+        }
+    };
+    let output = Output::default();
+    let mut attachments = Attachments {
+        kernel: Some(guest::kernel()),
+        initrd: initrd.map(Into::into),
+        ..Attachments::default()
+    };
+    attachments.serial[0] = Some(Box::new(output.clone()));
+    let machine = Machine::new(&hypervisor, config, attachments, cpuid).unwrap();
+    Some((machine.start(Some(limit)).unwrap(), output))
+}
+
+fn expect<H: Hypervisor>(config: MachineConfig, expected: &Outcome) -> String {
+    let Some((handle, output)) = start::<H>(config, None, PATIENCE) else {
+        return String::new();
+    };
+    assert_eq!(handle.wait(), *expected);
+    output.text()
+}
+
+const DONE: Outcome = Outcome::DebugExit(0x21);
+
+fn output_and_exit_status<H: Hypervisor>() {
+    let Some((handle, output)) = start::<H>(config("echo this"), None, PATIENCE) else {
+        return;
+    };
+    assert_eq!(handle.wait(), DONE);
+    assert_eq!(output.text(), "echo this");
+}
+
+fn module_is_loaded<H: Hypervisor>() {
+    let config = MachineConfig {
+        initrd: Some("module".into()),
+        ..config("module")
+    };
+    let Some((handle, output)) = start::<H>(config, Some(b"the module"), PATIENCE) else {
+        return;
+    };
+    assert_eq!(handle.wait(), DONE);
+    assert_eq!(output.text(), "the module");
+}
+
+fn power_off<H: Hypervisor>() {
+    expect::<H>(config("power off"), &Outcome::PoweredOff);
+}
+
+fn reset_ends_or_reboots<H: Hypervisor>() {
+    expect::<H>(config("reset"), &Outcome::Reset);
+    let config = MachineConfig {
+        no_reboot: false,
+        cpus: 2,
+        ..config("reset")
+    };
+    expect::<H>(config, &DONE);
+}
+
+fn triple_fault_is_reported<H: Hypervisor>() {
+    let Some((handle, _)) = start::<H>(config("triple fault"), None, PATIENCE) else {
+        return;
+    };
+    match handle.wait() {
+        Outcome::GuestCrash { reason, registers } => {
+            assert_eq!(reason, CrashReason::TripleFault { cpu: 0 });
+            assert!(
+                registers.contains("CPU 0: RIP 0x00000000001000"),
+                "{registers}"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn panic_notifier_is_reported<H: Hypervisor>() {
+    let config = MachineConfig {
+        cpus: 2,
+        ..config("notify panic")
+    };
+    let Some((handle, _)) = start::<H>(config, None, PATIENCE) else {
+        return;
+    };
+    match handle.wait() {
+        Outcome::GuestCrash { reason, registers } => {
+            assert_eq!(reason, CrashReason::Panic);
+            assert!(registers.contains("CPU 0: RIP") && registers.contains("CPU 1: RIP"));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn pic_interrupts_reach_the_guest<H: Hypervisor>() {
+    expect::<H>(config("interrupts"), &DONE);
+}
+
+fn second_processor_starts<H: Hypervisor>() {
+    let config = MachineConfig {
+        cpus: 2,
+        ..config("application processor")
+    };
+    expect::<H>(config, &DONE);
+}
+
+fn time_limit_ends_spinning_and_halted_guests<H: Hypervisor>() {
+    for command_line in ["spin", "halt"] {
+        let limit = Duration::from_millis(200);
+        let Some((handle, _)) = start::<H>(config(command_line), None, limit) else {
+            return;
+        };
+        let started = Instant::now();
+        assert_eq!(handle.wait(), Outcome::TimedOut);
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+}
+
+fn pause_stops_and_resume_goes_on<H: Hypervisor>() {
+    let Some((handle, output)) = start::<H>(config("spin"), None, PATIENCE) else {
+        return;
+    };
+    let remote = handle.remote().clone();
+    for _ in 0..3 {
+        output.wait_longer_than(output.len());
+        remote.pause().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        let len = output.len();
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(output.len(), len);
+        remote.resume();
+        output.wait_longer_than(len);
+    }
+    remote.kill();
+    assert_eq!(handle.wait(), Outcome::Killed);
+    assert!(matches!(remote.pause(), Err(MachineError::Ended)));
+}
+
+fn state_is_saved_and_put_back<H: Hypervisor>() {
+    let Some((handle, output)) = start::<H>(config("spin"), None, PATIENCE) else {
+        return;
+    };
+    let remote = handle.remote();
+    output.wait_longer_than(10);
+    remote.pause().unwrap();
+    let state = remote.save_state().unwrap();
+    remote.resume();
+    output.wait_longer_than(output.len() + 10);
+    remote.pause().unwrap();
+    remote.restore_state(state.clone()).unwrap();
+    let again = remote.save_state().unwrap();
+    assert_eq!(again.cpus[0].general, state.cpus[0].general);
+    assert_eq!(again.cpus[0].lapic, state.cpus[0].lapic);
+    assert_eq!(again.virtio, state.virtio);
+    remote.resume();
+    output.wait_longer_than(output.len() + 10);
+}
+
+macro_rules! on {
+    ($backend:ident, $hypervisor:ty) => {
+        mod $backend {
+            #[test]
+            fn output_and_exit_status() {
+                super::output_and_exit_status::<$hypervisor>();
+            }
+            #[test]
+            fn module_is_loaded() {
+                super::module_is_loaded::<$hypervisor>();
+            }
+            #[test]
+            fn power_off() {
+                super::power_off::<$hypervisor>();
+            }
+            #[test]
+            fn reset_ends_or_reboots() {
+                super::reset_ends_or_reboots::<$hypervisor>();
+            }
+            #[test]
+            fn triple_fault_is_reported() {
+                super::triple_fault_is_reported::<$hypervisor>();
+            }
+            #[test]
+            fn panic_notifier_is_reported() {
+                super::panic_notifier_is_reported::<$hypervisor>();
+            }
+            #[test]
+            fn pic_interrupts_reach_the_guest() {
+                super::pic_interrupts_reach_the_guest::<$hypervisor>();
+            }
+            #[test]
+            fn second_processor_starts() {
+                super::second_processor_starts::<$hypervisor>();
+            }
+            #[test]
+            fn time_limit_ends_spinning_and_halted_guests() {
+                super::time_limit_ends_spinning_and_halted_guests::<$hypervisor>();
+            }
+            #[test]
+            fn pause_stops_and_resume_goes_on() {
+                super::pause_stops_and_resume_goes_on::<$hypervisor>();
+            }
+            #[test]
+            fn state_is_saved_and_put_back() {
+                super::state_is_saved_and_put_back::<$hypervisor>();
+            }
+        }
+    };
+}
+
+on!(kvm, skerry_hypervisor_kvm::Kvm);
+
+#[test]
+fn what_can_not_be_is_refused_in_words() {
+    let Ok(kvm) = skerry_hypervisor_kvm::Kvm::open() else {
+        eprintln!("skipped: no /dev/kvm");
+        return;
+    };
+    let message = |config: MachineConfig| {
+        let machine = Machine::new(&kvm, config, Attachments::default(), cpuid);
+        match machine.and_then(|machine| machine.start(None)) {
+            Ok(_) => panic!("started"),
+            Err(error) => error.to_string(),
+        }
+    };
+    let odd = MachineConfig {
+        memory: 1000,
+        ..config("")
+    };
+    assert!(message(odd).contains("--memory"));
+    let none = MachineConfig {
+        cpus: 0,
+        ..config("")
+    };
+    assert!(message(none).contains("--cpus"));
+    let text = message(config(""));
+    assert!(
+        text.contains("test guest") && text.contains("path"),
+        "{text}"
+    );
+}
