@@ -106,7 +106,10 @@ fn run() -> Result<ExitCode, Box<dyn Error>> {
             eprintln!("boot: {outcome:?}");
             ExitCode::SUCCESS
         }
-        Outcome::TimedOut => ExitCode::from(124),
+        Outcome::TimedOut => {
+            eprintln!("boot: timed out (RUST_LOG=debug shows the registers)");
+            ExitCode::from(124)
+        }
         Outcome::Killed | Outcome::InternalError(_) => {
             eprintln!("boot: {outcome:?}");
             ExitCode::from(125)

@@ -54,16 +54,25 @@ impl<V: Vm> Supervisor<V> {
     fn complete(&self, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::GuestCrash { reason, registers } if registers.is_empty() => {
-                let registers = (0..self.cpus)
-                    .filter_map(|cpu| match self.control.command(cpu, Command::Describe) {
-                        Some(Ok(Reply::Text(text))) => Some(text),
-                        _ => None,
-                    })
-                    .collect();
+                let registers = self.describe();
                 Outcome::GuestCrash { reason, registers }
+            }
+            Outcome::TimedOut => {
+                tracing::debug!("at the time limit:\n{}", self.describe());
+                outcome
             }
             outcome => outcome,
         }
+    }
+
+    /// The registers of all processors, which are parked.
+    fn describe(&self) -> String {
+        (0..self.cpus)
+            .filter_map(|cpu| match self.control.command(cpu, Command::Describe) {
+                Some(Ok(Reply::Text(text))) => Some(text),
+                _ => None,
+            })
+            .collect()
     }
 
     /// All processors are parked: devices first, so that none writes into the new kernel.
