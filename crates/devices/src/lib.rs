@@ -5,6 +5,8 @@ pub mod chipset;
 pub mod clock;
 pub mod events;
 pub mod irq;
+pub mod serial;
 mod state;
+pub mod virtio;
 
 pub use state::StateError;

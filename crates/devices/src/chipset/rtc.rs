@@ -155,7 +155,7 @@ impl RtcState {
         if self.reg(REG_B) & B_BINARY != 0 {
             value
         } else {
-            (value / 10) << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -172,7 +172,11 @@ impl RtcState {
             return self.encode(hour);
         }
         let afternoon = if hour >= 12 { 0x80 } else { 0 };
-        let on_dial = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let on_dial = if hour.is_multiple_of(12) {
+            12
+        } else {
+            hour % 12
+        };
         self.encode(on_dial) | afternoon
     }
 

@@ -1,0 +1,332 @@
+//! Runs a device's queues: who serves which queue on which thread, and when the guest is interrupted.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::{JoinHandle, Thread};
+
+use parking_lot::Mutex;
+use skerry_hypervisor::memory::GuestRam;
+
+use super::{DeviceKind, Queue, Served, VirtioDevice};
+use crate::irq::IrqLine;
+
+/// Interrupt status: a queue has used buffers (virtio 1.3, 4.2.2).
+const ISR_USED_BUFFER: u32 = 1;
+/// Interrupt status: the configuration changed.
+const ISR_CONFIG_CHANGE: u32 = 2;
+
+/// Where a guest's notification is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum QueueRunner {
+    /// On the vCPU thread that notified: the least latency for requests that never wait.
+    Inline,
+    /// On a thread of the device: the vCPU runs on meanwhile.
+    #[default]
+    Thread,
+}
+
+/// The interrupt status register and the line it drives.
+#[derive(Debug)]
+struct Interrupt {
+    status: Mutex<u32>,
+    line: IrqLine,
+}
+
+impl Interrupt {
+    fn raise(&self, bit: u32) {
+        let mut status = self.status.lock();
+        if *status & bit == 0 {
+            *status |= bit;
+            self.line.set(true);
+        }
+    }
+
+    fn acknowledge(&self, bits: u32) {
+        let mut status = self.status.lock();
+        *status &= !bits;
+        // Low in between even if a bit is left: an edge-triggered input needs a new edge for it.
+        self.line.set(false);
+        self.line.set(*status != 0);
+    }
+
+    fn set(&self, bits: u32) {
+        let mut status = self.status.lock();
+        *status = bits;
+        self.line.set(bits != 0);
+    }
+}
+
+struct Slot {
+    queue: Mutex<Option<Queue>>,
+    /// Somebody wants the queue served. Set before `queue` is tried, looked at after it is let go.
+    pending: AtomicBool,
+}
+
+/// The live half of a virtio transport.
+pub struct QueueEngine {
+    device: Arc<dyn VirtioDevice>,
+    ram: Arc<GuestRam>,
+    interrupt: Interrupt,
+    slots: Vec<Slot>,
+    runner: QueueRunner,
+    /// Queues that the worker is to serve, one bit each.
+    doorbell: AtomicU64,
+    worker: Mutex<Option<JoinHandle<()>>>,
+    worker_thread: std::sync::OnceLock<Thread>,
+    stop: AtomicBool,
+    paused: AtomicBool,
+    /// The rings broke the rules, or the device gave up: nothing runs until a reset.
+    broken: AtomicBool,
+    config_generation: AtomicU32,
+}
+
+impl QueueEngine {
+    pub(super) fn new(
+        device: Arc<dyn VirtioDevice>,
+        ram: Arc<GuestRam>,
+        line: IrqLine,
+        runner: QueueRunner,
+    ) -> std::io::Result<Arc<Self>> {
+        // The doorbell has a bit per queue.
+        let slots = device
+            .queue_sizes()
+            .iter()
+            .take(64)
+            .map(|_| Slot {
+                queue: Mutex::new(None),
+                pending: AtomicBool::new(false),
+            })
+            .collect();
+        let engine = Arc::new(Self {
+            device,
+            ram,
+            interrupt: Interrupt {
+                status: Mutex::new(0),
+                line,
+            },
+            slots,
+            runner,
+            doorbell: AtomicU64::new(0),
+            worker: Mutex::new(None),
+            worker_thread: std::sync::OnceLock::new(),
+            stop: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+            config_generation: AtomicU32::new(0),
+        });
+        engine.device.attach(Arc::downgrade(&engine));
+        if runner == QueueRunner::Thread {
+            let weak = Arc::downgrade(&engine);
+            let name = format!("virtio-{:?}", engine.device.kind()).to_lowercase();
+            let worker = std::thread::Builder::new()
+                .name(name)
+                .spawn(move || work(&weak))?;
+            let _ = engine.worker_thread.set(worker.thread().clone());
+            *engine.worker.lock() = Some(worker);
+        }
+        Ok(engine)
+    }
+
+    pub(super) fn device(&self) -> &dyn VirtioDevice {
+        &*self.device
+    }
+
+    pub(super) const fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The guest notified queue `index`. On a vCPU thread: an atomic and a wake at most, unless the
+    /// runner is inline.
+    pub fn kick(&self, index: usize) {
+        if index >= self.slots.len() {
+            return;
+        }
+        match (self.runner, self.worker_thread.get()) {
+            (QueueRunner::Thread, Some(worker)) => {
+                if self.doorbell.fetch_or(1 << index, Ordering::SeqCst) & (1 << index) == 0 {
+                    worker.unpark();
+                }
+            }
+            _ => self.serve(index),
+        }
+    }
+
+    /// Serves queue `index` on this thread. If another thread is at it, that one goes round again.
+    pub fn serve(&self, index: usize) {
+        let Some(slot) = self.slots.get(index) else {
+            return;
+        };
+        slot.pending.store(true, Ordering::SeqCst);
+        while slot.pending.load(Ordering::SeqCst) && !self.is_stopped() {
+            let Some(mut queue) = slot.queue.try_lock() else {
+                return;
+            };
+            // Looked at again under the lock: `pause` waits for the lock after setting its flag.
+            while !self.is_stopped() && slot.pending.swap(false, Ordering::SeqCst) {
+                match queue.as_mut() {
+                    Some(queue) => self.serve_locked(index, queue),
+                    None => break,
+                }
+            }
+            if queue.is_none() {
+                return;
+            }
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.paused.load(Ordering::SeqCst) || self.broken.load(Ordering::SeqCst)
+    }
+
+    fn serve_locked(&self, index: usize, queue: &mut Queue) {
+        let result = (|| {
+            loop {
+                queue.disable_notifications()?;
+                let served = self.device.process(index, queue)?;
+                let more = served == Served::Drained && queue.enable_notifications()?;
+                if queue.take_interrupt()? {
+                    self.interrupt.raise(ISR_USED_BUFFER);
+                }
+                if !more {
+                    return Ok(());
+                }
+            }
+        })();
+        if let Err(error) = result {
+            self.fail(&error);
+        }
+    }
+
+    /// Stops the device until its driver resets it.
+    pub(super) fn fail(&self, error: &super::QueueError) {
+        let kind = self.device.kind();
+        tracing::warn!(?kind, %error, "The guest's driver broke the rules of its virtqueue");
+        self.broken.store(true, Ordering::SeqCst);
+        self.interrupt.raise(ISR_CONFIG_CHANGE);
+    }
+
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::SeqCst)
+    }
+
+    /// Tells the driver that the device's configuration changed.
+    pub fn config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
+        self.interrupt.raise(ISR_CONFIG_CHANGE);
+    }
+
+    pub(super) fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn interrupt_status(&self) -> u32 {
+        *self.interrupt.status.lock()
+    }
+
+    pub(super) fn acknowledge(&self, bits: u32) {
+        self.interrupt.acknowledge(bits);
+    }
+
+    pub(super) fn restore_interrupt(&self, bits: u32) {
+        self.interrupt
+            .set(bits & (ISR_USED_BUFFER | ISR_CONFIG_CHANGE));
+    }
+
+    /// Makes queue `index` live, or stops it; waits for a server that is at it.
+    pub(super) fn set_queue(&self, index: usize, queue: Option<Queue>) {
+        if let Some(slot) = self.slots.get(index) {
+            *slot.queue.lock() = queue;
+        }
+    }
+
+    pub(super) fn with_queue<T>(&self, index: usize, act: impl FnOnce(&Queue) -> T) -> Option<T> {
+        self.slots.get(index)?.queue.lock().as_ref().map(act)
+    }
+
+    /// Back to the state before a driver came.
+    pub(super) fn reset(&self) {
+        for slot in &self.slots {
+            *slot.queue.lock() = None;
+            slot.pending.store(false, Ordering::SeqCst);
+        }
+        self.broken.store(false, Ordering::SeqCst);
+        self.interrupt.set(0);
+    }
+
+    /// Serves everything once, when the queues have just become live.
+    pub(super) fn kick_all(&self) {
+        for index in 0..self.slots.len() {
+            self.kick(index);
+        }
+    }
+
+    /// Stops serving; none is under way when this returns. Notifications are kept for `resume`.
+    pub fn pause(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+        for slot in &self.slots {
+            drop(slot.queue.lock());
+        }
+    }
+
+    /// Serves again.
+    pub fn resume(&self) {
+        self.paused.store(false, Ordering::SeqCst);
+        self.kick_all();
+    }
+
+    /// What kind of device this is.
+    pub fn kind(&self) -> DeviceKind {
+        self.device.kind()
+    }
+}
+
+/// The worker: serves what the doorbell says and sleeps in between.
+fn work(engine: &Weak<QueueEngine>) {
+    while let Some(engine) = engine.upgrade() {
+        let mut bits = engine.doorbell.swap(0, Ordering::SeqCst);
+        while bits != 0 {
+            let index = bits.trailing_zeros();
+            bits &= bits - 1;
+            engine.serve(index as usize);
+        }
+        let idle = engine.doorbell.load(Ordering::SeqCst) == 0;
+        if engine.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        // Not held while asleep, so that the engine can be dropped.
+        drop(engine);
+        if idle {
+            std::thread::park();
+        }
+    }
+}
+
+impl QueueEngine {
+    /// Ends the worker. Called by the transport when it is dropped.
+    pub(super) fn shut_down(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(worker) = self.worker.lock().take() {
+            worker.thread().unpark();
+            if worker.thread().id() != std::thread::current().id() {
+                let _ = worker.join();
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for QueueEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QueueEngine")
+            .field("kind", &self.device.kind())
+            .field(
+                "queues",
+                &self
+                    .slots
+                    .iter()
+                    .map(|slot| slot.queue.lock())
+                    .collect::<Vec<_>>(),
+            )
+            .field("interrupt", &self.interrupt)
+            .finish_non_exhaustive()
+    }
+}
