@@ -19,6 +19,7 @@ const MAX_LEAVES: usize = 256;
 /// The KVM of this host.
 pub struct Kvm {
     device: KvmDevice,
+    supported_cpuid: CpuidTable,
     msr_indices: Arc<[u32]>,
 }
 
@@ -56,23 +57,24 @@ fn open_error(error: kvm_ioctls::Error) -> Unusable {
     }
 }
 
-impl Kvm {
-    fn supported_cpuid(&self) -> Result<CpuidTable, kvm_ioctls::Error> {
-        let supported = self.device.get_supported_cpuid(MAX_LEAVES)?;
-        let mut table = convert::cpuid_from(supported.as_slice());
-        // The kernel leaves it to us to say what its local APICs add.
-        const X2APIC: u32 = 1 << 21;
-        const TSC_DEADLINE: u32 = 1 << 24;
-        let deadline = self.device.check_extension(Cap::TscDeadlineTimer);
-        for entry in table.entries.iter_mut().filter(|entry| entry.leaf == 1) {
-            entry.result.ecx |= X2APIC;
-            if deadline {
-                entry.result.ecx |= TSC_DEADLINE;
-            }
+/// Every CPUID bit that the kernel can show to a guest.
+fn supported_cpuid(device: &KvmDevice) -> Result<CpuidTable, kvm_ioctls::Error> {
+    // The kernel leaves it to us to say what its local APICs add.
+    const X2APIC: u32 = 1 << 21;
+    const TSC_DEADLINE: u32 = 1 << 24;
+    let supported = device.get_supported_cpuid(MAX_LEAVES)?;
+    let mut table = convert::cpuid_from(supported.as_slice());
+    let deadline = device.check_extension(Cap::TscDeadlineTimer);
+    for entry in table.entries.iter_mut().filter(|entry| entry.leaf == 1) {
+        entry.result.ecx |= X2APIC;
+        if deadline {
+            entry.result.ecx |= TSC_DEADLINE;
         }
-        Ok(table)
     }
+    Ok(table)
+}
 
+impl Kvm {
     fn measure(&self) -> Result<Capabilities, Unusable> {
         let failed = |what: &str, error: &dyn std::error::Error| {
             unusable(
@@ -80,10 +82,7 @@ impl Kvm {
                 "Update the host's kernel, or run with --hypervisor soft",
             )
         };
-        let supported_cpuid = self
-            .supported_cpuid()
-            .map_err(|e| failed("reading the processor's abilities", &e))?;
-        let GuestSpeed { mips, sse } = probe::measure_guest(self, &supported_cpuid)
+        let GuestSpeed { mips, sse } = probe::measure_guest(self, &self.supported_cpuid)
             .map_err(|e| failed("running a guest", &e))?;
         if let Some(unusable) = probe::judge(DEVICE, mips, sse.as_deref()) {
             return Err(unusable);
@@ -93,7 +92,8 @@ impl Kvm {
             .create_vm()
             .and_then(|vm| vm.create_vcpu(0)?.get_tsc_khz())
             .map_err(|e| failed("reading the time-stamp counter's frequency", &e))?;
-        let physical_address_bits = supported_cpuid
+        let physical_address_bits = self
+            .supported_cpuid
             .get(0x8000_0008, 0)
             .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
         Ok(Capabilities {
@@ -103,7 +103,7 @@ impl Kvm {
             max_vcpus: u32::try_from(self.device.get_max_vcpus())
                 .unwrap_or(1)
                 .min(64),
-            supported_cpuid,
+            supported_cpuid: self.supported_cpuid.clone(),
             tsc_khz,
             physical_address_bits,
         })
@@ -126,16 +126,23 @@ impl Hypervisor for Kvm {
                 "Update the host's kernel, or run with --hypervisor soft",
             ));
         }
-        let list = device.get_msr_index_list().map_err(|e| {
+        let silent = |e: kvm_ioctls::Error| {
             unusable(
-                format!("{DEVICE} does not list its registers: {e}"),
+                format!("{DEVICE} does not say what it can do: {e}"),
                 "Update the host's kernel, or run with --hypervisor soft",
             )
-        })?;
+        };
+        let list = device.get_msr_index_list().map_err(silent)?;
+        let supported_cpuid = supported_cpuid(&device).map_err(silent)?;
         Ok(Self {
-            device,
             msr_indices: list.as_slice().into(),
+            device,
+            supported_cpuid,
         })
+    }
+
+    fn supported_cpuid(&self) -> &CpuidTable {
+        &self.supported_cpuid
     }
 
     fn create_vm(&self, spec: &VmSpec) -> Result<KvmVm, CreateVmError> {

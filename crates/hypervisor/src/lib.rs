@@ -10,9 +10,11 @@
 //! ```
 //!
 //! This crate holds types and traits only: no operating-system code, no device, no policy. The
-//! conformance suite that every backend must pass is in [`conformance` module (feature `conformance`).
+//! conformance suite that every backend must pass is in the `conformance` module (feature `conformance`).
 
 pub mod cancel;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod cpuid;
 pub mod error;
 pub mod exit;

@@ -62,6 +62,9 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// Opens the backend without probing it.
     fn open() -> Result<Self, Unusable>;
 
+    /// Every CPUID bit that a guest may be shown, without probing.
+    fn supported_cpuid(&self) -> &CpuidTable;
+
     /// Makes a virtual machine without memory or processors.
     fn create_vm(&self, spec: &VmSpec) -> Result<Self::Vm, CreateVmError>;
 }
