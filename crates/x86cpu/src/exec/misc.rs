@@ -174,7 +174,7 @@ pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
     use Mnemonic as M;
     let run: Handler = match i.mnemonic() {
         // Reserved NOPs (0F 19–1F) touch no memory, whatever operand they name. Prefetches neither.
-        M::Nop | M::Reservednop | M::Fnop if i.mnemonic() != M::Fnop => nop,
+        M::Nop | M::Reservednop => nop,
         M::Endbr64
         | M::Endbr32
         | M::Prefetchnta
@@ -184,11 +184,6 @@ pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
         | M::Prefetchw
         | M::Prefetchwt1
         | M::Prefetch
-        | M::Prefetchreserved3
-        | M::Prefetchreserved4
-        | M::Prefetchreserved5
-        | M::Prefetchreserved6
-        | M::Prefetchreserved7 => nop,
         M::Pause => pause,
         M::Lfence | M::Sfence | M::Mfence => fence,
         M::Clflush | M::Clflushopt | M::Clwb => return with_memory(l, i, flush_line),
