@@ -183,7 +183,7 @@ pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
         | M::Prefetcht2
         | M::Prefetchw
         | M::Prefetchwt1
-        | M::Prefetch
+        | M::Prefetch => nop,
         M::Pause => pause,
         M::Lfence | M::Sfence | M::Mfence => fence,
         M::Clflush | M::Clflushopt | M::Clwb => return with_memory(l, i, flush_line),
