@@ -1,17 +1,17 @@
 //! Boots a kernel for bring-up: `boot --hypervisor kvm|soft [options] KERNEL [INITRD]`.
 //!
 //! Options: `--cmdline S`, `--memory MIB`, `--cpus N`, `--debug-exit PORT`, `--no-reboot`,
-//! `--timeout SECONDS`, `--disk FILE`. COM1 is standard output.
+//! `--timeout SECONDS`, `--disk FILE`, `--virtio` (entropy, console, sockets). COM1 is standard output.
 
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use skerry_hypervisor::{CpuidTable, Hypervisor};
+use skerry_hypervisor::Hypervisor;
 use skerry_hypervisor_kvm::Kvm;
 use skerry_machine::{
-    Attachments, DiskConfig, Machine, MachineConfig, MachineHandle, Outcome, host_cpuid,
+    Attachments, DiskConfig, Machine, MachineConfig, MachineHandle, Outcome, cpuid_for,
 };
 
 struct Options {
@@ -45,6 +45,11 @@ fn options() -> Result<Options, Box<dyn Error>> {
                 let port = value()?;
                 config.debug_exit = Some(u16::from_str_radix(port.trim_start_matches("0x"), 16)?);
             }
+            "--virtio" => {
+                config.rng = true;
+                config.console = true;
+                config.vsock = Some(3);
+            }
             "--no-reboot" => config.no_reboot = true,
             "--timeout" => options.timeout = Some(Duration::from_secs(value()?.parse()?)),
             "--disk" => options.disks.push(value()?),
@@ -77,11 +82,16 @@ fn start<H: Hypervisor>(options: Options) -> Result<MachineHandle, Box<dyn Error
                 "boot: {} at {:.0} MIPS",
                 found.description, found.measured_mips
             );
-            Machine::new(&hypervisor, config, attachments, host_cpuid(&found, cpus))?
+            Machine::new(&hypervisor, config, attachments, |id| {
+                cpuid_for(&found.supported_cpuid, id, cpus)
+            })?
         }
         Err(unusable) => {
-            eprintln!("boot: going on without CPUID although: {unusable}");
-            Machine::new(&hypervisor, config, attachments, |_| CpuidTable::default())?
+            eprintln!("boot: going on although: {unusable}");
+            let table = hypervisor.supported_cpuid().clone();
+            Machine::new(&hypervisor, config, attachments, |id| {
+                cpuid_for(&table, id, cpus)
+            })?
         }
     };
     Ok(machine.start(options.timeout)?)

@@ -100,7 +100,7 @@ impl<V: Vm> Supervisor<V> {
             let _ = thread.join();
         }
         self.chipset.timers.pause();
-        self.virtio.pause();
+        self.virtio.shut_down();
         if flush {
             flush_serial(&self.chipset);
         }

@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 
 use skerry_boot::{BootInputs, Entry, Kernel, MemoryMap, NamedBytes, Platform, acpi, mptable};
 use skerry_devices::bus::{MmioBusBuilder, PortBusBuilder};
-use skerry_hypervisor::{
-    Capabilities, CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmSpec,
-};
+use skerry_hypervisor::{CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};
 
 use crate::chipset::{Chipset, ChipsetParts, SerialSink};
 use crate::config::MachineConfig;
@@ -289,10 +287,4 @@ pub fn cpuid_for(template: &CpuidTable, id: u32, cpus: u32) -> CpuidTable {
         }
     }
     table
-}
-
-/// What `capabilities` can show, as every processor's table.
-pub fn host_cpuid(capabilities: &Capabilities, cpus: u32) -> impl Fn(u32) -> CpuidTable {
-    let template = capabilities.supported_cpuid.clone();
-    move |id| cpuid_for(&template, id, cpus)
 }

@@ -18,6 +18,9 @@ use crate::MachineError;
 use crate::config::MachineConfig;
 use crate::layout;
 
+/// Queues of the device that has most.
+const MAX_QUEUES: usize = 64;
+
 /// What a [`VirtioSet`] is built from.
 pub(crate) struct VirtioParts<'a> {
     pub(crate) config: &'a MachineConfig,
@@ -155,8 +158,8 @@ impl VirtioSet {
     }
 
     /// The host's end of the socket device.
-    pub fn vsock(&self) -> Option<&VsockHost> {
-        self.vsock.as_ref()
+    pub fn vsock(&self) -> Option<VsockHost> {
+        self.vsock.clone()
     }
 
     pub(crate) fn pause(&self) {
@@ -165,6 +168,18 @@ impl VirtioSet {
 
     pub(crate) fn resume(&self) {
         self.transports.iter().for_each(|t| t.resume());
+    }
+
+    /// When the processors are gone: what the guest sent before it ended still goes out, then
+    /// connections to it break.
+    pub(crate) fn shut_down(&self) {
+        for transport in &self.transports {
+            for queue in 0..MAX_QUEUES {
+                transport.engine().serve(queue);
+            }
+            transport.pause();
+            transport.reset();
+        }
     }
 
     pub(crate) fn reset(&self) {
