@@ -1,0 +1,276 @@
+//! From guest memory to blocks.
+
+use std::sync::Arc;
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
+
+use crate::code::cache::{BlockRef, KeyBits, NewBlock, in_page};
+use crate::code::lower::Lowering;
+use crate::cpu::Cpu;
+use crate::mem::{PAGE_MASK, PAGE_SIZE};
+use crate::trap::Trap;
+
+/// Bytes that are looked at for one block.
+const WINDOW: usize = 256;
+/// Instructions in one block.
+const INSTRUCTIONS: u16 = 48;
+/// Bytes of the longest instruction.
+const LONGEST: usize = 15;
+
+/// Branches that leave mode and privilege as they are.
+fn is_near(i: &Instruction) -> bool {
+    i.is_jcc_short_or_near()
+        || i.is_jmp_short_or_near()
+        || i.is_call_near()
+        || i.is_jmp_near_indirect()
+        || i.is_call_near_indirect()
+        || i.is_loop()
+        || i.is_loopcc()
+        || i.is_jcx_short()
+        || i.mnemonic() == Mnemonic::Ret
+}
+
+/// Why decoding stopped.
+enum Stop {
+    /// A block was made.
+    Made,
+    /// The first instruction needs bytes past the window.
+    Short,
+    /// The first instruction is longer than instructions can be.
+    TooLong,
+}
+
+/// A block's worth of ops.
+#[derive(Clone, Copy, Default)]
+struct Shape {
+    count: u16,
+    len: u16,
+    linkable: bool,
+}
+
+impl Cpu {
+    /// The block to run at the current RIP; decodes it if need be. With [`KeyBits::ONE`] it is a
+    /// single instruction.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn find_block(&mut self, bits: u64) -> Result<BlockRef, Trap> {
+        if !self.code_within_limit(1) {
+            return Err(self.gp0());
+        }
+        let linear = self.code_linear();
+        let gpa = self.translate_fetch(linear)?;
+        let key = self.block_key(gpa, bits);
+        if let Some(found) = self.code.find(key) {
+            if self.usable(found, linear)? {
+                if bits == 0 {
+                    self.remember_plain(linear, found);
+                }
+                return Ok(found);
+            }
+        }
+        self.decode_block(linear, gpa, bits)
+    }
+
+    /// Decodes at `linear`, which is `gpa`.
+    fn decode_block(&mut self, linear: u64, gpa: u64, bits: u64) -> Result<BlockRef, Trap> {
+        let mut ops = std::mem::take(&mut self.code.scratch);
+        let result = self.decode_into(&mut ops, linear, gpa, bits);
+        self.code.scratch = ops;
+        result
+    }
+
+    fn decode_into(
+        &mut self,
+        ops: &mut Vec<crate::code::Op>,
+        linear: u64,
+        gpa: u64,
+        bits: u64,
+    ) -> Result<BlockRef, Trap> {
+        let limit = if bits & KeyBits::ONE != 0 {
+            1
+        } else {
+            INSTRUCTIONS
+        };
+        loop {
+            self.claim_code_page(gpa);
+            let slots = self.mmu_slots();
+            let Some(page) = slots.page(gpa) else {
+                return Err(self.fetch_from_nowhere());
+            };
+            let version = page.state.version();
+            let mut window = [0; WINDOW];
+            let here = (PAGE_SIZE - in_page(gpa)).min(WINDOW);
+            page.read(in_page(gpa), &mut window[..here]);
+            let (stop, shape) = self.lower_all(ops, &window[..here], limit);
+            match stop {
+                Stop::Made => {}
+                Stop::TooLong => return Err(self.gp0()),
+                Stop::Short => {
+                    return self.decode_crossing(ops, linear, gpa, bits, &window[..here]);
+                }
+            }
+            if !self.code_within_limit(u64::from(shape.len)) {
+                if limit > 1 {
+                    return self.decode_into(ops, linear, gpa, KeyBits::ONE);
+                }
+                return Err(self.gp0());
+            }
+            page.state.add_code(in_page(gpa), usize::from(shape.len));
+            let mut again = [0; WINDOW];
+            page.read(in_page(gpa), &mut again[..usize::from(shape.len)]);
+            if again[..usize::from(shape.len)] != window[..usize::from(shape.len)] {
+                continue;
+            }
+            let new = NewBlock {
+                ops,
+                page: page.state,
+                version,
+                count: shape.count,
+                len: shape.len,
+                linkable: shape.linkable && bits == 0,
+                second: None,
+            };
+            let block = self.enter_block(gpa, bits, &new)?;
+            if bits == 0 {
+                self.remember_block(linear, block);
+            }
+            return Ok(block);
+        }
+    }
+
+    /// One instruction that goes on in the next page.
+    fn decode_crossing(
+        &mut self,
+        ops: &mut Vec<crate::code::Op>,
+        linear: u64,
+        gpa: u64,
+        bits: u64,
+        first: &[u8],
+    ) -> Result<BlockRef, Trap> {
+        let next = self.wrap_code((linear | PAGE_MASK).wrapping_add(1));
+        let gpa2 = self.translate_fetch(next)?;
+        loop {
+            self.claim_code_page(gpa);
+            self.claim_code_page(gpa2);
+            let slots = self.mmu_slots();
+            let (Some(page), Some(page2)) = (slots.page(gpa), slots.page(gpa2)) else {
+                return Err(self.fetch_from_nowhere());
+            };
+            let versions = (page.state.version(), page2.state.version());
+            let head = first.len();
+            let mut window = [0; LONGEST];
+            page.read(in_page(gpa), &mut window[..head]);
+            page2.read(0, &mut window[head..]);
+            let (stop, shape) = self.lower_all(ops, &window, 1);
+            if !matches!(stop, Stop::Made) || !self.code_within_limit(u64::from(shape.len)) {
+                return Err(self.gp0());
+            }
+            let len = usize::from(shape.len);
+            page.state.add_code(in_page(gpa), head.min(len));
+            if len > head {
+                page2.state.add_code(0, len - head);
+            }
+            let mut again = [0; LONGEST];
+            page.read(in_page(gpa), &mut again[..head]);
+            page2.read(0, &mut again[head..]);
+            if again[..len] != window[..len] {
+                continue;
+            }
+            let new = NewBlock {
+                ops,
+                page: page.state,
+                version: versions.0,
+                count: shape.count,
+                len: shape.len,
+                linkable: false,
+                second: Some((gpa2 & !PAGE_MASK, page2.state, versions.1)),
+            };
+            return self.enter_block(gpa, bits, &new);
+        }
+    }
+
+    /// Lowers instructions until the block ends or the bytes do.
+    fn lower_all(
+        &mut self,
+        ops: &mut Vec<crate::code::Op>,
+        bytes: &[u8],
+        limit: u16,
+    ) -> (Stop, Shape) {
+        ops.clear();
+        let rip = self.rip;
+        let code_bits = self.sys.mode.bits();
+        let options = DecoderOptions::FORCE_RESERVED_NOP;
+        let mut decoder = Decoder::with_ip(code_bits, bytes, rip, options);
+        let mut lowering = Lowering::new(self, ops, rip);
+        let mut shape = Shape::default();
+        let mut instruction = Instruction::default();
+        while shape.count < limit && usize::from(shape.len) < bytes.len() {
+            let at = usize::from(shape.len);
+            decoder.decode_out(&mut instruction);
+            let rest = bytes.len() - at;
+            if decoder.last_error() == DecoderError::NoMoreBytes && rest < LONGEST {
+                if shape.count == 0 {
+                    return (Stop::Short, shape);
+                }
+                break;
+            }
+            if instruction.is_invalid() && too_long(code_bits, &bytes[at..], options) {
+                if shape.count == 0 {
+                    return (Stop::TooLong, shape);
+                }
+                break;
+            }
+            let len = instruction.len();
+            lowering.instruction(&instruction, &bytes[at..at + len], shape.len);
+            shape.len += len as u16;
+            shape.count += 1;
+            shape.linkable = is_near(&instruction);
+            if lowering.ended() {
+                break;
+            }
+            shape.linkable |= instruction.flow_control() == FlowControl::Next;
+        }
+        lowering.finish(shape.len);
+        (Stop::Made, shape)
+    }
+
+    fn enter_block(&mut self, gpa: u64, bits: u64, new: &NewBlock<'_>) -> Result<BlockRef, Trap> {
+        let key = self.block_key(gpa, bits);
+        if let Some(block) = self.code.add(key, new) {
+            return Ok(block);
+        }
+        self.code.clear();
+        match self.code.add(key, new) {
+            Some(block) => Ok(block),
+            // A block is far smaller than the arena.
+            None => Err(self.ud()),
+        }
+    }
+
+    /// Code where there is no RAM: an empty bus reads as all ones, which is no instruction.
+    fn fetch_from_nowhere(&mut self) -> Trap {
+        self.ud()
+    }
+
+    fn wrap_code(&self, linear: u64) -> u64 {
+        if self.sys.mode.is64() {
+            linear
+        } else {
+            linear & 0xffff_ffff
+        }
+    }
+
+    fn mmu_slots(&self) -> Arc<crate::mem::SlotTable> {
+        self.mmu.slots().clone()
+    }
+}
+
+/// Whether the bytes start with more than 15 bytes of one instruction.
+fn too_long(code_bits: u32, bytes: &[u8], options: u32) -> bool {
+    let Some(most) = bytes.get(..LONGEST) else {
+        return false;
+    };
+    let mut decoder = Decoder::new(code_bits, most, options);
+    decoder.decode();
+    decoder.last_error() == DecoderError::NoMoreBytes
+}

@@ -1,0 +1,313 @@
+//! From an instruction to ops: what the lowering functions of the families share.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use crate::code::op::{Op, op_flag};
+use crate::cpu::{Cpu, reg, seg};
+use crate::cpuid::Features;
+use crate::sys::CodeMode;
+use crate::trap::Trap;
+
+/// Does nothing: what an op runs until its lowering function says better.
+pub fn nop(_: &mut Cpu, _: &Op) -> Result<(), Trap> {
+    Ok(())
+}
+
+fn undefined(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
+    Err(cpu.ud())
+}
+
+/// The end of a block whose last instruction is no branch.
+fn advance(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    cpu.rip = cpu.own_rip(op);
+    Ok(())
+}
+
+fn advance64(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    cpu.rip = cpu.rip.wrapping_add(u64::from(op.ip));
+    Ok(())
+}
+
+fn load_temporary(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    cpu.gpr[usize::from(reg::TMP)] = op.imm;
+    Ok(())
+}
+
+fn rip_to_temporary(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    cpu.gpr[usize::from(reg::TMP)] = cpu.rip.wrapping_add(op.imm);
+    Ok(())
+}
+
+/// One block in the making, and the instruction that is being lowered.
+pub struct Lowering<'a> {
+    /// The processor that decodes, for side tables that ops refer to.
+    pub cpu: &'a mut Cpu,
+    /// How the code is decoded.
+    pub mode: CodeMode,
+    ops: &'a mut Vec<Op>,
+    bytes: &'a [u8],
+    start: u64,
+    ip: u16,
+    ended: bool,
+    branch: bool,
+}
+
+impl<'a> Lowering<'a> {
+    pub(super) fn new(cpu: &'a mut Cpu, ops: &'a mut Vec<Op>, start: u64) -> Self {
+        Self {
+            mode: cpu.sys.mode,
+            cpu,
+            ops,
+            bytes: &[],
+            start,
+            ip: 0,
+            ended: false,
+            branch: false,
+        }
+    }
+
+    /// Lowers `i`, whose encoding is `bytes`, at `ip` bytes from the block's start.
+    pub(super) fn instruction(&mut self, i: &Instruction, bytes: &'a [u8], ip: u16) {
+        self.ip = ip;
+        self.bytes = bytes;
+        let before = self.ops.len();
+        let known = !i.is_invalid()
+            && self.cpu.features.has_all(i.cpuid_features())
+            && (crate::exec::lower(self, i)
+                || crate::sys::lower(self, i)
+                || crate::simd::lower(self, i));
+        if !known {
+            self.ops.truncate(before);
+            let mut op = self.op();
+            op.run = undefined;
+            self.push(op);
+            self.end_block_after();
+        }
+    }
+
+    /// Whether the block ends after the last instruction lowered.
+    pub(super) fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Adds the op that moves RIP past the block, unless a branch has done so.
+    pub(super) fn finish(&mut self, len: u16) {
+        if self.branch {
+            return;
+        }
+        let mut op = self.op();
+        op.ip = len;
+        op.len = 0;
+        op.run = if self.mode.is64() { advance64 } else { advance };
+        self.ops.push(op);
+    }
+
+    /// A new op for this instruction: address and length filled in, no operands.
+    pub fn op(&self) -> Op {
+        Op {
+            run: nop,
+            imm: 0,
+            disp: 0,
+            ip: self.ip,
+            len: self.bytes.len() as u8,
+            flags: 0,
+            r0: reg::ZERO,
+            r1: reg::ZERO,
+            r2: reg::ZERO,
+            base: reg::ZERO,
+            index: reg::ZERO,
+            scale: 0,
+            seg: seg::FLAT,
+            extra: 0,
+            aux: 0,
+        }
+    }
+
+    /// The instruction's encoding.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// The instruction's linear address within the code segment (RIP), as decoded. The same block
+    /// may run at other addresses.
+    pub fn rip(&self) -> u64 {
+        self.start.wrapping_add(u64::from(self.ip))
+    }
+
+    /// Features that the guest may use.
+    pub fn features(&self) -> &Features {
+        &self.cpu.features
+    }
+
+    /// Adds an op.
+    pub fn push(&mut self, op: Op) {
+        self.ops.push(op);
+    }
+
+    /// Adds an op that sets RIP on every path, and ends the block.
+    pub fn push_branch(&mut self, op: Op) {
+        self.ops.push(op);
+        self.ended = true;
+        self.branch = true;
+    }
+
+    /// Ends the block after this instruction; the framework moves RIP.
+    pub fn end_block_after(&mut self) {
+        self.ended = true;
+    }
+
+    /// Width of the stack pointer: 64, 32 or 16.
+    pub fn stack_bits(&self) -> u32 {
+        if self.mode.is64() {
+            64
+        } else if self.mode.stack32() {
+            32
+        } else {
+            16
+        }
+    }
+
+    /// The number by which ops name a register: general registers in encoding order, AH to BH as
+    /// [`reg::HIGH8`] and up, segment registers by [`seg`], others by their own number.
+    pub fn reg(&self, r: Register) -> u8 {
+        match r {
+            Register::AH => reg::HIGH8,
+            Register::CH => reg::HIGH8 + 1,
+            Register::DH => reg::HIGH8 + 2,
+            Register::BH => reg::HIGH8 + 3,
+            Register::None => reg::ZERO,
+            Register::EIP | Register::RIP => reg::BLOCK_RIP,
+            Register::SPL => reg::RSP,
+            Register::BPL => reg::RBP,
+            Register::SIL => reg::RSI,
+            Register::DIL => reg::RDI,
+            r if r.is_gpr() => r.full_register().number() as u8,
+            r => r.number() as u8,
+        }
+    }
+
+    /// Fills `op`'s memory operand, segment and LOCK flag from the instruction's.
+    pub fn mem(&mut self, op: &mut Op, i: &Instruction) {
+        if i.has_lock_prefix() {
+            op.flags |= op_flag::LOCK;
+        }
+        let stack = matches!(
+            i.memory_base(),
+            Register::RSP | Register::ESP | Register::SP | Register::RBP | Register::EBP | Register::BP
+        );
+        self.segment(op, i.memory_segment(), stack);
+        if i.is_ip_rel_memory_operand() {
+            self.ip_relative(op, i);
+            return;
+        }
+        op.base = self.reg(i.memory_base());
+        op.index = self.reg(i.memory_index());
+        op.scale = i.memory_index_scale().trailing_zeros() as u8;
+        op.flags |= match address_bits(i) {
+            64 => 0,
+            32 => op_flag::ADDR32,
+            _ => op_flag::ADDR16,
+        };
+        let disp = i.memory_displacement64();
+        // Truncation to the address size makes the low half enough for shorter addresses.
+        if address_bits(i) != 64 || disp as i32 as i64 as u64 == disp {
+            op.disp = disp as i32;
+        } else {
+            // Only MOV with a 64-bit offset has such a displacement, and no base.
+            let mut load = self.op();
+            load.run = load_temporary;
+            load.imm = disp;
+            self.ops.push(load);
+            op.base = reg::TMP;
+        }
+    }
+
+    fn ip_relative(&mut self, op: &mut Op, i: &Instruction) {
+        if i.memory_base() == Register::EIP {
+            op.flags |= op_flag::ADDR32;
+        }
+        let disp = i.memory_displacement64().wrapping_sub(self.start);
+        if op.has(op_flag::ADDR32) || disp as i32 as i64 as u64 == disp {
+            op.base = reg::BLOCK_RIP;
+            op.disp = disp as i32;
+        } else {
+            let mut load = self.op();
+            load.run = rip_to_temporary;
+            load.imm = disp;
+            self.ops.push(load);
+            op.base = reg::TMP;
+        }
+    }
+
+    /// Sets the segment of a memory operand. `stack` says that the address is relative to RSP or
+    /// RBP, so that a non-canonical one is a stack fault (SDM 1 §3.7.4).
+    fn segment(&self, op: &mut Op, segment: Register, stack: bool) {
+        let number = segment.number() as u8;
+        if !self.mode.is64() {
+            op.seg = number;
+            op.flags |= op_flag::SEGMENTED;
+        } else if number == seg::FS || number == seg::GS {
+            op.seg = number;
+        } else if stack {
+            op.seg = seg::FLAT_SS;
+        } else {
+            op.seg = seg::FLAT;
+        }
+    }
+
+    /// Fills in what a string instruction needs: source segment in `seg`, destination segment in
+    /// `r0`, address size.
+    pub fn string_operands(&mut self, op: &mut Op, i: &Instruction) {
+        let source = (0..i.op_count()).any(|n| {
+            matches!(
+                i.op_kind(n),
+                OpKind::MemorySegSI
+                    | OpKind::MemorySegESI
+                    | OpKind::MemorySegRSI
+                    | OpKind::MemorySegDI
+                    | OpKind::MemorySegEDI
+                    | OpKind::MemorySegRDI
+            )
+        });
+        self.segment(
+            op,
+            if source {
+                i.memory_segment()
+            } else {
+                Register::DS
+            },
+            false,
+        );
+        op.r0 = if self.mode.is64() { seg::FLAT } else { seg::ES };
+        for n in 0..i.op_count() {
+            op.flags |= match i.op_kind(n) {
+                OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => op_flag::ADDR16,
+                OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => {
+                    op_flag::ADDR32
+                }
+                _ => 0,
+            };
+        }
+    }
+}
+
+/// Address size of the memory operand: 64, 32 or 16.
+fn address_bits(i: &Instruction) -> u32 {
+    let register = if i.memory_base() == Register::None {
+        i.memory_index()
+    } else {
+        i.memory_base()
+    };
+    match register.size() {
+        8 => 64,
+        4 => 32,
+        2 => 16,
+        // No register, or a vector of indices: the displacement's size tells.
+        _ => match i.memory_displ_size() {
+            8 => 64,
+            4 => 32,
+            2 => 16,
+            _ => 64,
+        },
+    }
+}

@@ -1,0 +1,539 @@
+//! Guest-physical memory: slots, and what is remembered of each page.
+#![expect(unsafe_code, reason = "hands out host addresses of guest memory that its slots keep mapped")]
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use thiserror::Error;
+use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
+
+use crate::mem::int::{copy_in, copy_out};
+use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
+use crate::shared::{CpuShared, Machine, request};
+
+/// What is known of one page of RAM, shared by all processors.
+#[derive(Debug, Default)]
+pub struct PageState {
+    /// Which of the page's 64-byte granules hold decoded code.
+    granules: AtomicU64,
+    /// Changes whenever decoded code of the page may be stale.
+    version: AtomicU32,
+    /// Bit 31: holds code, so that writes take the slow path. Others: which processors (id mod 31)
+    /// may hold a TLB entry through which they write.
+    users: AtomicU32,
+}
+
+/// In [`PageState::users`].
+const CODE: u32 = 1 << 31;
+
+fn writer_bit(cpu: u32) -> u32 {
+    1 << (cpu % 31)
+}
+
+fn granules_of(offset: usize, len: usize) -> u64 {
+    let first = (offset & (PAGE_SIZE - 1)) / 64;
+    let last = ((offset & (PAGE_SIZE - 1)) + len.max(1) - 1).min(PAGE_SIZE - 1) / 64;
+    (u64::MAX << first) & (u64::MAX >> (63 - last))
+}
+
+impl PageState {
+    /// The version that decoded code must have been made from.
+    #[inline(always)]
+    pub(crate) fn version(&self) -> u32 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Notes that processor `cpu` writes the page through its TLB from now on; `false` if it must
+    /// not, because the page holds code.
+    pub(super) fn add_writer(&self, cpu: u32) -> bool {
+        self.users
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |users| {
+                (users & CODE == 0).then_some(users | writer_bit(cpu))
+            })
+            .is_ok()
+    }
+
+    /// Whether the page holds code.
+    pub(super) fn is_code(&self) -> bool {
+        self.users.load(Ordering::SeqCst) & CODE != 0
+    }
+
+    /// Makes the page hold code. Gives the processors that may still write it unseen.
+    fn make_code(&self) -> u32 {
+        self.users.fetch_or(CODE, Ordering::SeqCst) & !CODE
+    }
+
+    /// All writers have given up.
+    fn clear_writers(&self, writers: u32) {
+        self.users.fetch_and(!(writers & !CODE), Ordering::SeqCst);
+    }
+
+    /// Marks bytes as decoded; to be called before they are compared with what was decoded.
+    pub(crate) fn add_code(&self, offset: usize, len: usize) {
+        self.granules
+            .fetch_or(granules_of(offset, len), Ordering::SeqCst);
+    }
+
+    /// After a write of bytes: drops decoded code that they overlap. `true` if there was any.
+    ///
+    /// The granules go first: a decoder that comes between sets them again and reads the version
+    /// that is about to go.
+    pub(crate) fn wrote(&self, offset: usize, len: usize) -> bool {
+        if self.granules.load(Ordering::SeqCst) & granules_of(offset, len) == 0 {
+            return false;
+        }
+        self.granules.swap(0, Ordering::SeqCst);
+        self.version.fetch_add(1, Ordering::SeqCst);
+        true
+    }
+
+    /// Makes the page plain data again, and `cpu` one of its writers. `true` if code was dropped.
+    pub(super) fn make_data(&self, cpu: u32) -> bool {
+        let had_code = self.granules.swap(0, Ordering::SeqCst) != 0;
+        self.version.fetch_add(1, Ordering::SeqCst);
+        let _ = self
+            .users
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |users| {
+                Some((users & !CODE) | writer_bit(cpu))
+            });
+        had_code
+    }
+}
+
+/// Host memory that can back slots, and the state of its pages.
+///
+/// One per mapping, however many slots show it.
+pub struct Backing {
+    address: usize,
+    len: usize,
+    pages: Box<[PageState]>,
+    _mapping: Box<dyn Send + Sync>,
+}
+
+impl fmt::Debug for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backing")
+            .field("len", &self.len)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Backing {
+    /// Backs slots by a mapping; `None` if it is empty or not page-aligned.
+    pub fn new<B: Bitmap + Send + Sync + 'static>(
+        mapping: Arc<MmapRegion<B>>,
+    ) -> Option<Arc<Self>> {
+        let address = mapping.as_ptr() as usize;
+        let len = mapping.size();
+        if len == 0 || address % PAGE_SIZE != 0 || len % PAGE_SIZE != 0 {
+            return None;
+        }
+        let mut pages = Vec::new();
+        pages.resize_with(len / PAGE_SIZE, PageState::default);
+        Some(Arc::new(Self {
+            address,
+            len,
+            pages: pages.into_boxed_slice(),
+            _mapping: Box::new(mapping),
+        }))
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: a backing has at least a page.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// To be called after the host has written `len` bytes at `offset`: decoded code of them goes.
+    pub fn host_wrote(&self, offset: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let last = offset.saturating_add(len - 1).min(self.len - 1);
+        let mut at = offset;
+        while at <= last {
+            let end = (at | (PAGE_SIZE - 1)).min(last);
+            if let Some(page) = self.pages.get(at / PAGE_SIZE)
+                && page.is_code()
+            {
+                page.wrote(at, end - at + 1);
+            }
+            at = end + 1;
+        }
+    }
+}
+
+/// A range of guest-physical addresses and the memory behind it.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// First address.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The memory.
+    pub backing: Arc<Backing>,
+    /// Where in it.
+    pub offset: usize,
+    /// Guest writes become exits.
+    pub read_only: bool,
+    /// Pages that the guest wrote, a bit each, if that is logged.
+    log: Option<Arc<[AtomicU64]>>,
+}
+
+/// A page of RAM, found by its guest-physical address.
+#[derive(Clone, Copy)]
+pub(crate) struct RamPage<'a> {
+    /// Host address of its first byte.
+    pub host: usize,
+    /// Guest writes become exits.
+    pub read_only: bool,
+    /// What is known of it.
+    pub state: &'a PageState,
+    log: Option<&'a AtomicU64>,
+    log_bit: u64,
+}
+
+impl RamPage<'_> {
+    /// Copies bytes out; those past the page's end stay as they are in `into`.
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
+        let offset = offset.min(PAGE_SIZE);
+        let len = into.len().min(PAGE_SIZE - offset);
+        // SAFETY: within the page, which its slot keeps mapped.
+        unsafe { copy_out(self.host + offset, &mut into[..len]) };
+    }
+
+    /// Logs a guest write.
+    pub(super) fn log_write(&self) {
+        if let Some(word) = self.log
+            && word.load(Ordering::Relaxed) & self.log_bit == 0
+        {
+            word.fetch_or(self.log_bit, Ordering::SeqCst);
+        }
+    }
+}
+
+/// All slots at one moment, sorted by address.
+#[derive(Debug, Default)]
+pub(crate) struct SlotTable {
+    slots: Vec<Slot>,
+}
+
+impl SlotTable {
+    /// The page of RAM at `gpa`.
+    pub(crate) fn page(&self, gpa: u64) -> Option<RamPage<'_>> {
+        let after = self.slots.partition_point(|slot| slot.gpa <= gpa);
+        let slot = self.slots.get(after.checked_sub(1)?)?;
+        let within = (gpa - slot.gpa) & !PAGE_MASK;
+        if within >= slot.len {
+            return None;
+        }
+        let offset = slot.offset + within as usize;
+        let number = (within >> PAGE_SHIFT) as usize;
+        Some(RamPage {
+            host: slot.backing.address + offset,
+            read_only: slot.read_only,
+            state: &slot.backing.pages[offset / PAGE_SIZE],
+            log: slot.log.as_ref().map(|log| &log[number / 64]),
+            log_bit: 1 << (number % 64),
+        })
+    }
+}
+
+/// A change of the memory map was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum MapRefused {
+    /// Not whole pages within the backing.
+    #[error("Memory slot of {len:#x} bytes at {gpa:#x} isn't made of whole pages of its backing")]
+    Misaligned {
+        /// First address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Overlaps another.
+    #[error("Memory slot of {len:#x} bytes at {gpa:#x} overlaps one that is mapped")]
+    Overlap {
+        /// First address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// There is none.
+    #[error("No memory slot starts at {0:#x}")]
+    NotMapped(u64),
+    /// The slot has no log.
+    #[error("The memory slot at {0:#x} keeps no dirty log")]
+    NotLogged(u64),
+}
+
+/// Guest-physical memory of one machine.
+#[derive(Debug, Default)]
+pub struct Memory {
+    table: Mutex<Arc<SlotTable>>,
+    /// Counts everything that makes TLB entries stale from outside; see [`CpuShared::memory_seen`].
+    generation: AtomicU64,
+    /// Held for locked accesses that cross a page, which no host instruction does at once.
+    pub(super) split_lock: Mutex<()>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing is left half-done under these locks, so a panic elsewhere doesn't spoil them.
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn new_log(len: u64) -> Arc<[AtomicU64]> {
+    let words = (len >> PAGE_SHIFT).div_ceil(64);
+    (0..words).map(|_| AtomicU64::new(0)).collect()
+}
+
+impl Memory {
+    /// No slots.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub(crate) fn slots(&self) -> Arc<SlotTable> {
+        locked(&self.table).clone()
+    }
+
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// Takes the lock of accesses that no host instruction does at once.
+    pub(super) fn lock_split(&self) -> MutexGuard<'_, ()> {
+        locked(&self.split_lock)
+    }
+
+    /// The backing that already shows the mapping at `address`, so that all slots of one mapping
+    /// share the state of its pages.
+    pub fn backing_at(&self, address: *const u8) -> Option<Arc<Backing>> {
+        locked(&self.table)
+            .slots
+            .iter()
+            .find(|slot| slot.backing.address == address as usize)
+            .map(|slot| slot.backing.clone())
+    }
+
+    fn physical(&self, gpa: u64, len: usize, write: bool, mut part: impl FnMut(RamPage<'_>, usize, usize, usize)) -> bool {
+        let slots = self.slots();
+        let mut done = 0;
+        while done < len {
+            let at = gpa.wrapping_add(done as u64);
+            let offset = (at & PAGE_MASK) as usize;
+            let here = (PAGE_SIZE - offset).min(len - done);
+            let Some(page) = slots.page(at) else {
+                return false;
+            };
+            if write && page.read_only {
+                return false;
+            }
+            part(page, offset, done, here);
+            done += here;
+        }
+        true
+    }
+
+    /// Reads guest-physical memory for the processor itself; `false` if there is no RAM.
+    pub fn read_physical(&self, gpa: u64, into: &mut [u8]) -> bool {
+        self.physical(gpa, into.len(), false, |page, offset, done, here| {
+            page.read(offset, &mut into[done..done + here]);
+        })
+    }
+
+    /// Writes guest-physical memory for the processor itself; `false` if there is no RAM, or none
+    /// that the guest could write.
+    pub fn write_physical(&self, gpa: u64, from: &[u8]) -> bool {
+        self.physical(gpa, from.len(), true, |page, offset, done, here| {
+            page.log_write();
+            // SAFETY: within the page, which its slot keeps mapped and lets be written.
+            unsafe { copy_in(page.host + offset, &from[done..done + here]) };
+            if page.state.is_code() {
+                page.state.wrote(offset, here);
+            }
+        })
+    }
+
+    fn change<R>(
+        &self,
+        edit: impl FnOnce(&mut Vec<Slot>) -> Result<R, MapRefused>,
+    ) -> Result<R, MapRefused> {
+        let mut table = locked(&self.table);
+        let mut slots = table.slots.clone();
+        let result = edit(&mut slots)?;
+        *table = Arc::new(SlotTable { slots });
+        Ok(result)
+    }
+}
+
+fn position(slots: &[Slot], gpa: u64) -> Result<usize, MapRefused> {
+    slots
+        .iter()
+        .position(|slot| slot.gpa == gpa)
+        .ok_or(MapRefused::NotMapped(gpa))
+}
+
+impl Machine {
+    /// Maps `len` bytes at `offset` of `backing`. Processors may be running.
+    pub fn map(
+        &self,
+        gpa: u64,
+        len: u64,
+        backing: &Arc<Backing>,
+        offset: usize,
+        read_only: bool,
+        log_dirty: bool,
+    ) -> Result<(), MapRefused> {
+        let misaligned = MapRefused::Misaligned { gpa, len };
+        let end = gpa.checked_add(len).ok_or(misaligned)?;
+        let end_offset = usize::try_from(len)
+            .ok()
+            .and_then(|len| offset.checked_add(len))
+            .ok_or(misaligned)?;
+        if len == 0
+            || (gpa | len | offset as u64) & PAGE_MASK != 0
+            || end_offset > backing.len
+            || end > 1 << 52
+        {
+            return Err(misaligned);
+        }
+        self.memory.change(|slots| {
+            if slots.iter().any(|s| s.gpa < end && gpa < s.gpa + s.len) {
+                return Err(MapRefused::Overlap { gpa, len });
+            }
+            let at = slots.partition_point(|slot| slot.gpa < gpa);
+            slots.insert(
+                at,
+                Slot {
+                    gpa,
+                    len,
+                    backing: backing.clone(),
+                    offset,
+                    read_only,
+                    log: log_dirty.then(|| new_log(len)),
+                },
+            );
+            Ok(())
+        })?;
+        self.memory_changed(None);
+        Ok(())
+    }
+
+    /// Unmaps the slot at `gpa`. When this returns no processor accesses it any more.
+    pub fn unmap(&self, gpa: u64) -> Result<(), MapRefused> {
+        let removed = self.memory.change(|slots| {
+            let at = position(slots, gpa)?;
+            Ok(slots.remove(at))
+        })?;
+        self.memory_changed(None);
+        drop(removed);
+        Ok(())
+    }
+
+    /// Changes whether the slot at `gpa` is read-only and whether its writes are logged; a log
+    /// that goes on keeps what it has.
+    pub fn protect(&self, gpa: u64, read_only: bool, log_dirty: bool) -> Result<(), MapRefused> {
+        self.memory.change(|slots| {
+            let at = position(slots, gpa)?;
+            let slot = &mut slots[at];
+            slot.read_only = read_only;
+            slot.log = match slot.log.take() {
+                Some(log) if log_dirty => Some(log),
+                None if log_dirty => Some(new_log(slot.len)),
+                _ => None,
+            };
+            Ok(())
+        })?;
+        self.memory_changed(None);
+        Ok(())
+    }
+
+    /// Takes and clears the log of the slot at `gpa`: a bit per page, lowest first.
+    ///
+    /// A write that a processor makes until this returns is in what was taken: the bits go first,
+    /// then every processor gives up the entries through which it writes without logging.
+    pub fn take_dirty(&self, gpa: u64) -> Result<Vec<u64>, MapRefused> {
+        let table = self.memory.slots();
+        let slot = &table.slots[position(&table.slots, gpa)?];
+        let log = slot.log.as_ref().ok_or(MapRefused::NotLogged(gpa))?;
+        let taken = log
+            .iter()
+            .map(|word| word.swap(0, Ordering::SeqCst))
+            .collect();
+        self.memory_changed(None);
+        Ok(taken)
+    }
+
+    /// Makes every processor bring its TLB up to date, and waits until those that run guest code
+    /// have done so. A processor that calls this passes itself: it answers others while it waits.
+    pub(crate) fn memory_changed(&self, caller: Option<&mut dyn FnMut()>) {
+        let generation = self.memory.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        self.wait_for(generation, u32::MAX, None, caller);
+    }
+
+    fn wait_for(
+        &self,
+        generation: u64,
+        processors: u32,
+        own: Option<u32>,
+        mut answer: Option<&mut dyn FnMut()>,
+    ) {
+        let others = || {
+            self.cpus
+                .iter()
+                .enumerate()
+                .filter(|(id, _)| own != Some(*id as u32))
+                .filter(|(id, _)| writer_bit(*id as u32) & processors != 0)
+                .filter_map(|(_, cpu)| cpu.get())
+        };
+        for cpu in others() {
+            cpu.request(request::MEMORY);
+        }
+        let behind = |cpu: &CpuShared| cpu.memory_seen.load(Ordering::SeqCst) < generation;
+        let mut spins = 0u32;
+        while others().any(|cpu| behind(cpu)) {
+            if let Some(answer) = &mut answer {
+                answer();
+            }
+            spins = spins.wrapping_add(1);
+            if spins % 64 == 0 {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Makes a page hold code, for processor `own` that is about to decode it. On return no
+    /// processor has a TLB entry left through which it writes the page unseen, but perhaps `own`:
+    /// the result says whether it must drop its.
+    pub(crate) fn make_code(
+        &self,
+        page: &PageState,
+        own: u32,
+        answer: &mut dyn FnMut(),
+    ) -> bool {
+        if page.users.load(Ordering::SeqCst) == CODE {
+            return false;
+        }
+        let writers = page.make_code();
+        // Bits are shared where there are more processors than bits.
+        let others = if self.cpus.len() > 31 {
+            writers
+        } else {
+            writers & !writer_bit(own)
+        };
+        if others != 0 {
+            let generation = self.memory.generation.fetch_add(1, Ordering::SeqCst) + 1;
+            self.wait_for(generation, others, Some(own), Some(answer));
+        }
+        page.clear_writers(writers);
+        writers & writer_bit(own) != 0
+    }
+}

@@ -1,0 +1,525 @@
+//! Translation as a whole: address spaces, flushes, and what happens on a miss.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::cpu::Cpu;
+use crate::flags::rflags;
+use crate::mem::PAGE_MASK;
+use crate::mem::memory::{PageState, SlotTable};
+use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, TlbView};
+use crate::mem::walk::{self, Levels, Paging, Wants};
+use crate::sys::state::{cr0, cr4, efer};
+use crate::trap::{Trap, TrapKind, vector};
+
+/// PCIDs that there are.
+const PCIDS: usize = 4096;
+
+/// One processor's memory-management unit.
+pub struct Mmu {
+    first: FirstLevel,
+    second: SecondLevel,
+    slots: Arc<SlotTable>,
+    /// The generation of [`crate::mem::Memory`] that the TLBs are up to date with.
+    generation: u64,
+    paging: Paging,
+    pdptes: [u64; 4],
+    physical_bits: u8,
+    table: Table,
+    /// Address space of each PCID; 0 for none yet.
+    asids: Box<[u16; PCIDS]>,
+    /// Of the current PCID.
+    asid: u16,
+    /// Under which the second level keeps global pages.
+    global: u16,
+    last_asid: u16,
+    /// Hashes of 2 MiB (and 1 GiB) regions that large pages have been entered for.
+    large: Box<[u64; 64]>,
+}
+
+/// How an access is made, for [`Cpu::load_lin`] and its kin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// With the current privilege.
+    Current,
+    /// By the processor itself (descriptor tables, TSS): supervisor, whatever RFLAGS.AC says.
+    Supervisor,
+    /// As code at privilege level 0 to 2 would, under the current RFLAGS.AC.
+    Kernel,
+    /// As code at privilege level 3 would.
+    User,
+}
+
+/// A page of RAM or of something else.
+#[derive(Clone, Copy)]
+pub(crate) enum Place {
+    /// Host address of the very byte; the page can be accessed as asked.
+    Ram(usize),
+    /// RAM that holds code, to be written (with [`Cpu::wrote_code`] after it): host address and
+    /// guest-physical address.
+    Code(usize, u64),
+    /// No RAM, or a write to read-only RAM: a guest-physical address.
+    Device(u64),
+}
+
+impl Mmu {
+    pub(crate) fn new(slots: Arc<SlotTable>) -> Self {
+        Self {
+            first: FirstLevel::new(),
+            second: SecondLevel::new(),
+            slots,
+            generation: 0,
+            paging: Paging::default(),
+            pdptes: [0; 4],
+            physical_bits: 36,
+            table: Table::Supervisor,
+            asids: Box::new([0; PCIDS]),
+            asid: 1,
+            global: 2,
+            last_asid: 2,
+            large: Box::new([0; 64]),
+        }
+    }
+
+    pub(crate) fn set_physical_bits(&mut self, bits: u32) {
+        self.physical_bits = bits.clamp(32, 52) as u8;
+    }
+
+    pub(crate) fn view(&self) -> TlbView {
+        self.first.view(self.table, self.asid)
+    }
+
+    pub(crate) fn slots(&self) -> &Arc<SlotTable> {
+        &self.slots
+    }
+
+    fn new_asid(&mut self) -> u16 {
+        if self.last_asid == LAST_ASID {
+            self.first.clear();
+            self.second.clear();
+            self.asids.fill(0);
+            self.large.fill(0);
+            self.last_asid = 1;
+            self.global = 1;
+        }
+        self.last_asid += 1;
+        self.last_asid
+    }
+
+    fn flush_all(&mut self) {
+        self.first.clear();
+        self.second.clear();
+        self.large.fill(0);
+        self.asids.fill(0);
+        self.asid = self.new_asid();
+        // `new_asid` may just have started over and given `global` a number of its own.
+        self.global = self.new_asid();
+    }
+
+    fn large_key(linear: u64, shift: u32) -> (usize, u64) {
+        let hash = ((linear >> shift) ^ (u64::from(shift) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((hash >> 58) as usize, 1 << ((hash >> 52) & 63))
+    }
+
+    fn note_large(&mut self, linear: u64, shift: u32) {
+        let shift = if shift == 30 { 30 } else { 21 };
+        let (word, bit) = Self::large_key(linear, shift);
+        self.large[word] |= bit;
+    }
+
+    fn may_be_large(&self, linear: u64) -> bool {
+        // A 4 MiB page has entries under both of its halves.
+        [(linear, 21), (linear ^ (1 << 21), 21), (linear, 30)]
+            .into_iter()
+            .any(|(linear, shift)| {
+                let (word, bit) = Self::large_key(linear, shift);
+                self.large[word] & bit != 0
+            })
+    }
+}
+
+impl Cpu {
+    /// Brings translation up to date with CR0, CR4, EFER, RFLAGS and the privilege level. What
+    /// changes how tables are read also flushes.
+    pub(crate) fn update_mmu_mode(&mut self) {
+        let sys = &self.sys;
+        let levels = if sys.cr0 & cr0::PG == 0 {
+            Levels::None
+        } else if sys.efer & efer::LMA != 0 {
+            Levels::Four
+        } else if sys.cr4 & cr4::PAE != 0 {
+            Levels::Pae
+        } else {
+            Levels::Legacy
+        };
+        let on = levels != Levels::None;
+        let paging = Paging {
+            levels,
+            write_protect: sys.cr0 & cr0::WP != 0,
+            no_execute: sys.efer & efer::NXE != 0 && matches!(levels, Levels::Four | Levels::Pae),
+            smep: on && sys.cr4 & cr4::SMEP != 0,
+            smap: on && sys.cr4 & cr4::SMAP != 0,
+            global: sys.cr4 & cr4::PGE != 0,
+            pse: sys.cr4 & cr4::PSE != 0,
+            pcid: sys.cr4 & cr4::PCIDE != 0,
+            gigabyte: self.mmu.paging.gigabyte,
+            physical_bits: self.mmu.physical_bits,
+        };
+        let slow = self.alignment_checked() || sys.dr7 & 0xff != 0;
+        self.mmu.table = if slow {
+            Table::Slow
+        } else if self.cpl == 3 {
+            Table::User
+        } else if paging.smap && self.rflags & rflags::AC != 0 {
+            Table::SupervisorAc
+        } else {
+            Table::Supervisor
+        };
+        if paging != self.mmu.paging {
+            self.mmu.paging = Paging {
+                gigabyte: self.cpuid.extended_feature_edx() & (1 << 26) != 0,
+                ..paging
+            };
+            self.tlb_flush_all();
+        } else {
+            self.view_changed();
+        }
+    }
+
+    /// Number of the current address space.
+    pub(crate) fn asid(&self) -> u16 {
+        self.mmu.asid
+    }
+
+    fn view_changed(&mut self) {
+        self.view = self.mmu.view();
+        self.code_context_changed();
+    }
+
+    /// Drops every translation, global ones too.
+    pub fn tlb_flush_all(&mut self) {
+        self.mmu.flush_all();
+        self.code_mappings_changed();
+        self.view_changed();
+    }
+
+    /// The local APIC's page has moved, or is there no more.
+    pub(crate) fn apic_page_moved(&mut self) {
+        self.tlb_flush_all();
+    }
+
+    /// Drops the translations of the current PCID but for global ones.
+    pub fn tlb_flush_non_global(&mut self) {
+        self.switch_address_space(self.sys.cr3, true);
+    }
+
+    /// After a write of CR3: the address space is the one that `new` names; `noflush` is bit 63 of
+    /// the value written under CR4.PCIDE.
+    pub fn tlb_load_cr3(&mut self, _old: u64, new: u64, noflush: bool) {
+        self.switch_address_space(new, !noflush);
+    }
+
+    fn pcid(&self, cr3: u64) -> usize {
+        if self.mmu.paging.pcid {
+            cr3 as usize & (PCIDS - 1)
+        } else {
+            0
+        }
+    }
+
+    fn switch_address_space(&mut self, cr3: u64, flush: bool) {
+        let pcid = self.pcid(cr3);
+        let known = self.mmu.asids[pcid];
+        self.mmu.asid = if flush || known == 0 {
+            let asid = self.mmu.new_asid();
+            self.mmu.asids[pcid] = asid;
+            asid
+        } else {
+            known
+        };
+        self.view_changed();
+    }
+
+    /// INVLPG: drops a page in the current address space, and global ones.
+    pub fn tlb_flush_page(&mut self, linear: u64) {
+        if self.mmu.may_be_large(linear) {
+            self.tlb_flush_all();
+            return;
+        }
+        self.mmu.first.drop_page(linear);
+        self.mmu.second.drop_page(linear);
+        self.code_page_unmapped(linear);
+    }
+
+    /// INVPCID type 1: drops all pages of a PCID but for global ones.
+    pub fn tlb_flush_pcid(&mut self, pcid: u16) {
+        if self.pcid(self.sys.cr3) == usize::from(pcid) {
+            self.tlb_flush_non_global();
+        } else {
+            self.mmu.asids[usize::from(pcid) % PCIDS] = 0;
+        }
+    }
+
+    /// INVPCID type 0: drops a page of a PCID.
+    pub fn tlb_flush_page_pcid(&mut self, linear: u64, pcid: u16) {
+        if self.mmu.may_be_large(linear) {
+            self.tlb_flush_pcid(pcid);
+        } else {
+            self.tlb_flush_page(linear);
+        }
+    }
+
+    /// Loads the PAE page-directory-pointer registers from where CR3 points; #GP if one is bad.
+    /// Does nothing outside of PAE paging.
+    pub fn load_pdptes(&mut self) -> Result<(), Trap> {
+        let sys = &self.sys;
+        let pae = sys.cr0 & cr0::PG != 0 && sys.cr4 & cr4::PAE != 0 && sys.efer & efer::LMA == 0;
+        if !pae {
+            return Ok(());
+        }
+        let mmu = &mut *self.mmu;
+        let paging = Paging {
+            physical_bits: mmu.physical_bits,
+            ..mmu.paging
+        };
+        match walk::load_pdptes(&mmu.slots, &paging, sys.cr3) {
+            Some(pdptes) => {
+                mmu.pdptes = pdptes;
+                Ok(())
+            }
+            None => Err(self.gp0()),
+        }
+    }
+
+    /// The PAE page-directory-pointer registers, for state that is saved.
+    pub fn pdptes(&self) -> [u64; 4] {
+        self.mmu.pdptes
+    }
+
+    /// Sets the PAE page-directory-pointer registers.
+    pub fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        self.mmu.pdptes = pdptes;
+    }
+
+    /// Takes note of changes of the memory map and of pages that became code elsewhere. To be
+    /// called between instructions only.
+    pub(crate) fn catch_up_with_memory(&mut self) {
+        loop {
+            let generation = self.machine.memory.generation();
+            if generation != self.mmu.generation {
+                self.mmu.generation = generation;
+                let slots = self.machine.memory.slots();
+                if Arc::ptr_eq(&slots, &self.mmu.slots) {
+                    self.mmu.first.drop_writes();
+                } else {
+                    self.code.clear();
+                    self.mmu.slots = slots;
+                    self.tlb_flush_all();
+                }
+            }
+            self.shared
+                .memory_seen
+                .store(generation, Ordering::SeqCst);
+            // A change that came before the store may have found this processor not running.
+            if self.machine.memory.generation() == generation {
+                return;
+            }
+        }
+    }
+
+    /// Declares that no guest code runs here until [`Cpu::catch_up_with_memory`].
+    pub(crate) fn leave_memory(&self) {
+        self.shared.memory_seen.store(u64::MAX, Ordering::SeqCst);
+    }
+
+    fn table_of(&self, access: Access) -> Table {
+        let ac = self.rflags & rflags::AC != 0 && self.mmu.paging.smap;
+        match access {
+            Access::Current if self.cpl == 3 => Table::User,
+            Access::User => Table::User,
+            Access::Current | Access::Kernel if ac => Table::SupervisorAc,
+            Access::Current | Access::Kernel | Access::Supervisor => Table::Supervisor,
+        }
+    }
+
+    /// The view for an access that isn't made with the current privilege.
+    #[inline]
+    pub(super) fn view_of(&self, access: Access) -> TlbView {
+        if access == Access::Current {
+            self.view
+        } else {
+            let table = self.table_of(access);
+            self.mmu.first.view(table, self.mmu.asid)
+        }
+    }
+
+    fn wants(&self, access: Access, write: bool) -> Wants {
+        let table = self.table_of(access);
+        Wants {
+            write,
+            fetch: false,
+            user: table == Table::User,
+            through_smap: table == Table::SupervisorAc,
+        }
+    }
+
+    #[cold]
+    fn page_fault(&mut self, linear: u64, code: u32) -> Trap {
+        self.trap.address = linear;
+        self.trap.kind = TrapKind::Fault {
+            vector: vector::PF,
+            error_code: Some(code),
+        };
+        Trap
+    }
+
+    fn is_canonical(&self, linear: u64) -> bool {
+        self.mmu.paging.levels != Levels::Four || ((linear << 16) as i64 >> 16) as u64 == linear
+    }
+
+    /// What is mapped at a canonical address, if the access may be made.
+    fn mapping(&mut self, linear: u64, wants: Wants) -> Result<Mapping, Trap> {
+        let mmu = &mut *self.mmu;
+        if let Some(found) = mmu.second.find(linear, mmu.asid, mmu.global)
+            && mmu.paging.allows(&found, wants)
+            && (found.dirty || !wants.write)
+        {
+            return Ok(found);
+        }
+        let cr3 = self.sys.cr3;
+        match walk::walk(&mmu.slots, &mmu.paging, cr3, &mmu.pdptes, linear, wants) {
+            Ok(walked) => {
+                let mapping = walked.mapping;
+                let asid = if mapping.global { mmu.global } else { mmu.asid };
+                mmu.second.fill(linear, asid, &mapping);
+                if walked.shift != 12 {
+                    mmu.note_large(linear, walked.shift);
+                }
+                Ok(mapping)
+            }
+            Err(code) => Err(self.page_fault(linear, code)),
+        }
+    }
+
+    /// Translates one byte's address for an access that stays within its page, and enters the page
+    /// into the first level where later accesses may go ahead.
+    pub(super) fn translate(
+        &mut self,
+        linear: u64,
+        access: Access,
+        write: bool,
+        stack: bool,
+    ) -> Result<Place, Trap> {
+        if !self.is_canonical(linear) {
+            let vector = if stack { vector::SS } else { vector::GP };
+            return Err(self.fault(vector, 0));
+        }
+        let wants = self.wants(access, write);
+        let mapping = self.mapping(linear, wants)?;
+        let gpa = mapping.gpa | (linear & PAGE_MASK);
+        if self.apic.page_address() == Some(mapping.gpa) {
+            return Ok(Place::Device(gpa));
+        }
+        let table = self.table_of(access);
+        let mmu = &mut *self.mmu;
+        let Some(page) = mmu.slots.page(mapping.gpa) else {
+            return Ok(Place::Device(gpa));
+        };
+        let host = page.host + (linear & PAGE_MASK) as usize;
+        if write {
+            if page.read_only {
+                return Ok(Place::Device(gpa));
+            }
+            page.log_write();
+            if !page.state.add_writer(self.id) {
+                return Ok(Place::Code(host, gpa));
+            }
+        }
+        mmu.first
+            .fill(table, mmu.asid, linear, page.host, mapping.gpa, write);
+        Ok(Place::Ram(host))
+    }
+
+    /// Translates an address that instructions are fetched from.
+    pub(crate) fn translate_fetch(&mut self, linear: u64) -> Result<u64, Trap> {
+        if !self.is_canonical(linear) {
+            return Err(self.gp0());
+        }
+        let wants = Wants {
+            write: false,
+            fetch: true,
+            user: self.cpl == 3,
+            through_smap: false,
+        };
+        let mapping = self.mapping(linear, wants)?;
+        Ok(mapping.gpa | (linear & PAGE_MASK))
+    }
+
+    /// Translates without faults, limits of privilege or changes of accessed bits that matter, as a
+    /// debugger does.
+    pub fn peek_translate(&self, linear: u64) -> Option<u64> {
+        if !self.is_canonical(linear) {
+            return None;
+        }
+        let wants = Wants {
+            write: false,
+            fetch: false,
+            user: false,
+            through_smap: true,
+        };
+        let mmu = &*self.mmu;
+        walk::walk(
+            &mmu.slots,
+            &mmu.paging,
+            self.sys.cr3,
+            &mmu.pdptes,
+            linear,
+            wants,
+        )
+        .ok()
+        .map(|walked| walked.mapping.gpa | (linear & PAGE_MASK))
+    }
+
+    /// The state of the page that a fetch was translated to, for RAM.
+    pub(crate) fn code_page(&self, gpa: u64) -> Option<(usize, &PageState)> {
+        self.mmu.slots.page(gpa).map(|page| (page.host, page.state))
+    }
+
+    /// After a write of `len` bytes at `gpa`, in a page that holds code. Ends the running block if
+    /// any decoded code was dropped: it may be the block's own.
+    pub(super) fn wrote_code(&mut self, gpa: u64, len: usize) {
+        let dropped = match self.mmu.slots.page(gpa) {
+            Some(page) => page.state.wrote((gpa & PAGE_MASK) as usize, len),
+            None => false,
+        };
+        if dropped {
+            self.end_block_early();
+        }
+    }
+
+    /// Makes a page that holds code writable like any other, dropping its code.
+    pub(super) fn code_to_data(&mut self, gpa: u64) {
+        let id = self.id;
+        let dropped = match self.mmu.slots.page(gpa & !PAGE_MASK) {
+            Some(page) => page.state.make_data(id),
+            None => false,
+        };
+        if dropped {
+            self.end_block_early();
+        }
+    }
+
+    /// Makes the page at `gpa` hold code: no processor writes it unseen from here on.
+    pub(crate) fn claim_code_page(&mut self, gpa: u64) {
+        let machine = self.machine.clone();
+        let slots = self.mmu.slots.clone();
+        let Some(page) = slots.page(gpa) else {
+            return;
+        };
+        let id = self.id;
+        let drop_own = machine.make_code(page.state, id, &mut || self.catch_up_with_memory());
+        if drop_own {
+            self.mmu.first.drop_writes_to(gpa & !PAGE_MASK);
+        }
+    }
+}

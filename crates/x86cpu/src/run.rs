@@ -1,0 +1,121 @@
+//! Running guest code until something needs the caller.
+
+use std::sync::atomic::Ordering;
+
+use crate::cpu::Cpu;
+use crate::exit::CpuExit;
+use crate::shared::request;
+use crate::sys::Next;
+use crate::trap::{Trap, TrapKind};
+
+impl Cpu {
+    /// Runs guest code until something needs the caller. An exit that reads is answered with
+    /// [`Cpu::complete_read`] before the next run.
+    pub fn run(&mut self) -> CpuExit {
+        self.fpu_enter();
+        self.catch_up_with_memory();
+        let exit = self.run_inside();
+        self.leave_memory();
+        self.fpu_sync();
+        exit
+    }
+
+    /// Whether the last exit was a read whose value has not been given.
+    pub fn wants_value(&self) -> bool {
+        self.devices.wants_value()
+    }
+
+    fn run_inside(&mut self) -> CpuExit {
+        if self.devices.wants_value() {
+            // The caller has no answer: an empty bus.
+            self.complete_read(u64::MAX);
+        }
+        if self.devices.is_active()
+            && let Some(exit) = self.step_and_deliver()
+        {
+            return exit;
+        }
+        let mut first = true;
+        loop {
+            let requests = self.shared.requests.load(Ordering::SeqCst);
+            if requests & request::EXIT != 0 {
+                self.shared
+                    .requests
+                    .fetch_and(!request::EXIT, Ordering::SeqCst);
+                return CpuExit::Requested;
+            }
+            if requests & request::MEMORY != 0 {
+                self.shared
+                    .requests
+                    .fetch_and(!request::MEMORY, Ordering::SeqCst);
+                self.catch_up_with_memory();
+            }
+            if first || requests & !request::MEMORY != 0 {
+                first = false;
+                match self.poll_events() {
+                    Next::Run => {}
+                    Next::Step => {
+                        if let Some(exit) = self.step_and_deliver() {
+                            return exit;
+                        }
+                        continue;
+                    }
+                    Next::Exit(exit) => return exit,
+                }
+            }
+            if let Err(Trap) = self.run_blocks()
+                && let Some(exit) = self.handle_trap()
+            {
+                return exit;
+            }
+        }
+    }
+
+    /// Runs one instruction, and what it raises; what waits for its end then has its turn.
+    fn step_and_deliver(&mut self) -> Option<CpuExit> {
+        self.devices.restart();
+        let result = self.run_one();
+        let exit = match result {
+            Ok(()) => {
+                self.devices.clear();
+                None
+            }
+            Err(Trap) => self.handle_trap(),
+        };
+        if exit.is_none() || !self.devices.is_active() {
+            self.after_step(result.is_ok());
+        }
+        exit
+    }
+
+    /// Runs one instruction without delivering what it raises: the trap is in [`Cpu::trap`], and
+    /// RIP is on the instruction if it did not complete. For tests and debuggers.
+    pub fn step(&mut self) -> Result<(), Trap> {
+        self.catch_up_with_memory();
+        self.devices.restart();
+        let mut result = self.run_one();
+        if result.is_err() && matches!(self.trap.kind, TrapKind::Resume) {
+            result = Ok(());
+        }
+        if result.is_ok() {
+            self.devices.clear();
+        }
+        self.leave_memory();
+        result
+    }
+
+    #[cold]
+    fn handle_trap(&mut self) -> Option<CpuExit> {
+        match std::mem::take(&mut self.trap.kind) {
+            TrapKind::Fault { vector, error_code } => {
+                self.devices.clear();
+                self.deliver_exception(vector, error_code)
+            }
+            TrapKind::Exit(exit) => Some(exit),
+            TrapKind::Resume | TrapKind::None => {
+                self.devices.clear();
+                None
+            }
+        }
+    }
+}
