@@ -37,7 +37,7 @@ pub trait MachineEvents: Send + Sync {
     fn notify(&self, event: MachineEvent);
 }
 
-#[cfg(any(test, feature = "fuzzing"))]
+#[cfg(test)]
 pub(crate) mod testing {
     use super::*;
     use parking_lot::Mutex;

@@ -442,6 +442,14 @@ impl VirtioDevice for ConsoleDevice {
         }
     }
 
+    fn close(&self) {
+        for port in &self.ports {
+            port.io.lock().closed = true;
+            port.readable.notify_all();
+            port.writable.notify_all();
+        }
+    }
+
     fn process(&self, index: usize, queue: &mut Queue) -> Result<Served, QueueError> {
         match index {
             CONTROL_RECEIVE => return self.process_control_receive(queue),
@@ -511,11 +519,7 @@ impl fmt::Debug for ConsoleDevice {
 
 impl Drop for ConsoleDevice {
     fn drop(&mut self) {
-        for port in &self.ports {
-            port.io.lock().closed = true;
-            port.readable.notify_all();
-            port.writable.notify_all();
-        }
+        self.close();
     }
 }
 

@@ -123,6 +123,13 @@ impl VirtioMmio {
         self.reset_locked(&mut self.registers.lock());
     }
 
+    /// Ends the device for good: its queues stop, and host threads that wait for the guest wake up.
+    pub fn close(&self) {
+        self.engine.pause();
+        self.engine.shut_down();
+        self.device().close();
+    }
+
     fn device(&self) -> &dyn VirtioDevice {
         self.engine.device()
     }
@@ -426,6 +433,6 @@ impl std::fmt::Debug for VirtioMmio {
 
 impl Drop for VirtioMmio {
     fn drop(&mut self) {
-        self.engine.shut_down();
+        self.close();
     }
 }

@@ -109,6 +109,9 @@ pub trait VirtioDevice: Send + Sync {
     /// The driver reset the device; its queues are gone.
     fn reset(&self) {}
 
+    /// The machine is over: host threads that wait for the guest get what is left, then an end.
+    fn close(&self) {}
+
     /// Serves queue `index`. No other thread serves the same queue meanwhile.
     fn process(&self, index: usize, queue: &mut Queue) -> Result<Served, QueueError>;
 

@@ -203,6 +203,20 @@ impl Shared {
         }
     }
 
+    /// Ends everything: connections, listeners, and whoever waits for either.
+    fn close(&self) {
+        let mut table = self.table.lock();
+        table.closed = true;
+        table.active = false;
+        let listeners = std::mem::take(&mut table.listeners);
+        drop(table);
+        self.kill_all(io::ErrorKind::ConnectionAborted);
+        self.activated.notify_all();
+        for queue in listeners.values() {
+            queue.close();
+        }
+    }
+
     /// The guest asks for a connection to a port of the host.
     fn accept(self: &Arc<Self>, key: Key, request: &Header) -> bool {
         let mut table = self.table.lock();
@@ -453,6 +467,10 @@ impl VirtioDevice for VsockDevice {
         self.shared.kill_all(io::ErrorKind::ConnectionReset);
     }
 
+    fn close(&self) {
+        self.shared.close();
+    }
+
     fn process(&self, index: usize, queue: &mut Queue) -> Result<Served, QueueError> {
         match index {
             RECEIVE_QUEUE => self.shared.process_receive(queue),
@@ -500,15 +518,6 @@ impl fmt::Debug for VsockDevice {
 
 impl Drop for VsockDevice {
     fn drop(&mut self) {
-        let mut table = self.shared.table.lock();
-        table.closed = true;
-        table.active = false;
-        let listeners = std::mem::take(&mut table.listeners);
-        drop(table);
-        self.shared.kill_all(io::ErrorKind::ConnectionAborted);
-        self.shared.activated.notify_all();
-        for queue in listeners.values() {
-            queue.close();
-        }
+        self.shared.close();
     }
 }
