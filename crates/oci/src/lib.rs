@@ -37,6 +37,8 @@ mod reference;
 mod spool;
 mod store;
 mod tar;
+#[cfg(test)]
+mod testing;
 mod tree;
 
 pub use config::ImageConfig;

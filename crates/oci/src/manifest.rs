@@ -200,6 +200,10 @@ pub(crate) fn resolve_oci(files: &Files, tag: Option<&str>) -> Result<Resolved, 
     let all = index
         .manifests
         .ok_or_else(|| files.missing("index.json: manifests", NO_LAYOUT))?;
+    resolve_in(files, &all, tag)
+}
+
+fn resolve_in(files: &Files, all: &[Descriptor], tag: Option<&str>) -> Result<Resolved, Error> {
     let named = |tag| {
         all.iter()
             .filter(|d| is_named(d, tag))
@@ -222,7 +226,7 @@ pub(crate) fn resolve_oci(files: &Files, tag: Option<&str>) -> Result<Resolved, 
             .filter(|found| !found.is_empty())
             .ok_or(no_tag(true))?,
         // One name, or none at all: the entries can only be variants of one image.
-        None if tags().len() <= 1 => all.clone(),
+        None if tags().len() <= 1 => all.to_vec(),
         None => Some(named("latest"))
             .filter(|found| !found.is_empty())
             .ok_or(no_tag(false))?,
@@ -399,6 +403,14 @@ fn with_layers(
 pub(crate) fn resolve_docker(files: &Files, tag: Option<&str>) -> Result<Resolved, Error> {
     let bytes = files.document("manifest.json", NO_DOCKER)?;
     let all: Vec<DockerManifest> = files.parse("manifest.json", &bytes)?;
+    resolve_docker_in(files, &all, tag)
+}
+
+fn resolve_docker_in(
+    files: &Files,
+    all: &[DockerManifest],
+    tag: Option<&str>,
+) -> Result<Resolved, Error> {
     let tags = |manifest: &DockerManifest| manifest.repo_tags.clone().unwrap_or_default();
     let no_tag = |asked| {
         let tags = all.iter().flat_map(tags).collect();
@@ -408,7 +420,7 @@ pub(crate) fn resolve_docker(files: &Files, tag: Option<&str>) -> Result<Resolve
             tags,
         }
     };
-    let manifest = match (tag, &all[..]) {
+    let manifest = match (tag, all) {
         (None, [only]) => only,
         (None, _) => return Err(no_tag(false)),
         (Some(tag), _) => {
@@ -450,4 +462,25 @@ pub(crate) fn resolve_docker(files: &Files, tag: Option<&str>) -> Result<Resolve
 
 fn has_tag(name: &str, tag: &str) -> bool {
     name.rsplit_once(':').is_some_and(|(_, last)| last == tag)
+}
+
+/// Any bytes as each of the documents; one that parses as an index is resolved, with nothing
+/// behind its digests.
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let empty = std::path::Path::new("/nonexistent/skerry");
+    let files = Files::Directory {
+        image: "fuzz".to_owned(),
+        dir: empty.to_owned(),
+    };
+    let _ = serde_json::from_slice::<ConfigDocument>(bytes).map(|c| c.foreign_platform());
+    let _ = serde_json::from_slice::<Vec<DockerManifest>>(bytes)
+        .map(|all| resolve_docker_in(&files, &all, Some("latest")));
+    if let Ok(index) = serde_json::from_slice::<IndexOrManifest>(bytes) {
+        let _ = index
+            .manifests
+            .map(|all| resolve_in(&files, &all, Some("latest")));
+        if let (Some(config), Some(layers)) = (index.config, index.layers) {
+            let _ = from_manifest(&files, &config, &layers, &mut Vec::new());
+        }
+    }
 }

@@ -75,7 +75,7 @@ pub(super) fn dir_blocks<'a>(names: impl Iterator<Item = &'a [u8]>) -> DirBlocks
 }
 
 /// The names of a directory in the order of their bytes, `.` and `..` among them.
-pub(super) fn names<'a>(tree: &'a Tree, dir: NodeId, parent: NodeId) -> Vec<(&'a [u8], NodeId)> {
+pub(super) fn names(tree: &Tree, dir: NodeId, parent: NodeId) -> Vec<(&[u8], NodeId)> {
     let mut names = vec![(&b"."[..], dir), (&b".."[..], parent)];
     if let Kind::Directory(children) = &tree.node(dir).kind {
         names.extend(children.iter().map(|(name, child)| (&name[..], child.node)));
