@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use serde::Serialize;
-use skerry_engine::Paths;
+use skerry_engine::{Image, Paths, Removed};
 
 use crate::args::{Format, ImagesArgs, RmiArgs};
 
@@ -18,15 +18,11 @@ struct Row {
 /// Lists the store.
 pub fn list(args: &ImagesArgs) -> Result<u8> {
     let store = skerry_engine::images::open(&Paths::of_user()?)?;
-    let rows: Vec<Row> = store
-        .list()?
-        .into_iter()
-        .map(|image| Row {
-            name: image.name().to_owned(),
-            digest: image.digest().to_string(),
-            size: image.size(),
-        })
-        .collect();
+    let listing = store.list()?;
+    for damaged in listing.damaged {
+        crate::output::error(&damaged.into());
+    }
+    let rows: Vec<Row> = listing.images.iter().flat_map(rows_of).collect();
     let mut out = io::stdout().lock();
     if args.quiet {
         for row in &rows {
@@ -53,6 +49,19 @@ pub fn list(args: &ImagesArgs) -> Result<u8> {
     Ok(0)
 }
 
+/// A row for each of an image's names.
+fn rows_of(image: &Image) -> Vec<Row> {
+    let row = |name: &str| Row {
+        name: name.to_owned(),
+        digest: image.digest.to_string(),
+        size: image.size,
+    };
+    if image.names.is_empty() {
+        return vec![row("<none>")];
+    }
+    image.names.iter().map(|name| row(name)).collect()
+}
+
 fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
@@ -63,7 +72,8 @@ pub fn remove(args: &RmiArgs) -> Result<u8> {
     let mut status = 0;
     for name in &args.images {
         match store.remove(name) {
-            Ok(image) => writeln!(io::stdout(), "{}", image.digest())?,
+            Ok(Removed::Name(name)) => writeln!(io::stdout(), "{name}")?,
+            Ok(Removed::Image(digest)) => writeln!(io::stdout(), "{digest}")?,
             Err(error) => {
                 crate::output::error(&error.into());
                 status = crate::status::FAILED;

@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Receiver};
 use anyhow::Result;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec, run};
-use skerry_engine::{FailureKind, Paths, WinSize, images};
+use skerry_engine::{FailureKind, Paths, Progress, WinSize, images};
 
 use super::machine_options;
 use crate::args::RunArgs;
@@ -19,7 +19,9 @@ const PASSED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
 /// Runs a command and returns its status.
 pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
     let paths = Paths::of_user()?;
-    let image = images::resolve(&paths, &args.image, &mut output::note)?;
+    let image = images::resolve(&paths, &args.image, &mut |progress| {
+        tell(&args.image, progress)
+    })?;
     let size = args.tty.then(|| {
         terminal::size().unwrap_or(WinSize {
             rows: 24,
@@ -68,6 +70,19 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
             status::TIMED_OUT
         }
     })
+}
+
+/// What takes time is worth a note.
+fn tell(image: &str, progress: Progress) {
+    match progress {
+        Progress::Waiting => output::note(&format!(
+            "waiting for another process that converts {image}"
+        )),
+        Progress::Layer { number, count } if count > 1 => {
+            output::note(&format!("converting {image}: layer {number} of {count}"));
+        }
+        _ => {}
+    }
 }
 
 /// `KEY=VALUE`, or `KEY` with the value it has here; a variable that is not set is not passed.

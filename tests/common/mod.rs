@@ -1,0 +1,118 @@
+//! Running the `skerry` program from tests.
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test file uses its part"
+)]
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// What a run printed and returned.
+#[derive(Debug)]
+pub struct Ran {
+    pub status: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Ran {
+    /// stdout as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Asserts status and stdout.
+    #[track_caller]
+    pub fn expect(&self, status: i32, stdout: &str) {
+        assert_eq!(
+            (self.status, self.text().as_str()),
+            (status, stdout),
+            "stderr: {}",
+            self.stderr
+        );
+    }
+}
+
+/// A data folder for all tests of one file, so that the demo image is converted once.
+pub fn data_folder() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER
+        .get_or_init(|| {
+            let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("data");
+            std::fs::create_dir_all(&folder).expect("a data folder");
+            folder
+        })
+        .clone()
+}
+
+/// `skerry` with these arguments, its own data folder and a clean environment.
+pub fn skerry(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_skerry"));
+    command
+        .args(args)
+        .env("XDG_DATA_HOME", data_folder())
+        .env("COLUMNS", "100")
+        .env_remove("NO_COLOR");
+    command
+}
+
+/// Runs it with empty input.
+pub fn run(args: &[&str]) -> Ran {
+    run_with(skerry(args), b"")
+}
+
+/// Runs it with input.
+pub fn run_with(mut command: Command, input: &[u8]) -> Ran {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("skerry starts");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let input = input.to_vec();
+    let feeder = std::thread::spawn(move || {
+        // A program that doesn't read its input closes the pipe.
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().expect("skerry ends");
+    feeder.join().expect("feeder");
+    use std::os::unix::process::ExitStatusExt;
+    Ran {
+        status: output
+            .status
+            .code()
+            .unwrap_or_else(|| -output.status.signal().unwrap_or(0)),
+        stdout: output.stdout,
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// `skerry run --hypervisor soft` with options, the demo image and a command.
+pub fn demo(options: &[&str], command: &[&str]) -> Ran {
+    run_with(demo_command(options, command), b"")
+}
+
+/// The same, not yet started.
+pub fn demo_command(options: &[&str], command: &[&str]) -> Command {
+    let mut args = vec!["run", "--hypervisor", "soft", "--timeout", "300"];
+    args.extend(options);
+    args.push("demo");
+    args.extend(command);
+    skerry(&args)
+}
+
+/// Waits for something that another thread or process does.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..600 {
+        if holds() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("{what} did not happen in 30 s");
+}

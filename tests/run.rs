@@ -1,0 +1,221 @@
+//! `skerry run` on the software processor, with the built-in image: streams, statuses, isolation.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::process::Stdio;
+
+use common::{data_folder, demo, demo_command, eventually, run, run_with};
+
+#[test]
+fn output_and_statuses_are_the_commands_own() {
+    demo(&[], &["echo", "hello"]).expect(0, "hello\n");
+    for status in [0, 1, 42, 125, 255] {
+        demo(&[], &["sh", "-c", &format!("exit {status}")]).expect(status, "");
+    }
+    demo(&[], &["sh", "-c", "kill -TERM $$"]).expect(128 + 15, "");
+    demo(&[], &["sh", "-c", "kill -KILL $$"]).expect(128 + 9, "");
+}
+
+#[test]
+fn stdout_and_stderr_stay_apart() {
+    let ran = demo(&[], &["sh", "-c", "echo out; echo err >&2; echo out"]);
+    ran.expect(0, "out\nout\n");
+    assert!(
+        ran.stderr.lines().any(|line| line == "err"),
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn commands_that_cannot_be_invoked() {
+    let ran = demo(&[], &["no-such-command"]);
+    ran.expect(127, "");
+    assert!(ran.stderr.contains("no-such-command"), "{}", ran.stderr);
+    let ran = demo(&[], &["/etc"]);
+    ran.expect(126, "");
+    assert!(ran.stderr.contains("/etc"), "{}", ran.stderr);
+}
+
+#[test]
+fn bytes_survive_the_way_in_and_out() {
+    let mut bytes = vec![0u8; 3 << 20];
+    let mut state = 1u32;
+    for byte in &mut bytes {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = (state >> 24) as u8;
+    }
+    let ran = run_with(demo_command(&["-i"], &["cat"]), &bytes);
+    assert_eq!(ran.status, 0, "{}", ran.stderr);
+    assert!(ran.stdout == bytes, "{} bytes came back", ran.stdout.len());
+    // Without -i the command's input is empty.
+    let ran = run_with(demo_command(&[], &["wc", "-c"]), b"not passed on");
+    assert_eq!(ran.text().trim(), "0");
+}
+
+#[test]
+fn environment_user_and_folder() {
+    demo(
+        &["-e", "GREETING=good day"],
+        &["sh", "-c", "echo $GREETING"],
+    )
+    .expect(0, "good day\n");
+    let mut command = demo_command(&["-e", "FROM_HOST"], &["sh", "-c", "echo $FROM_HOST"]);
+    command.env("FROM_HOST", "yes");
+    run_with(command, b"").expect(0, "yes\n");
+    demo(&["-u", "1000:1001"], &["sh", "-c", "id -u; id -g"]).expect(0, "1000\n1001\n");
+    demo(&["-w", "/tmp/made/here"], &["pwd"]).expect(0, "/tmp/made/here\n");
+    demo(&["--entrypoint", "echo"], &["a", "b"]).expect(0, "a b\n");
+    demo(&["--hostname", "heron"], &["hostname"]).expect(0, "heron\n");
+}
+
+#[test]
+fn a_terminal_when_asked_for() {
+    demo(
+        &["-t"],
+        &["sh", "-c", "test -t 0 && test -t 1 && stty size"],
+    )
+    .expect(0, "24 80\r\n");
+    demo(&[], &["sh", "-c", "test -t 0 || test -t 1 || echo none"]).expect(0, "none\n");
+}
+
+#[test]
+fn nothing_leaks_from_run_to_run() {
+    demo(
+        &[],
+        &["sh", "-c", "echo secret > /root/left; cat /root/left"],
+    )
+    .expect(0, "secret\n");
+    demo(&[], &["sh", "-c", "test -e /root/left || echo clean"]).expect(0, "clean\n");
+    let scratch = data_folder().join("skerry/scratch");
+    let left: Vec<_> = std::fs::read_dir(scratch)
+        .expect("scratch folder")
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_read_only_root_refuses_writes() {
+    let ran = demo(&["--read-only"], &["sh", "-c", "echo x > /file"]);
+    assert_ne!(ran.status, 0);
+    assert!(
+        ran.stderr.contains("Read-only file system"),
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn several_processors_and_much_memory() {
+    demo(&["--cpus", "2"], &["nproc"]).expect(0, "2\n");
+    let ran = demo(
+        &["--memory", "1G"],
+        &["sh", "-c", "grep MemTotal /proc/meminfo"],
+    );
+    let kib: u64 = ran
+        .text()
+        .split_whitespace()
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .expect("a number");
+    assert!((900 << 10..1 << 20).contains(&kib), "{kib} KiB");
+}
+
+#[test]
+fn the_time_limit_ends_it() {
+    let ran = demo(&["--timeout", "6s"], &["sleep", "1000"]);
+    assert_eq!(ran.status, 124, "{}", ran.stderr);
+    assert!(ran.stderr.contains("time limit"), "{}", ran.stderr);
+}
+
+#[test]
+fn signals_are_passed_on() {
+    let script = "trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 0.1; done";
+    let mut child = demo_command(&[], &["sh", "-c", script])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("skerry starts");
+    let mut stdout = child.stdout.take().expect("a pipe");
+    let mut seen = [0; 6];
+    stdout.read_exact(&mut seen).expect("ready");
+    assert_eq!(&seen, b"ready\n");
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).expect("output");
+    assert_eq!(rest, "caught\n");
+    assert_eq!(child.wait().expect("end").code(), Some(3));
+}
+
+#[test]
+fn interactive_input_arrives_as_it_is_typed() {
+    let mut child = demo_command(&["-i"], &["cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("skerry starts");
+    let (mut input, mut output) = (
+        child.stdin.take().expect("a pipe"),
+        child.stdout.take().expect("a pipe"),
+    );
+    for line in ["one\n", "two\n"] {
+        input.write_all(line.as_bytes()).expect("write");
+        let mut back = vec![0; line.len()];
+        output.read_exact(&mut back).expect("read");
+        assert_eq!(back, line.as_bytes());
+    }
+    drop(input);
+    assert_eq!(child.wait().expect("end").code(), Some(0));
+}
+
+#[test]
+fn a_killed_skerry_leaves_nothing_behind() {
+    let mut child = demo_command(&[], &["sh", "-c", "echo up; sleep 1000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("skerry starts");
+    let mut seen = [0; 3];
+    child
+        .stdout
+        .take()
+        .expect("a pipe")
+        .read_exact(&mut seen)
+        .expect("up");
+    child.kill().expect("kill");
+    child.wait().expect("end");
+    let scratch = data_folder().join("skerry/scratch");
+    eventually("an empty scratch folder", || {
+        std::fs::read_dir(&scratch).is_ok_and(|mut entries| entries.next().is_none())
+    });
+}
+
+#[test]
+fn auto_says_once_what_it_passed_over() {
+    let ran = run(&["run", "--timeout", "300", "demo", "true"]);
+    assert_eq!(ran.status, 0, "{}", ran.stderr);
+    assert!(ran.stdout.is_empty());
+    let notes = ran.stderr.matches("using soft, not kvm").count();
+    let json: serde_json::Value =
+        serde_json::from_slice(&run(&["doctor", "--format", "json"]).stdout).expect("JSON");
+    let expected = usize::from(json["auto"] == "soft");
+    assert_eq!(notes, expected, "{}", ran.stderr);
+}
+
+#[test]
+fn images_lists_what_was_used_and_rmi_removes_it() {
+    let folder = tempfile::tempdir().expect("folder");
+    let with = |args: &[&str]| {
+        let mut command = common::skerry(args);
+        command.env("XDG_DATA_HOME", folder.path());
+        run_with(command, b"")
+    };
+    with(&["run", "--hypervisor", "soft", "demo", "true"]).expect(0, "");
+    let list = with(&["images"]).text();
+    assert!(list.contains("demo"), "{list}");
+    assert_eq!(with(&["rmi", "demo"]).status, 0);
+    with(&["images", "--quiet"]).expect(0, "");
+}
