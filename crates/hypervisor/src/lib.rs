@@ -15,6 +15,7 @@
 pub mod cancel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod cpu_model;
 pub mod cpuid;
 pub mod error;
 pub mod exit;
@@ -26,6 +27,7 @@ pub mod traits;
 pub mod validate;
 
 pub use cancel::{CallId, CancelOutcome, Canceller, Kick, cancel_all};
+pub use cpu_model::{CpuModel, CpuModelError};
 pub use cpuid::{CpuidEntry, CpuidResult, CpuidTable};
 pub use error::{
     CreateVcpuError, CreateVmError, DirtyLogError, InterruptError, MapError, RunError, StateError,
