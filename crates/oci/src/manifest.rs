@@ -484,3 +484,6 @@ pub(crate) fn fuzz(bytes: &[u8]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

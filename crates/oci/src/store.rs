@@ -627,3 +627,6 @@ impl Store {
         Ok(result)
     }
 }
+
+#[cfg(test)]
+mod tests;
