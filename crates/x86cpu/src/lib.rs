@@ -35,7 +35,9 @@ mod trap;
 
 pub use apic::{InvalidMessage, InvalidPage, LocalApic, PAGE_REGISTERS};
 pub use cpu::{Cpu, reg, seg};
-pub use cpuid::{CpuidEntry, CpuidResult, CpuidTable, Features};
+pub use cpuid::{
+    CpuidEntry, CpuidResult, CpuidTable, Features, HostFeatures, KVM_SIGNATURE, TSC_HZ, supported,
+};
 pub use exit::CpuExit;
 pub use shared::{CpuShared, Host, Machine};
 pub use trap::{Trap, TrapKind, TrapState, vector};
