@@ -1,0 +1,154 @@
+//! Executable memory: one file mapped twice, once writable and once executable, so that no address
+//! is ever both.
+//!
+//! Code is only ever appended: what has been handed out stays valid for the life of the process,
+//! and no processor can have prefetched bytes that are written later.
+#![expect(unsafe_code, reason = "maps memory and writes machine code into it")]
+
+use std::io;
+use std::ptr::NonNull;
+
+/// Start of each piece of code: a fetch line's half, so that short pieces take one fetch.
+const ALIGN: usize = 16;
+
+/// A bounded, append-only store of machine code.
+pub struct CodeBuffer {
+    writable: NonNull<u8>,
+    executable: NonNull<u8>,
+    capacity: usize,
+    used: usize,
+}
+
+// SAFETY: the two mappings belong to this value alone; writing takes `&mut self`, and what has been
+// handed out for execution isn't written again.
+unsafe impl Send for CodeBuffer {}
+
+impl CodeBuffer {
+    /// Reserves `capacity` bytes (pages are taken as they are written).
+    ///
+    /// # Errors
+    /// What the host said when memory that can be executed was refused.
+    pub fn new(capacity: usize) -> io::Result<Self> {
+        let capacity = capacity.next_multiple_of(4096);
+        let file = File::create(capacity)?;
+        let writable = file.map(capacity, libc::PROT_READ | libc::PROT_WRITE)?;
+        let executable = match file.map(capacity, libc::PROT_READ | libc::PROT_EXEC) {
+            Ok(executable) => executable,
+            Err(e) => {
+                // SAFETY: mapped above, of this size, and nobody has the address.
+                unsafe { libc::munmap(writable.as_ptr().cast(), capacity) };
+                return Err(e);
+            }
+        };
+        Ok(Self {
+            writable,
+            executable,
+            capacity,
+            used: 0,
+        })
+    }
+
+    /// Appends code (position-independent) and returns where it can be called; `None` when full.
+    pub fn push(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
+        let start = self.used.next_multiple_of(ALIGN);
+        let end = start.checked_add(code.len())?;
+        if end > self.capacity {
+            return None;
+        }
+        // SAFETY: start..end lies within the writable mapping, which nothing else refers to.
+        unsafe {
+            self.writable
+                .add(start)
+                .copy_from_nonoverlapping(NonNull::from(code).cast(), code.len());
+        }
+        self.used = end;
+        // SAFETY: as above, within the executable mapping of the same size.
+        Some(unsafe { self.executable.add(start) })
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+}
+
+impl Drop for CodeBuffer {
+    fn drop(&mut self) {
+        // SAFETY: both were mapped in `new` with this size; users of the code hold the buffer.
+        unsafe {
+            libc::munmap(self.writable.as_ptr().cast(), self.capacity);
+            libc::munmap(self.executable.as_ptr().cast(), self.capacity);
+        }
+    }
+}
+
+/// The file behind the mappings, closed once they are made.
+struct File(i32);
+
+impl File {
+    fn create(size: usize) -> io::Result<Self> {
+        let flags = libc::MFD_CLOEXEC;
+        // Kernels from 6.3 on want to hear that the file may be executed; older ones refuse the flag.
+        let mut fd = -1;
+        for extra in [libc::MFD_EXEC, 0] {
+            // SAFETY: the name is a C string; the flags are plain bits.
+            fd = unsafe { libc::memfd_create(c"skerry-code".as_ptr(), flags | extra) };
+            if fd >= 0 {
+                break;
+            }
+        }
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let file = Self(fd);
+        let size = libc::off_t::try_from(size).map_err(io::Error::other)?;
+        // SAFETY: the descriptor is open and ours.
+        if unsafe { libc::ftruncate(file.0, size) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(file)
+    }
+
+    fn map(&self, size: usize, protection: i32) -> io::Result<NonNull<u8>> {
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                protection,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                self.0,
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(address.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        // SAFETY: the descriptor is open and ours.
+        unsafe { libc::close(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_runs_and_capacity_holds() {
+        let mut buffer = CodeBuffer::new(4096).unwrap();
+        // lea eax, [rdi + 1]; ret
+        let code = buffer.push(&[0x8d, 0x47, 0x01, 0xc3]).unwrap();
+        // SAFETY: the bytes above are such a function.
+        let f: extern "sysv64" fn(u32) -> u32 = unsafe { std::mem::transmute(code) };
+        assert_eq!(f(41), 42);
+        assert!(buffer.push(&[0x90; 4090]).is_none());
+        assert!(buffer.push(&[0xc3; 4080]).is_some());
+        assert!(buffer.push(&[0xc3]).is_none());
+    }
+}

@@ -1,0 +1,82 @@
+//! Arithmetic when the guest's MXCSR isn't the default: rounding, flush-to-zero, denormals as zero,
+//! and unmasked exceptions.
+//!
+//! An unmasked exception must not fire on the host, so the instruction runs with all of them masked;
+//! its flags then tell what would have been raised (SDM 1 §11.5.2 and 11.5.3):
+//! pre-computation exceptions (IE, DE, ZE) come alone, and no result is stored in either case. One
+//! thing differs between masked and unmasked: underflow is flagged for exact tiny results only when
+//! unmasked, so the results are looked at.
+#![expect(unsafe_code, reason = "calls thunks and sets MXCSR around them")]
+
+use std::arch::asm;
+
+use super::run::Pointers;
+use crate::Cpu;
+use crate::code::Op;
+use crate::fpu::{MXCSR_DEFAULT, MXCSR_FLAGS};
+use crate::sys::state::cr4;
+use crate::trap::{Trap, vector};
+
+const INVALID_DENORMAL_ZERO: u32 = 7;
+const UNDERFLOW: u32 = 1 << 4;
+const MASKS: u32 = 0x1f80;
+const MASKS_SHIFT: u32 = 7;
+const FLUSH_TO_ZERO: u32 = 1 << 15;
+
+/// Calls the op's thunk under the guest's MXCSR; returns what the thunk returns.
+#[cold]
+pub(super) fn call_guarded(cpu: &mut Cpu, op: &Op, pointers: Pointers) -> Result<u64, Trap> {
+    let guest = cpu.fpu.mxcsr();
+    let unmasked = !(guest >> MASKS_SHIFT) & MXCSR_FLAGS;
+    let mut control = (guest | MASKS) & !MXCSR_FLAGS;
+    if unmasked & UNDERFLOW != 0 {
+        // Results are flushed only while underflow is masked.
+        control &= !FLUSH_TO_ZERO;
+    }
+    let before = (cpu.fpu.ymm, cpu.gpr, cpu.fpu.bounce);
+    let (result, raised) = call_with(op.imm, pointers, control);
+    if raised & unmasked == 0 {
+        cpu.fpu.set_mxcsr(guest | raised);
+        return Ok(result);
+    }
+    (cpu.fpu.ymm, cpu.gpr, cpu.fpu.bounce) = before;
+    let precomputation = raised & INVALID_DENORMAL_ZERO;
+    let reported = if precomputation & unmasked != 0 {
+        precomputation
+    } else {
+        raised
+    };
+    cpu.fpu.set_mxcsr(guest | reported);
+    if cpu.sys.cr4 & cr4::OSXMMEXCPT == 0 {
+        return Err(cpu.ud());
+    }
+    Err(cpu.fault_plain(vector::XM))
+}
+
+/// Calls a thunk with this MXCSR (all exceptions masked); returns its result and the flags raised.
+fn call_with(code: u64, p: Pointers, control: u32) -> (u64, u32) {
+    let mut mxcsr = control;
+    let normal = MXCSR_DEFAULT;
+    let result: u64;
+    // SAFETY: as for `run::call`; what a function may change under this calling convention is
+    // declared, and MXCSR is back at the default at the end.
+    unsafe {
+        asm!(
+            "ldmxcsr [r12]",
+            "call r13",
+            "stmxcsr [r12]",
+            "ldmxcsr [r14]",
+            // Registers that the callee keeps.
+            in("r12") &raw mut mxcsr,
+            in("r13") code,
+            in("r14") &raw const normal,
+            inlateout("rdi") p[0] => _,
+            inlateout("rsi") p[1] => _,
+            inlateout("rdx") p[2] => _,
+            inlateout("rcx") p[3] => _,
+            lateout("rax") result,
+            clobber_abi("sysv64"),
+        );
+    }
+    (result, mxcsr & MXCSR_FLAGS)
+}

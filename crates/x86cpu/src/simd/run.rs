@@ -1,0 +1,280 @@
+//! Runs thunks: resolves the operands, calls, and takes care of what differs from a plain
+//! computation.
+#![expect(unsafe_code, reason = "calls thunks")]
+
+use iced_x86::{Instruction, OpKind};
+
+use super::mxcsr;
+use super::thunk::{self, MemoryUse, Operands, Place};
+use crate::Cpu;
+use crate::code::{Handler, Lowering, Op};
+use crate::fpu::{attention, blocked, prepare_x87};
+use crate::trap::Trap;
+
+/// Bits of [`Op::aux`]: the memory operand, by [`MemoryUse`], and the class.
+mod aux {
+    pub(super) const SIZE: u32 = 0xff;
+    pub(super) const READ: u32 = 1 << 8;
+    pub(super) const WRITE: u32 = 1 << 9;
+    pub(super) const ALIGNED: u32 = 1 << 10;
+    /// Works on MMX registers.
+    pub(super) const MMX: u32 = 1 << 11;
+    pub(super) const SSE: u32 = 1 << 12;
+    pub(super) const VEX: u32 = 1 << 13;
+    /// Floating-point arithmetic.
+    pub(super) const ARITHMETIC: u32 = 1 << 14;
+    /// Returns flags.
+    pub(super) const FLAGS: u32 = 1 << 15;
+    /// Kinds of the operands, four bits each.
+    pub(super) const KINDS_SHIFT: u32 = 16;
+}
+
+/// Kinds of operands, as const parameters and in `aux`.
+const NONE: u8 = 0;
+const VECTOR: u8 = 1;
+const GENERAL: u8 = 2;
+const MEMORY: u8 = 3;
+
+/// Pointers to the operands of one instruction.
+pub(super) type Pointers = [*mut u8; 4];
+
+/// Calls a thunk.
+///
+/// # Safety
+/// `code` is a thunk's, and the pointers are those that it takes: into the register file of a
+/// processor that nobody else uses now, or to as many bytes as its memory operand has.
+#[inline(always)]
+pub(super) unsafe fn call(code: u64, p: Pointers) -> u64 {
+    // SAFETY: thunks have this signature and are kept for ever; the rest is the caller's.
+    unsafe {
+        let thunk: extern "sysv64" fn(*mut u8, *mut u8, *mut u8, *mut u8) -> u64 =
+            std::mem::transmute(code as *const ());
+        thunk(p[0], p[1], p[2], p[3])
+    }
+}
+
+#[inline(always)]
+fn pointer(cpu: &mut Cpu, kind: u8, number: u8, memory: *mut u8) -> *mut u8 {
+    match kind {
+        VECTOR => (&raw mut cpu.fpu.ymm[usize::from(number & 15)]).cast(),
+        GENERAL => (&raw mut cpu.gpr[usize::from(number & 15)]).cast(),
+        MEMORY => memory,
+        _ => std::ptr::null_mut(),
+    }
+}
+
+/// The host's address of the memory operand, or `None` if it isn't within a page of RAM.
+#[inline(always)]
+fn memory(cpu: &mut Cpu, op: &Op) -> Result<Option<*mut u8>, Trap> {
+    let size = (op.aux & aux::SIZE) as usize;
+    let write = op.aux & aux::WRITE != 0;
+    let linear = cpu.linear(op, size, write)?;
+    if op.aux & aux::ALIGNED != 0 && linear & (size as u64 - 1) != 0 {
+        return Err(cpu.gp0());
+    }
+    Ok(cpu.host_ptr(linear, size, write)?.map(|p| p.as_ptr()))
+}
+
+/// The common shapes, with their operand kinds known at compile time: no MMX, no flags.
+fn fast<const K0: u8, const K1: u8, const K2: u8, const ARITHMETIC: bool, const VEX: bool>(
+    cpu: &mut Cpu,
+    op: &Op,
+) -> Result<(), Trap> {
+    let bit = if VEX { blocked::AVX } else { blocked::SSE };
+    let special = ARITHMETIC && cpu.fpu.attention & attention::MXCSR != 0;
+    if cpu.simd_blocked & bit != 0 || special {
+        return general(cpu, op);
+    }
+    let mut at = std::ptr::null_mut();
+    if K0 == MEMORY || K1 == MEMORY || K2 == MEMORY {
+        match memory(cpu, op)? {
+            Some(pointer) => at = pointer,
+            None => return general(cpu, op),
+        }
+    }
+    let pointers = [
+        pointer(cpu, K0, op.r0, at),
+        pointer(cpu, K1, op.r1, at),
+        pointer(cpu, K2, op.r2, at),
+        std::ptr::null_mut(),
+    ];
+    // SAFETY: lowering has picked the handler that fits the thunk's operands; `at` is good for the
+    // operand's size, says `host_ptr`.
+    unsafe { call(op.imm, pointers) };
+    Ok(())
+}
+
+fn check(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if op.aux & aux::SSE != 0 {
+        if op.aux & aux::VEX != 0 {
+            if cpu.simd_blocked & blocked::AVX != 0 {
+                return Err(cpu.avx_blocked());
+            }
+        } else if cpu.simd_blocked & blocked::SSE != 0 {
+            return Err(cpu.sse_blocked());
+        }
+    }
+    if op.aux & aux::MMX != 0 {
+        if cpu.simd_blocked & blocked::X87 != 0 {
+            return Err(cpu.mmx_blocked());
+        }
+        if cpu.fpu.attention & (attention::X87_IDLE | attention::X87_UNMASKED) != 0 {
+            prepare_x87(cpu)?;
+        }
+    }
+    Ok(())
+}
+
+/// Any shape, any class, any place of the memory operand.
+fn general(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    check(cpu, op)?;
+    let kinds = op.aux >> aux::KINDS_SHIFT;
+    let kind = |n: u32| (kinds >> (4 * n) & 15) as u8;
+    let has_memory = (0..4).any(|n| kind(n) == MEMORY);
+    let special = op.aux & aux::ARITHMETIC != 0 && cpu.fpu.attention & attention::MXCSR != 0;
+    // What may turn out to raise an exception must not store in place.
+    let in_place = !special || op.aux & aux::WRITE == 0;
+    let mut at = std::ptr::null_mut();
+    let mut bounced = false;
+    if has_memory {
+        match memory(cpu, op)? {
+            Some(pointer) if in_place => at = pointer,
+            _ => {
+                bounced = true;
+                at = bounce_in(cpu, op)?;
+            }
+        }
+    }
+    let numbers = [op.r0, op.r1, op.r2, op.extra];
+    let pointers: Pointers = std::array::from_fn(|n| pointer(cpu, kind(n as u32), numbers[n], at));
+    // A store that faults must leave the MMX registers' tags as they were.
+    let mmx_store = bounced && op.aux & (aux::MMX | aux::WRITE) == aux::MMX | aux::WRITE;
+    let before = mmx_store.then(|| cpu.fpu.x87_image());
+    let flags = if special {
+        mxcsr::call_guarded(cpu, op, pointers)?
+    } else {
+        // SAFETY: as in `fast`; `at` may also be the bounce buffer, which is larger than any
+        // operand.
+        unsafe { call(op.imm, pointers) }
+    };
+    if bounced && op.aux & aux::WRITE != 0 {
+        let size = (op.aux & aux::SIZE) as usize;
+        let bytes = cpu.fpu.bounce.0;
+        let linear = cpu.linear(op, size, true)?;
+        let stored = cpu.write_bytes(linear, bytes.get(..size).unwrap_or(&[]));
+        if let (Err(_), Some(image)) = (stored, before) {
+            cpu.fpu.set_x87_image(&image);
+        }
+        stored?;
+    }
+    if op.aux & aux::FLAGS != 0 {
+        cpu.flags.set_bits(flags);
+    }
+    Ok(())
+}
+
+/// Fills the bounce buffer with a memory operand that is read.
+fn bounce_in(cpu: &mut Cpu, op: &Op) -> Result<*mut u8, Trap> {
+    let size = (op.aux & aux::SIZE) as usize;
+    let mut bytes = cpu.fpu.bounce.0;
+    let Some(operand) = bytes.get_mut(..size) else {
+        return Err(cpu.ud());
+    };
+    if op.aux & aux::READ != 0 {
+        let linear = cpu.linear(op, size, false)?;
+        cpu.read_bytes(linear, operand)?;
+    }
+    cpu.fpu.bounce.0 = bytes;
+    Ok(cpu.fpu.bounce.0.as_mut_ptr())
+}
+
+/// Handlers by operand kinds.
+macro_rules! shapes {
+    ($kinds:expr, $thunk:expr; $(($k0:ident $k1:ident $k2:ident)),* $(,)?) => {
+        match $kinds {
+            $([$k0, $k1, $k2, NONE] => match ($thunk.arithmetic, $thunk.vex) {
+                (false, false) => fast::<$k0, $k1, $k2, false, false>,
+                (false, true) => fast::<$k0, $k1, $k2, false, true>,
+                (true, false) => fast::<$k0, $k1, $k2, true, false>,
+                (true, true) => fast::<$k0, $k1, $k2, true, true>,
+            },)*
+            _ => general,
+        }
+    };
+}
+
+fn handler(kinds: [u8; 4], thunk: &thunk::Thunk) -> Handler {
+    if thunk.flags || thunk.x87 {
+        return general;
+    }
+    shapes!(kinds, thunk;
+        (VECTOR NONE NONE),
+        (VECTOR VECTOR NONE),
+        (VECTOR MEMORY NONE),
+        (MEMORY VECTOR NONE),
+        (VECTOR GENERAL NONE),
+        (GENERAL VECTOR NONE),
+        (GENERAL MEMORY NONE),
+        (VECTOR VECTOR VECTOR),
+        (VECTOR VECTOR MEMORY),
+        (VECTOR VECTOR GENERAL),
+    )
+}
+
+fn memory_bits(memory: &MemoryUse) -> u32 {
+    let bit = |on: bool, bit: u32| if on { bit } else { 0 };
+    u32::from(memory.size)
+        | bit(memory.read, aux::READ)
+        | bit(memory.write, aux::WRITE)
+        | bit(memory.aligned, aux::ALIGNED)
+}
+
+/// Fills registers and operand kinds.
+fn fill(op: &mut Op, operands: &Operands) -> [u8; 4] {
+    let mut kinds = [NONE; 4];
+    let mut numbers = [0; 4];
+    for (n, place) in operands.iter().enumerate() {
+        (kinds[n], numbers[n]) = match place {
+            Place::Vector(number) => (VECTOR, number),
+            Place::General(number) => (GENERAL, number),
+            Place::Memory => (MEMORY, 0),
+        };
+        op.aux |= u32::from(kinds[n]) << (aux::KINDS_SHIFT + 4 * n as u32);
+    }
+    [op.r0, op.r1, op.r2, op.extra] = numbers;
+    kinds
+}
+
+/// Lowers everything that a thunk can do.
+pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
+    let registers = || (0..i.op_count()).map(|k| i.op_register(k));
+    let is_simd = registers().any(|r| r.is_xmm() || r.is_ymm() || r.is_mm())
+        || i.mnemonic() == iced_x86::Mnemonic::Emms;
+    if !is_simd {
+        return false;
+    }
+    let (Some(operands), Some(thunk)) = (thunk::operands(i), thunk::thunk(i)) else {
+        return false;
+    };
+    let mut op = l.op();
+    op.imm = thunk.code;
+    op.aux = memory_bits(&thunk.memory);
+    for (on, bit) in [
+        (thunk.x87, aux::MMX),
+        (thunk.sse, aux::SSE),
+        (thunk.vex, aux::VEX),
+        (thunk.arithmetic, aux::ARITHMETIC),
+        (thunk.flags, aux::FLAGS),
+    ] {
+        if on {
+            op.aux |= bit;
+        }
+    }
+    let kinds = fill(&mut op, &operands);
+    if (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
+        l.mem(&mut op, i);
+    }
+    op.run = handler(kinds, &thunk);
+    l.push(op);
+    true
+}

@@ -1,0 +1,840 @@
+//! Random instructions of every family, with operands that make sense.
+//!
+//! Instructions come from iced's table of forms; register operands are random, memory operands use
+//! every addressing form and point (mostly) into the data pages.
+
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction,
+    InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as Kind, OpKind, Register,
+    RflagsBits,
+};
+
+use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, Random, State};
+
+/// One test: code, start state, and what isn't to be compared.
+pub struct Case {
+    /// Instructions, without a landing pad.
+    pub code: Vec<u8>,
+    pub instructions: Vec<Instruction>,
+    pub start: State,
+    /// Flags (at their places in RFLAGS) that are undefined at the end.
+    pub undefined_flags: u64,
+    /// Bytes of the data pages that depend on where the code runs (FIP and the like).
+    pub ignored: Vec<std::ops::Range<usize>>,
+}
+
+/// Instructions that do not belong to a user program's own state, or whose result depends on the
+/// machine.
+fn excluded(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Syscall
+            | M::Sysenter
+            | M::Cpuid
+            | M::Rdtsc
+            | M::Rdtscp
+            | M::Rdpmc
+            | M::Rdpid
+            | M::Xgetbv
+            | M::Xsetbv
+            | M::In
+            | M::Out
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd
+            | M::Lss
+            | M::Lfs
+            | M::Lgs
+            | M::Lds
+            | M::Les
+            | M::Verr
+            | M::Verw
+            | M::Lar
+            | M::Lsl
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Sidt
+            | M::Sgdt
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Rdrand
+            | M::Rdseed
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaves
+            | M::Xsaves64
+            | M::Xrstors
+            | M::Xrstors64
+            | M::Monitor
+            | M::Mwait
+            | M::Montmul
+            | M::Cli
+            | M::Sti
+            | M::Rdsspd
+            | M::Rdsspq
+            | M::Prefetch
+            | M::Prefetchw
+    )
+}
+
+/// The forms that may be generated.
+pub struct Generator {
+    /// By family name: forms.
+    pub families: Vec<(String, Vec<Code>)>,
+    info: InstructionInfoFactory,
+}
+
+/// Name of an instruction's family, for counting.
+fn family(code: Code) -> String {
+    let feature = code.cpuid_features().first().copied();
+    let name = match feature {
+        None
+        | Some(
+            CpuidFeature::INTEL8086
+            | CpuidFeature::INTEL186
+            | CpuidFeature::INTEL286
+            | CpuidFeature::INTEL386
+            | CpuidFeature::INTEL486
+            | CpuidFeature::X64,
+        ) => "integer".to_owned(),
+        Some(CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387) => "x87".to_owned(),
+        Some(feature) => format!("{feature:?}").to_lowercase(),
+    };
+    name
+}
+
+fn usable(code: Code, offered: &dyn Fn(&[CpuidFeature]) -> bool) -> bool {
+    let info = code.op_code();
+    if !info.is_instruction()
+        || !info.mode64()
+        || info.fwait()
+        || info.is_privileged()
+        || info.is_reserved_nop()
+        || code.flow_control() != FlowControl::Next
+        || !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+        || excluded(code.mnemonic())
+        || !offered(code.cpuid_features())
+    {
+        return false;
+    }
+    (0..info.op_count()).all(|k| {
+        !matches!(
+            info.op_kind(k),
+            Kind::seg_reg
+                | Kind::cr_reg
+                | Kind::dr_reg
+                | Kind::fs
+                | Kind::gs
+                | Kind::mem_offs
+                | Kind::br16_1
+                | Kind::k_reg
+                | Kind::k_rm
+                | Kind::k_or_mem
+                | Kind::tmm_reg
+                | Kind::sibmem
+                | Kind::bnd_reg
+                | Kind::mem_mpx
+                | Kind::mem_mib
+        )
+    })
+}
+
+const GPR8: [Register; 20] = {
+    use Register as R;
+    [
+        R::AL,
+        R::CL,
+        R::DL,
+        R::BL,
+        R::AH,
+        R::CH,
+        R::DH,
+        R::BH,
+        R::SPL,
+        R::BPL,
+        R::SIL,
+        R::DIL,
+        R::R8L,
+        R::R9L,
+        R::R10L,
+        R::R11L,
+        R::R12L,
+        R::R13L,
+        R::R14L,
+        R::R15L,
+    ]
+};
+
+fn nth(base: Register, n: u64) -> Register {
+    base + n as u32
+}
+
+/// How freely registers are chosen.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Style {
+    /// One instruction: anything goes.
+    Single,
+    /// Part of a sequence: R12 to R15 are pointers, which nobody changes.
+    Sequence,
+}
+
+impl Generator {
+    pub fn new(offered: &dyn Fn(&[CpuidFeature]) -> bool, only: Option<&str>) -> Self {
+        let mut families: Vec<(String, Vec<Code>)> = Vec::new();
+        for code in Code::values().filter(|&code| usable(code, offered)) {
+            let name = family(code);
+            let mnemonic = format!("{:?}", code.mnemonic()).to_lowercase();
+            let whole = only.is_none_or(|only| only == "sequences");
+            if !whole && only.is_some_and(|only| only != name && only != mnemonic) {
+                continue;
+            }
+            match families.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, codes)) => codes.push(code),
+                None => families.push((name, vec![code])),
+            }
+        }
+        Self {
+            families,
+            info: InstructionInfoFactory::new(),
+        }
+    }
+
+    fn pick_code(&self, random: &mut Random) -> Option<(usize, Code)> {
+        if self.families.is_empty() {
+            return None;
+        }
+        // Half by family, half by number of forms.
+        let family = if random.one_in(2) {
+            random.below(self.families.len() as u64) as usize
+        } else {
+            let total: usize = self.families.iter().map(|f| f.1.len()).sum();
+            let mut n = random.below(total as u64) as usize;
+            let mut at = 0;
+            while n >= self.families[at].1.len() {
+                n -= self.families[at].1.len();
+                at += 1;
+            }
+            at
+        };
+        Some((family, random.pick(&self.families[family].1)))
+    }
+
+    /// A case of one instruction; the family's number with it.
+    pub fn single(&mut self, random: &mut Random) -> Option<(usize, Case)> {
+        let (family, code) = self.pick_code(random)?;
+        let mut start = State::random(random);
+        let bytes = self.instruction(random, code, CODE, Style::Single, &mut start)?;
+        let i = decode(&bytes, CODE)?;
+        if excluded(i.mnemonic()) || i.flow_control() != FlowControl::Next {
+            return None;
+        }
+        self.place(random, &i, &mut start);
+        let mut case = Case {
+            code: bytes,
+            instructions: vec![i],
+            start,
+            undefined_flags: to_rflags(i.rflags_undefined()),
+            ignored: Vec::new(),
+        };
+        finish(&mut case);
+        Some((family, case))
+    }
+
+    /// A case of several instructions that don't touch the pointers they use.
+    pub fn sequence(&mut self, random: &mut Random) -> Option<Case> {
+        let mut start = State::random(random);
+        for n in 12..16 {
+            start.gpr[n] = DATA + 64 * random.below(DATA_WRITABLE as u64 / 64 - 1);
+        }
+        start.gpr[4] = DATA + 4096;
+        let (mut code, mut instructions) = (Vec::new(), Vec::new());
+        let mut undefined = 0;
+        let length = 3 + random.below(6);
+        let mut attempts = 0;
+        while (instructions.len() as u64) < length && attempts < 400 {
+            attempts += 1;
+            let (_, form) = self.pick_code(random)?;
+            let ip = CODE + code.len() as u64;
+            let Some(bytes) = self.instruction(random, form, ip, Style::Sequence, &mut start)
+            else {
+                continue;
+            };
+            let Some(i) = decode(&bytes, ip) else {
+                continue;
+            };
+            if !self.fits_sequence(&i) || to_rflags(i.rflags_read()) & undefined != 0 {
+                continue;
+            }
+            // With a count of zero, old flags stay.
+            if !keeps_flags_sometimes(i.mnemonic()) {
+                undefined &= !to_rflags(i.rflags_modified());
+            }
+            undefined |= to_rflags(i.rflags_undefined());
+            code.extend_from_slice(&bytes);
+            instructions.push(i);
+        }
+        let mut case = Case {
+            code,
+            instructions,
+            start,
+            undefined_flags: undefined,
+            ignored: Vec::new(),
+        };
+        finish(&mut case);
+        Some(case)
+    }
+
+    fn fits_sequence(&mut self, i: &Instruction) -> bool {
+        if excluded(i.mnemonic()) || i.flow_control() != FlowControl::Next {
+            return false;
+        }
+        if i.is_stack_instruction() || i.is_string_instruction() || is_environment(i.mnemonic()) {
+            return false;
+        }
+        let undefined_result = matches!(
+            i.mnemonic(),
+            Mnemonic::Bsf | Mnemonic::Bsr | Mnemonic::Shld | Mnemonic::Shrd
+        );
+        let implicit_memory = (0..i.op_count()).any(|k| {
+            !matches!(
+                i.op_kind(k),
+                OpKind::Memory
+                    | OpKind::Register
+                    | OpKind::Immediate8
+                    | OpKind::Immediate8_2nd
+                    | OpKind::Immediate16
+                    | OpKind::Immediate32
+                    | OpKind::Immediate64
+                    | OpKind::Immediate8to16
+                    | OpKind::Immediate8to32
+                    | OpKind::Immediate8to64
+                    | OpKind::Immediate32to64
+            )
+        });
+        let is_bit_test = matches!(
+            i.mnemonic(),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        ) && i.op0_kind() == OpKind::Memory
+            && i.op1_kind() == OpKind::Register;
+        let writes_pointer = self.info.info(i).used_registers().iter().any(|used| {
+            let full = used.register().full_register();
+            let pointer = full == Register::RSP || full.is_gpr64() && full.number() >= 12;
+            pointer && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
+        });
+        !implicit_memory && !is_bit_test && !writes_pointer && !undefined_result && !i.is_vsib()
+    }
+
+    /// Encodes a random instruction of this form at `ip`.
+    fn instruction(
+        &mut self,
+        random: &mut Random,
+        code: Code,
+        ip: u64,
+        style: Style,
+        state: &mut State,
+    ) -> Option<Vec<u8>> {
+        let info = code.op_code();
+        let mut i = Instruction::default();
+        i.set_code(code);
+        let mut memory = false;
+        for k in 0..info.op_count() {
+            memory |= operand(random, &mut i, k, info.op_kind(k), style);
+        }
+        let size = i.memory_size().size() as u64;
+        if memory {
+            address(random, &mut i, size, style, state);
+        }
+        let is_string = (0..i.op_count()).any(|k| {
+            !matches!(i.op_kind(k), OpKind::Memory | OpKind::Register) && i.is_string_instruction()
+        });
+        if is_string && random.one_in(2) {
+            if info.can_use_repne_prefix() && random.one_in(2) {
+                i.set_has_repne_prefix(true);
+            } else {
+                i.set_has_rep_prefix(true);
+            }
+        }
+        if memory && info.can_use_lock_prefix() && random.one_in(3) {
+            i.set_has_lock_prefix(true);
+        }
+        let mut encoder = Encoder::new(64);
+        encoder.encode(&i, ip).ok()?;
+        let mut bytes = encoder.take_buffer();
+        // Prefixes where they mean nothing, or something else.
+        if style == Style::Single && random.one_in(16) && bytes.len() < 14 {
+            bytes.insert(
+                0,
+                random.pick(&[0x66, 0x67, 0xf2, 0xf3, 0x2e, 0x3e, 0x36, 0x26]),
+            );
+        }
+        Some(bytes)
+    }
+
+    /// Makes registers point where the operands should be.
+    fn place(&mut self, random: &mut Random, i: &Instruction, state: &mut State) {
+        let implicit_pointers = i.is_stack_instruction()
+            || i.is_string_instruction()
+            || (0..i.op_count()).any(|k| {
+                matches!(
+                    i.op_kind(k),
+                    OpKind::MemorySegRDI | OpKind::MemorySegEDI | OpKind::MemorySegRSI
+                )
+            })
+            || i.mnemonic() == Mnemonic::Xlatb;
+        if implicit_pointers {
+            for n in [3, 4, 5, 6, 7] {
+                state.gpr[n] = target(random, 8);
+            }
+            if i.mnemonic() == Mnemonic::Enter || i.mnemonic() == Mnemonic::Leave {
+                state.gpr[4] = DATA + 4096 + 8 * random.below(64);
+            }
+        }
+        if i.is_string_instruction() {
+            let limit = if random.one_in(8) { 600 } else { 20 };
+            state.gpr[1] = random.below(limit);
+        }
+        if matches!(
+            i.mnemonic(),
+            Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq
+        ) {
+            // Neither single steps nor alignment checks.
+            let at = 4096 + 8 * random.below(64) as usize;
+            state.gpr[4] = DATA + at as u64;
+            let flags = random.next() & 0x8d5 | 0x202;
+            state.data[at..at + 8].copy_from_slice(&flags.to_le_bytes());
+        }
+        if matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd) {
+            // Counts beyond 16 bits are undefined.
+            state.gpr[1] = state.gpr[1] & !31 | random.below(16);
+        }
+        if (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
+            self.place_explicit(random, i, state);
+        }
+    }
+
+    fn place_explicit(&mut self, random: &mut Random, i: &Instruction, state: &mut State) {
+        let size = i.memory_size().size() as u64;
+        let goal = target(random, size.max(1));
+        let segment = match i.memory_segment() {
+            Register::FS => state.fs_base,
+            Register::GS => state.gs_base,
+            _ => 0,
+        };
+        let (base, index) = (i.memory_base(), i.memory_index());
+        let scale = u64::from(i.memory_index_scale());
+        let disp = i.memory_displacement64();
+        let bits32 = base.is_gpr32() || index.is_gpr32();
+        let mut scaled = 0;
+        if i.is_vsib() {
+            place_indices(random, i, state);
+        } else if index.is_gpr() && index.full_register() != base.full_register() && base.is_gpr() {
+            let value = if random.one_in(4) {
+                random.integer()
+            } else {
+                random.below(64).wrapping_sub(32)
+            };
+            let value = if bits32 { value & 0xffff_ffff } else { value };
+            state.gpr[index.number()] = value;
+            scaled = value.wrapping_mul(scale);
+        }
+        if base.is_gpr() {
+            let value = goal
+                .wrapping_sub(disp)
+                .wrapping_sub(segment)
+                .wrapping_sub(scaled);
+            let value = if base.full_register() == index.full_register() {
+                value / (1 + scale)
+            } else {
+                value
+            };
+            state.gpr[base.number()] = if bits32 {
+                value & 0xffff_ffff | random.next() << 32
+            } else {
+                value
+            };
+        } else if index.is_gpr() {
+            // The displacement was chosen for a small index.
+            state.gpr[index.number()] = random.below(32);
+        }
+        let is_bit_test = matches!(
+            i.mnemonic(),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        );
+        if is_bit_test && i.op1_kind() == OpKind::Register {
+            let register = i.op1_register().full_register();
+            if register != base.full_register() && register != index.full_register() {
+                let bit = random.below(8192).wrapping_sub(4096);
+                state.gpr[register.number()] = bit;
+            }
+        }
+    }
+}
+
+/// Lanes of an index register: small offsets, now and then a wild one.
+fn place_indices(random: &mut Random, i: &Instruction, state: &mut State) {
+    let number = i.memory_index().number();
+    let wild = random.one_in(6);
+    let wide = i.is_vsib64();
+    for half in [160, 576] {
+        let bytes = &mut state.xsave[half + 16 * number..][..16];
+        for lane in bytes.chunks_exact_mut(if wide { 8 } else { 4 }) {
+            let mut value = random.below(256).wrapping_sub(64);
+            if wild && random.one_in(4) {
+                value = random.integer();
+            }
+            let len = lane.len();
+            lane.copy_from_slice(&value.to_le_bytes()[..len]);
+        }
+    }
+}
+
+pub fn decode(bytes: &[u8], ip: u64) -> Option<Instruction> {
+    let mut decoder = Decoder::with_ip(64, bytes, ip, DecoderOptions::NONE);
+    let i = decoder.decode();
+    (!i.is_invalid() && i.len() == bytes.len()).then_some(i)
+}
+
+/// An address for an operand of this size: mostly valid, sometimes across or beyond an edge.
+pub fn target(random: &mut Random, size: u64) -> u64 {
+    let edge = |page: u64, random: &mut Random| {
+        DATA + 4096 * page - 1 - random.below(size.min(64)).min(4000)
+    };
+    let writable = DATA_WRITABLE as u64;
+    match random.below(40) {
+        0 | 1 => edge(1, random),
+        2 => edge(2, random),
+        3 => edge(3, random),
+        4 => DATA + writable + random.below(4096),
+        5 => DATA + DATA_LEN as u64 + random.below(4096),
+        6 => DATA - random.below(64),
+        7 => random.pick(&[0x8000_0000_0000, 0xffff_7fff_ffff_fff8, 1 << 63]),
+        n => {
+            let offset = random.below(writable - size.min(2048));
+            let align = size.next_power_of_two().clamp(1, 64);
+            DATA + if n & 1 != 0 {
+                offset
+            } else {
+                offset & !(align - 1)
+            }
+        }
+    }
+}
+
+/// Fills operand `k`; true if it is memory.
+fn operand(random: &mut Random, i: &mut Instruction, k: u32, kind: Kind, style: Style) -> bool {
+    let gpr_count = if style == Style::Single { 16 } else { 12 };
+    let any16 = random.below(gpr_count);
+    let vector = random.below(16);
+    let small = random.below(8);
+    let in_memory = random.one_in(2);
+    let register = |i: &mut Instruction, r: Register| {
+        i.set_op_kind(k, OpKind::Register);
+        i.set_op_register(k, r);
+        false
+    };
+    let memory = |i: &mut Instruction| {
+        i.set_op_kind(k, OpKind::Memory);
+        true
+    };
+    match kind {
+        Kind::mem
+        | Kind::mem_vsib32x
+        | Kind::mem_vsib64x
+        | Kind::mem_vsib32y
+        | Kind::mem_vsib64y => {
+            match kind {
+                Kind::mem_vsib32x | Kind::mem_vsib64x => {
+                    i.set_memory_index(nth(Register::XMM0, vector));
+                }
+                Kind::mem_vsib32y | Kind::mem_vsib64y => {
+                    i.set_memory_index(nth(Register::YMM0, vector));
+                }
+                _ => {}
+            }
+            memory(i)
+        }
+        Kind::r8_or_mem
+        | Kind::r16_or_mem
+        | Kind::r32_or_mem
+        | Kind::r64_or_mem
+        | Kind::mm_or_mem
+        | Kind::xmm_or_mem
+        | Kind::ymm_or_mem
+            if in_memory =>
+        {
+            memory(i)
+        }
+        Kind::r8_or_mem | Kind::r8_reg | Kind::r8_opcode => {
+            let from = if style == Style::Single {
+                &GPR8[..]
+            } else {
+                &GPR8[..8]
+            };
+            register(i, random.pick(from))
+        }
+        Kind::r16_or_mem | Kind::r16_reg | Kind::r16_reg_mem | Kind::r16_rm | Kind::r16_opcode => {
+            register(i, nth(Register::AX, any16))
+        }
+        Kind::r32_or_mem
+        | Kind::r32_reg
+        | Kind::r32_reg_mem
+        | Kind::r32_rm
+        | Kind::r32_opcode
+        | Kind::r32_vvvv => register(i, nth(Register::EAX, any16)),
+        Kind::r64_or_mem
+        | Kind::r64_reg
+        | Kind::r64_reg_mem
+        | Kind::r64_rm
+        | Kind::r64_opcode
+        | Kind::r64_vvvv => register(i, nth(Register::RAX, any16)),
+        Kind::mm_or_mem | Kind::mm_reg | Kind::mm_rm => register(i, nth(Register::MM0, small)),
+        Kind::xmm_or_mem
+        | Kind::xmm_reg
+        | Kind::xmm_rm
+        | Kind::xmm_vvvv
+        | Kind::xmm_is4
+        | Kind::xmm_is5 => register(i, nth(Register::XMM0, vector)),
+        Kind::ymm_or_mem
+        | Kind::ymm_reg
+        | Kind::ymm_rm
+        | Kind::ymm_vvvv
+        | Kind::ymm_is4
+        | Kind::ymm_is5 => register(i, nth(Register::YMM0, vector)),
+        Kind::al => register(i, Register::AL),
+        Kind::cl => register(i, Register::CL),
+        Kind::ax => register(i, Register::AX),
+        Kind::dx => register(i, Register::DX),
+        Kind::eax => register(i, Register::EAX),
+        Kind::rax => register(i, Register::RAX),
+        Kind::st0 => register(i, Register::ST0),
+        Kind::sti_opcode => register(i, nth(Register::ST0, small)),
+        _ => {
+            implicit_or_immediate(random, i, k, kind);
+            false
+        }
+    }
+}
+
+fn implicit_or_immediate(random: &mut Random, i: &mut Instruction, k: u32, kind: Kind) {
+    let value = random.integer();
+    let long = !random.one_in(4);
+    let either = |a, b| if long { a } else { b };
+    let op_kind = match kind {
+        Kind::imm8 | Kind::imm4_m2z => OpKind::Immediate8,
+        Kind::imm8_const_1 => OpKind::Immediate8,
+        Kind::imm8sex16 => OpKind::Immediate8to16,
+        Kind::imm8sex32 => OpKind::Immediate8to32,
+        Kind::imm8sex64 => OpKind::Immediate8to64,
+        Kind::imm16 => OpKind::Immediate16,
+        Kind::imm32 => OpKind::Immediate32,
+        Kind::imm32sex64 => OpKind::Immediate32to64,
+        Kind::imm64 => OpKind::Immediate64,
+        Kind::seg_rSI => either(OpKind::MemorySegRSI, OpKind::MemorySegESI),
+        Kind::es_rDI => either(OpKind::MemoryESRDI, OpKind::MemoryESEDI),
+        Kind::seg_rDI => either(OpKind::MemorySegRDI, OpKind::MemorySegEDI),
+        Kind::seg_rBX_al => {
+            i.set_op_kind(k, OpKind::Memory);
+            i.set_memory_base(either2(long, Register::RBX, Register::EBX));
+            i.set_memory_index(Register::AL);
+            return;
+        }
+        _ => return,
+    };
+    // Both operands of MOVS and CMPS have one address size.
+    let op_kind = match (k, i.op0_kind()) {
+        (1, OpKind::MemoryESRDI) if op_kind == OpKind::MemorySegESI => OpKind::MemorySegRSI,
+        (1, OpKind::MemoryESEDI) if op_kind == OpKind::MemorySegRSI => OpKind::MemorySegESI,
+        (1, OpKind::MemorySegRSI) if op_kind == OpKind::MemoryESEDI => OpKind::MemoryESRDI,
+        (1, OpKind::MemorySegESI) if op_kind == OpKind::MemoryESRDI => OpKind::MemoryESEDI,
+        _ => op_kind,
+    };
+    // ENTER has two immediates.
+    let second = k > 0 && op_kind == OpKind::Immediate8 && i.op_kind(k - 1) == OpKind::Immediate16
+        || k > 0 && op_kind == OpKind::Immediate8 && i.op_kind(k - 1) == OpKind::Immediate8;
+    let op_kind = if second {
+        OpKind::Immediate8_2nd
+    } else {
+        op_kind
+    };
+    i.set_op_kind(k, op_kind);
+    match op_kind {
+        OpKind::Immediate8 if kind == Kind::imm8_const_1 => i.set_immediate8(1),
+        OpKind::Immediate8 if kind == Kind::imm4_m2z => i.set_immediate8(value as u8 & 3),
+        OpKind::Immediate8 => i.set_immediate8(value as u8),
+        OpKind::Immediate8_2nd => i.set_immediate8_2nd(value as u8 & 31),
+        OpKind::Immediate8to16 => i.set_immediate8to16(i16::from(value as i8)),
+        OpKind::Immediate8to32 => i.set_immediate8to32(i32::from(value as i8)),
+        OpKind::Immediate8to64 => i.set_immediate8to64(i64::from(value as i8)),
+        OpKind::Immediate16 => i.set_immediate16(value as u16),
+        OpKind::Immediate32 => i.set_immediate32(value as u32),
+        OpKind::Immediate32to64 => i.set_immediate32to64(i64::from(value as i32)),
+        OpKind::Immediate64 => i.set_immediate64(value),
+        _ => {}
+    }
+}
+
+fn either2<T>(first: bool, a: T, b: T) -> T {
+    if first { a } else { b }
+}
+
+/// Chooses an addressing form for the memory operand.
+fn address(random: &mut Random, i: &mut Instruction, size: u64, style: Style, state: &State) {
+    if i.memory_base() != Register::None {
+        return;
+    }
+    if style == Style::Sequence {
+        let n = 12 + random.below(4);
+        i.set_memory_base(nth(Register::RAX, n));
+        // Within 64 bytes: sometimes unaligned.
+        let disp = random.below(64) & if random.one_in(3) { !0 } else { !31 };
+        i.set_memory_displ_size(8);
+        i.set_memory_displacement64(disp.wrapping_sub(state.gpr[n as usize] & 31 & disp));
+        return;
+    }
+    let vsib = i.memory_index() != Register::None;
+    let short = random.one_in(8);
+    let any = |random: &mut Random| {
+        nth(
+            if short { Register::EAX } else { Register::RAX },
+            random.below(16),
+        )
+    };
+    if random.one_in(10) {
+        i.set_segment_prefix(random.pick(&[Register::FS, Register::GS]));
+    }
+    if vsib {
+        i.set_memory_base(any(random));
+        i.set_memory_index_scale(1 << random.below(4));
+        i.set_memory_displ_size(1);
+        i.set_memory_displacement64(random.below(64));
+        return;
+    }
+    let form = random.below(8);
+    if form < 6 {
+        i.set_memory_base(any(random));
+        if form >= 3 {
+            let index = any(random);
+            if index.full_register() != Register::RSP {
+                i.set_memory_index(index);
+                i.set_memory_index_scale(1 << random.below(4));
+            }
+        }
+        match random.below(3) {
+            0 => {}
+            1 => {
+                i.set_memory_displ_size(1);
+                i.set_memory_displacement64(i64::from(random.next() as i8) as u64);
+            }
+            _ => {
+                i.set_memory_displ_size(if short { 4 } else { 8 });
+                let disp = i64::from(random.next() as i32 >> random.below(20)) as u64;
+                i.set_memory_displacement64(if short { disp & 0xffff_ffff } else { disp });
+            }
+        }
+        return;
+    }
+    let segment = match i.segment_prefix() {
+        Register::FS => state.fs_base,
+        Register::GS => state.gs_base,
+        _ => 0,
+    };
+    let goal = target(random, size.max(1)).wrapping_sub(segment) & 0x7fff_ffff;
+    if form == 6 {
+        i.set_memory_base(if short { Register::EIP } else { Register::RIP });
+        i.set_memory_displ_size(if short { 4 } else { 8 });
+    } else {
+        i.set_memory_displ_size(if short { 4 } else { 8 });
+        if random.one_in(2) {
+            i.set_memory_index(nth(Register::RAX, random.pick(&[0, 1, 2, 3, 5, 9, 12])));
+            i.set_memory_index_scale(1 << random.below(4));
+            i.set_memory_displ_size(8);
+        }
+    }
+    i.set_memory_displacement64(goal);
+}
+
+/// From iced's flag bits to RFLAGS.
+fn to_rflags(bits: u32) -> u64 {
+    [
+        (RflagsBits::CF, 0),
+        (RflagsBits::PF, 2),
+        (RflagsBits::AF, 4),
+        (RflagsBits::ZF, 6),
+        (RflagsBits::SF, 7),
+        (RflagsBits::DF, 10),
+        (RflagsBits::OF, 11),
+    ]
+    .iter()
+    .filter(|(bit, _)| bits & bit != 0)
+    .fold(0, |flags, (_, n)| flags | 1 << n)
+}
+
+fn keeps_flags_sometimes(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    )
+}
+
+fn is_environment(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Fnstenv
+            | M::Fnsave
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fldenv
+            | M::Frstor
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xrstor
+            | M::Xrstor64
+    )
+}
+
+/// Notes what can't be compared.
+fn finish(case: &mut Case) {
+    for i in &case.instructions {
+        let pointers: &[(u64, u64)] = match i.mnemonic() {
+            Mnemonic::Fxsave | Mnemonic::Fxsave64 => &[(6, 18)],
+            Mnemonic::Fnstenv | Mnemonic::Fnsave if i.memory_size().size() % 14 == 0 || true => {
+                match i.code() {
+                    Code::Fnstenv_m14byte | Code::Fnsave_m94byte => &[(6, 8)],
+                    _ => &[(12, 16)],
+                }
+            }
+            _ => continue,
+        };
+        let gpr = case.start.gpr;
+        let (fs, gs) = (case.start.fs_base, case.start.gs_base);
+        let address = i.virtual_address(0, 0, |register, _, _| {
+            Some(match register {
+                Register::FS => fs,
+                Register::GS => gs,
+                Register::ES | Register::CS | Register::SS | Register::DS => 0,
+                r if r.is_gpr32() => gpr[r.number()] & 0xffff_ffff,
+                r => gpr[r.number()],
+            })
+        });
+        for (offset, len) in pointers {
+            let start = address
+                .unwrap_or(0)
+                .wrapping_add(*offset)
+                .wrapping_sub(DATA);
+            let start = start.min(DATA_LEN as u64) as usize;
+            case.ignored
+                .push(start..(start + *len as usize).min(DATA_LEN));
+        }
+    }
+}

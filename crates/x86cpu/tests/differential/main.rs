@@ -1,0 +1,238 @@
+//! The differential fuzzer: random user-mode instructions of every family that the processor offers
+//! run on the host and in the interpreter, from the same state; the results must be the same.
+//!
+//! ```text
+//! cargo test --release -p skerry-x86cpu --test differential                      # as in CI
+//! cargo test --release -p skerry-x86cpu --test differential -- --seconds 3600 --seed 7
+//! cargo test --release -p skerry-x86cpu --test differential -- --family avx2 --cases 100000
+//! ```
+//! `--family` takes a family as the table at the end names it, or a mnemonic. A mismatch prints the
+//! code bytes, the disassembly, the start state and what differs, and the number of the case, which
+//! `--seed S --case N` runs alone.
+
+mod generate;
+mod guest;
+mod native;
+mod report;
+mod state;
+mod templates;
+
+use std::collections::HashSet;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use generate::{Case, Generator};
+use guest::Guest;
+use native::{End, Native};
+use state::Random;
+
+/// Cases when nothing else is asked for.
+const DEFAULT_CASES: u64 = 1_200_000;
+
+struct Options {
+    seed: u64,
+    cases: u64,
+    seconds: Option<u64>,
+    family: Option<String>,
+    case: Option<u64>,
+    mismatches: u64,
+    native_only: bool,
+    quiet: bool,
+}
+
+fn options() -> Result<Options, String> {
+    let mut options = Options {
+        seed: 1,
+        cases: DEFAULT_CASES,
+        seconds: None,
+        family: None,
+        case: None,
+        mismatches: 20,
+        native_only: false,
+        quiet: false,
+    };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let mut value = || {
+            let text = arguments.next().unwrap_or_default();
+            text.parse::<u64>().map_err(|e| format!("{argument}: {e}"))
+        };
+        match argument.as_str() {
+            "--seed" => options.seed = value()?,
+            "--cases" => options.cases = value()?,
+            "--seconds" => options.seconds = Some(value()?),
+            "--case" => options.case = Some(value()?),
+            "--mismatches" => options.mismatches = value()?,
+            "--family" => options.family = arguments.next(),
+            "--native-only" => options.native_only = true,
+            "--quiet" => options.quiet = true,
+            // What the test harness would understand.
+            _ => {}
+        }
+    }
+    Ok(options)
+}
+
+struct Tally {
+    names: Vec<String>,
+    cases: Vec<u64>,
+    faults: Vec<u64>,
+    mismatches: Vec<u64>,
+    reported: HashSet<iced_x86::Code>,
+}
+
+fn main() -> ExitCode {
+    let options = match options() {
+        Ok(options) => options,
+        Err(e) => {
+            eprintln!("{e}");
+            return ExitCode::from(2);
+        }
+    };
+    if std::env::args().any(|a| a == "--list") {
+        println!("differential: test");
+        return ExitCode::SUCCESS;
+    }
+    match run(&options) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(n) => {
+            println!("{n} mismatches");
+            ExitCode::FAILURE
+        }
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<u64, String> {
+    let mut native = Native::new().map_err(|e| format!("sandbox: {e}"))?;
+    let mut guest = Guest::new();
+    let mut generator = {
+        let offered = |features: &[iced_x86::CpuidFeature]| guest.offers(features);
+        Generator::new(&offered, options.family.as_deref())
+    };
+    let branches = templates::branches();
+    let mut tally = Tally::new(&generator);
+    let started = Instant::now();
+    let limit = options.seconds.map(Duration::from_secs);
+    let mut number = options.case.unwrap_or(0);
+    loop {
+        let done = match limit {
+            _ if options.case.is_some_and(|case| number > case) => true,
+            Some(limit) => number % 256 == 0 && started.elapsed() > limit,
+            None => number >= options.cases && options.case.is_none(),
+        };
+        if done || tally.reported.len() as u64 >= options.mismatches {
+            break;
+        }
+        let mut random = Random::new(
+            options
+                .seed
+                .wrapping_mul(0x1_0000_0001)
+                .wrapping_add(number),
+        );
+        let this = number;
+        number += 1;
+        let special = match options.family.as_deref() {
+            None => random.below(24),
+            Some("sequences") => 0,
+            Some("branches") => 3,
+            Some("fpu-state") => 4,
+            Some(_) => 99,
+        };
+        let last = tally.names.len() - 1;
+        let found = match special {
+            0..3 => generator.sequence(&mut random).map(|case| (last, case)),
+            3 => templates::branch(&mut random, &branches).map(|case| (last - 1, case)),
+            4 => templates::save_restore(&mut random).map(|case| (last - 2, case)),
+            _ => generator.single(&mut random),
+        };
+        let Some((family, case)) = found else {
+            continue;
+        };
+        check(
+            options,
+            &mut native,
+            &mut guest,
+            &case,
+            family,
+            this,
+            &mut tally,
+        );
+    }
+    tally.print(started.elapsed());
+    Ok(tally.mismatches.iter().sum())
+}
+
+fn check(
+    options: &Options,
+    native: &mut Native,
+    guest: &mut Guest,
+    case: &Case,
+    family: usize,
+    number: u64,
+    tally: &mut Tally,
+) {
+    let mut code = case.code.clone();
+    code.extend_from_slice(&Native::landing_pad(0));
+    code.extend_from_slice(&Native::landing_pad(1));
+    let mut expected = case.start.clone();
+    let end = native.run(&code, &mut expected);
+    tally.cases[family] += 1;
+    if matches!(end, End::Fault { .. }) {
+        tally.faults[family] += 1;
+    }
+    if options.native_only {
+        return;
+    }
+    let mut actual = case.start.clone();
+    let actual_end = guest.run(&case.code, &mut actual);
+    let differences = report::compare(case, (&end, &expected), (&actual_end, &actual));
+    if differences.is_empty() && options.case.is_none() {
+        return;
+    }
+    if !differences.is_empty() {
+        tally.mismatches[family] += 1;
+    }
+    let first = case
+        .instructions
+        .first()
+        .map_or(iced_x86::Code::INVALID, |i| i.code());
+    if !options.quiet && tally.reported.insert(first) || options.case.is_some() {
+        println!("case {number} of seed {}:", options.seed);
+        report::print(case, &end, &actual_end, &differences);
+    }
+}
+
+impl Tally {
+    fn new(generator: &Generator) -> Self {
+        let mut names: Vec<String> = generator.families.iter().map(|f| f.0.clone()).collect();
+        names.extend(["fpu-state", "branches", "sequences"].map(str::to_owned));
+        let zero = vec![0; names.len()];
+        Self {
+            cases: zero.clone(),
+            faults: zero.clone(),
+            mismatches: zero,
+            names,
+            reported: HashSet::new(),
+        }
+    }
+
+    fn print(&self, elapsed: Duration) {
+        println!(
+            "{:20} {:>10} {:>10} {:>10}",
+            "family", "cases", "faults", "mismatches"
+        );
+        for (n, name) in self.names.iter().enumerate() {
+            let (cases, faults) = (self.cases[n], self.faults[n]);
+            println!(
+                "{name:20} {cases:>10} {faults:>10} {:>10}",
+                self.mismatches[n]
+            );
+        }
+        let total: u64 = self.cases.iter().sum();
+        println!("{total} cases in {:.1} s", elapsed.as_secs_f64());
+    }
+}

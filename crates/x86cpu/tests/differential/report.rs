@@ -1,0 +1,165 @@
+//! Compares the two ends of a case and says what differs.
+
+use iced_x86::{Formatter, IntelFormatter};
+
+use crate::generate::Case;
+use crate::native::End;
+use crate::state::{CODE, DATA, FLAGS, State};
+
+const REGISTERS: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
+];
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
+}
+
+/// What tells two ends apart.
+fn compare_ends(host: &End, ours: &End) -> Option<String> {
+    let same = match (host, ours) {
+        (
+            End::Fault {
+                vector,
+                error,
+                address,
+                rip,
+            },
+            End::Fault {
+                vector: v,
+                error: e,
+                address: a,
+                rip: r,
+            },
+        ) => {
+            // Error codes are compared for page faults (U/S is always set); others push 0.
+            let page_fault = *vector == 14;
+            vector == v
+                && rip == r
+                && (!page_fault || error & 7 == e & 7)
+                && (!page_fault || address == a)
+        }
+        (a, b) => a == b,
+    };
+    (!same).then(|| format!("end: host {host:x?}, interpreter {ours:x?}"))
+}
+
+/// Everything that differs; the host's end and state first.
+pub fn compare(case: &Case, host: (&End, &State), ours: (&End, &State)) -> Vec<String> {
+    let mut out = Vec::new();
+    out.extend(compare_ends(host.0, ours.0));
+    let (host, ours) = (host.1, ours.1);
+    let mut differs = |name: &str, host: String, ours: String| {
+        if host != ours {
+            out.push(format!("{name}: host {host}, interpreter {ours}"));
+        }
+    };
+    for (n, name) in REGISTERS.iter().enumerate() {
+        differs(
+            name,
+            format!("{:016x}", host.gpr[n]),
+            format!("{:016x}", ours.gpr[n]),
+        );
+    }
+    let mask = FLAGS & !case.undefined_flags;
+    differs(
+        "flags",
+        format!("{:03x}", host.flags & mask),
+        format!("{:03x}", ours.flags & mask),
+    );
+    for n in 0..16 {
+        differs(
+            &format!("ymm{n}"),
+            hex(&host.vector(n)),
+            hex(&ours.vector(n)),
+        );
+    }
+    differs(
+        "mxcsr",
+        format!("{:04x}", host.mxcsr()),
+        format!("{:04x}", ours.mxcsr()),
+    );
+    differs(
+        "fcw",
+        format!("{:04x}", host.fcw()),
+        format!("{:04x}", ours.fcw()),
+    );
+    differs(
+        "fsw",
+        format!("{:04x}", host.fsw()),
+        format!("{:04x}", ours.fsw()),
+    );
+    differs(
+        "tags",
+        format!("{:02x}", host.tags()),
+        format!("{:02x}", ours.tags()),
+    );
+    for n in 0..8 {
+        differs(&format!("st{n}"), hex(host.st(n)), hex(ours.st(n)));
+    }
+    if host.data != ours.data {
+        let differing: Vec<usize> = (0..host.data.len())
+            .filter(|&n| host.data[n] != ours.data[n])
+            .filter(|n| !case.ignored.iter().any(|range| range.contains(n)))
+            .collect();
+        for n in differing.iter().take(8) {
+            let (h, o) = (host.data[*n], ours.data[*n]);
+            out.push(format!(
+                "memory {:x}: host {h:02x}, interpreter {o:02x}, before {:02x}",
+                DATA + *n as u64,
+                case.start.data[*n]
+            ));
+        }
+    }
+    out
+}
+
+/// Prints a case and what differs.
+pub fn print(case: &Case, host: &End, ours: &End, differences: &[String]) {
+    let bytes: Vec<String> = case.code.iter().map(|b| format!("{b:02x}")).collect();
+    println!("  bytes: {}", bytes.join(" "));
+    let mut formatter = IntelFormatter::new();
+    for i in &case.instructions {
+        let mut text = String::new();
+        formatter.format(i, &mut text);
+        println!(
+            "  +{:02x} {text}    ({:?})",
+            i.ip().wrapping_sub(CODE),
+            i.code()
+        );
+    }
+    let start = &case.start;
+    for (n, row) in start.gpr.chunks(4).enumerate() {
+        let row: Vec<String> = row
+            .iter()
+            .enumerate()
+            .map(|(k, value)| format!("{:>3}={value:016x}", REGISTERS[4 * n + k]))
+            .collect();
+        println!("  {}", row.join(" "));
+    }
+    println!(
+        "  flags={:03x} fs={:x} gs={:x} mxcsr={:04x} fcw={:04x} fsw={:04x} tags={:02x}",
+        start.flags & FLAGS,
+        start.fs_base,
+        start.gs_base,
+        start.mxcsr(),
+        start.fcw(),
+        start.fsw(),
+        start.tags()
+    );
+    for i in &case.instructions {
+        for k in 0..i.op_count() {
+            let register = i.op_register(k);
+            if register.is_xmm() || register.is_ymm() {
+                println!("  {register:?}={}", hex(&start.vector(register.number())));
+            }
+            if register.is_st() || register.is_mm() {
+                println!("  {register:?}={}", hex(start.st(register.number())));
+            }
+        }
+    }
+    println!("  host {host:x?}, interpreter {ours:x?}");
+    for difference in differences {
+        println!("  ! {difference}");
+    }
+}
