@@ -141,6 +141,22 @@ impl Spool {
 }
 
 impl Opened<'_> {
+    /// Where data comes next, at `offset` or behind it: reading what lies between would only
+    /// fill the host's cache with zeros.
+    pub(crate) fn next_data(&self, offset: u64) -> u64 {
+        let (file, start) = match self {
+            Opened::Empty => return offset,
+            Opened::Spooled(file, start) => (*file, *start),
+            Opened::Host(file) => (file, 0),
+        };
+        match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(start + offset)) {
+            Ok(at) => at.saturating_sub(start).max(offset),
+            Err(rustix::io::Errno::NXIO) => u64::MAX,
+            // Not every file system can tell.
+            Err(_) => offset,
+        }
+    }
+
     /// Fills `buf` from `offset` of the file on.
     pub(crate) fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         match self {

@@ -85,10 +85,13 @@ impl Output<'_> {
     }
 
     fn pad_to(&mut self, position: u64) -> io::Result<()> {
-        const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
         while self.position() < position {
-            let part = (position - self.position()).min(BLOCK) as usize;
-            self.put(&ZEROS[..part])?;
+            let room = FLUSH_AT - self.buf.len().min(FLUSH_AT - 1);
+            let part = (position - self.position()).min(room as u64) as usize;
+            self.buf.resize(self.buf.len() + part, 0);
+            if self.buf.len() >= FLUSH_AT {
+                self.flush()?;
+            }
         }
         Ok(())
     }
@@ -199,6 +202,13 @@ fn copy_data(
     let opened = spool.open(data).map_err(failed)?;
     let mut at = range.start;
     while at < range.end {
+        // Small files aren't worth the question.
+        if range.end - at > FLUSH_AT as u64 {
+            let data = opened.next_data(at).min(range.end);
+            let to = out.position() + (data - at);
+            out.pad_to(to).map_err(WriteError::Output)?;
+            at = data;
+        }
         let start = out.buf.len();
         let room = (FLUSH_AT - start.min(FLUSH_AT - 1)) as u64;
         let part = (range.end - at).min(room);
