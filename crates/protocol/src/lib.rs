@@ -18,7 +18,7 @@
 //! the peer can't make us reserve more; anything else that doesn't decode is an error that ends the
 //! connection. Both peers treat the other's bytes as hostile: nothing in this crate panics on input.
 //!
-//! Where a guest has no vsock, a multiplexer carries the same connections over one byte stream.
+//! Where a guest has no vsock, [`mux`] carries the same connections over one byte stream.
 //!
 //! The wire format is versioned by [`message::Hello`]; new message kinds go at the end of their enum.
 #![forbid(unsafe_code)]
@@ -26,6 +26,8 @@
 pub mod frame;
 pub mod host;
 pub mod message;
+#[cfg(unix)]
+pub mod mux;
 pub mod transport;
 
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME};

@@ -288,7 +288,7 @@ impl FailureKind {
 
 /// Serialises a byte slice as one run of bytes rather than element by element; the wire format is
 /// the same, the speed is not.
-fn as_bytes<S: Serializer>(bytes: &&[u8], serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn as_bytes<S: Serializer>(bytes: &&[u8], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_bytes(bytes)
 }
 

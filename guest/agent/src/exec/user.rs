@@ -69,13 +69,18 @@ impl Accounts {
                 return Err(failure(FailureKind::BadUser, text));
             }
         };
-        let (gid, groups) = match group {
+        let (gid, mut groups) = match group {
             Some(group) => (self.gid(group)?, Vec::new()),
             None => (
                 own_gid,
                 name.map(|name| self.groups_of(name)).unwrap_or_default(),
             ),
         };
+        // Named again among the supplementary groups, the group stays when a set-group-id program
+        // changes the effective one: a file that is closed to it stays closed (CVE-2022-36109).
+        groups.push(gid);
+        groups.sort_unstable();
+        groups.dedup();
         let home = if home.is_empty() { "/" } else { home }.to_owned();
         Ok(User {
             uid,
@@ -97,15 +102,11 @@ impl Accounts {
     }
 
     fn groups_of(&self, name: &str) -> Vec<u32> {
-        let mut groups: Vec<u32> = self
-            .groups()
+        self.groups()
             .filter(|entry| entry.members.split(',').any(|member| member == name))
             .map(|entry| entry.gid)
-            .take(MAX_GROUPS)
-            .collect();
-        groups.sort_unstable();
-        groups.dedup();
-        groups
+            .take(MAX_GROUPS - 1)
+            .collect()
     }
 
     fn users(&self) -> impl Iterator<Item = UserEntry<'_>> {
@@ -193,16 +194,19 @@ mod tests {
     fn names_numbers_and_groups_resolve() {
         let accounts = accounts();
         let resolve = |spec| accounts.resolve(spec).unwrap();
-        assert_eq!(resolve(""), user(0, 0, &[4], "/root"));
-        assert_eq!(resolve("app"), user(1000, 1001, &[4, 44], "/srv/app"));
-        assert_eq!(resolve("app:staff"), user(1000, 50, &[], "/srv/app"));
-        assert_eq!(resolve("app:"), user(1000, 1001, &[4, 44], "/srv/app"));
-        assert_eq!(resolve("app:12"), user(1000, 12, &[], "/srv/app"));
-        assert_eq!(resolve("1000"), user(77, 77, &[], "/odd"));
-        assert_eq!(resolve("4242"), user(4242, 0, &[], "/"));
-        assert_eq!(resolve("4242:4243"), user(4242, 4243, &[], "/"));
-        assert_eq!(resolve("nohome"), user(5, 5, &[], "/"));
-        assert_eq!(resolve(":staff"), user(0, 50, &[], "/root"));
+        assert_eq!(resolve(""), user(0, 0, &[0, 4], "/root"));
+        assert_eq!(resolve("app"), user(1000, 1001, &[4, 44, 1001], "/srv/app"));
+        assert_eq!(resolve("app:staff"), user(1000, 50, &[50], "/srv/app"));
+        assert_eq!(
+            resolve("app:"),
+            user(1000, 1001, &[4, 44, 1001], "/srv/app")
+        );
+        assert_eq!(resolve("app:12"), user(1000, 12, &[12], "/srv/app"));
+        assert_eq!(resolve("1000"), user(77, 77, &[77], "/odd"));
+        assert_eq!(resolve("4242"), user(4242, 0, &[0], "/"));
+        assert_eq!(resolve("4242:4243"), user(4242, 4243, &[4243], "/"));
+        assert_eq!(resolve("nohome"), user(5, 5, &[5], "/"));
+        assert_eq!(resolve(":staff"), user(0, 50, &[50], "/root"));
     }
 
     #[test]
@@ -223,6 +227,6 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(directory.path().join("etc/passwd")).unwrap();
         let accounts = Accounts::read(directory.path());
-        assert_eq!(accounts.resolve("").unwrap(), user(0, 0, &[], "/"));
+        assert_eq!(accounts.resolve("").unwrap(), user(0, 0, &[0], "/"));
     }
 }
