@@ -19,6 +19,8 @@ mod operand;
 mod shift;
 mod stack;
 mod string;
+#[cfg(test)]
+mod tests;
 
 /// Adds the ops of `i` if it is an integer instruction of this module.
 pub(crate) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
