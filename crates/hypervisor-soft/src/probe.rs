@@ -1,0 +1,71 @@
+//! What the software processor offers on this host, and how fast it is.
+
+use std::sync::OnceLock;
+
+use skerry_hypervisor::probe::{self, GuestSpeed};
+use skerry_hypervisor::{Capabilities, CpuidTable, CreateVmError, Hypervisor, Unusable, VmSpec};
+use skerry_x86cpu::{HostFeatures, TSC_HZ};
+
+use crate::state;
+use crate::vm::{MAX_VCPUS, SoftVm};
+
+/// The time-stamp counter counts nanoseconds on every host, so that snapshots travel.
+pub(crate) const TSC_KHZ: u32 = TSC_HZ / 1000;
+
+/// The software processor.
+pub struct Soft {
+    supported_cpuid: CpuidTable,
+}
+
+/// Every CPUID bit that a guest may be shown.
+pub(crate) fn supported() -> CpuidTable {
+    static TABLE: OnceLock<CpuidTable> = OnceLock::new();
+    TABLE
+        .get_or_init(|| state::cpuid_from(&skerry_x86cpu::supported(&HostFeatures::detect())))
+        .clone()
+}
+
+impl Hypervisor for Soft {
+    type Vm = SoftVm;
+
+    fn probe() -> Result<Capabilities, Unusable> {
+        let soft = Self::open()?;
+        let broken = |why: String| Unusable {
+            reason: format!("The software processor does not work here: {why}"),
+            remedy: "Please report it with the output of `skerry doctor --format json`".into(),
+            measured_mips: None,
+        };
+        let GuestSpeed { mips, sse } = probe::measure_guest(&soft, &soft.supported_cpuid)
+            .map_err(|error| broken(probe::chain(&error)))?;
+        if let Some(why) = sse {
+            return Err(broken(why));
+        }
+        let physical_address_bits = soft
+            .supported_cpuid
+            .get(0x8000_0008, 0)
+            .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
+        Ok(Capabilities {
+            name: "soft",
+            description: "software processor, any x86-64 host".into(),
+            measured_mips: mips,
+            max_vcpus: MAX_VCPUS,
+            supported_cpuid: soft.supported_cpuid,
+            tsc_khz: TSC_KHZ,
+            physical_address_bits,
+        })
+    }
+
+    fn open() -> Result<Self, Unusable> {
+        Ok(Self {
+            supported_cpuid: supported(),
+        })
+    }
+
+    fn supported_cpuid(&self) -> &CpuidTable {
+        &self.supported_cpuid
+    }
+
+    fn create_vm(&self, spec: &VmSpec) -> Result<SoftVm, CreateVmError> {
+        SoftVm::new(spec)
+    }
+}

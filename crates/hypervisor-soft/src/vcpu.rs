@@ -1,0 +1,231 @@
+//! A virtual processor: its run loop.
+
+use std::sync::Arc;
+
+use skerry_hypervisor::cancel::CallWord;
+use skerry_hypervisor::validate::StateLimits;
+use skerry_hypervisor::{
+    BootRegisters, CallId, Canceller, CpuState, CpuidTable, CreateVcpuError, Exit, Gpa,
+    InterruptError, Irqchip, Kick, RunError, StateError, Vcpu,
+};
+use skerry_x86cpu::sys::state::Activity;
+use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host};
+
+use crate::host::SoftHost;
+use crate::state;
+use crate::vm::{MAX_VCPUS, VmShared};
+
+/// Makes a processor leave its loop at the next block, or its thread wake up.
+struct SoftKick {
+    id: u32,
+    shared: Arc<CpuShared>,
+    host: Arc<SoftHost>,
+}
+
+impl Kick for SoftKick {
+    fn kick(&self) {
+        self.shared.request_exit();
+        self.host.wake(self.id);
+    }
+}
+
+/// A virtual processor.
+pub struct SoftVcpu {
+    pub(crate) cpu: Box<Cpu>,
+    pub(crate) limits: StateLimits,
+    word: Arc<CallWord>,
+    kick: Arc<SoftKick>,
+    /// An exit that came up while an instruction was being finished.
+    queued: Option<CpuExit>,
+    vm: Arc<VmShared>,
+}
+
+impl SoftVcpu {
+    pub(crate) fn new(
+        vm: Arc<VmShared>,
+        id: u32,
+        cpuid: &CpuidTable,
+    ) -> Result<Self, CreateVcpuError> {
+        let bad = |reason| CreateVcpuError::BadId { id, reason };
+        let made = vm.machine.cpus.get(id as usize).filter(|_| id < MAX_VCPUS);
+        let slot = made.ok_or(bad("the virtual machine was not made for so many"))?;
+        if slot.get().is_some() {
+            return Err(bad("there is one with this id"));
+        }
+        if let Some(feature) = cpuid
+            .missing_from(&crate::probe::supported())
+            .into_iter()
+            .next()
+        {
+            return Err(CreateVcpuError::Unsupported { id, feature });
+        }
+        let khz = crate::probe::TSC_KHZ;
+        if let Some(asked) = cpuid.tsc_khz().filter(|asked| *asked != khz) {
+            return Err(CreateVcpuError::Unsupported {
+                id,
+                feature: format!("a time-stamp counter of {asked} kHz: it runs at {khz}"),
+            });
+        }
+        let cpu = Cpu::new(&vm.machine, id, state::cpuid_to(cpuid))
+            .ok_or(bad("there is one with this id"))?;
+        vm.host.add_processor(id, cpu.shared.clone());
+        let kick = Arc::new(SoftKick {
+            id,
+            shared: cpu.shared.clone(),
+            host: vm.host.clone(),
+        });
+        Ok(Self {
+            cpu,
+            limits: StateLimits::of(cpuid, vm.irqchip == Irqchip::Split),
+            word: Arc::default(),
+            kick,
+            queued: None,
+            vm,
+        })
+    }
+
+    pub(crate) fn has_apic(&self) -> bool {
+        self.vm.irqchip == Irqchip::Split
+    }
+
+    /// What the contract calls `exit`; `None` to go on.
+    fn translate(&mut self, exit: CpuExit) -> Option<Exit> {
+        Some(match exit {
+            CpuExit::PortIn { port, size } => Exit::PortIn { port, size },
+            CpuExit::PortOut { port, size, data } => Exit::PortOut { port, size, data },
+            CpuExit::MmioRead { gpa, size } => Exit::MmioRead {
+                gpa: Gpa(gpa),
+                size,
+            },
+            CpuExit::MmioWrite { gpa, size, data } => Exit::MmioWrite {
+                gpa: Gpa(gpa),
+                size,
+                data,
+            },
+            CpuExit::Halted { .. } if !self.has_apic() => {
+                self.cpu.sys.activity = Activity::Running;
+                Exit::Halt
+            }
+            CpuExit::Halted { .. } | CpuExit::WaitForSipi => {
+                // The timer thread wakes it at its deadline.
+                self.vm.host.park(self.cpu.id, &self.cpu.shared);
+                return None;
+            }
+            CpuExit::InterruptWindow => {
+                self.cpu.request_interrupt_window(false);
+                Exit::InterruptWindow
+            }
+            CpuExit::IoapicEoi { vector } => Exit::IoapicEoi { vector },
+            CpuExit::Shutdown => Exit::Shutdown,
+            CpuExit::Requested if self.word.is_cancelled() => Exit::Cancelled,
+            CpuExit::Requested if self.word.take_kick() => Exit::Interrupted,
+            // What asked for it has been dealt with.
+            CpuExit::Requested => return None,
+        })
+    }
+
+    /// Finishes an instruction that exited, so that the processor stands between two.
+    fn finish_instruction(&mut self) -> Result<(), StateError> {
+        let inside = StateError::InsideInstruction { id: self.cpu.id };
+        if self.queued.is_some() || self.cpu.wants_value() {
+            return Err(inside);
+        }
+        if !self.cpu.inside_instruction() {
+            return Ok(());
+        }
+        // It goes on with the instruction, then leaves for the request.
+        self.cpu.shared.request_exit();
+        match self.cpu.run() {
+            CpuExit::Requested => Ok(()),
+            other => {
+                self.queued = Some(other);
+                Err(inside)
+            }
+        }
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn id(&self) -> u32 {
+        self.cpu.id
+    }
+
+    fn canceller(&self) -> Canceller {
+        Canceller::new(self.word.clone(), self.kick.clone())
+    }
+
+    fn begin_call(&mut self) -> CallId {
+        self.word.begin()
+    }
+
+    fn end_call(&mut self) {
+        self.word.end();
+    }
+
+    fn run(&mut self) -> Result<Exit, RunError> {
+        loop {
+            if self.word.is_cancelled() {
+                return Ok(Exit::Cancelled);
+            }
+            if self.cpu.wants_value() {
+                return Err(RunError::ReadNotCompleted { id: self.cpu.id });
+            }
+            let exit = match self.queued.take() {
+                Some(exit) => exit,
+                None => self.cpu.run(),
+            };
+            if let Some(exit) = self.translate(exit) {
+                return Ok(exit);
+            }
+        }
+    }
+
+    fn complete_read(&mut self, value: u64) {
+        self.cpu.complete_read(value);
+    }
+
+    fn request_interrupt_window(&mut self, wanted: bool) {
+        self.cpu.request_interrupt_window(wanted);
+    }
+
+    fn ready_for_extint(&self) -> bool {
+        self.cpu.ready_for_extint()
+    }
+
+    fn inject_extint(&mut self, vector: u8) -> Result<(), InterruptError> {
+        self.cpu.inject_extint(vector);
+        Ok(())
+    }
+
+    fn set_boot_registers(&mut self, registers: &BootRegisters) -> Result<(), StateError> {
+        self.limits.check_boot(registers)?;
+        self.queued = None;
+        self.cpu
+            .set_boot_registers(
+                &state::general_to(&registers.general),
+                &state::system_to(&registers.system),
+            )
+            .map_err(state::invalid)
+    }
+
+    fn boot_registers(&self) -> Result<BootRegisters, StateError> {
+        Ok(BootRegisters {
+            general: state::general_from(&self.cpu.general_registers()),
+            system: state::system_from(&self.cpu.system_registers()),
+        })
+    }
+
+    fn state(&mut self) -> Result<CpuState, StateError> {
+        self.finish_instruction()?;
+        let lapic = self.has_apic();
+        let saved = self.cpu.save_state();
+        Ok(state::state_from(saved, lapic, self.limits.xsave_size))
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.limits.check(state)?;
+        state::load(&mut self.cpu, state)?;
+        self.queued = None;
+        Ok(())
+    }
+}
