@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use skerry_hypervisor::Unusable;
 use skerry_hypervisor::cpu_model::CpuModelError;
 use skerry_machine::MachineError;
-use skerry_oci::OciError;
 use skerry_protocol::host::HostError;
 use skerry_storage::DiskError;
 use thiserror::Error;
@@ -48,7 +47,10 @@ pub enum EngineError {
     Machine(#[from] MachineError),
     /// The image can't be had.
     #[error(transparent)]
-    Image(#[from] OciError),
+    Image(#[from] skerry_oci::Error),
+    /// What should name an image does not.
+    #[error(transparent)]
+    ImageName(#[from] skerry_oci::RefError),
     /// A disk can't be had.
     #[error(transparent)]
     Disk(#[from] DiskError),

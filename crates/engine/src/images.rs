@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use skerry_oci::{Image, ImageRef, Store};
+use skerry_oci::{Image, ImageRef, Progress, Store};
 
 use crate::builtin;
 use crate::error::EngineError;
@@ -20,12 +20,12 @@ pub fn open(paths: &Paths) -> Result<Store, EngineError> {
 pub fn resolve(
     paths: &Paths,
     name: &str,
-    progress: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(Progress),
 ) -> Result<Image, EngineError> {
     let store = open(paths)?;
-    let reference = ImageRef::from_str(name).map_err(skerry_oci::OciError::from)?;
     if name == builtin::DEMO_NAME {
-        return Ok(store.import_bytes(builtin::DEMO_NAME, builtin::DEMO, progress)?);
+        return Ok(store.import_embedded(builtin::DEMO_NAME, builtin::DEMO, progress)?);
     }
+    let reference = ImageRef::from_str(name)?;
     Ok(store.import(&reference, progress)?)
 }

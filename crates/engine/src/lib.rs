@@ -25,5 +25,5 @@ pub use error::EngineError;
 pub use machine::MachineOptions;
 pub use paths::Paths;
 pub use skerry_machine::{CrashReason, MachineHandle, MachineRemote, Outcome};
-pub use skerry_oci::{Image, ImageRef};
+pub use skerry_oci::{Image, ImageRef, Progress, Removed};
 pub use skerry_protocol::message::{ExitStatus, FailureKind, WinSize};

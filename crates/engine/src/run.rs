@@ -120,6 +120,7 @@ pub fn run(
     let vsock = remote
         .virtio()
         .vsock()
+        .cloned()
         .ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
     let setup = setup(&spec);
     let (sender, receiver) = mpsc::channel();
@@ -267,7 +268,7 @@ fn start_machine(
 ) -> Result<MachineHandle, EngineError> {
     let mut attachments = Attachments::default();
     let mut disks = Vec::new();
-    let root: Arc<dyn Disk> = Arc::new(RawDisk::open(image.rootfs(), Access::ReadOnly)?);
+    let root: Arc<dyn Disk> = Arc::new(RawDisk::open(&image.rootfs, Access::ReadOnly)?);
     attachments.disks.push(root);
     disks.push(DiskConfig {
         name: ROOT_DISK.to_owned(),
@@ -341,10 +342,10 @@ fn setup(spec: &RunSpec) -> Setup {
 
 /// Merges the image's configuration with what the user says, as other container tools do.
 fn exec_request(image: &Image, spec: &RunSpec, stdin: bool) -> Result<ExecRequest, EngineError> {
-    let config = image.config();
+    let config = &image.config;
     let argv = command_of(config, spec);
     if argv.is_empty() {
-        return Err(EngineError::NoCommand(image.name().to_owned()));
+        return Err(EngineError::NoCommand(image.names.join(", ")));
     }
     let pair = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
     let mut env = vec![pair("PATH", DEFAULT_PATH)];
@@ -356,15 +357,15 @@ fn exec_request(image: &Image, spec: &RunSpec, stdin: bool) -> Result<ExecReques
         env.push(pair(name, value));
     }
     env.extend(spec.env.iter().map(|(name, value)| pair(name, value)));
-    let user = spec.user.clone().or_else(|| config.user.clone());
+    let user = spec.user.clone().unwrap_or_else(|| config.user.clone());
     let cwd = spec
         .working_dir
         .clone()
-        .or_else(|| config.working_dir.clone());
+        .unwrap_or_else(|| config.working_dir.clone());
     Ok(ExecRequest {
         env,
-        cwd: cwd.unwrap_or_default().into_bytes(),
-        user: user.unwrap_or_default(),
+        cwd: cwd.into_bytes(),
+        user,
         tty: spec.tty,
         stdin,
         ..ExecRequest::new(argv)
