@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::io::Write;
 
 use crate::erofs::{self, InodeKind, Reader};
 use crate::layer::{Limits, Unpacker, decompress};
@@ -51,6 +52,17 @@ pub fn oci_manifest(bytes: &[u8]) {
     manifest::fuzz(bytes);
 }
 
+/// Any bytes as an EROFS image.
+pub fn erofs(bytes: &[u8]) {
+    let Ok(mut file) = tempfile::tempfile() else {
+        return;
+    };
+    if file.write_all(bytes).is_ok() {
+        let _ = erofs::check_superblock(&file);
+        walk_image(&file);
+    }
+}
+
 /// Reads all of an image that may be damaged; false when it was.
 pub fn walk_image(file: &File) -> bool {
     let Ok(reader) = Reader::new(file) else {
@@ -78,4 +90,146 @@ pub fn walk_image(file: &File) -> bool {
         }
     }
     whole
+}
+
+#[cfg(test)]
+mod tests {
+    //! The short form of fuzzing: seeds and random changes of them, for a moment on each run of
+    //! the tests. `fuzz/` has the long form.
+
+    use super::*;
+    use crate::testing::{Archive, gzip};
+    use std::io::Read;
+    use std::time::{Duration, Instant};
+
+    /// xorshift64*: the same changes each time.
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self, below: usize) -> usize {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
+        }
+    }
+
+    fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
+        for _ in 0..=random.next(6) {
+            let (len, at) = (bytes.len(), random.next(bytes.len()));
+            match random.next(6) {
+                0 if len > 0 => bytes[at] = random.next(256) as u8,
+                1 if len > 0 => bytes[at] ^= 1 << random.next(8),
+                2 => bytes.truncate(at),
+                3 => {
+                    let part = bytes[at..].to_vec();
+                    bytes.truncate(random.next(len));
+                    bytes.extend(part.iter().take(2048));
+                }
+                4 if len > 512 => {
+                    // Whole blocks change places.
+                    let (one, two) = (random.next(len / 512) * 512, random.next(len / 512) * 512);
+                    (0..512).for_each(|i| bytes.swap(one + i, two + i));
+                }
+                _ if len > 0 => {
+                    let digit = b"0123456789./\0\xff"[random.next(14)];
+                    bytes[at] = digit;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn run(seeds: &[Vec<u8>], fix: impl Fn(&mut [u8]), target: impl Fn(&[u8])) {
+        let mut random = Random(0x5eed);
+        let start = Instant::now();
+        seeds.iter().for_each(|seed| target(seed));
+        while start.elapsed() < Duration::from_secs(2) {
+            let mut bytes = seeds[random.next(seeds.len())].clone();
+            mutate(&mut random, &mut bytes);
+            fix(&mut bytes);
+            target(&bytes);
+        }
+    }
+
+    /// Makes the checksums of tar headers right again, so that more than the first check is met.
+    fn reseal(bytes: &mut [u8]) {
+        for block in bytes.as_chunks_mut::<512>().0 {
+            if &block[257..262] == b"ustar" {
+                *block = crate::testing::seal(*block);
+            }
+        }
+    }
+
+    fn layers() -> Vec<Vec<u8>> {
+        let plain = Archive::default()
+            .dir("d")
+            .file("d/f", &[7; 700])
+            .link("d/l", "d/f")
+            .symlink("s", "d")
+            .file("s/.wh.f", b"")
+            .file("d/.wh..wh..opq", b"")
+            .end();
+        let extended = Archive::default()
+            .raw(b'L', b"x", b"", b"a/long/name\0")
+            .pax(&[
+                ("mtime", b"1.5"),
+                ("SCHILY.xattr.user.a", b"b"),
+                ("GNU.sparse.major", b"1"),
+                ("GNU.sparse.minor", b"0"),
+                ("GNU.sparse.realsize", b"900"),
+            ])
+            .file(
+                "sparse",
+                &[&b"1\n100\n8\n"[..], &[0; 503], b"12345678"].concat(),
+            )
+            .raw(b'3', b"c", b"", b"")
+            .end();
+        let zstd = zstd::encode_all(&plain[..], 1).unwrap();
+        vec![gzip(&plain), zstd, plain, extended]
+    }
+
+    #[test]
+    fn layers_briefly() {
+        run(&layers(), reseal, oci_layer);
+    }
+
+    #[test]
+    fn documents_briefly() {
+        let seeds: [&[u8]; 3] = [
+            br#"{"manifests":[{"digest":"sha256:00","platform":{"os":"linux"},"annotations":{"org.opencontainers.image.ref.name":"latest"}}]}"#,
+            br#"{"config":{"digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},"layers":[]}"#,
+            br#"[{"Config":"x.json","RepoTags":["a:latest"],"Layers":["l"]}]"#,
+        ];
+        run(&seeds.map(<[u8]>::to_vec), |_| (), oci_manifest);
+    }
+
+    #[test]
+    fn names_briefly() {
+        let seeds = [
+            "oci:a:b",
+            "docker-archive:x.tar:a/b:c",
+            "dir:/x",
+            "demo",
+            "docker://x",
+        ];
+        run(
+            &seeds.map(|seed| seed.as_bytes().to_vec()),
+            |_| (),
+            image_ref,
+        );
+    }
+
+    #[test]
+    fn images_briefly() {
+        let spool = SpoolWriter::new(&std::env::temp_dir()).unwrap();
+        let mut unpacker = Unpacker::new(spool, Limits::default());
+        unpacker.apply(&layers()[2][..]).unwrap();
+        let Unpacker { tree, spool, .. } = unpacker;
+        let file = crate::testing::image_of(&tree, &spool.finish().unwrap());
+        let mut bytes = Vec::new();
+        std::io::Seek::rewind(&mut &file).unwrap();
+        (&file).read_to_end(&mut bytes).unwrap();
+        run(&[bytes], erofs::reseal, super::erofs);
+    }
 }

@@ -113,8 +113,9 @@ impl Output<'_> {
 }
 
 /// The checksum covers the rest of the first block, the inodes there included.
-fn seal_superblock(image: &mut [u8]) {
+pub(super) fn seal_superblock(image: &mut [u8]) {
     if let Some(covered) = image.get_mut(SUPERBLOCK..BLOCK as usize) {
+        covered[4..8].fill(0);
         let sum = crc32c(covered);
         covered[4..8].copy_from_slice(&sum.to_le_bytes());
     }
