@@ -1,6 +1,6 @@
 //! Boots a kernel for bring-up: `boot --hypervisor kvm|soft [options] KERNEL [INITRD]`.
 //!
-//! Options: `--cmdline S`, `--memory MIB`, `--cpus N`, `--debug-exit PORT`, `--no-reboot`,
+//! Options: `--cmdline S`, `--memory MIB`, `--cpus N`, `--cpu-model M`, `--debug-exit PORT`, `--no-reboot`,
 //! `--timeout SECONDS`, `--disk FILE`, `--virtio` (entropy, console, sockets). COM1 is standard output.
 
 use std::error::Error;
@@ -9,14 +9,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skerry_hypervisor::Hypervisor;
+use skerry_hypervisor::cpu_model::CpuModel;
 use skerry_hypervisor_kvm::Kvm;
-use skerry_machine::{
-    Attachments, DiskConfig, Machine, MachineConfig, MachineHandle, Outcome, cpuid_for,
-};
+use skerry_hypervisor_soft::Soft;
+use skerry_machine::{Attachments, DiskConfig, Machine, MachineConfig, MachineHandle, Outcome};
 
 struct Options {
     hypervisor: String,
     config: MachineConfig,
+    cpu_model: Option<String>,
     timeout: Option<Duration>,
     disks: Vec<String>,
 }
@@ -24,11 +25,12 @@ struct Options {
 fn options() -> Result<Options, Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let mut options = Options {
-        hypervisor: "kvm".into(),
+        hypervisor: "soft".into(),
         config: MachineConfig {
             command_line: "console=ttyS0 reboot=t panic=-1".into(),
             ..MachineConfig::default()
         },
+        cpu_model: None,
         timeout: None,
         disks: Vec::new(),
     };
@@ -38,6 +40,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         let mut value = || args.next().ok_or(format!("{arg} needs a value"));
         match arg.as_str() {
             "--hypervisor" => options.hypervisor = value()?,
+            "--cpu-model" => options.cpu_model = Some(value()?),
             "--cmdline" => config.command_line = value()?,
             "--memory" => config.memory = value()?.parse::<u64>()? << 20,
             "--cpus" => config.cpus = value()?.parse()?,
@@ -76,24 +79,21 @@ fn start<H: Hypervisor>(options: Options) -> Result<MachineHandle, Box<dyn Error
     }
     let cpus = config.cpus;
     let hypervisor = H::open()?;
-    let machine = match H::probe() {
-        Ok(found) => {
-            eprintln!(
-                "boot: {} at {:.0} MIPS",
-                found.description, found.measured_mips
-            );
-            Machine::new(&hypervisor, config, attachments, |id| {
-                cpuid_for(&found.supported_cpuid, id, cpus)
-            })?
-        }
-        Err(unusable) => {
-            eprintln!("boot: going on although: {unusable}");
-            let table = hypervisor.supported_cpuid().clone();
-            Machine::new(&hypervisor, config, attachments, |id| {
-                cpuid_for(&table, id, cpus)
-            })?
-        }
+    let found = H::probe()?;
+    eprintln!(
+        "boot: {} at {:.0} MIPS",
+        found.description, found.measured_mips
+    );
+    let model = match &options.cpu_model {
+        Some(name) => name.parse()?,
+        None => CpuModel::best(&found),
     };
+    let tables: Vec<_> = (0..cpus)
+        .map(|id| model.cpuid(&found, cpus, id))
+        .collect::<Result<_, _>>()?;
+    let machine = Machine::new(&hypervisor, config, attachments, |id| {
+        tables[id as usize].clone()
+    })?;
     Ok(machine.start(options.timeout)?)
 }
 
@@ -102,6 +102,7 @@ fn run() -> Result<ExitCode, Box<dyn Error>> {
     let started = Instant::now();
     let handle = match options.hypervisor.as_str() {
         "kvm" => start::<Kvm>(options)?,
+        "soft" => start::<Soft>(options)?,
         other => return Err(format!("no hypervisor {other}").into()),
     };
     let outcome = handle.wait();

@@ -32,7 +32,7 @@ pub use chipset::{ChipsetState, SerialSink};
 pub use config::{DiskConfig, MachineConfig};
 pub use error::MachineError;
 pub use handle::{MachineHandle, MachineRemote};
-pub use machine::{Attachments, Machine, cpuid_for};
+pub use machine::{Attachments, Machine};
 pub use outcome::{CrashReason, Outcome};
 pub use skerry_devices::serial::SerialInput;
 pub use skerry_devices::virtio::console::PortHandle;

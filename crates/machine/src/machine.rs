@@ -265,26 +265,3 @@ impl Drop for StopOnError {
         }
     }
 }
-
-/// A processor's table made from one for processor 0 of a machine of `cpus`: its APIC id and the
-/// machine's topology, one thread a core, one package (Intel SDM 2A, CPUID leaves 1, 0xb, 0x1f).
-pub fn cpuid_for(template: &CpuidTable, id: u32, cpus: u32) -> CpuidTable {
-    let mut table = template.clone();
-    for entry in &mut table.entries {
-        let result = &mut entry.result;
-        match entry.leaf {
-            1 => {
-                result.ebx = (result.ebx & 0xffff) | cpus.min(255) << 16 | id << 24;
-                const HTT: u32 = 1 << 28;
-                result.edx = if cpus > 1 {
-                    result.edx | HTT
-                } else {
-                    result.edx & !HTT
-                };
-            }
-            0xb | 0x1f => result.edx = id,
-            _ => {}
-        }
-    }
-    table
-}

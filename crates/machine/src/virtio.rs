@@ -44,7 +44,8 @@ impl std::fmt::Debug for VirtioSet {
     }
 }
 
-/// Puts devices into slots.
+/// Puts devices into slots. Requests are served on the processor's thread: a page-cache hit, a copy
+/// into a ring or a few random bytes take less than waking another thread and being woken by it.
 struct Builder<'a> {
     ram: Arc<GuestRam>,
     router: &'a Arc<InterruptRouter>,
@@ -53,15 +54,10 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn add(
-        &mut self,
-        name: &str,
-        device: Arc<dyn VirtioDevice>,
-        runner: QueueRunner,
-    ) -> Result<(), MachineError> {
+    fn add(&mut self, name: &str, device: Arc<dyn VirtioDevice>) -> Result<(), MachineError> {
         let slot = layout::virtio_slot(self.transports.len());
         let line = self.router.line(slot.gsi);
-        let transport = VirtioMmio::new(device, self.ram.clone(), line, runner);
+        let transport = VirtioMmio::new(device, self.ram.clone(), line, QueueRunner::Inline);
         let transport = transport.map_err(|source: io::Error| MachineError::Resource {
             what: "virtio device",
             source,
@@ -107,7 +103,7 @@ impl VirtioSet {
                 ..BlockConfig::default()
             };
             let device = BlockDevice::new(disk, &block);
-            builder.add(&format!("disk{n}"), device, QueueRunner::Thread)?;
+            builder.add(&format!("disk{n}"), device)?;
         }
         let mut console = None;
         if config.console {
@@ -116,16 +112,16 @@ impl VirtioSet {
                 console: true,
             };
             let (device, handles) = ConsoleDevice::new(vec![port]);
-            builder.add("console", device.clone(), QueueRunner::Thread)?;
+            builder.add("console", device.clone())?;
             console = handles.into_iter().next().map(|handle| (device, handle));
         }
         if config.rng {
-            builder.add("rng", RngDevice::new(), QueueRunner::Inline)?;
+            builder.add("rng", RngDevice::new())?;
         }
         let mut vsock = None;
         if let Some(cid) = config.vsock {
             let (device, host) = VsockDevice::new(cid);
-            builder.add("vsock", device, QueueRunner::Thread)?;
+            builder.add("vsock", device)?;
             vsock = Some(host);
         }
         Ok(Self {
@@ -177,8 +173,7 @@ impl VirtioSet {
             for queue in 0..MAX_QUEUES {
                 transport.engine().serve(queue);
             }
-            transport.pause();
-            transport.reset();
+            transport.close();
         }
     }
 

@@ -297,6 +297,7 @@ macro_rules! on {
 }
 
 on!(kvm, skerry_hypervisor_kvm::Kvm);
+on!(soft, skerry_hypervisor_soft::Soft);
 
 #[test]
 fn what_can_not_be_is_refused_in_words() {
