@@ -82,8 +82,9 @@ impl Kvm {
                 "Update the host's kernel, or run with --hypervisor soft",
             )
         };
-        let GuestSpeed { mips, sse } = probe::measure_guest(self, &self.supported_cpuid)
-            .map_err(|e| failed("running a guest", &e))?;
+        let GuestSpeed { mips, sse } =
+            probe::measure_guest(self, &self.supported_cpuid, probe::DEVICE_TIME_LIMIT)
+                .map_err(|e| failed("running a guest", &e))?;
         if let Some(unusable) = probe::judge(DEVICE, mips, sse.as_deref()) {
             return Err(unusable);
         }

@@ -1,6 +1,7 @@
 //! What the software processor offers on this host, and how fast it is.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use skerry_hypervisor::probe::{self, GuestSpeed};
 use skerry_hypervisor::{Capabilities, CpuidTable, CreateVmError, Hypervisor, Unusable, VmSpec};
@@ -11,6 +12,9 @@ use crate::vm::{MAX_VCPUS, SoftVm};
 
 /// The time-stamp counter counts nanoseconds on every host, so that snapshots travel.
 pub(crate) const TSC_KHZ: u32 = TSC_HZ / 1000;
+
+/// Nothing here can hang; this only bounds a measurement on a host that is overloaded.
+const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// The software processor.
 pub struct Soft {
@@ -35,8 +39,9 @@ impl Hypervisor for Soft {
             remedy: "Please report it with the output of `skerry doctor --format json`".into(),
             measured_mips: None,
         };
-        let GuestSpeed { mips, sse } = probe::measure_guest(&soft, &soft.supported_cpuid)
-            .map_err(|error| broken(probe::chain(&error)))?;
+        let GuestSpeed { mips, sse } =
+            probe::measure_guest(&soft, &soft.supported_cpuid, TIME_LIMIT)
+                .map_err(|error| broken(probe::chain(&error)))?;
         if let Some(why) = sse {
             return Err(broken(why));
         }

@@ -66,8 +66,11 @@ impl SoftVcpu {
                 feature: format!("a time-stamp counter of {asked} kHz: it runs at {khz}"),
             });
         }
-        let cpu = Cpu::new(&vm.machine, id, state::cpuid_to(cpuid))
+        let mut cpu = Cpu::new(&vm.machine, id, state::cpuid_to(cpuid))
             .ok_or(bad("there is one with this id"))?;
+        if id != 0 && vm.irqchip == Irqchip::Split {
+            cpu.sys.activity = Activity::WaitForInit;
+        }
         vm.host.add_processor(id, cpu.shared.clone());
         let kick = Arc::new(SoftKick {
             id,

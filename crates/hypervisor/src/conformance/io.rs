@@ -3,6 +3,7 @@
 use iced_x86::code_asm::*;
 
 use super::guest::{CODE, DATA, Guest, HOLE, REPORT, next, report, reported, stop};
+use crate::cpuid::{CpuidEntry, CpuidResult};
 use crate::error::RunError;
 use crate::exit::Exit;
 use crate::memory::Gpa;
@@ -290,14 +291,20 @@ pub(super) fn cpuid_as_given<H: Hypervisor>(hypervisor: &H) {
         stop(a)?;
         Ok(vec![])
     });
-    for entry in guest
+    guest
         .cpuid
         .entries
-        .iter_mut()
-        .filter(|entry| entry.leaf == 0x8000_0002)
-    {
-        entry.result.ecx = 0x6b53_7265;
-    }
+        .retain(|entry| entry.leaf != 0x8000_0002);
+    guest.cpuid.entries.push(CpuidEntry {
+        leaf: 0x8000_0002,
+        subleaf: None,
+        result: CpuidResult {
+            eax: 0x6b53_7265,
+            ebx: 1,
+            ecx: 2,
+            edx: 3,
+        },
+    });
     let mut vcpu = guest.start();
     for leaf in [0, 0x8000_0002] {
         let told = guest

@@ -42,6 +42,12 @@ pub(super) fn comparable(state: &CpuState) -> CpuState {
     let shadow = state.events.sti_shadow || state.events.mov_ss_shadow;
     state.events.sti_shadow = shadow;
     state.events.mov_ss_shadow = false;
+    // One whose delivery has begun may be delivered from the start.
+    if state.events.nmi_injected {
+        state.events.nmi_injected = false;
+        state.events.nmi_pending = true;
+        state.events.nmi_masked = false;
+    }
     for segment in state
         .system
         .segments
