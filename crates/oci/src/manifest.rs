@@ -225,8 +225,14 @@ fn resolve_in(files: &Files, all: &[Descriptor], tag: Option<&str>) -> Result<Re
         Some(tag) => Some(named(tag))
             .filter(|found| !found.is_empty())
             .ok_or(no_tag(true))?,
-        // One name, or none at all: the entries can only be variants of one image.
-        None if tags().len() <= 1 => all.to_vec(),
+        // The same names, or none at all: the entries are variants of one image. The same
+        // content: one image with several names.
+        None if all
+            .iter()
+            .all(|d| names_of(d) == names_of(&all[0]) || d.digest == all[0].digest) =>
+        {
+            all.to_vec()
+        }
         None => Some(named("latest"))
             .filter(|found| !found.is_empty())
             .ok_or(no_tag(false))?,

@@ -16,6 +16,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -140,7 +141,10 @@ impl Store {
         };
         for dir in ["images", "locks", "tmp"] {
             let path = store.root.join(dir);
-            std::fs::create_dir_all(&path).map_err(|e| store.failed("make", &path, e))?;
+            // An image's files may be nobody else's business: its /etc/shadow is in there.
+            let mut builder = std::fs::DirBuilder::new();
+            let made = builder.recursive(true).mode(0o700).create(&path);
+            made.map_err(|e| store.failed("make", &path, e))?;
         }
         let path = store.root.join("format");
         let read = || or_missing(std::fs::read(&path)).map_err(|e| store.failed("read", &path, e));

@@ -81,20 +81,28 @@ fn tags_that_leave_a_choice() {
     let layout = Layout(dir.path());
     let config = layout.config("linux", "amd64", &[&layer]);
     let (digest, _) = layout.manifest(&config, &[(TAR, &layer)]);
-    layout.index(json!([
-        with_annotation(&digest, "a"),
-        with_annotation(&digest, "b")
-    ]));
+    let other = layout.config("linux", "amd64", &[&layer, &layer]);
+    let (second, _) = layout.manifest(&other, &[(TAR, &layer), (TAR, &layer)]);
+    let named = with_annotation;
+    layout.index(json!([named(&digest, "a"), named(&second, "b")]));
     let error = resolve_oci(&files(&dir), None).unwrap_err();
     assert!(
         error.to_string().ends_with("as `:TAG`; its tags are: a, b"),
         "{error}"
     );
-    resolve_oci(&files(&dir), Some("b")).unwrap();
-    layout.index(json!([
-        with_annotation(&digest, "a"),
-        with_annotation(&digest, "latest")
-    ]));
+    let found = resolve_oci(&files(&dir), Some("b")).unwrap();
+    assert_eq!(found.digest, Digest::of(&other));
+    layout.index(json!([named(&second, "a"), named(&digest, "latest")]));
+    assert_eq!(
+        resolve_oci(&files(&dir), None).unwrap().digest,
+        Digest::of(&config)
+    );
+    // One image under two names leaves no choice.
+    layout.index(json!([named(&digest, "a"), named(&digest, "b")]));
+    resolve_oci(&files(&dir), None).unwrap();
+    let annotations = json!({"org.opencontainers.image.ref.name": "1",
+        "io.containerd.image.name": "docker.io/library/x:1"});
+    layout.index(json!([{"digest": digest, "size": 1, "annotations": annotations}]));
     resolve_oci(&files(&dir), None).unwrap();
 }
 

@@ -401,3 +401,17 @@ fn an_unknown_name_says_what_there_is_to_do() {
         "{error}"
     );
 }
+
+#[test]
+fn nobody_else_may_look_into_the_store() {
+    use std::os::unix::fs::PermissionsExt;
+    let fixture = Fixture::new("x");
+    let store = fixture.store();
+    for dir in ["", "images", "tmp"] {
+        let mode = std::fs::metadata(store.root().join(dir))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o077, 0, "{dir}");
+    }
+}
