@@ -280,7 +280,7 @@ pub(crate) fn events_from(events: &kvm_vcpu_events) -> Events {
             payload: (exception_has_payload != 0).then_some(exception_payload),
             injected: exception.injected != 0,
         }),
-        interrupt: (interrupt.injected != 0).then(|| InterruptEvent {
+        interrupt: (interrupt.injected != 0).then_some(InterruptEvent {
             vector: interrupt.nr,
             soft: interrupt.soft != 0,
         }),

@@ -157,10 +157,11 @@ impl RunPage {
             }
             KVM_EXIT_HLT => RawExit::Halt,
             KVM_EXIT_IRQ_WINDOW_OPEN => RawExit::IrqWindow,
-            // SAFETY: see above.
-            KVM_EXIT_IOAPIC_EOI => RawExit::IoapicEoi {
-                vector: unsafe { detail.eoi }.vector,
-            },
+            KVM_EXIT_IOAPIC_EOI => {
+                // SAFETY: see above.
+                let eoi = unsafe { detail.eoi };
+                RawExit::IoapicEoi { vector: eoi.vector }
+            }
             KVM_EXIT_SHUTDOWN | KVM_EXIT_SYSTEM_EVENT => RawExit::Shutdown,
             KVM_EXIT_DEBUG => RawExit::Debug,
             KVM_EXIT_INTR => RawExit::Interrupted,
@@ -181,10 +182,13 @@ impl RunPage {
                     len: if known { insn.insn_size.min(15) } else { 0 },
                 }
             }
-            // SAFETY: see above.
-            KVM_EXIT_FAIL_ENTRY => RawExit::FailEntry {
-                reason: unsafe { detail.fail_entry }.hardware_entry_failure_reason,
-            },
+            KVM_EXIT_FAIL_ENTRY => {
+                // SAFETY: see above.
+                let failure = unsafe { detail.fail_entry };
+                RawExit::FailEntry {
+                    reason: failure.hardware_entry_failure_reason,
+                }
+            }
             other => RawExit::Other(other),
         }
     }

@@ -189,7 +189,7 @@ fn fill(state: &mut CpuState, limits: &StateLimits, seed: u64) {
             | msr::IA32_SYSENTER_CS
             | msr::IA32_SYSENTER_ESP
             | msr::IA32_SYSENTER_EIP => *value = pattern(u64::from(*index)) & 0xffff,
-            msr::IA32_PAT => *value = 0x0007_0406_0007_0406 | (seed & 1) * 5,
+            msr::IA32_PAT => *value = 0x0007_0406_0007_0406 | ((seed & 1) * 5),
             _ => {}
         }
     }
@@ -199,7 +199,7 @@ fn fill(state: &mut CpuState, limits: &StateLimits, seed: u64) {
         registers[0x0f] = 0x100 | pattern(71) as u32 & 0xff | 0x10;
         // Masked LVT entries with vectors; a timer that counts too slowly to fire.
         for at in [0x32, 0x33, 0x34, 0x35, 0x36, 0x37] {
-            registers[at] = 0x1_0000 | 0x20 + pattern(at as u64) as u32 % 200;
+            registers[at] = 0x1_0000 | (0x20 + pattern(at as u64) as u32 % 200);
         }
         registers[0x3e] = 0xa;
         registers[0x38] = u32::MAX - pattern(72) as u32 % 1000;
