@@ -21,6 +21,7 @@ const OPEN_FILES: (u64, u64) = (1024, 524_288);
 /// Runs as PID 1; comes back only to end the machine.
 pub fn run() -> i32 {
     sys::ignore_sigpipe();
+    sys::block_power_signal();
     if let Err(error) = boot() {
         log::error(format_args!("cannot start: {error}"));
     }
@@ -28,6 +29,13 @@ pub fn run() -> i32 {
 }
 
 fn boot() -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("power".to_owned())
+        .stack_size(64 * 1024)
+        .spawn(|| {
+            sys::wait_for_power_button();
+            control::shut_down(ShutdownMode::PowerOff)
+        })?;
     mounts::early()?;
     let command_line = std::fs::read_to_string("/proc/cmdline")?;
     let transport = Transport::from_command_line(&command_line)?;

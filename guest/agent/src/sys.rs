@@ -139,6 +139,38 @@ pub fn ignore_sigpipe() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }
 
+/// Signal that the kernel sends PID 1 when the machine's power button is pressed: SIGRTMIN+4, as
+/// systemd has it (`CONFIG_ACPI_TINY_POWER_BUTTON_SIGNAL` of our kernel).
+const POWER_SIGNAL: libc::c_int = 38;
+
+/// A set of the power signal alone.
+fn power_signal() -> libc::sigset_t {
+    // SAFETY: all-zero bytes are a valid set, which sigemptyset overwrites.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is writable and the number is a signal's.
+    unsafe {
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, POWER_SIGNAL);
+    }
+    set
+}
+
+/// Keeps the power signal from this thread and from those that it will start, so that
+/// [`wait_for_power_button`] gets it.
+pub fn block_power_signal() {
+    let set = power_signal();
+    // SAFETY: `set` is valid, and the old mask isn't asked for.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+}
+
+/// Blocks until the power button is pressed.
+pub fn wait_for_power_button() {
+    let set = power_signal();
+    let mut signal = 0;
+    // SAFETY: both pointers are valid.
+    while unsafe { libc::sigwait(&raw const set, &raw mut signal) } != 0 {}
+}
+
 /// Credits bytes to the kernel's entropy pool and has its generator take them now.
 pub fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     /// `struct rand_pool_info` of Linux's `random.h` with room for one piece.

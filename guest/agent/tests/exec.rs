@@ -182,6 +182,50 @@ fn output_written_just_before_the_end_arrives() {
     }
 }
 
+/// A sink that stops for a while once, in the middle.
+struct Sleepy {
+    before: usize,
+    taken: usize,
+}
+
+impl Write for Sleepy {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let was = self.taken;
+        self.taken += bytes.len();
+        if was < self.before && self.taken >= self.before {
+            std::thread::sleep(Duration::from_millis(2500));
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_host_that_falls_asleep_loses_nothing_that_the_command_wrote() {
+    const TOTAL: usize = 3_000_000;
+    let threads: Vec<_> = (0..12usize)
+        .map(|number| {
+            std::thread::spawn(move || {
+                // A descendant keeps the pipe open, so that only the command's end tells.
+                let script = format!("sleep 30 & exec head -c {TOTAL} /dev/zero");
+                let session = ExecSession::start(connect(), sh(&script)).unwrap();
+                let mut sink = Sleepy {
+                    before: TOTAL - 50_000 * number - 1,
+                    taken: 0,
+                };
+                let status = session.wait(&mut sink, &mut io::sink()).unwrap();
+                assert_eq!((status, sink.taken), (ExitStatus::Code(0), TOTAL));
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
 #[test]
 fn a_background_process_that_holds_the_output_does_not_hold_the_report() {
     let started = Instant::now();

@@ -380,6 +380,20 @@ fn a_read_only_root_takes_no_writes() {
     drop(guest.power_off());
 }
 
+#[test]
+#[ignore = "needs qemu-system-x86_64, mkfs.erofs and mkfs.ext4"]
+fn the_power_button_powers_off() {
+    let mut guest = Guest::start(Upper::Tmpfs { size: 0 }, &[]);
+    let mut qmp = UnixStream::connect(guest.directory.path().join("qmp")).unwrap();
+    qmp.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"system_powerdown\"}")
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while guest.monitor.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "still on: {}", guest.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Not a test of the guest: what a host sees whose guest never says hello.
 #[test]
 fn a_port_that_closes_before_the_hello_is_an_error() {

@@ -164,6 +164,16 @@ impl<'a> Watch<'a> {
     }
 }
 
+/// The state of things after the command has ended.
+#[derive(Clone, Copy)]
+struct End {
+    since: Instant,
+    /// When output last came, or could not be read because the host was slow.
+    last_output: Instant,
+    /// Bytes that were in each pipe when the command ended: its own are among them.
+    owed: [u64; 2],
+}
+
 struct Session {
     connection: UnixStream,
     decoder: FrameDecoder,
@@ -178,8 +188,7 @@ struct Session {
     output: Vec<u8>,
     sent: usize,
     status: Option<ExitStatus>,
-    /// When the status came, and when output last came after that.
-    ended: Option<(Instant, Instant)>,
+    ended: Option<End>,
     scratch: Vec<u8>,
 }
 
@@ -216,6 +225,11 @@ impl Session {
         // The request may have come with the first bytes of input behind it.
         self.take_frames()?;
         while !self.is_drained() {
+            if let Some(end) = &mut self.ended
+                && self.output.len() - self.sent >= OUTPUT_LIMIT
+            {
+                end.last_output = Instant::now();
+            }
             let ready = self.poll()?;
             if !ready.process.is_empty() && self.status.is_none() {
                 self.collect()?;
@@ -243,13 +257,16 @@ impl Session {
     }
 
     fn is_drained(&self) -> bool {
-        let Some((ended, last_output)) = self.ended else {
+        let Some(end) = self.ended else {
             return false;
         };
-        let closed = self.stdout.is_none() && self.stderr.is_none();
-        // While the host is slow, nothing is read, and silence means nothing.
+        if self.stdout.is_none() && self.stderr.is_none() {
+            return true;
+        }
+        // While the host is slow nothing is read, and silence means nothing.
         let idle = self.pending() < OUTPUT_LIMIT;
-        closed || idle && (last_output.elapsed() >= QUIET || ended.elapsed() >= GRACE)
+        let silent = end.last_output.elapsed() >= QUIET || end.since.elapsed() >= GRACE;
+        idle && silent && end.owed == [0, 0]
     }
 
     fn poll(&self) -> Result<Ready, FrameError> {
@@ -282,12 +299,11 @@ impl Session {
                 &mut ready.process
             });
         }
-        let timeout = self.ended.map(|(ended, last)| {
-            let left = (last + QUIET)
-                .min(ended + GRACE)
-                .saturating_duration_since(Instant::now());
+        let reading = self.pending() < OUTPUT_LIMIT;
+        let timeout = self.ended.filter(|_| reading).map(|end| {
+            let until = (end.last_output + QUIET).min(end.since + GRACE);
             // Rounded up by a little, so that the time is over when poll returns.
-            let left = left + Duration::from_millis(1);
+            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             Timespec {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: i64::from(left.subsec_nanos()),
@@ -311,7 +327,18 @@ impl Session {
             None => ExitStatus::Code(status.exit_status().unwrap_or(0) as u8),
         });
         let now = Instant::now();
-        self.ended = Some((now, now));
+        let waiting = |stream: &Option<OwnedFd>| {
+            let stream = stream.as_ref().filter(|_| self.process.terminal.is_none());
+            stream
+                .and_then(|stream| rustix::io::ioctl_fionread(stream).ok())
+                .unwrap_or(0)
+        };
+        let owed = [waiting(&self.stdout), waiting(&self.stderr)];
+        self.ended = Some(End {
+            since: now,
+            last_output: now,
+            owed,
+        });
         self.stdin = None;
         self.input.clear();
         Ok(())
@@ -330,12 +357,15 @@ impl Session {
         let mut scratch = std::mem::take(&mut self.scratch);
         let result = match rustix::io::read(fd, &mut scratch) {
             Ok(0) => {
-                *stream = None;
+                self.close_output(errors);
                 Ok(())
             }
             Ok(length) => {
-                if let Some((_, last_output)) = &mut self.ended {
-                    *last_output = Instant::now();
+                if let Some(end) = &mut self.ended {
+                    end.last_output = Instant::now();
+                    let [out, err] = &mut end.owed;
+                    let owed = if errors { err } else { out };
+                    *owed = owed.saturating_sub(length as u64);
                 }
                 let bytes = scratch.get(..length).unwrap_or_default();
                 self.emit(&if errors {
@@ -348,12 +378,27 @@ impl Session {
             // A terminal that nobody has open reads as an error; while the command lives, it may
             // open it again, but no command of ours does. Linux, tty_ldisc.
             Err(_) => {
-                *stream = None;
+                self.close_output(errors);
                 Ok(())
             }
         };
         self.scratch = scratch;
         result
+    }
+
+    fn close_output(&mut self, errors: bool) {
+        let stream = if errors {
+            &mut self.stderr
+        } else {
+            &mut self.stdout
+        };
+        *stream = None;
+        if let Some(End {
+            owed: [out, err], ..
+        }) = &mut self.ended
+        {
+            *(if errors { err } else { out }) = 0;
+        }
     }
 
     /// Passes input on and grants the host what that freed.

@@ -299,6 +299,10 @@ fn prepare_session(tty: bool) -> io::Result<()> {
         // own signals, which are never altered.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
+    // SAFETY: all-zero bytes are the empty set of Linux.
+    let none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `none` is valid, and the old mask isn't asked for.
+    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) };
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok(())
 }
