@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use crate::cpu::Cpu;
 use crate::exit::CpuExit;
 use crate::shared::request;
-use crate::sys::Next;
+use crate::sys::events::Next;
 use crate::trap::{Trap, TrapKind};
 
 impl Cpu {

@@ -176,7 +176,10 @@ impl TestCpu {
     fn make_tables(&self) {
         const PRESENT_WRITABLE_USER: u64 = 7;
         const LARGE: u64 = 0x80;
-        self.write(TABLES, &(TABLES + 0x1000 | PRESENT_WRITABLE_USER).to_le_bytes());
+        self.write(
+            TABLES,
+            &(TABLES + 0x1000 | PRESENT_WRITABLE_USER).to_le_bytes(),
+        );
         self.write(
             TABLES + 0x1000,
             &(TABLES + 0x2000 | PRESENT_WRITABLE_USER).to_le_bytes(),
@@ -222,7 +225,12 @@ impl TestCpu {
     /// it or something traps.
     pub fn run_bytes(&mut self, code: &[u8]) -> Outcome {
         let start = self.cpu.rip;
-        let at = start + if self.cpu.sys.mode.is64() { 0 } else { self.cpu.seg_base[1] };
+        let at = start
+            + if self.cpu.sys.mode.is64() {
+                0
+            } else {
+                self.cpu.seg_base[1]
+            };
         self.write(at, code);
         for _ in 0..1_000_000 {
             self.cpu.trap = TrapState::default();

@@ -1,6 +1,9 @@
 //! Blocks of ops and where to find them: by guest-physical address and mode, and, in front of
 //! that, by linear address.
-#![expect(unsafe_code, reason = "blocks refer to each other and to their ops by pointers into arenas")]
+#![expect(
+    unsafe_code,
+    reason = "blocks refer to each other and to their ops by pointers into arenas"
+)]
 
 use std::cell::Cell;
 use std::ptr::{self, NonNull};
@@ -270,20 +273,22 @@ impl CodeCache {
         }
         let ops = first?;
         let no_link = Link { delta: 0, to: None };
-        let block = BlockRef(self.blocks.push(Block {
-            ops,
-            // SAFETY: the ops were pushed one behind the other.
-            end: unsafe { ops.add(new.ops.len()) }.as_ptr(),
-            page: NonNull::from(new.page),
-            version: new.version,
-            count: new.count,
-            len: new.len,
-            links: [Cell::new(no_link), Cell::new(no_link)],
-            linkable: new.linkable,
-            second: new
-                .second
-                .map(|(gpa, page, version)| (gpa, NonNull::from(page), version)),
-        })?);
+        let block = BlockRef(
+            self.blocks.push(Block {
+                ops,
+                // SAFETY: the ops were pushed one behind the other.
+                end: unsafe { ops.add(new.ops.len()) }.as_ptr(),
+                page: NonNull::from(new.page),
+                version: new.version,
+                count: new.count,
+                len: new.len,
+                links: [Cell::new(no_link), Cell::new(no_link)],
+                linkable: new.linkable,
+                second: new
+                    .second
+                    .map(|(gpa, page, version)| (gpa, NonNull::from(page), version)),
+            })?,
+        );
         self.decoded += 1;
         let set = &mut self.sets[set_of(key)];
         let way = set

@@ -265,12 +265,13 @@ impl Cpu {
     }
 }
 
-/// Whether the bytes start with more than 15 bytes of one instruction.
+/// Whether bytes that are no instruction are the start of one that is too long. (The decoder calls
+/// both invalid, but with one byte less than the limit it asks for more.)
 fn too_long(code_bits: u32, bytes: &[u8], options: u32) -> bool {
-    let Some(most) = bytes.get(..LONGEST) else {
+    if bytes.len() < LONGEST {
         return false;
-    };
-    let mut decoder = Decoder::new(code_bits, most, options);
+    }
+    let mut decoder = Decoder::new(code_bits, &bytes[..LONGEST - 1], options);
     decoder.decode();
     decoder.last_error() == DecoderError::NoMoreBytes
 }

@@ -1,5 +1,8 @@
 //! Running blocks: the innermost loop.
-#![expect(unsafe_code, reason = "walks the ops of a block, and from block to block, by pointer")]
+#![expect(
+    unsafe_code,
+    reason = "walks the ops of a block, and from block to block, by pointer"
+)]
 
 use std::sync::atomic::Ordering;
 

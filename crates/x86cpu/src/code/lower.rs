@@ -193,7 +193,12 @@ impl<'a> Lowering<'a> {
         }
         let stack = matches!(
             i.memory_base(),
-            Register::RSP | Register::ESP | Register::SP | Register::RBP | Register::EBP | Register::BP
+            Register::RSP
+                | Register::ESP
+                | Register::SP
+                | Register::RBP
+                | Register::EBP
+                | Register::BP
         );
         self.segment(op, i.memory_segment(), stack);
         if i.is_ip_rel_memory_operand() {
@@ -257,7 +262,7 @@ impl<'a> Lowering<'a> {
 
     /// Fills in what a string instruction needs: source segment in `seg`, destination segment in
     /// `r0`, address size.
-    pub fn string_operands(&mut self, op: &mut Op, i: &Instruction) {
+    pub fn string_operands(&self, op: &mut Op, i: &Instruction) {
         let source = (0..i.op_count()).any(|n| {
             matches!(
                 i.op_kind(n),

@@ -1,5 +1,8 @@
 //! Loads, stores and read-modify-write accesses of instructions.
-#![expect(unsafe_code, reason = "accesses guest memory at host addresses that the TLB has vouched for")]
+#![expect(
+    unsafe_code,
+    reason = "accesses guest memory at host addresses that the TLB has vouched for"
+)]
 
 use crate::code::{Op, op_flag};
 use crate::cpu::{Cpu, seg};
@@ -74,22 +77,12 @@ impl Cpu {
     }
 
     /// Stores at a linear address.
-    pub fn store_lin<T: Int>(
-        &mut self,
-        linear: u64,
-        value: T,
-        access: Access,
-    ) -> Result<(), Trap> {
+    pub fn store_lin<T: Int>(&mut self, linear: u64, value: T, access: Access) -> Result<(), Trap> {
         self.store_linear(linear, value, access, seg::FLAT)
     }
 
     #[inline(always)]
-    fn load_linear<T: Int>(
-        &mut self,
-        linear: u64,
-        access: Access,
-        segment: u8,
-    ) -> Result<T, Trap> {
+    fn load_linear<T: Int>(&mut self, linear: u64, access: Access, segment: u8) -> Result<T, Trap> {
         match self.view_of(access).read(linear, T::SIZE) {
             // SAFETY: the TLB maps the operand to RAM until the instruction ends.
             Some(host) => Ok(unsafe { T::read(host) }),
@@ -137,12 +130,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn load_slow<T: Int>(
-        &mut self,
-        linear: u64,
-        access: Access,
-        segment: u8,
-    ) -> Result<T, Trap> {
+    fn load_slow<T: Int>(&mut self, linear: u64, access: Access, segment: u8) -> Result<T, Trap> {
         self.checks(linear, T::SIZE, false, access)?;
         let stack = segment == seg::FLAT_SS || segment == seg::SS;
         if crosses(linear, T::SIZE) {

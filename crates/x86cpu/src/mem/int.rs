@@ -1,5 +1,8 @@
 //! Integers as guest memory holds them, each read and written by one host access.
-#![expect(unsafe_code, reason = "guest memory is shared with other threads: only assembly accesses it in a defined way")]
+#![expect(
+    unsafe_code,
+    reason = "guest memory is shared with other threads: only assembly accesses it in a defined way"
+)]
 
 use std::arch::asm;
 use std::fmt::Debug;
@@ -90,10 +93,38 @@ macro_rules! int {
     };
 }
 
-int!(u8, reg_byte, "mov {0}, byte ptr [{1}]", "mov byte ptr [{0}], {1}", "lock cmpxchg byte ptr [{0}], {1}", "al");
-int!(u16, reg, "mov {0:x}, word ptr [{1}]", "mov word ptr [{0}], {1:x}", "lock cmpxchg word ptr [{0}], {1:x}", "ax");
-int!(u32, reg, "mov {0:e}, dword ptr [{1}]", "mov dword ptr [{0}], {1:e}", "lock cmpxchg dword ptr [{0}], {1:e}", "eax");
-int!(u64, reg, "mov {0}, qword ptr [{1}]", "mov qword ptr [{0}], {1}", "lock cmpxchg qword ptr [{0}], {1}", "rax");
+int!(
+    u8,
+    reg_byte,
+    "mov {0}, byte ptr [{1}]",
+    "mov byte ptr [{0}], {1}",
+    "lock cmpxchg byte ptr [{0}], {1}",
+    "al"
+);
+int!(
+    u16,
+    reg,
+    "mov {0:x}, word ptr [{1}]",
+    "mov word ptr [{0}], {1:x}",
+    "lock cmpxchg word ptr [{0}], {1:x}",
+    "ax"
+);
+int!(
+    u32,
+    reg,
+    "mov {0:e}, dword ptr [{1}]",
+    "mov dword ptr [{0}], {1:e}",
+    "lock cmpxchg dword ptr [{0}], {1:e}",
+    "eax"
+);
+int!(
+    u64,
+    reg,
+    "mov {0}, qword ptr [{1}]",
+    "mov qword ptr [{0}], {1}",
+    "lock cmpxchg qword ptr [{0}], {1}",
+    "rax"
+);
 
 impl Int for u128 {
     const SIZE: usize = 16;

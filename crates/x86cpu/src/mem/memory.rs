@@ -1,5 +1,8 @@
 //! Guest-physical memory: slots, and what is remembered of each page.
-#![expect(unsafe_code, reason = "hands out host addresses of guest memory that its slots keep mapped")]
+#![expect(
+    unsafe_code,
+    reason = "hands out host addresses of guest memory that its slots keep mapped"
+)]
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -284,7 +287,9 @@ pub struct Memory {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing is left half-done under these locks, so a panic elsewhere doesn't spoil them.
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 fn new_log(len: u64) -> Arc<[AtomicU64]> {
@@ -321,7 +326,13 @@ impl Memory {
             .map(|slot| slot.backing.clone())
     }
 
-    fn physical(&self, gpa: u64, len: usize, write: bool, mut part: impl FnMut(RamPage<'_>, usize, usize, usize)) -> bool {
+    fn physical(
+        &self,
+        gpa: u64,
+        len: usize,
+        write: bool,
+        mut part: impl FnMut(RamPage<'_>, usize, usize, usize),
+    ) -> bool {
         let slots = self.slots();
         let mut done = 0;
         while done < len {
@@ -513,12 +524,7 @@ impl Machine {
     /// Makes a page hold code, for processor `own` that is about to decode it. On return no
     /// processor has a TLB entry left through which it writes the page unseen, but perhaps `own`:
     /// the result says whether it must drop its.
-    pub(crate) fn make_code(
-        &self,
-        page: &PageState,
-        own: u32,
-        answer: &mut dyn FnMut(),
-    ) -> bool {
+    pub(crate) fn make_code(&self, page: &PageState, own: u32, answer: &mut dyn FnMut()) -> bool {
         if page.users.load(Ordering::SeqCst) == CODE {
             return false;
         }

@@ -117,7 +117,8 @@ impl Mmu {
     }
 
     fn large_key(linear: u64, shift: u32) -> (usize, u64) {
-        let hash = ((linear >> shift) ^ (u64::from(shift) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let hash =
+            ((linear >> shift) ^ (u64::from(shift) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         ((hash >> 58) as usize, 1 << ((hash >> 52) & 63))
     }
 
@@ -199,6 +200,8 @@ impl Cpu {
     /// Drops every translation, global ones too.
     pub fn tlb_flush_all(&mut self) {
         self.mmu.flush_all();
+        let pcid = self.pcid(self.sys.cr3);
+        self.mmu.asids[pcid] = self.mmu.asid;
         self.code_mappings_changed();
         self.view_changed();
     }
@@ -247,7 +250,9 @@ impl Cpu {
             return;
         }
         self.mmu.first.drop_page(linear);
-        self.mmu.second.drop_page(linear);
+        let (asid, global) = (self.mmu.asid, self.mmu.global);
+        self.mmu.second.drop_page(linear, asid);
+        self.mmu.second.drop_page(linear, global);
         self.code_page_unmapped(linear);
     }
 
@@ -265,6 +270,8 @@ impl Cpu {
         if self.mmu.may_be_large(linear) {
             self.tlb_flush_pcid(pcid);
         } else {
+            let asid = self.mmu.asids[usize::from(pcid) % PCIDS];
+            self.mmu.second.drop_page(linear, asid);
             self.tlb_flush_page(linear);
         }
     }
@@ -317,9 +324,7 @@ impl Cpu {
                     self.tlb_flush_all();
                 }
             }
-            self.shared
-                .memory_seen
-                .store(generation, Ordering::SeqCst);
+            self.shared.memory_seen.store(generation, Ordering::SeqCst);
             // A change that came before the store may have found this processor not running.
             if self.machine.memory.generation() == generation {
                 return;

@@ -1,5 +1,8 @@
 //! The software TLBs: a direct-mapped first level per kind of access, one second level behind.
-#![expect(unsafe_code, reason = "the first level is reached through a pointer in the processor's hot part")]
+#![expect(
+    unsafe_code,
+    reason = "the first level is reached through a pointer in the processor's hot part"
+)]
 
 use std::ptr::NonNull;
 
@@ -236,19 +239,23 @@ impl SecondLevel {
         }
     }
 
-    fn slot(linear: u64) -> usize {
+    fn slot(linear: u64, asid: u16) -> usize {
         let page = linear >> PAGE_SHIFT;
-        // User and kernel stacks and text tend to agree in their low bits.
-        (page ^ (page >> 12)) as usize & (SECOND - 1)
+        // User and kernel stacks and text tend to agree in their low bits, and so do the pages of
+        // several processes.
+        (page ^ (page >> 12) ^ (u64::from(asid) * 0x9e5)) as usize & (SECOND - 1)
+    }
+
+    fn value(&self, linear: u64, asid: u16) -> Option<u64> {
+        let (tag, value) = self.entries[Self::slot(linear, asid)];
+        (tag == (linear & !PAGE_MASK) | u64::from(asid)).then_some(value)
     }
 
     /// Finds a page in address space `asid` or among the global ones, which are under `global`.
     pub(super) fn find(&self, linear: u64, asid: u16, global: u16) -> Option<Mapping> {
-        let (tag, value) = self.entries[Self::slot(linear)];
-        let page = linear & !PAGE_MASK;
-        if tag != page | u64::from(asid) && tag != page | u64::from(global) {
-            return None;
-        }
+        let value = self
+            .value(linear, asid)
+            .or_else(|| self.value(linear, global))?;
         Some(Mapping {
             gpa: value & !PAGE_MASK,
             writable: value & WRITABLE != 0,
@@ -268,13 +275,13 @@ impl SecondLevel {
             | pick(mapping.executable, EXECUTABLE)
             | pick(mapping.dirty, DIRTY)
             | pick(mapping.global, GLOBAL);
-        self.entries[Self::slot(linear)] = ((linear & !PAGE_MASK) | u64::from(asid), value);
+        self.entries[Self::slot(linear, asid)] = ((linear & !PAGE_MASK) | u64::from(asid), value);
     }
 
-    /// Drops a linear page of any address space.
-    pub(super) fn drop_page(&mut self, linear: u64) {
-        let entry = &mut self.entries[Self::slot(linear)];
-        if (entry.0 ^ linear) & !PAGE_MASK == 0 {
+    /// Drops a linear page of an address space.
+    pub(super) fn drop_page(&mut self, linear: u64, asid: u16) {
+        let entry = &mut self.entries[Self::slot(linear, asid)];
+        if entry.0 == (linear & !PAGE_MASK) | u64::from(asid) {
             entry.0 = NEVER;
         }
     }

@@ -1,6 +1,9 @@
 //! The page walk (Intel SDM 3A chapter 5): linear to guest-physical address, permissions, accessed
 //! and dirty bits.
-#![expect(unsafe_code, reason = "page tables are guest memory, which other processors change meanwhile")]
+#![expect(
+    unsafe_code,
+    reason = "page tables are guest memory, which other processors change meanwhile"
+)]
 
 use crate::mem::memory::{RamPage, SlotTable};
 use crate::mem::tlb::Mapping;
@@ -169,7 +172,8 @@ impl<'a> Slot<'a> {
             }
         };
         if page.state.is_code() {
-            page.state.wrote(self.offset as usize, if self.wide { 8 } else { 4 });
+            page.state
+                .wrote(self.offset as usize, if self.wide { 8 } else { 4 });
         }
         done
     }
