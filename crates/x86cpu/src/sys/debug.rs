@@ -81,6 +81,7 @@ impl Cpu {
         if hit != 0 {
             self.sys.events.pending_debug |= hit;
             self.want_events();
+            self.end_block_early();
         }
     }
 }

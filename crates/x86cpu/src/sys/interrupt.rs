@@ -77,6 +77,8 @@ impl Cpu {
     /// `self.trap.address`), through double fault up to shutdown.
     pub fn deliver_exception(&mut self, vector: u8, error_code: Option<u32>) -> Option<CpuExit> {
         let resume_flag = vector != vector::DB;
+        // Its data breakpoints are met again when it runs again.
+        self.sys.events.pending_debug &= !0xf;
         self.deliver_chain(vector, error_code, resume_flag)
     }
 

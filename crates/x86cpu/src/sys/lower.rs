@@ -377,7 +377,7 @@ fn ports(l: &mut Lowering<'_>, i: &Instruction) -> bool {
     finish(l, op, End::After)
 }
 
-fn string(l: &Lowering<'_>, op: &mut Op, i: &Instruction) {
+fn string(l: &mut Lowering<'_>, op: &mut Op, i: &Instruction) {
     l.string_operands(op, i);
     if i.has_rep_prefix() || i.has_repne_prefix() {
         op.flags |= op_flag::REP;

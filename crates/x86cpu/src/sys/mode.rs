@@ -100,8 +100,15 @@ impl Cpu {
         if changed & (rflags::VM | rflags::AC) != 0 {
             self.update_mode();
         }
-        if value & (rflags::TF | rflags::RF) != 0 || (changed & value & rflags::IF) != 0 {
+        let resume = value & rflags::RF != 0;
+        if resume && !self.sys.instruction_breakpoints_armed() {
+            // RF has no other effect than to hold those off.
+            self.rflags &= !rflags::RF;
+        } else if resume || value & rflags::TF != 0 {
             self.want_events();
+        }
+        if changed & value & rflags::IF != 0 {
+            self.want_events_if_pending();
         }
     }
 

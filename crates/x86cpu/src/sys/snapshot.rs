@@ -299,6 +299,7 @@ impl Cpu {
             .map_err(|_| InvalidState::Xsave)?;
         self.sys = sys;
         self.apic = apic;
+        self.drop_posted();
         self.set_general(&state.general);
         self.restore_tsc(state.tsc);
         self.commit_loaded();
@@ -309,6 +310,18 @@ impl Cpu {
             self.shared.request(crate::shared::request::INTERRUPT);
         }
         Ok(())
+    }
+
+    /// What was posted to the processor that this state replaces.
+    fn drop_posted(&mut self) {
+        use std::sync::atomic::Ordering;
+        let shared = &self.shared;
+        for word in shared.posted.iter().chain(&shared.posted_level) {
+            word.store(0, Ordering::SeqCst);
+        }
+        shared.nmi.store(false, Ordering::SeqCst);
+        shared.init.store(false, Ordering::SeqCst);
+        shared.sipi.store(0, Ordering::SeqCst);
     }
 
     /// Sets the registers of a boot protocol; the rest stays as it is.
