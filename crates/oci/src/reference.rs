@@ -80,7 +80,7 @@ pub enum RefError {
     },
     /// A plain name with a character that none has.
     #[error(
-        "Image name '{image}' has the character {character:?}; names are made of letters, digits and . _ - / :, and a path needs a form before it, for example `oci:{image}`"
+        "Image name '{image}' has {character:?} where no name has it; names start with a letter or digit and go on with those and . _ - / : @, and a path needs a form before it, for example `oci:{image}`"
     )]
     BadName {
         /// The whole text.
