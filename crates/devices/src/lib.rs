@@ -24,6 +24,8 @@
 //! `&self` and lock only themselves. Whatever the guest writes into registers or memory, nothing panics,
 //! blocks without end or grows without bound; the fuzz targets hold the crate to it.
 
+#![forbid(unsafe_code)]
+
 pub mod bus;
 pub mod chipset;
 pub mod clock;

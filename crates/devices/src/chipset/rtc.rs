@@ -233,21 +233,28 @@ impl RtcState {
         Some(NANOS * (1 << (rate - 1)) / 32_768)
     }
 
-    fn alarm_matches(&self, time: Civil) -> bool {
-        let matches = |index: u8, value: u8| {
-            let byte = self.reg(index);
-            byte >= ALARM_ANY || byte == value
-        };
-        matches(SECONDS_ALARM, self.encode(time.second))
-            && matches(MINUTES_ALARM, self.encode(time.minute))
-            && matches(HOURS_ALARM, self.encode_hour(time.hour))
-    }
-
     /// The first second after `after` (guest time) at which the alarm goes off, within a day.
     fn next_alarm(&self, after: i64) -> Option<i64> {
-        (1..=86_400)
-            .map(|s| after + s)
-            .find(|s| self.alarm_matches(Civil::from_unix(*s)))
+        let matches = |index: u8, encoded: u8| {
+            let byte = self.reg(index);
+            byte >= ALARM_ANY || byte == encoded
+        };
+        let first = after.saturating_add(1);
+        // Hour, minute and second in turn, so that an alarm hours away is found in a few dozen steps.
+        let hours = (0..=24).map(|n| first.div_euclid(3600) + n);
+        let hours =
+            hours.filter(|h| matches(HOURS_ALARM, self.encode_hour(h.rem_euclid(24) as u8)));
+        let minutes = hours.flat_map(|hour| {
+            let set = (0..60u8).filter(|m| matches(MINUTES_ALARM, self.encode(*m)));
+            set.map(move |minute| (hour * 60 + i64::from(minute)) * 60)
+        });
+        let mut seconds = minutes
+            .filter(|start| start + 59 >= first)
+            .flat_map(|start| {
+                let set = (0..60u8).filter(|s| matches(SECONDS_ALARM, self.encode(*s)));
+                set.map(move |second| start + i64::from(second))
+            });
+        seconds.find(|at| (first..first.saturating_add(86_400)).contains(at))
     }
 
     fn setting(&self) -> bool {

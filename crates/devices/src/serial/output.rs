@@ -6,7 +6,7 @@
 use std::io::Write;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -14,6 +14,8 @@ use parking_lot::{Condvar, Mutex};
 const CAPACITY: usize = 64 * 1024;
 /// A partial line waits this long for its end.
 const GATHER: Duration = Duration::from_millis(1);
+/// How long the last output may take before it is given up.
+const LAST_PATIENCE: Duration = Duration::from_secs(2);
 /// A partial line of this length is written at once.
 const GATHER_BYTES: usize = 512;
 
@@ -139,8 +141,22 @@ impl Shared {
 
 impl Drop for OutputPump {
     fn drop(&mut self) {
-        self.shared.buffer.lock().stop = true;
+        let deadline = Instant::now() + LAST_PATIENCE;
+        let mut buffer = self.shared.buffer.lock();
+        buffer.stop = true;
         self.shared.wake.notify_one();
+        while !buffer.broken && (buffer.writing || !buffer.bytes.is_empty()) {
+            if self
+                .shared
+                .drained
+                .wait_until(&mut buffer, deadline)
+                .timed_out()
+            {
+                // A sink that nobody reads keeps its thread, not us.
+                return;
+            }
+        }
+        drop(buffer);
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
         {

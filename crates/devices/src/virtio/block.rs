@@ -86,6 +86,26 @@ enum Status {
     Unsupported = 2,
 }
 
+/// The first bytes of a request.
+struct Header {
+    kind: u32,
+    /// The sector in bytes, unless that is beyond all addresses.
+    offset: Option<u64>,
+}
+
+impl Header {
+    fn read(chain: &Chain, ram: &GuestRam) -> Result<Self, QueueError> {
+        let mut raw = [0; HEADER_LEN];
+        let read = chain.reader(ram).read_exact(&mut raw);
+        read.map_err(|_| QueueError::Request("header"))?;
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = raw;
+        Ok(Self {
+            kind: u32::from_le_bytes([k0, k1, k2, k3]),
+            offset: u64::from_le_bytes(sector).checked_mul(SECTOR_SIZE),
+        })
+    }
+}
+
 /// A range of a discard or write-zeroes request, in bytes.
 struct Range {
     offset: u64,
@@ -156,19 +176,23 @@ impl BlockDevice {
         space
     }
 
+    /// Whether a request waits for the host's disk rather than its page cache.
+    fn takes_long(&self, kind: u32) -> bool {
+        match kind {
+            T_FLUSH | T_DISCARD | T_WRITE_ZEROES => true,
+            T_OUT => self.write_through.load(Ordering::Relaxed),
+            _ => false,
+        }
+    }
+
     /// Does one request; returns the bytes written to the guest's memory, status included.
-    fn request(&self, chain: &Chain, ram: &GuestRam) -> Result<u32, QueueError> {
+    fn request(&self, header: Header, chain: &Chain, ram: &GuestRam) -> Result<u32, QueueError> {
         let Some(data_len) = chain.writable_len().checked_sub(1) else {
             return Err(QueueError::Request("status byte"));
         };
+        let Header { kind, offset } = header;
         let mut reader = chain.reader(ram);
-        let mut header = [0; HEADER_LEN];
-        reader
-            .read_exact(&mut header)
-            .map_err(|_| QueueError::Request("header"))?;
-        let [k0, k1, k2, k3, _, _, _, _, s @ ..] = header;
-        let kind = u32::from_le_bytes([k0, k1, k2, k3]);
-        let offset = u64::from_le_bytes(s).checked_mul(SECTOR_SIZE);
+        reader.skip(HEADER_LEN)?;
 
         let mut writer = chain.writer(ram);
         let (status, written) = match kind {
@@ -353,7 +377,12 @@ impl VirtioDevice for BlockDevice {
     fn process(&self, _index: usize, queue: &mut Queue) -> Result<Served, QueueError> {
         let ram = queue.ram().clone();
         while let Some(chain) = queue.pop()? {
-            let written = self.request(&chain, &ram)?;
+            let header = Header::read(&chain, &ram)?;
+            if !queue.may_wait() && self.takes_long(header.kind) {
+                queue.put_back(chain);
+                return Ok(Served::Later);
+            }
+            let written = self.request(header, &chain, &ram)?;
             queue.complete(chain, written)?;
         }
         Ok(Served::Drained)

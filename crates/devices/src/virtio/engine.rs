@@ -18,7 +18,8 @@ const ISR_CONFIG_CHANGE: u32 = 2;
 /// Where a guest's notification is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum QueueRunner {
-    /// On the vCPU thread that notified: the least latency for requests that never wait.
+    /// On the vCPU thread that notified: the least latency. What may wait long (flushes) goes to a
+    /// thread of the device, which is started when first needed.
     Inline,
     /// On a thread of the device: the vCPU runs on meanwhile.
     #[default]
@@ -64,6 +65,7 @@ struct Slot {
 
 /// The live half of a virtio transport.
 pub struct QueueEngine {
+    this: Weak<Self>,
     device: Arc<dyn VirtioDevice>,
     ram: Arc<GuestRam>,
     interrupt: Interrupt,
@@ -74,7 +76,7 @@ pub struct QueueEngine {
     worker: Mutex<Option<JoinHandle<()>>>,
     worker_thread: std::sync::OnceLock<Thread>,
     stop: AtomicBool,
-    paused: AtomicBool,
+    paused: Arc<AtomicBool>,
     /// The rings broke the rules, or the device gave up: nothing runs until a reset.
     broken: AtomicBool,
     config_generation: AtomicU32,
@@ -97,7 +99,8 @@ impl QueueEngine {
                 pending: AtomicBool::new(false),
             })
             .collect();
-        let engine = Arc::new(Self {
+        let engine = Arc::new_cyclic(|this| Self {
+            this: this.clone(),
             device,
             ram,
             interrupt: Interrupt {
@@ -110,21 +113,30 @@ impl QueueEngine {
             worker: Mutex::new(None),
             worker_thread: std::sync::OnceLock::new(),
             stop: AtomicBool::new(false),
-            paused: AtomicBool::new(false),
+            paused: Arc::default(),
             broken: AtomicBool::new(false),
             config_generation: AtomicU32::new(0),
         });
         engine.device.attach(Arc::downgrade(&engine));
         if runner == QueueRunner::Thread {
-            let weak = Arc::downgrade(&engine);
-            let name = format!("virtio-{:?}", engine.device.kind()).to_lowercase();
+            engine.start_worker()?;
+        }
+        Ok(engine)
+    }
+
+    /// Starts the worker unless it is there.
+    fn start_worker(&self) -> std::io::Result<()> {
+        let mut slot = self.worker.lock();
+        if slot.is_none() && !self.stop.load(Ordering::SeqCst) {
+            let weak = self.this.clone();
+            let name = format!("virtio-{:?}", self.device.kind()).to_lowercase();
             let worker = std::thread::Builder::new()
                 .name(name)
                 .spawn(move || work(&weak))?;
-            let _ = engine.worker_thread.set(worker.thread().clone());
-            *engine.worker.lock() = Some(worker);
+            let _ = self.worker_thread.set(worker.thread().clone());
+            *slot = Some(worker);
         }
-        Ok(engine)
+        Ok(())
     }
 
     pub(super) fn device(&self) -> &dyn VirtioDevice {
@@ -141,44 +153,69 @@ impl QueueEngine {
         if index >= self.slots.len() {
             return;
         }
-        match (self.runner, self.worker_thread.get()) {
-            (QueueRunner::Thread, Some(worker)) => {
-                if self.doorbell.fetch_or(1 << index, Ordering::SeqCst) & (1 << index) == 0 {
-                    worker.unpark();
-                }
-            }
-            _ => self.serve(index),
+        match self.runner {
+            QueueRunner::Thread => self.wake_worker(index),
+            QueueRunner::Inline => self.serve_on(index, false),
         }
     }
 
-    /// Serves queue `index` on this thread. If another thread is at it, that one goes round again.
+    fn wake_worker(&self, index: usize) {
+        if self.doorbell.fetch_or(1 << index, Ordering::SeqCst) & (1 << index) == 0
+            && let Some(worker) = self.worker_thread.get()
+        {
+            worker.unpark();
+        }
+    }
+
+    /// Serves queue `index` on this thread, which may wait for the host's disks. If another thread is at
+    /// it, that one goes round again.
     pub fn serve(&self, index: usize) {
+        self.serve_on(index, true);
+    }
+
+    fn serve_on(&self, index: usize, may_wait: bool) {
         let Some(slot) = self.slots.get(index) else {
             return;
         };
         slot.pending.store(true, Ordering::SeqCst);
         while slot.pending.load(Ordering::SeqCst) && !self.is_stopped() {
-            let Some(mut queue) = slot.queue.try_lock() else {
+            let Some(mut guard) = slot.queue.try_lock() else {
                 return;
             };
+            let mut later = false;
             // Looked at again under the lock: `pause` waits for the lock after setting its flag.
-            while !self.is_stopped() && slot.pending.swap(false, Ordering::SeqCst) {
-                match queue.as_mut() {
-                    Some(queue) => self.serve_locked(index, queue),
-                    None => break,
-                }
+            while !later && !self.is_stopped() && slot.pending.swap(false, Ordering::SeqCst) {
+                let Some(queue) = guard.as_mut() else {
+                    return;
+                };
+                queue.set_may_wait(may_wait);
+                later = self.serve_locked(index, queue) == Some(Served::Later);
             }
-            if queue.is_none() {
-                return;
+            // The worker must find the lock free: nobody would tell it again.
+            drop(guard);
+            if later {
+                return self.hand_over(index);
             }
         }
+    }
+
+    /// Lets the worker go on with a request that may take long.
+    fn hand_over(&self, index: usize) {
+        if let Err(error) = self.start_worker() {
+            // Waiting here beats never answering.
+            tracing::warn!(%error, "No thread for a virtio device: a processor waits for its disk");
+            self.serve_on(index, true);
+            return;
+        }
+        self.wake_worker(index);
     }
 
     fn is_stopped(&self) -> bool {
         self.paused.load(Ordering::SeqCst) || self.broken.load(Ordering::SeqCst)
     }
 
-    fn serve_locked(&self, index: usize, queue: &mut Queue) {
+    /// Serves a queue until there is nothing to do; `None` if its rings are broken.
+    fn serve_locked(&self, index: usize, queue: &mut Queue) -> Option<Served> {
         let result = (|| {
             loop {
                 queue.disable_notifications()?;
@@ -187,14 +224,12 @@ impl QueueEngine {
                 if queue.take_interrupt()? {
                     self.interrupt.raise(ISR_USED_BUFFER);
                 }
-                if !more {
-                    return Ok(());
+                if !more || self.is_stopped() {
+                    return Ok(served);
                 }
             }
         })();
-        if let Err(error) = result {
-            self.fail(&error);
-        }
+        result.map_err(|error| self.fail(&error)).ok()
     }
 
     /// Stops the device until its driver resets it.
@@ -235,7 +270,7 @@ impl QueueEngine {
     /// Makes queue `index` live, or stops it; waits for a server that is at it.
     pub(super) fn set_queue(&self, index: usize, queue: Option<Queue>) {
         if let Some(slot) = self.slots.get(index) {
-            *slot.queue.lock() = queue;
+            *slot.queue.lock() = queue.map(|queue| queue.stop_with(&self.paused));
         }
     }
 
@@ -260,7 +295,8 @@ impl QueueEngine {
         }
     }
 
-    /// Stops serving; none is under way when this returns. Notifications are kept for `resume`.
+    /// Stops serving; none is under way when this returns, whatever the guest does meanwhile.
+    /// Notifications are kept for `resume`.
     pub fn pause(&self) {
         self.paused.store(true, Ordering::SeqCst);
         for slot in &self.slots {

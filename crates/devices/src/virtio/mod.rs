@@ -75,6 +75,9 @@ pub enum Served {
     Drained,
     /// Chains were left on purpose until the device has something to put into them.
     Waiting,
+    /// The next request may take long and [`Queue::may_wait`] says that this thread shouldn't: it was
+    /// put back for a thread that may.
+    Later,
 }
 
 /// A device behind a virtio transport.

@@ -6,7 +6,7 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use skerry_hypervisor::memory::GuestRam;
@@ -170,6 +170,10 @@ pub struct Queue {
     notifications_off: bool,
     /// Chains whose vectors are used again.
     spare: Vec<Chain>,
+    /// The machine wants the queue left alone: it looks empty from then on.
+    stop: Arc<AtomicBool>,
+    /// The thread that serves the queue may wait for the host.
+    may_wait: bool,
 }
 
 impl Queue {
@@ -192,7 +196,25 @@ impl Queue {
             indirect,
             notifications_off: false,
             spare: Vec::new(),
+            stop: Arc::default(),
+            may_wait: true,
         })
+    }
+
+    /// Makes the queue look empty while `stop` is set, so that a driver that never stops adding chains
+    /// can't keep its server from stopping.
+    pub(super) fn stop_with(mut self, stop: &Arc<AtomicBool>) -> Self {
+        self.stop = stop.clone();
+        self
+    }
+
+    pub(super) fn set_may_wait(&mut self, may_wait: bool) {
+        self.may_wait = may_wait;
+    }
+
+    /// Whether the serving thread may wait for the host, as a vCPU's may not.
+    pub const fn may_wait(&self) -> bool {
+        self.may_wait
     }
 
     /// Guest memory.
@@ -273,7 +295,7 @@ impl Queue {
     /// Takes the next chain, if there is one. It must come back through [`complete`](Self::complete)
     /// or [`put_back`](Self::put_back).
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        if self.available()? == 0 {
+        if self.stop.load(Ordering::Relaxed) || self.available()? == 0 {
             return Ok(None);
         }
         let entry = self.layout.available + RING_HEADER + 2 * self.slot(self.next_available);

@@ -196,3 +196,40 @@ fn state_moves_to_another_transport() {
     .unwrap();
     assert!(wrong.restore(saved).is_err());
 }
+
+/// A driver on another processor that gives the device a new chain for each one it completes must not
+/// keep the serving thread, which may be a vCPU that is to be stopped.
+#[test]
+fn an_endless_supply_of_chains_does_not_hold_up_a_pause() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use vm_memory::{Bytes, GuestAddress};
+
+    let mut guest = FakeGuest::start(rng::RngDevice::new(), u64::MAX, QueueRunner::Inline);
+    let buffer = guest.buffer(8, true);
+    let head = guest.add(0, &[buffer]);
+    assert_eq!(head, 0);
+    let (_, available, used) = guest.rings(0);
+    let done = AtomicBool::new(false);
+    let (guest, ram) = (&guest, guest.ram.clone());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let index: u16 = ram.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
+                let next = GuestAddress(available + 2);
+                // Every entry of the ring names chain 0.
+                ram.store(index.wrapping_add(32), next, Ordering::Release)
+                    .unwrap();
+            }
+        });
+        let vcpu = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                guest.kick(0);
+            }
+        });
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        // With the supplier running on, so that only the pause can end the service.
+        guest.mmio.pause();
+        done.store(true, Ordering::Relaxed);
+        vcpu.join().unwrap();
+    });
+}
