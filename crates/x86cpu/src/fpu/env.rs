@@ -9,6 +9,7 @@ use super::x87::{check, prepare_x87};
 use crate::Cpu;
 use crate::code::{Lowering, Op};
 use crate::cpu::seg;
+use crate::simd::operand::operand;
 use crate::trap::Trap;
 
 /// Bits of `Op::extra`: 32-bit format, with data registers, protected mode, preceded by FWAIT.
@@ -202,8 +203,8 @@ fn store(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
         }
         len += DATA_LEN;
     }
-    let linear = cpu.linear(op, len, true)?;
-    cpu.write_bytes(linear, bytes.get(..len).unwrap_or(&[]))?;
+    let at = operand(cpu, op, len, 1, true)?;
+    at.write(cpu, op, bytes.get(..len).unwrap_or(&[]))?;
     if format & DATA != 0 {
         cpu.fpu.fninit();
     } else {
@@ -223,8 +224,7 @@ fn load(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let Some(bytes) = bytes.get_mut(..len) else {
         return Err(cpu.ud());
     };
-    let linear = cpu.linear(op, len, false)?;
-    cpu.read_bytes(linear, bytes)?;
+    operand(cpu, op, len, 1, false)?.read(cpu, op, bytes)?;
     let mut image = cpu.fpu.x87_image();
     // The image holds the registers by their distance from TOP, which may change.
     let old_top = u16::from_le_bytes(get(&image, legacy::FSW)) >> 11 & 7;

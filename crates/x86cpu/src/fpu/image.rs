@@ -8,6 +8,10 @@ pub(super) const FCW_FNINIT: u16 = 0x37f;
 /// FCW after reset.
 pub(super) const FCW_RESET: u16 = 0x40;
 
+/// Bits of FCW that exist, and the one that is always set.
+const FCW_MASK: u16 = 0x1f3f;
+const FCW_FIXED: u16 = 0x40;
+
 /// Bytes of x87 state in the legacy region: header and ST0–7.
 pub(crate) const X87_LEN: usize = 160;
 /// Offsets in the legacy region.
@@ -86,11 +90,14 @@ impl FpuState {
         put(&mut self.x87.0, 0, image);
         put(&mut self.x87.0, legacy::FOP, &[0; 18]);
         put(&mut self.x87.0, legacy::MXCSR, &[0; 8]);
+        // Reserved bits of FCW read as fixed values.
+        let fcw = u16::from_le_bytes(get(image, legacy::FCW)) & FCW_MASK | FCW_FIXED;
+        put(&mut self.x87.0, legacy::FCW, &fcw.to_le_bytes());
         self.x87.0[HEADER] = 1;
         self.last_opcode = u16::from_le_bytes(get(image, legacy::FOP)) & 0x7ff;
         self.last_ip = u64::from_le_bytes(get(image, legacy::FIP));
         self.last_dp = u64::from_le_bytes(get(image, legacy::FDP));
-        self.note_control(u16::from_le_bytes(get(image, legacy::FCW)));
+        self.note_control(fcw);
     }
 
     /// Initial x87 state with this control word (FNINIT's is 0x37f).

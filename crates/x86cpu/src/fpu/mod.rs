@@ -21,6 +21,7 @@ mod image;
 mod x87;
 mod xsave;
 
+pub(crate) use image::X87_LEN;
 pub use image::{XSAVE_IMAGE_LEN, XsaveImageError};
 pub(crate) use x87::{lower, prepare_x87};
 
@@ -85,11 +86,6 @@ impl Ymm {
 #[repr(C, align(64))]
 struct X87Image([u8; 576]);
 
-/// An operand that doesn't lie in one page of RAM is brought here.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(crate) struct Bounce(pub(crate) [u8; 128]);
-
 /// x87, SSE and AVX registers.
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
@@ -106,7 +102,6 @@ pub struct FpuState {
     pub(crate) last_dp: u64,
     /// Its opcode, 11 bits.
     pub(crate) last_opcode: u16,
-    pub(crate) bounce: Bounce,
     x87: X87Image,
 }
 
@@ -119,7 +114,6 @@ impl Default for FpuState {
             last_ip: 0,
             last_dp: 0,
             last_opcode: 0,
-            bounce: Bounce([0; 128]),
             x87: X87Image([0; 576]),
         };
         state.set_x87_control(image::FCW_FNINIT);
@@ -165,7 +159,7 @@ impl FpuState {
     }
 
     /// Whether the x87 registers are in the host's FPU.
-    fn is_live(&self) -> bool {
+    pub(crate) fn is_live(&self) -> bool {
         self.attention & attention::X87_IDLE == 0
     }
 

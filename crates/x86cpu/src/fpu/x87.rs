@@ -13,6 +13,7 @@ use iced_x86::{Instruction, OpKind};
 use super::{attention, blocked, control, env, host, xsave};
 use crate::Cpu;
 use crate::code::{Lowering, Op};
+use crate::simd::operand::{Operand, operand};
 use crate::simd::thunk::{self, is_x87};
 use crate::trap::{Trap, vector};
 
@@ -92,10 +93,10 @@ fn memory(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check(cpu)?;
     let size = (op.aux & AUX_SIZE) as usize;
     let write = op.aux & AUX_WRITE != 0;
-    let linear = cpu.linear(op, size, write)?;
-    match cpu.host_ptr(linear, size, write)? {
+    let at = operand(cpu, op, size, 1, write)?;
+    match at.host(cpu, op, write)? {
         Some(pointer) => call(op.imm, pointer.as_ptr()),
-        None => memory_slow(cpu, op, linear, size, write)?,
+        None => memory_slow(cpu, op, at, write)?,
     }
     note_pointers(cpu, op);
     cpu.fpu.last_dp = op.offset(cpu);
@@ -104,24 +105,25 @@ fn memory(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 
 /// The operand isn't within one page of RAM.
 #[cold]
-fn memory_slow(cpu: &mut Cpu, op: &Op, linear: u64, size: usize, write: bool) -> Result<(), Trap> {
+fn memory_slow(cpu: &mut Cpu, op: &Op, at: Operand, write: bool) -> Result<(), Trap> {
     /// Tells whether the instruction stored: with an unmasked exception it doesn't.
     const UNTOUCHED: u8 = 0xa5;
     let mut bytes = [UNTOUCHED; 16];
-    let Some(operand) = bytes.get_mut(..size) else {
+    let Some(operand) = bytes.get_mut(..at.size) else {
         return Err(cpu.ud());
     };
     if !write {
-        cpu.read_bytes(linear, operand)?;
+        at.read(cpu, op, operand)?;
         call(op.imm, operand.as_mut_ptr());
         return Ok(());
     }
+    at.check_write(cpu, op)?;
     let before = cpu.fpu.x87_image();
     call(op.imm, operand.as_mut_ptr());
     if host::status_word() & FSW_ES != 0 && operand.iter().all(|&b| b == UNTOUCHED) {
         return Ok(());
     }
-    let written = cpu.write_bytes(linear, operand);
+    let written = at.write(cpu, op, operand);
     if written.is_err() {
         cpu.fpu.set_x87_image(&before);
     }

@@ -7,6 +7,7 @@ use super::{MXCSR_DEFAULT, MXCSR_MASK, blocked};
 use crate::Cpu;
 use crate::code::{Handler, Lowering, Op};
 use crate::cpu::reg;
+use crate::simd::operand::{Operand, operand};
 use crate::sys::state::{cr0, cr4};
 use crate::trap::{Trap, vector};
 
@@ -43,13 +44,32 @@ fn narrow_pointers(op: &Op, image: &mut [u8; X87_LEN]) {
     }
 }
 
-/// Where the area begins, checked for alignment.
-fn area(cpu: &mut Cpu, op: &Op, len: usize, align: u64, write: bool) -> Result<u64, Trap> {
-    let linear = cpu.linear(op, len, write)?;
-    if linear & (align - 1) != 0 {
+/// The area, checked for alignment, and whether it can be written.
+fn area(
+    cpu: &mut Cpu,
+    op: &Op,
+    len: usize,
+    align: usize,
+    write: bool,
+) -> Result<Operand, Trap> {
+    let at = operand(cpu, op, len, 1, write)?;
+    at.check_canonical(cpu, op)?;
+    if at.linear & (align as u64 - 1) != 0 {
         return Err(cpu.gp0());
     }
-    Ok(linear)
+    if write {
+        // All or nothing.
+        at.check_write(cpu, op)?;
+    }
+    Ok(at)
+}
+
+impl Operand {
+    /// Part of the area.
+    fn part(self, offset: usize, size: usize) -> Self {
+        let linear = self.linear.wrapping_add(offset as u64);
+        Self { linear, size }
+    }
 }
 
 impl Cpu {
@@ -86,7 +106,7 @@ fn check_fx(cpu: &mut Cpu) -> Result<(), Trap> {
 fn fxsave(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check_fx(cpu)?;
     let count = vector_registers(op);
-    let linear = area(cpu, op, 512, 16, true)?;
+    let at = area(cpu, op, 512, 16, true)?;
     let mut x87 = cpu.fpu.x87_image();
     narrow_pointers(op, &mut x87);
     put(&mut x87, legacy::MXCSR, &cpu.fpu.mxcsr().to_le_bytes());
@@ -95,14 +115,14 @@ fn fxsave(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     put(&mut bytes, 0, &x87);
     put(&mut bytes, X87_LEN, &cpu.vectors_low(count));
     let len = X87_LEN + 16 * count;
-    cpu.write_bytes(linear, bytes.get(..len).unwrap_or(&[]))
+    at.write(cpu, op, bytes.get(..len).unwrap_or(&[]))
 }
 
 fn fxrstor(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check_fx(cpu)?;
-    let linear = area(cpu, op, 512, 16, false)?;
+    let at = area(cpu, op, 512, 16, false)?;
     let mut bytes = [0; 512];
-    cpu.read_bytes(linear, &mut bytes)?;
+    at.read(cpu, op, &mut bytes)?;
     let mxcsr = u32::from_le_bytes(get(&bytes, legacy::MXCSR));
     if mxcsr & !MXCSR_MASK != 0 {
         return Err(cpu.gp0());
@@ -146,14 +166,14 @@ fn save(cpu: &mut Cpu, op: &Op, form: Form) -> Result<(), Trap> {
     } else {
         YMM_HIGH
     };
-    let linear = area(cpu, op, len, 64, true)?;
+    let at = area(cpu, op, len, 64, true)?;
     let count = vector_registers(op);
     let in_use = cpu.xinuse();
-    let header_at = linear.wrapping_add(HEADER as u64);
+    let header_at = at.part(HEADER, 16);
     // The header is read first: a save that faults later has changed at most data that a repeated
     // save writes again.
     let mut header = [0; 16];
-    cpu.read_bytes(header_at, &mut header)?;
+    header_at.read(cpu, op, &mut header)?;
     let old = u64::from_le_bytes(get(&header, 0));
     let written = if form == Form::Plain {
         requested
@@ -163,13 +183,14 @@ fn save(cpu: &mut Cpu, op: &Op, form: Form) -> Result<(), Trap> {
     if requested & AVX != 0 && written & AVX != 0 {
         let bytes = cpu.vectors_high(count);
         let bytes = bytes.get(..16 * count).unwrap_or(&[]);
-        cpu.write_bytes(linear.wrapping_add(YMM_HIGH as u64), bytes)?;
+        at.part(YMM_HIGH, bytes.len()).write(cpu, op, bytes)?;
     }
     if written & X87 != 0 {
         let mut x87 = cpu.fpu.x87_image();
         narrow_pointers(op, &mut x87);
-        cpu.write_bytes(linear, &x87[..legacy::MXCSR])?;
-        cpu.write_bytes(linear.wrapping_add(legacy::ST as u64), &x87[legacy::ST..])?;
+        let (control, registers) = (&x87[..legacy::MXCSR], &x87[legacy::ST..]);
+        at.part(0, control.len()).write(cpu, op, control)?;
+        at.part(legacy::ST, registers.len()).write(cpu, op, registers)?;
     }
     let mxcsr_saved = if compact {
         written & SSE != 0
@@ -178,23 +199,20 @@ fn save(cpu: &mut Cpu, op: &Op, form: Form) -> Result<(), Trap> {
     };
     if mxcsr_saved {
         let value = u64::from(cpu.fpu.mxcsr()) | u64::from(MXCSR_MASK) << 32;
-        cpu.write_bytes(
-            linear.wrapping_add(legacy::MXCSR as u64),
-            &value.to_le_bytes(),
-        )?;
+        at.part(legacy::MXCSR, 8).write(cpu, op, &value.to_le_bytes())?;
     }
     if written & SSE != 0 {
         let bytes = cpu.vectors_low(count);
         let bytes = bytes.get(..16 * count).unwrap_or(&[]);
-        cpu.write_bytes(linear.wrapping_add(legacy::XMM as u64), bytes)?;
+        at.part(legacy::XMM, bytes.len()).write(cpu, op, bytes)?;
     }
     if compact {
         put(&mut header, 0, &(requested & in_use).to_le_bytes());
         put(&mut header, 8, &(requested | COMPACT).to_le_bytes());
-        cpu.write_bytes(header_at, &header)
+        header_at.write(cpu, op, &header)
     } else {
         let xstate_bv = old & !requested | requested & in_use;
-        cpu.write_bytes(header_at, &xstate_bv.to_le_bytes())
+        header_at.write(cpu, op, &xstate_bv.to_le_bytes())
     }
 }
 
@@ -237,9 +255,9 @@ fn header(bytes: &[u8; 64], xcr0: u64, supervisor: bool) -> Option<Header> {
 
 fn restore(cpu: &mut Cpu, op: &Op, supervisor: bool) -> Result<(), Trap> {
     let requested = check_xsave(cpu, supervisor)?;
-    let linear = area(cpu, op, YMM_HIGH, 64, false)?;
+    let at = area(cpu, op, YMM_HIGH, 64, false)?;
     let mut bytes = [0; YMM_HIGH];
-    cpu.read_bytes(linear, &mut bytes)?;
+    at.read(cpu, op, &mut bytes)?;
     let Some(Header { compact, xstate_bv }) =
         header(&get(&bytes, HEADER), cpu.sys.xcr0, supervisor)
     else {
@@ -259,7 +277,7 @@ fn restore(cpu: &mut Cpu, op: &Op, supervisor: bool) -> Result<(), Trap> {
     let count = vector_registers(op);
     if loaded & AVX != 0 {
         let high = high.get_mut(..16 * count).unwrap_or_default();
-        cpu.read_bytes(linear.wrapping_add(YMM_HIGH as u64), high)?;
+        at.part(YMM_HIGH, high.len()).read(cpu, op, high)?;
     }
     // Nothing can fault any more.
     if loaded & X87 != 0 {

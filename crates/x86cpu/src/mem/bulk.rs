@@ -9,7 +9,7 @@ use crate::mem::access::crosses;
 use crate::mem::int::{copy_in, copy_out};
 use crate::mem::mmu::Place;
 use crate::mem::{Access, PAGE_MASK, PAGE_SIZE};
-use crate::trap::Trap;
+use crate::trap::{Trap, vector};
 
 impl Cpu {
     /// Calls `part(self, linear, range)` for the part of `len` bytes in each page.
@@ -37,6 +37,7 @@ impl Cpu {
         access: Access,
         stack: bool,
     ) -> Result<(), Trap> {
+        self.check_canonical_end(linear, into.len(), stack)?;
         // All pages first: a fault in a later page comes before an earlier page's device is read.
         self.pages(linear, into.len(), |cpu, at, _| {
             cpu.translate(at, access, false, stack).map(|_| ())
@@ -54,6 +55,16 @@ impl Cpu {
         })
     }
 
+    /// An operand that ends beyond the canonical addresses is refused before any of its pages is
+    /// looked at.
+    fn check_canonical_end(&mut self, linear: u64, len: usize, stack: bool) -> Result<(), Trap> {
+        let last = linear.wrapping_add((len as u64).saturating_sub(1));
+        if self.is_canonical(last) {
+            return Ok(());
+        }
+        Err(self.fault(if stack { vector::SS } else { vector::GP }, 0))
+    }
+
     /// Writes bytes that may lie in several pages; all of them or none.
     pub(super) fn write_parts(
         &mut self,
@@ -62,6 +73,7 @@ impl Cpu {
         access: Access,
         stack: bool,
     ) -> Result<(), Trap> {
+        self.check_canonical_end(linear, from.len(), stack)?;
         self.pages(linear, from.len(), |cpu, at, _| {
             cpu.translate(at, access, true, stack).map(|_| ())
         })?;

@@ -378,7 +378,7 @@ impl Cpu {
         Trap
     }
 
-    fn is_canonical(&self, linear: u64) -> bool {
+    pub(super) fn is_canonical(&self, linear: u64) -> bool {
         self.mmu.paging.levels != Levels::Four || ((linear << 16) as i64 >> 16) as u64 == linear
     }
 

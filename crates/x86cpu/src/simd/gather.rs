@@ -7,6 +7,7 @@ use crate::Cpu;
 use crate::code::{Handler, Lowering, Op, op_flag};
 use crate::cpu::reg;
 use crate::fpu::{Ymm, blocked};
+use crate::simd::operand::Operand;
 use crate::trap::{Trap, TrapKind};
 
 /// `INDEX` and `DATA` are the bytes of an index and of an element; `op.extra` says how many
@@ -30,7 +31,7 @@ fn gather<const INDEX: usize, const DATA: usize>(cpu: &mut Cpu, op: &Op) -> Resu
             let mut bytes = [0; DATA];
             let loaded = cpu
                 .linear_at(op.seg, offset, DATA, false)
-                .and_then(|linear| cpu.read_bytes(linear, &mut bytes));
+                .and_then(|linear| Operand { linear, size: DATA }.read(cpu, op, &mut bytes));
             if loaded.is_err() {
                 failed = loaded;
                 break;

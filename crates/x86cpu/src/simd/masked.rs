@@ -6,13 +6,15 @@ use iced_x86::{Code, Instruction, OpKind};
 use crate::Cpu;
 use crate::code::{Handler, Lowering, Op};
 use crate::fpu::{attention, blocked, prepare_x87};
+use crate::simd::operand::{Operand, operand};
 use crate::trap::Trap;
 
 /// Stores the elements of `SIZE` bytes whose top mask bit is set. All of them can be stored before
 /// any is.
 fn store_selected<const SIZE: usize>(
     cpu: &mut Cpu,
-    linear: u64,
+    op: &Op,
+    at: Operand,
     data: &[u8],
     mask: &[u8],
 ) -> Result<(), Trap> {
@@ -20,12 +22,12 @@ fn store_selected<const SIZE: usize>(
     let count = data.len() / SIZE;
     for check_only in [true, false] {
         for n in (0..count).filter(|&n| selected(n)) {
-            let at = linear.wrapping_add((n * SIZE) as u64);
+            let element = at.element(n, SIZE);
             if check_only {
-                cpu.host_ptr(at, SIZE, true)?;
+                element.check_write(cpu, op)?;
             } else {
                 let bytes = data.get(n * SIZE..(n + 1) * SIZE).unwrap_or(&[]);
-                cpu.write_bytes(at, bytes)?;
+                element.write(cpu, op, bytes)?;
             }
         }
     }
@@ -37,13 +39,13 @@ fn load<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check_avx(cpu)?;
     let len = usize::from(op.extra);
     let mask = cpu.fpu.ymm[usize::from(op.r1 & 15)].0;
-    let linear = cpu.linear(op, len, false)?;
+    let whole = operand(cpu, op, len, 1, false)?;
     let mut result = [0; 32];
     for n in 0..len / SIZE {
         let at = n * SIZE..(n + 1) * SIZE;
         let selected = mask.get(at.end - 1).is_some_and(|b| b & 0x80 != 0);
         if let (true, Some(to)) = (selected, result.get_mut(at)) {
-            cpu.read_bytes(linear.wrapping_add((n * SIZE) as u64), to)?;
+            whole.element(n, SIZE).read(cpu, op, to)?;
         }
     }
     cpu.fpu.ymm[usize::from(op.r0 & 15)].0 = result;
@@ -56,12 +58,12 @@ fn store<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let len = usize::from(op.extra);
     let mask = cpu.fpu.ymm[usize::from(op.r1 & 15)].0;
     let data = cpu.fpu.ymm[usize::from(op.r2 & 15)].0;
-    let linear = cpu.linear(op, len, true)?;
+    let at = operand(cpu, op, len, 1, true)?;
     let (data, mask) = (
         data.get(..len).unwrap_or(&[]),
         mask.get(..len).unwrap_or(&[]),
     );
-    store_selected::<SIZE>(cpu, linear, data, mask)
+    store_selected::<SIZE>(cpu, op, at, data, mask)
 }
 
 fn check_avx(cpu: &mut Cpu) -> Result<(), Trap> {
@@ -80,8 +82,9 @@ fn bytes128<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     }
     let data = cpu.fpu.ymm[usize::from(op.r1 & 15)].low().to_le_bytes();
     let mask = cpu.fpu.ymm[usize::from(op.r2 & 15)].low().to_le_bytes();
-    let linear = cpu.linear(op, 16, true)?;
-    store_selected::<1>(cpu, linear, &data, &mask)
+    let at = operand(cpu, op, 16, 1, true)?;
+    at.check_canonical(cpu, op)?;
+    store_selected::<1>(cpu, op, at, &data, &mask)
 }
 
 /// MASKMOVQ: the same with MMX registers; like all MMX instructions it leaves the tags valid and
@@ -95,10 +98,12 @@ fn bytes64(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     }
     let data = cpu.fpu.mmx(op.r1);
     let mask = cpu.fpu.mmx(op.r2);
-    let linear = cpu.linear(op, 8, true)?;
-    store_selected::<1>(cpu, linear, &data, &mask)?;
+    let at = operand(cpu, op, 8, 1, true)?;
+    // These registers have become MMX registers even if the store faults.
     cpu.fpu.enter_mmx();
-    Ok(())
+    // Unlike its successors it faults whatever the mask says.
+    at.check_write(cpu, op)?;
+    store_selected::<1>(cpu, op, at, &data, &mask)
 }
 
 /// Lowers the masked moves.

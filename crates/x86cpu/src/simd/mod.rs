@@ -9,6 +9,7 @@ mod gather;
 mod masked;
 mod moves;
 mod mxcsr;
+pub(crate) mod operand;
 mod random;
 mod run;
 pub(crate) mod thunk;

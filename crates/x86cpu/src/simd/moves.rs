@@ -6,6 +6,7 @@ use iced_x86::{Code, Instruction, OpKind};
 use crate::Cpu;
 use crate::code::{Handler, Lowering, Op};
 use crate::fpu::blocked;
+use crate::simd::operand::operand;
 use crate::trap::Trap;
 
 /// Loads the `N` bytes of the memory operand.
@@ -14,16 +15,13 @@ pub(super) fn load<const N: usize, const ALIGNED: bool>(
     cpu: &mut Cpu,
     op: &Op,
 ) -> Result<[u8; N], Trap> {
-    let linear = cpu.linear(op, N, false)?;
-    if ALIGNED && linear & (N as u64 - 1) != 0 {
-        return Err(cpu.gp0());
-    }
-    match cpu.host_ptr(linear, N, false)? {
+    let at = operand(cpu, op, N, if ALIGNED { N } else { 1 }, false)?;
+    match at.host(cpu, op, false)? {
         // SAFETY: the pointer is good for N bytes, says `host_ptr`.
         Some(pointer) => Ok(unsafe { pointer.cast::<[u8; N]>().read_volatile() }),
         None => {
             let mut bytes = [0; N];
-            cpu.read_bytes(linear, &mut bytes)?;
+            at.read(cpu, op, &mut bytes)?;
             Ok(bytes)
         }
     }
@@ -36,14 +34,11 @@ pub(super) fn store<const N: usize, const ALIGNED: bool>(
     op: &Op,
     bytes: [u8; N],
 ) -> Result<(), Trap> {
-    let linear = cpu.linear(op, N, true)?;
-    if ALIGNED && linear & (N as u64 - 1) != 0 {
-        return Err(cpu.gp0());
-    }
-    match cpu.host_ptr(linear, N, true)? {
+    let at = operand(cpu, op, N, if ALIGNED { N } else { 1 }, true)?;
+    match at.host(cpu, op, true)? {
         // SAFETY: the pointer is good for N bytes, says `host_ptr`.
         Some(pointer) => unsafe { pointer.cast::<[u8; N]>().write_volatile(bytes) },
-        None => cpu.write_bytes(linear, &bytes)?,
+        None => at.write(cpu, op, &bytes)?,
     }
     Ok(())
 }

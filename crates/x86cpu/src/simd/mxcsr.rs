@@ -10,37 +10,53 @@
 
 use std::arch::asm;
 
-use super::run::Pointers;
+use super::run::{Pointers, is_half, is_mmx, pointers};
 use crate::Cpu;
 use crate::code::Op;
-use crate::fpu::{MXCSR_DEFAULT, MXCSR_FLAGS};
+use crate::fpu::{MXCSR_DEFAULT, MXCSR_FLAGS, X87_LEN, Ymm};
 use crate::sys::state::cr4;
 use crate::trap::{Trap, vector};
 
 const INVALID_DENORMAL_ZERO: u32 = 7;
 const UNDERFLOW: u32 = 1 << 4;
+const PRECISION: u32 = 1 << 5;
 const MASKS: u32 = 0x1f80;
 const MASKS_SHIFT: u32 = 7;
 const FLUSH_TO_ZERO: u32 = 1 << 15;
 
-/// Calls the op's thunk under the guest's MXCSR; returns what the thunk returns.
+/// Calls the op's thunk under the guest's MXCSR with `memory` as its memory operand (a copy if it is
+/// written); returns what the thunk returns.
 #[cold]
-pub(super) fn call_guarded(cpu: &mut Cpu, op: &Op, pointers: Pointers) -> Result<u64, Trap> {
+pub(super) fn call_guarded(cpu: &mut Cpu, op: &Op, memory: *mut u8) -> Result<u64, Trap> {
     let guest = cpu.fpu.mxcsr();
     let unmasked = !(guest >> MASKS_SHIFT) & MXCSR_FLAGS;
-    let mut control = (guest | MASKS) & !MXCSR_FLAGS;
+    let control = (guest | MASKS) & !MXCSR_FLAGS;
+    let before = Before::of(cpu);
+    let mut tiny = 0;
+    let mut flush = control & FLUSH_TO_ZERO;
     if unmasked & UNDERFLOW != 0 {
-        // Results are flushed only while underflow is masked.
-        control &= !FLUSH_TO_ZERO;
+        // Flushing flags every tiny result; but results are flushed only while underflow is masked.
+        tiny = run(cpu, op, memory, control | FLUSH_TO_ZERO).1 & UNDERFLOW;
+        before.restore(cpu);
+        flush = 0;
     }
-    let before = (cpu.fpu.ymm, cpu.gpr, cpu.fpu.bounce);
-    let (result, raised) = call_with(op.imm, pointers, control);
+    let (result, raised) = run(cpu, op, memory, control & !FLUSH_TO_ZERO | flush);
+    let raised = raised | tiny;
     if raised & unmasked == 0 {
         cpu.fpu.set_mxcsr(guest | raised);
         return Ok(result);
     }
-    (cpu.fpu.ymm, cpu.gpr, cpu.fpu.bounce) = before;
+    before.restore(cpu);
+    if is_mmx(op) {
+        // The x87 registers have become MMX registers all the same.
+        cpu.fpu.enter_mmx();
+    }
     let precomputation = raised & INVALID_DENORMAL_ZERO;
+    let raised = if is_half(op) && raised & unmasked & UNDERFLOW != 0 {
+        raised & !PRECISION
+    } else {
+        raised
+    };
     let reported = if precomputation & unmasked != 0 {
         precomputation
     } else {
@@ -53,8 +69,43 @@ pub(super) fn call_guarded(cpu: &mut Cpu, op: &Op, pointers: Pointers) -> Result
     Err(cpu.fault_plain(vector::XM))
 }
 
+fn run(cpu: &mut Cpu, op: &Op, memory: *mut u8, control: u32) -> (u64, u32) {
+    let processor: *mut Cpu = cpu;
+    // SAFETY: the processor is borrowed for the call; `memory` is good for the operand.
+    unsafe { call_with(op.imm, pointers(processor, op, memory), control) }
+}
+
+/// What an instruction may change before it turns out to fault.
+struct Before {
+    ymm: [Ymm; 16],
+    gpr: [u64; 32],
+    x87: Option<[u8; X87_LEN]>,
+}
+
+impl Before {
+    fn of(cpu: &mut Cpu) -> Self {
+        Self {
+            ymm: cpu.fpu.ymm,
+            gpr: cpu.gpr,
+            x87: cpu.fpu.is_live().then(|| cpu.fpu.x87_image()),
+        }
+    }
+
+    fn restore(&self, cpu: &mut Cpu) {
+        cpu.fpu.ymm = self.ymm;
+        cpu.gpr = self.gpr;
+        if let Some(image) = &self.x87 {
+            cpu.fpu.set_x87_image(image);
+            cpu.fpu.make_live();
+        }
+    }
+}
+
 /// Calls a thunk with this MXCSR (all exceptions masked); returns its result and the flags raised.
-fn call_with(code: u64, p: Pointers, control: u32) -> (u64, u32) {
+///
+/// # Safety
+/// As for [`super::run::call`].
+unsafe fn call_with(code: u64, p: Pointers, control: u32) -> (u64, u32) {
     let mut mxcsr = control;
     let normal = MXCSR_DEFAULT;
     let result: u64;

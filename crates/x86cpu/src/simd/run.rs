@@ -2,18 +2,21 @@
 //! computation.
 #![expect(unsafe_code, reason = "calls thunks")]
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::mxcsr;
+use super::operand::{Operand, operand};
 use super::thunk::{self, MemoryUse, Operands, Place};
 use crate::Cpu;
 use crate::code::{Handler, Lowering, Op};
-use crate::fpu::{attention, blocked, prepare_x87};
+use crate::fpu::{Ymm, attention, blocked, prepare_x87};
 use crate::trap::Trap;
 
 /// Bits of [`Op::aux`]: the memory operand, by [`MemoryUse`], and the class.
 mod aux {
-    pub(super) const SIZE: u32 = 0xff;
+    pub(super) const SIZE: u32 = 0x7f;
+    /// VCVTPS2PH: underflow comes without a precision exception.
+    pub(super) const HALF: u32 = 1 << 7;
     pub(super) const READ: u32 = 1 << 8;
     pub(super) const WRITE: u32 = 1 << 9;
     pub(super) const ALIGNED: u32 = 1 << 10;
@@ -53,26 +56,56 @@ pub(super) unsafe fn call(code: u64, p: Pointers) -> u64 {
     }
 }
 
+/// # Safety
+/// `cpu` is a processor that nobody else uses now.
 #[inline(always)]
-fn pointer(cpu: &mut Cpu, kind: u8, number: u8, memory: *mut u8) -> *mut u8 {
-    match kind {
-        VECTOR => (&raw mut cpu.fpu.ymm[usize::from(number & 15)]).cast(),
-        GENERAL => (&raw mut cpu.gpr[usize::from(number & 15)]).cast(),
-        MEMORY => memory,
-        _ => std::ptr::null_mut(),
+unsafe fn pointer(cpu: *mut Cpu, kind: u8, number: u8, memory: *mut u8) -> *mut u8 {
+    // SAFETY: the indices are within the arrays; no reference is made.
+    unsafe {
+        match kind {
+            VECTOR => (&raw mut (*cpu).fpu.ymm)
+                .cast::<Ymm>()
+                .add(usize::from(number & 15))
+                .cast(),
+            GENERAL => (&raw mut (*cpu).gpr)
+                .cast::<u64>()
+                .add(usize::from(number & 15))
+                .cast(),
+            MEMORY => memory,
+            _ => std::ptr::null_mut(),
+        }
     }
 }
 
-/// The host's address of the memory operand, or `None` if it isn't within a page of RAM.
+/// The pointers that the op's thunk takes, with `memory` for the memory operand.
+///
+/// # Safety
+/// As for [`pointer`].
+pub(super) unsafe fn pointers(cpu: *mut Cpu, op: &Op, memory: *mut u8) -> Pointers {
+    let kinds = op.aux >> aux::KINDS_SHIFT;
+    let numbers = [op.r0, op.r1, op.r2, op.extra];
+    std::array::from_fn(|n| {
+        let kind = (kinds >> (4 * n) & 15) as u8;
+        // SAFETY: the caller's.
+        unsafe { pointer(cpu, kind, numbers[n], memory) }
+    })
+}
+
+/// Whether the op converts to half precision.
+pub(super) fn is_half(op: &Op) -> bool {
+    op.aux & aux::HALF != 0
+}
+
+/// Whether the op works on MMX registers.
+pub(super) fn is_mmx(op: &Op) -> bool {
+    op.aux & aux::MMX != 0
+}
+
 #[inline(always)]
-fn memory(cpu: &mut Cpu, op: &Op) -> Result<Option<*mut u8>, Trap> {
+fn memory(cpu: &mut Cpu, op: &Op) -> Result<Operand, Trap> {
     let size = (op.aux & aux::SIZE) as usize;
-    let write = op.aux & aux::WRITE != 0;
-    let linear = cpu.linear(op, size, write)?;
-    if op.aux & aux::ALIGNED != 0 && linear & (size as u64 - 1) != 0 {
-        return Err(cpu.gp0());
-    }
-    Ok(cpu.host_ptr(linear, size, write)?.map(|p| p.as_ptr()))
+    let align = if op.aux & aux::ALIGNED != 0 { size } else { 1 };
+    operand(cpu, op, size, align, op.aux & aux::WRITE != 0)
 }
 
 /// The common shapes, with their operand kinds known at compile time: no MMX, no flags.
@@ -87,20 +120,24 @@ fn fast<const K0: u8, const K1: u8, const K2: u8, const ARITHMETIC: bool, const 
     }
     let mut at = std::ptr::null_mut();
     if K0 == MEMORY || K1 == MEMORY || K2 == MEMORY {
-        match memory(cpu, op)? {
-            Some(pointer) => at = pointer,
+        let write = op.aux & aux::WRITE != 0;
+        match memory(cpu, op)?.host(cpu, op, write)? {
+            Some(pointer) => at = pointer.as_ptr(),
             None => return general(cpu, op),
         }
     }
-    let pointers = [
-        pointer(cpu, K0, op.r0, at),
-        pointer(cpu, K1, op.r1, at),
-        pointer(cpu, K2, op.r2, at),
-        std::ptr::null_mut(),
-    ];
+    let cpu: *mut Cpu = cpu;
     // SAFETY: lowering has picked the handler that fits the thunk's operands; `at` is good for the
-    // operand's size, says `host_ptr`.
-    unsafe { call(op.imm, pointers) };
+    // operand's size, says `host_ptr`; the processor is borrowed for the call.
+    unsafe {
+        let pointers = [
+            pointer(cpu, K0, op.r0, at),
+            pointer(cpu, K1, op.r1, at),
+            pointer(cpu, K2, op.r2, at),
+            std::ptr::null_mut(),
+        ];
+        call(op.imm, pointers);
+    }
     Ok(())
 }
 
@@ -129,64 +166,73 @@ fn check(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 fn general(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check(cpu, op)?;
     let kinds = op.aux >> aux::KINDS_SHIFT;
-    let kind = |n: u32| (kinds >> (4 * n) & 15) as u8;
-    let has_memory = (0..4).any(|n| kind(n) == MEMORY);
+    let has_memory = (0..4).any(|n| (kinds >> (4 * n) & 15) as u8 == MEMORY);
+    let write = op.aux & aux::WRITE != 0;
     let special = op.aux & aux::ARITHMETIC != 0 && cpu.fpu.attention & attention::MXCSR != 0;
-    // What may turn out to raise an exception must not store in place.
-    let in_place = !special || op.aux & aux::WRITE == 0;
     let mut at = std::ptr::null_mut();
-    let mut bounced = false;
     if has_memory {
-        match memory(cpu, op)? {
-            Some(pointer) if in_place => at = pointer,
-            _ => {
-                bounced = true;
-                at = bounce_in(cpu, op)?;
-            }
+        let operand = memory(cpu, op)?;
+        // What may turn out to raise an exception must not store in place.
+        let in_place = !(special && write);
+        match operand.host(cpu, op, write)? {
+            Some(pointer) if in_place => at = pointer.as_ptr(),
+            _ => return bounced(cpu, op, operand, special),
         }
     }
-    let numbers = [op.r0, op.r1, op.r2, op.extra];
-    let pointers: Pointers = std::array::from_fn(|n| pointer(cpu, kind(n as u32), numbers[n], at));
-    // A store that faults must leave the MMX registers' tags as they were.
-    let mmx_store = bounced && op.aux & (aux::MMX | aux::WRITE) == aux::MMX | aux::WRITE;
-    let before = mmx_store.then(|| cpu.fpu.x87_image());
-    let flags = if special {
-        mxcsr::call_guarded(cpu, op, pointers)?
-    } else {
-        // SAFETY: as in `fast`; `at` may also be the bounce buffer, which is larger than any
-        // operand.
-        unsafe { call(op.imm, pointers) }
-    };
-    if bounced && op.aux & aux::WRITE != 0 {
-        let size = (op.aux & aux::SIZE) as usize;
-        let bytes = cpu.fpu.bounce.0;
-        let linear = cpu.linear(op, size, true)?;
-        let stored = cpu.write_bytes(linear, bytes.get(..size).unwrap_or(&[]));
-        if let (Err(_), Some(image)) = (stored, before) {
-            cpu.fpu.set_x87_image(&image);
-        }
-        stored?;
-    }
+    let flags = execute(cpu, op, at, special)?;
     if op.aux & aux::FLAGS != 0 {
         cpu.flags.set_bits(flags);
     }
     Ok(())
 }
 
-/// Fills the bounce buffer with a memory operand that is read.
-fn bounce_in(cpu: &mut Cpu, op: &Op) -> Result<*mut u8, Trap> {
-    let size = (op.aux & aux::SIZE) as usize;
-    let mut bytes = cpu.fpu.bounce.0;
-    let Some(operand) = bytes.get_mut(..size) else {
+/// Calls the op's thunk with `at` as its memory operand.
+fn execute(cpu: &mut Cpu, op: &Op, at: *mut u8, special: bool) -> Result<u64, Trap> {
+    if special {
+        return mxcsr::call_guarded(cpu, op, at);
+    }
+    let cpu: *mut Cpu = cpu;
+    // SAFETY: as in `fast`; `at` may also be the bounce buffer, which is larger than any operand.
+    Ok(unsafe { call(op.imm, pointers(cpu, op, at)) })
+}
+
+/// Runs on a copy of the memory operand.
+#[cold]
+fn bounced(cpu: &mut Cpu, op: &Op, operand: Operand, special: bool) -> Result<(), Trap> {
+    let write = op.aux & aux::WRITE != 0;
+    let mut buffer = Bounce([0; 64]);
+    let Some(bytes) = buffer.0.get_mut(..operand.size) else {
         return Err(cpu.ud());
     };
     if op.aux & aux::READ != 0 {
-        let linear = cpu.linear(op, size, false)?;
-        cpu.read_bytes(linear, operand)?;
+        operand.read(cpu, op, bytes)?;
     }
-    cpu.fpu.bounce.0 = bytes;
-    Ok(cpu.fpu.bounce.0.as_mut_ptr())
+    if !write {
+        let flags = execute(cpu, op, bytes.as_mut_ptr(), special)?;
+        if op.aux & aux::FLAGS != 0 {
+            cpu.flags.set_bits(flags);
+        }
+        return Ok(());
+    }
+    // A store that faults leaves exception flags and the tags of MMX registers as they were.
+    let mxcsr = cpu.fpu.mxcsr();
+    let x87 = (op.aux & aux::MMX != 0).then(|| cpu.fpu.x87_image());
+    // A page fault comes before the exceptions of the computation.
+    operand.check_write(cpu, op)?;
+    execute(cpu, op, bytes.as_mut_ptr(), special)?;
+    let stored = operand.write(cpu, op, bytes);
+    if stored.is_err() {
+        cpu.fpu.set_mxcsr(mxcsr);
+        if let Some(image) = x87 {
+            cpu.fpu.set_x87_image(&image);
+        }
+    }
+    stored
 }
+
+/// A memory operand that doesn't lie in one page of RAM is brought here.
+#[repr(C, align(64))]
+struct Bounce([u8; 64]);
 
 /// Handlers by operand kinds.
 macro_rules! shapes {
@@ -245,11 +291,28 @@ fn fill(op: &mut Op, operands: &Operands) -> [u8; 4] {
     kinds
 }
 
+/// SIMD instructions whose vector operand may be in memory, so that no register tells.
+fn has_only_memory(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Emms
+            | M::Cvtsd2si
+            | M::Cvtss2si
+            | M::Cvttsd2si
+            | M::Cvttss2si
+            | M::Vcvtsd2si
+            | M::Vcvtss2si
+            | M::Vcvttsd2si
+            | M::Vcvttss2si
+    )
+}
+
 /// Lowers everything that a thunk can do.
 pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
     let registers = || (0..i.op_count()).map(|k| i.op_register(k));
-    let is_simd = registers().any(|r| r.is_xmm() || r.is_ymm() || r.is_mm())
-        || i.mnemonic() == iced_x86::Mnemonic::Emms;
+    let is_simd =
+        registers().any(|r| r.is_xmm() || r.is_ymm() || r.is_mm()) || has_only_memory(i.mnemonic());
     if !is_simd {
         return false;
     }
@@ -261,10 +324,11 @@ pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
     op.aux = memory_bits(&thunk.memory);
     for (on, bit) in [
         (thunk.x87, aux::MMX),
-        (thunk.sse, aux::SSE),
+        (!thunk.x87 || thunk.sse, aux::SSE),
         (thunk.vex, aux::VEX),
         (thunk.arithmetic, aux::ARITHMETIC),
         (thunk.flags, aux::FLAGS),
+        (i.mnemonic() == Mnemonic::Vcvtps2ph, aux::HALF),
     ] {
         if on {
             op.aux |= bit;

@@ -241,13 +241,15 @@ fn make(
     let Some(operands) = operands(i) else {
         return Ok(None);
     };
-    let info = info.info(i);
+    let (copy, hosts) = canonical(i);
+    // Not of `i` itself: with one register twice it may read nothing at all (PXOR).
+    let info = info.info(&copy);
     let explicit = Accesses {
         of: std::array::from_fn(|k| info.op_access(k as u32)),
     };
     let flags = (i.rflags_modified() | i.rflags_read()) & ARITHMETIC_FLAGS != 0;
     let mut assembler = Assembler::new(vex);
-    assembler.instruction(i, &explicit, &operands, flags)?;
+    assembler.instruction(&copy, &hosts, &explicit, &operands, flags)?;
     let Some(code) = buffer.push(&assembler.finish()) else {
         return Ok(None);
     };
@@ -256,7 +258,7 @@ fn make(
         code: code.as_ptr() as u64,
         arithmetic: is_arithmetic(i.mnemonic()),
         flags,
-        x87: is_x87(i) || registers().any(Register::is_mm),
+        x87: is_x87(i) || i.mnemonic() == Mnemonic::Emms || registers().any(Register::is_mm),
         vex,
         sse: registers().any(Register::is_vector_register),
         memory: memory_use(i, &explicit, vex),
@@ -333,6 +335,22 @@ pub fn needs_alignment(mnemonic: Mnemonic, size: u8, vex: bool) -> bool {
                 | M::Pcmpistri
                 | M::Pcmpistrm
         )
+        && !is_sha(mnemonic)
+}
+
+/// The manual wants SHA operands aligned; processors don't check.
+fn is_sha(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Sha1msg1
+            | M::Sha1msg2
+            | M::Sha1nexte
+            | M::Sha1rnds4
+            | M::Sha256msg1
+            | M::Sha256msg2
+            | M::Sha256rnds2
+    )
 }
 
 /// Whether an instruction is floating-point arithmetic, by its name: the others neither read nor
@@ -369,6 +387,52 @@ const YMM: [Register; 4] = [
     Register::YMM4,
 ];
 
+fn host_register(guest: Register, n: usize) -> Register {
+    if guest.is_ymm() {
+        YMM[n]
+    } else if guest.is_xmm() {
+        XMM[n]
+    } else if guest.is_gpr32() {
+        GENERAL32[n]
+    } else {
+        GENERAL64[n]
+    }
+}
+
+/// The instruction with host registers and a pointer for its operands, and for each register operand
+/// its number, host register and the pointer to its guest register.
+fn canonical(i: &Instruction) -> (Instruction, Vec<(u32, Register, Register)>) {
+    let mut copy = *i;
+    copy.set_code_size(CodeSize::Code64);
+    let mut hosts = Vec::new();
+    let mut n = 0;
+    for k in 0..i.op_count() {
+        match i.op_kind(k) {
+            OpKind::Memory => {
+                copy.set_segment_prefix(Register::None);
+                copy.set_memory_base(POINTERS[n]);
+                copy.set_memory_index(Register::None);
+                copy.set_memory_index_scale(1);
+                copy.set_memory_displ_size(0);
+                copy.set_memory_displacement64(0);
+                n += 1;
+            }
+            OpKind::Register => {
+                let register = i.op_register(k);
+                if register.is_mm() || register.is_st() {
+                    continue;
+                }
+                let host = host_register(register, n);
+                copy.set_op_register(k, host);
+                hosts.push((k, host, POINTERS[n]));
+                n += 1;
+            }
+            _ => {}
+        }
+    }
+    (copy, hosts)
+}
+
 /// Pointers of implicit operands that must survive the instruction.
 const KEPT_GENERAL: Register = Register::R11;
 const KEPT_XMM0: Register = Register::R10;
@@ -400,52 +464,31 @@ impl Assembler {
     fn instruction(
         &mut self,
         i: &Instruction,
+        hosts: &[(u32, Register, Register)],
         explicit: &Accesses,
         operands: &Operands,
         flags: bool,
     ) -> Result<(), IcedError> {
-        let mut copy = *i;
-        copy.set_code_size(CodeSize::Code64);
         let mut stores = Vec::new();
-        let mut n = 0;
-        for k in 0..i.op_count() {
-            match i.op_kind(k) {
-                OpKind::Memory => {
-                    copy.set_segment_prefix(Register::None);
-                    copy.set_memory_base(POINTERS[n]);
-                    copy.set_memory_index(Register::None);
-                    copy.set_memory_index_scale(1);
-                    copy.set_memory_displ_size(0);
-                    copy.set_memory_displacement64(0);
-                    n += 1;
-                }
-                OpKind::Register => {
-                    let register = i.op_register(k);
-                    if register.is_mm() || register.is_st() {
-                        continue;
-                    }
-                    let host = Self::host_register(register, n);
-                    copy.set_op_register(k, host);
-                    // A legacy destination keeps what the instruction doesn't write.
-                    let merges = !self.vex && k == 0 && register.is_vector_register();
-                    if explicit.reads(k) || merges {
-                        self.load(host, POINTERS[n])?;
-                    }
-                    if explicit.writes(k) {
-                        stores.push((host, POINTERS[n]));
-                    }
-                    n += 1;
-                }
-                _ => {}
+        for &(k, host, pointer) in hosts {
+            // A legacy destination keeps what the instruction doesn't write.
+            let merges = !self.vex && k == 0 && host.is_vector_register();
+            if explicit.reads(k) || merges {
+                self.load(host, pointer)?;
+            }
+            if explicit.writes(k) {
+                stores.push((host, pointer));
             }
         }
+        let memory = (0..i.op_count()).filter(|&k| i.op_kind(k) == OpKind::Memory);
+        let n = hosts.len() + memory.count();
         let implicit = &POINTERS[n..operands.count];
         self.load_implicit(i.mnemonic(), implicit)?;
         if flags && is_x87(i) {
             self.emit(&Instruction::with1(Code::Push_r64, Register::RDI)?)?;
             self.emit(&Instruction::with(Code::Popfq))?;
         }
-        self.emit(&copy)?;
+        self.emit(i)?;
         if flags {
             self.emit(&Instruction::with(Code::Pushfq))?;
             self.emit(&Instruction::with1(Code::Pop_r64, Register::RAX)?)?;
@@ -458,18 +501,6 @@ impl Assembler {
             self.emit(&Instruction::with(Code::VEX_Vzeroupper))?;
         }
         self.emit(&Instruction::with(Code::Retnq))
-    }
-
-    fn host_register(guest: Register, n: usize) -> Register {
-        if guest.is_ymm() {
-            YMM[n]
-        } else if guest.is_xmm() {
-            XMM[n]
-        } else if guest.is_gpr32() {
-            GENERAL32[n]
-        } else {
-            GENERAL64[n]
-        }
     }
 
     fn load(&mut self, host: Register, from: Register) -> Result<(), IcedError> {

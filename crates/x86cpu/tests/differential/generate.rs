@@ -3,12 +3,15 @@
 //! Instructions come from iced's table of forms; register operands are random, memory operands use
 //! every addressing form and point (mostly) into the data pages.
 
+use std::collections::HashSet;
+
 use iced_x86::{
     Code, CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction,
     InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as Kind, OpKind, Register,
     RflagsBits,
 };
 
+use crate::native::End;
 use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, Random, State};
 
 /// One test: code, start state, and what isn't to be compared.
@@ -17,10 +20,26 @@ pub struct Case {
     pub code: Vec<u8>,
     pub instructions: Vec<Instruction>,
     pub start: State,
-    /// Flags (at their places in RFLAGS) that are undefined at the end.
-    pub undefined_flags: u64,
+    /// Flags (at their places in RFLAGS) that are undefined after each instruction.
+    pub undefined: Vec<u64>,
     /// Bytes of the data pages that depend on where the code runs (FIP and the like).
     pub ignored: Vec<std::ops::Range<usize>>,
+}
+
+impl Case {
+    /// The flags that are undefined at this end.
+    pub fn undefined_flags(&self, end: &End) -> u64 {
+        let done = match end {
+            End::Exit(_) => self.instructions.len(),
+            End::Fault { rip, .. } => self
+                .instructions
+                .iter()
+                .position(|i| i.ip() == *rip)
+                .unwrap_or(0),
+        };
+        let last = done.checked_sub(1).and_then(|n| self.undefined.get(n));
+        last.copied().unwrap_or(0)
+    }
 }
 
 /// Instructions that do not belong to a user program's own state, or whose result depends on the
@@ -86,10 +105,22 @@ fn excluded(mnemonic: Mnemonic) -> bool {
     )
 }
 
+/// Encodings with which vendors differ: PAUSE with REX.B is XCHG on some, and whether a failed
+/// CMPXCHG of 32 bits clears the upper half of its register.
+fn differs(i: &Instruction) -> bool {
+    match i.mnemonic() {
+        Mnemonic::Pause => i.len() > 2,
+        Mnemonic::Cmpxchg => i.op0_register().is_gpr32(),
+        _ => false,
+    }
+}
+
 /// The forms that may be generated.
 pub struct Generator {
     /// By family name: forms.
     pub families: Vec<(String, Vec<Code>)>,
+    /// All forms of all families, whatever is asked for: prefixes may turn one into another.
+    usable: HashSet<Code>,
     info: InstructionInfoFactory,
 }
 
@@ -122,6 +153,8 @@ fn usable(code: Code, offered: &dyn Fn(&[CpuidFeature]) -> bool) -> bool {
         || code.flow_control() != FlowControl::Next
         || !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         || excluded(code.mnemonic())
+        // Vendors differ in how much of memory it reads.
+        || code == Code::Movsxd_r16_rm16
         || !offered(code.cpuid_features())
     {
         return false;
@@ -190,7 +223,8 @@ enum Style {
 impl Generator {
     pub fn new(offered: &dyn Fn(&[CpuidFeature]) -> bool, only: Option<&str>) -> Self {
         let mut families: Vec<(String, Vec<Code>)> = Vec::new();
-        for code in Code::values().filter(|&code| usable(code, offered)) {
+        let usable: HashSet<Code> = Code::values().filter(|&code| usable(code, offered)).collect();
+        for code in Code::values().filter(|code| usable.contains(code)) {
             let name = family(code);
             let mnemonic = format!("{:?}", code.mnemonic()).to_lowercase();
             let whole = only.is_none_or(|only| only == "sequences");
@@ -204,6 +238,7 @@ impl Generator {
         }
         Self {
             families,
+            usable,
             info: InstructionInfoFactory::new(),
         }
     }
@@ -234,15 +269,24 @@ impl Generator {
         let mut start = State::random(random);
         let bytes = self.instruction(random, code, CODE, Style::Single, &mut start)?;
         let i = decode(&bytes, CODE)?;
-        if excluded(i.mnemonic()) || i.flow_control() != FlowControl::Next {
+        if !self.usable.contains(&i.code()) || differs(&i) {
             return None;
         }
         self.place(random, &i, &mut start);
+        let double_shift = matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd);
+        let count = match i.op2_kind() {
+            OpKind::Immediate8 => i.immediate8(),
+            _ => start.gpr[1] as u8,
+        };
+        if double_shift && count & 31 > 15 && i.op1_register().is_gpr16() {
+            // Undefined.
+            return None;
+        }
         let mut case = Case {
             code: bytes,
             instructions: vec![i],
             start,
-            undefined_flags: to_rflags(i.rflags_undefined()),
+            undefined: vec![to_rflags(i.rflags_undefined())],
             ignored: Vec::new(),
         };
         finish(&mut case);
@@ -258,6 +302,7 @@ impl Generator {
         start.gpr[4] = DATA + 4096;
         let (mut code, mut instructions) = (Vec::new(), Vec::new());
         let mut undefined = 0;
+        let mut all_undefined = Vec::new();
         let length = 3 + random.below(6);
         let mut attempts = 0;
         while (instructions.len() as u64) < length && attempts < 400 {
@@ -279,6 +324,7 @@ impl Generator {
                 undefined &= !to_rflags(i.rflags_modified());
             }
             undefined |= to_rflags(i.rflags_undefined());
+            all_undefined.push(undefined);
             code.extend_from_slice(&bytes);
             instructions.push(i);
         }
@@ -286,7 +332,7 @@ impl Generator {
             code,
             instructions,
             start,
-            undefined_flags: undefined,
+            undefined: all_undefined,
             ignored: Vec::new(),
         };
         finish(&mut case);
@@ -294,7 +340,7 @@ impl Generator {
     }
 
     fn fits_sequence(&mut self, i: &Instruction) -> bool {
-        if excluded(i.mnemonic()) || i.flow_control() != FlowControl::Next {
+        if !self.usable.contains(&i.code()) || differs(i) {
             return false;
         }
         if i.is_stack_instruction() || i.is_string_instruction() || is_environment(i.mnemonic()) {
@@ -807,13 +853,11 @@ fn is_environment(mnemonic: Mnemonic) -> bool {
 fn finish(case: &mut Case) {
     for i in &case.instructions {
         let pointers: &[(u64, u64)] = match i.mnemonic() {
-            Mnemonic::Fxsave | Mnemonic::Fxsave64 => &[(6, 18)],
-            Mnemonic::Fnstenv | Mnemonic::Fnsave if i.memory_size().size() % 14 == 0 || true => {
-                match i.code() {
-                    Code::Fnstenv_m14byte | Code::Fnsave_m94byte => &[(6, 8)],
-                    _ => &[(12, 16)],
-                }
-            }
+            Mnemonic::Fxsave | Mnemonic::Fxsave64 => &[(6, 18), (28, 4)],
+            Mnemonic::Fnstenv | Mnemonic::Fnsave => match i.code() {
+                Code::Fnstenv_m14byte | Code::Fnsave_m94byte => &[(6, 8)],
+                _ => &[(12, 16)],
+            },
             _ => continue,
         };
         let gpr = case.start.gpr;

@@ -1,6 +1,6 @@
 //! The interpreter, set up so that the same code at the same addresses sees the same memory.
 
-use skerry_x86cpu::sys::state::Segment;
+use skerry_x86cpu::sys::state::{Segment, cr4};
 use skerry_x86cpu::testing::TestCpu;
 use skerry_x86cpu::{TrapKind, TrapState};
 
@@ -29,6 +29,7 @@ impl Guest {
     pub fn new() -> Self {
         let mut t = TestCpu::new();
         TestCpu::set_up_64(&mut t.cpu);
+        t.cpu.sys.cr4 |= cr4::FSGSBASE;
         let entry = |table: u64, address: u64, value: u64| {
             t.write(table + (address & 0x1ff) * 8, &value.to_le_bytes());
         };
