@@ -1,23 +1,24 @@
 #!/bin/bash
 # Builds the guest kernel from Debian's kernel source and puts the image and its manifest here.
 #
-#   guest/kernel/build.sh [--source linux-source-6.1.tar.xz] [--work DIR] [--jobs N] [--check]
+#   guest/kernel/build.sh [--source linux-source-6.1.tar.xz] [--work DIR] [--jobs N] [--keep] [--check]
 #
-# Without --source the pinned Debian package is fetched with apt-get download. --check builds and
-# compares with the committed image instead of replacing it. Needs: gcc make flex bison bc cpio
+# Without --source the pinned Debian package is fetched with apt-get download. --keep goes on with the
+# objects of an earlier build in DIR. --check compares with the committed image instead of replacing it. Needs: gcc make flex bison bc cpio
 # libelf-dev libssl-dev zstd xz-utils.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/source.env"
 
-tarball= work=${TMPDIR:-/tmp}/skerry-kernel jobs=$(nproc) check=no
+tarball= work=${TMPDIR:-/tmp}/skerry-kernel jobs=$(nproc) check=no keep=no
 while [ $# -gt 0 ]; do
     case $1 in
         --source) tarball=$2; shift 2 ;;
         --work) work=$2; shift 2 ;;
         --jobs) jobs=$2; shift 2 ;;
         --check) check=yes; shift ;;
+        --keep) keep=yes; shift ;;
         *) echo "build.sh: unknown option $1" >&2; exit 125 ;;
     esac
 done
@@ -35,9 +36,11 @@ echo "$SOURCE_SHA256  $tarball" | sha256sum --check --quiet || {
     exit 125
 }
 
-rm -rf "$work/src" "$work/obj"
-mkdir -p "$work/src" "$work/obj"
-tar -xf "$tarball" -C "$work/src" --strip-components=1
+if [ $keep = no ] || [ ! -d "$work/src" ]; then
+    rm -rf "$work/src" "$work/obj"
+    mkdir -p "$work/src" "$work/obj"
+    tar -xf "$tarball" -C "$work/src" --strip-components=1
+fi
 
 # Everything that would otherwise leave the time, place or person of the build in the image.
 export LC_ALL=C TZ=UTC
