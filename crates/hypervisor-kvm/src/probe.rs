@@ -59,14 +59,16 @@ fn open_error(error: kvm_ioctls::Error) -> Unusable {
 
 /// Every CPUID bit that the kernel can show to a guest.
 fn supported_cpuid(device: &KvmDevice) -> Result<CpuidTable, kvm_ioctls::Error> {
-    // The kernel leaves it to us to say what its local APICs add.
+    // The kernel leaves it to us to say what its local APICs add, and that there is a hypervisor:
+    // without that bit no guest looks for the paravirtual clock.
     const X2APIC: u32 = 1 << 21;
     const TSC_DEADLINE: u32 = 1 << 24;
+    const HYPERVISOR: u32 = 1 << 31;
     let supported = device.get_supported_cpuid(MAX_LEAVES)?;
     let mut table = convert::cpuid_from(supported.as_slice());
     let deadline = device.check_extension(Cap::TscDeadlineTimer);
     for entry in table.entries.iter_mut().filter(|entry| entry.leaf == 1) {
-        entry.result.ecx |= X2APIC;
+        entry.result.ecx |= X2APIC | HYPERVISOR;
         if deadline {
             entry.result.ecx |= TSC_DEADLINE;
         }
