@@ -135,6 +135,7 @@ impl Guest {
                 "-display",
                 "none",
             ])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))])
             .args(["-serial", "stdio", "-kernel", kernel.to_str().unwrap()])
             .args(["-initrd", &path("initrd")])
             .args(["-append", "console=ttyS0 panic=-1 skerry.transport=console"])
