@@ -75,6 +75,7 @@ impl Cpu {
     fn step_and_deliver(&mut self) -> Option<CpuExit> {
         self.devices.restart();
         let result = self.run_one();
+        let completed = result.is_ok() || matches!(self.trap.kind, TrapKind::Resume);
         let exit = match result {
             Ok(()) => {
                 self.devices.clear();
@@ -82,8 +83,9 @@ impl Cpu {
             }
             Err(Trap) => self.handle_trap(),
         };
+        // A step that waits for a device goes on, as the same step, in the next run.
         if exit.is_none() || !self.devices.is_active() {
-            self.after_step(result.is_ok());
+            self.after_step(completed);
         }
         exit
     }
