@@ -417,8 +417,9 @@ pub fn supported(host: &HostFeatures) -> CpuidTable {
         leaf(0x8000_0007, 0, 0, 0, 1 << 8),
         // 46 physical and 48 linear bits; no speculative store bypass.
         leaf(0x8000_0008, 0x302e, 1 << 26, 0, 0),
-        // LFENCE serialises, null selectors clear the base, automatic IBRS, no SRSO, no TSA: guest code is
-        // never predicted by addresses of the guest, so that it can do without retpolines.
+        // LFENCE serialises, null selectors clear the base, automatic IBRS, neither SRSO nor TSA:
+        // guest code is never predicted by addresses of the guest, so that it can do without
+        // retpolines and VERW.
         leaf(0x8000_0021, bits(&[2, 6, 8, 29]), 0, bits(&[1, 2]), 0),
     ];
     if avx {
