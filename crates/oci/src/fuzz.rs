@@ -27,6 +27,16 @@ const SMALL: Limits = Limits {
 
 /// Any bytes as a layer, compressed or not; what is accepted must become a sound image.
 pub fn oci_layer(bytes: &[u8]) {
+    apply_layer(bytes);
+    // Few changes keep a header's checksum right; this gets behind that check.
+    let mut sealed = bytes.to_vec();
+    seal_headers(&mut sealed);
+    if sealed != bytes {
+        apply_layer(&sealed);
+    }
+}
+
+fn apply_layer(bytes: &[u8]) {
     let Ok(stream) = decompress(bytes, None) else {
         return;
     };
@@ -47,19 +57,40 @@ pub fn oci_layer(bytes: &[u8]) {
     }
 }
 
+/// Makes the checksums of what looks like tar headers right.
+fn seal_headers(bytes: &mut [u8]) {
+    for block in bytes.as_chunks_mut::<512>().0 {
+        if &block[257..262] == b"ustar" {
+            *block = seal(*block);
+        }
+    }
+}
+
+/// Gives a tar header its checksum.
+pub(crate) fn seal(mut header: [u8; 512]) -> [u8; 512] {
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    header
+}
+
 /// Any bytes as the documents of an image: the index, the manifest, the configuration.
 pub fn oci_manifest(bytes: &[u8]) {
     manifest::fuzz(bytes);
 }
 
-/// Any bytes as an EROFS image.
+/// Any bytes as an EROFS image, with its checksum as it is and put right.
 pub fn erofs(bytes: &[u8]) {
-    let Ok(mut file) = tempfile::tempfile() else {
-        return;
-    };
-    if file.write_all(bytes).is_ok() {
-        let _ = erofs::check_superblock(&file);
-        walk_image(&file);
+    let mut sealed = bytes.to_vec();
+    erofs::seal_superblock(&mut sealed);
+    for bytes in [bytes, &sealed] {
+        let Ok(mut file) = tempfile::tempfile() else {
+            return;
+        };
+        if file.write_all(bytes).is_ok() {
+            let _ = erofs::check_superblock(&file);
+            walk_image(&file);
+        }
     }
 }
 
@@ -140,24 +171,14 @@ mod tests {
         }
     }
 
-    fn run(seeds: &[Vec<u8>], fix: impl Fn(&mut [u8]), target: impl Fn(&[u8])) {
+    fn run(seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
         let mut random = Random(0x5eed);
         let start = Instant::now();
         seeds.iter().for_each(|seed| target(seed));
         while start.elapsed() < Duration::from_secs(2) {
             let mut bytes = seeds[random.next(seeds.len())].clone();
             mutate(&mut random, &mut bytes);
-            fix(&mut bytes);
             target(&bytes);
-        }
-    }
-
-    /// Makes the checksums of tar headers right again, so that more than the first check is met.
-    fn reseal(bytes: &mut [u8]) {
-        for block in bytes.as_chunks_mut::<512>().0 {
-            if &block[257..262] == b"ustar" {
-                *block = crate::testing::seal(*block);
-            }
         }
     }
 
@@ -191,7 +212,7 @@ mod tests {
 
     #[test]
     fn layers_briefly() {
-        run(&layers(), reseal, oci_layer);
+        run(&layers(), oci_layer);
     }
 
     #[test]
@@ -201,7 +222,7 @@ mod tests {
             br#"{"config":{"digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},"layers":[]}"#,
             br#"[{"Config":"x.json","RepoTags":["a:latest"],"Layers":["l"]}]"#,
         ];
-        run(&seeds.map(<[u8]>::to_vec), |_| (), oci_manifest);
+        run(&seeds.map(<[u8]>::to_vec), oci_manifest);
     }
 
     #[test]
@@ -213,11 +234,7 @@ mod tests {
             "demo",
             "docker://x",
         ];
-        run(
-            &seeds.map(|seed| seed.as_bytes().to_vec()),
-            |_| (),
-            image_ref,
-        );
+        run(&seeds.map(|seed| seed.as_bytes().to_vec()), image_ref);
     }
 
     #[test]
@@ -230,6 +247,6 @@ mod tests {
         let mut bytes = Vec::new();
         std::io::Seek::rewind(&mut &file).unwrap();
         (&file).read_to_end(&mut bytes).unwrap();
-        run(&[bytes], erofs::reseal, super::erofs);
+        run(&[bytes], super::erofs);
     }
 }

@@ -113,7 +113,7 @@ impl Output<'_> {
 }
 
 /// The checksum covers the rest of the first block, the inodes there included.
-pub(super) fn seal_superblock(image: &mut [u8]) {
+pub(crate) fn seal_superblock(image: &mut [u8]) {
     if let Some(covered) = image.get_mut(SUPERBLOCK..BLOCK as usize) {
         covered[4..8].fill(0);
         let sum = crc32c(covered);
