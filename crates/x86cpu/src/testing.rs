@@ -178,11 +178,11 @@ impl TestCpu {
         const LARGE: u64 = 0x80;
         self.write(
             TABLES,
-            &(TABLES + 0x1000 | PRESENT_WRITABLE_USER).to_le_bytes(),
+            &((TABLES + 0x1000) | PRESENT_WRITABLE_USER).to_le_bytes(),
         );
         self.write(
             TABLES + 0x1000,
-            &(TABLES + 0x2000 | PRESENT_WRITABLE_USER).to_le_bytes(),
+            &((TABLES + 0x2000) | PRESENT_WRITABLE_USER).to_le_bytes(),
         );
         for i in 0..512u64 {
             let entry = i << 21 | LARGE | PRESENT_WRITABLE_USER;

@@ -202,12 +202,15 @@ const NO_JUMP: Jump = Jump {
     block: None,
 };
 
+/// Key and block.
+type Known = (u64, Option<BlockRef>);
+
 /// The decoded code of one processor.
 pub struct CodeCache {
     ops: Arena<Op>,
     blocks: Arena<Block>,
     jumps: Box<[Jump; JUMPS]>,
-    sets: Box<[[(u64, Option<BlockRef>); 4]]>,
+    sets: Box<[[Known; 4]]>,
     /// Address space, mode, privilege and epoch: what must agree beside the linear address.
     key: u64,
     /// Counts what made linear addresses stale.

@@ -14,6 +14,9 @@ use crate::trap::Trap;
 const WINDOW: usize = 256;
 /// Instructions in one block.
 const INSTRUCTIONS: u16 = 48;
+/// How often bytes that change while they are decoded are decoded again at once; then pending
+/// requests have their turn.
+const RETRIES: u32 = 8;
 /// Bytes of the longest instruction.
 const LONGEST: usize = 15;
 
@@ -60,13 +63,13 @@ impl Cpu {
         let linear = self.code_linear();
         let gpa = self.translate_fetch(linear)?;
         let key = self.block_key(gpa, bits);
-        if let Some(found) = self.code.find(key) {
-            if self.usable(found, linear)? {
-                if bits == 0 {
-                    self.remember_plain(linear, found);
-                }
-                return Ok(found);
+        if let Some(found) = self.code.find(key)
+            && self.usable(found, linear)?
+        {
+            if bits == 0 {
+                self.remember_plain(linear, found);
             }
+            return Ok(found);
         }
         self.decode_block(linear, gpa, bits)
     }
@@ -91,7 +94,7 @@ impl Cpu {
         } else {
             INSTRUCTIONS
         };
-        loop {
+        for _ in 0..RETRIES {
             self.claim_code_page(gpa);
             let slots = self.mmu_slots();
             let Some(page) = slots.page(gpa) else {
@@ -118,7 +121,8 @@ impl Cpu {
             page.state.add_code(in_page(gpa), usize::from(shape.len));
             let mut again = [0; WINDOW];
             page.read(in_page(gpa), &mut again[..usize::from(shape.len)]);
-            if again[..usize::from(shape.len)] != window[..usize::from(shape.len)] {
+            let same = again[..usize::from(shape.len)] == window[..usize::from(shape.len)];
+            if !same || !page.state.is_claimed() {
                 continue;
             }
             let new = NewBlock {
@@ -136,6 +140,7 @@ impl Cpu {
             }
             return Ok(block);
         }
+        Err(self.resume())
     }
 
     /// One instruction that goes on in the next page.
@@ -149,7 +154,7 @@ impl Cpu {
     ) -> Result<BlockRef, Trap> {
         let next = self.wrap_code((linear | PAGE_MASK).wrapping_add(1));
         let gpa2 = self.translate_fetch(next)?;
-        loop {
+        for _ in 0..RETRIES {
             self.claim_code_page(gpa);
             self.claim_code_page(gpa2);
             let slots = self.mmu_slots();
@@ -173,7 +178,8 @@ impl Cpu {
             let mut again = [0; LONGEST];
             page.read(in_page(gpa), &mut again[..head]);
             page2.read(0, &mut again[head..]);
-            if again[..len] != window[..len] {
+            let claimed = page.state.is_claimed() && page2.state.is_claimed();
+            if again[..len] != window[..len] || !claimed {
                 continue;
             }
             let new = NewBlock {
@@ -187,6 +193,7 @@ impl Cpu {
             };
             return self.enter_block(gpa, bits, &new);
         }
+        Err(self.resume())
     }
 
     /// Lowers instructions until the block ends or the bytes do.
@@ -272,6 +279,6 @@ fn too_long(code_bits: u32, bytes: &[u8], options: u32) -> bool {
         return false;
     }
     let mut decoder = Decoder::new(code_bits, &bytes[..LONGEST - 1], options);
-    decoder.decode();
+    decoder.decode_out(&mut Instruction::default());
     decoder.last_error() == DecoderError::NoMoreBytes
 }

@@ -76,8 +76,12 @@ impl Cpu {
                 }
             };
             if let Some((from, delta)) = last.take() {
-                // SAFETY: forgotten above if the cache was cleared.
-                unsafe { from.get() }.link(delta, block);
+                // SAFETY: `from` was forgotten above if the cache was cleared.
+                let (from, to) = unsafe { (from.get(), block.get()) };
+                // A link skips the checks of a block that goes on in another page.
+                if to.second_gpa().is_none() {
+                    from.link(delta, block);
+                }
             }
             let mut block = block;
             loop {

@@ -10,4 +10,4 @@ pub use cache::CodeCache;
 pub use lower::{Lowering, nop};
 pub use op::{Handler, Op, op_flag};
 
-pub(crate) use cache::{BlockEnd, BlockRef, KeyBits};
+pub(crate) use cache::BlockEnd;

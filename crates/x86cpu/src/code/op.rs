@@ -68,11 +68,7 @@ impl Op {
     /// The offset that the memory operand names within its segment, truncated to address size.
     #[inline(always)]
     pub fn offset(&self, cpu: &Cpu) -> u64 {
-        let base = cpu.gpr[usize::from(self.base & 31)];
-        let index = cpu.gpr[usize::from(self.index & 31)];
-        let offset = base
-            .wrapping_add(index << (self.scale & 3))
-            .wrapping_add(self.disp as i64 as u64);
+        let offset = self.sum(cpu);
         if self.flags & (op_flag::ADDR32 | op_flag::ADDR16) == 0 {
             offset
         } else if self.flags & op_flag::ADDR32 != 0 {
@@ -80,6 +76,15 @@ impl Op {
         } else {
             offset & 0xffff
         }
+    }
+
+    /// The same before truncation: right as it is for 64-bit addresses.
+    #[inline(always)]
+    pub fn sum(&self, cpu: &Cpu) -> u64 {
+        let base = cpu.gpr[usize::from(self.base & 31)];
+        let index = cpu.gpr[usize::from(self.index & 31)];
+        base.wrapping_add(index << (self.scale & 3))
+            .wrapping_add(self.disp as i64 as u64)
     }
 
     /// Whether the op has a flag of [`op_flag`].

@@ -201,6 +201,7 @@ impl Cpu {
         if size <= 8 && linear & (size as u64 - 1) != 0 && self.alignment_checked() {
             return Err(self.fault(vector::AC, 0));
         }
+        self.check_canonical_end(linear, size, stack)?;
         self.translate(linear, access, true, stack)?;
         if crosses(linear, size) {
             let next = (linear | PAGE_MASK).wrapping_add(1);

@@ -57,7 +57,12 @@ impl Cpu {
 
     /// An operand that ends beyond the canonical addresses is refused before any of its pages is
     /// looked at.
-    fn check_canonical_end(&mut self, linear: u64, len: usize, stack: bool) -> Result<(), Trap> {
+    pub(super) fn check_canonical_end(
+        &mut self,
+        linear: u64,
+        len: usize,
+        stack: bool,
+    ) -> Result<(), Trap> {
         let last = linear.wrapping_add((len as u64).saturating_sub(1));
         if self.is_canonical(last) {
             return Ok(());

@@ -5,7 +5,7 @@
 )]
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use thiserror::Error;
@@ -58,9 +58,19 @@ impl PageState {
             .is_ok()
     }
 
+    /// Whether the page, although it is taken for one of code, has none left.
+    pub(super) fn has_no_code(&self) -> bool {
+        self.granules.load(Ordering::SeqCst) == 0
+    }
+
     /// Whether the page holds code.
     pub(super) fn is_code(&self) -> bool {
         self.users.load(Ordering::SeqCst) & CODE != 0
+    }
+
+    /// Whether the page holds code and nobody can write it unseen.
+    pub(crate) fn is_claimed(&self) -> bool {
+        self.users.load(Ordering::SeqCst) == CODE
     }
 
     /// Makes the page hold code. Gives the processors that may still write it unseen.
@@ -84,6 +94,9 @@ impl PageState {
     /// The granules go first: a decoder that comes between sets them again and reads the version
     /// that is about to go.
     pub(crate) fn wrote(&self, offset: usize, len: usize) -> bool {
+        // The write must be visible before the granules are read: the decoder sets them before it
+        // reads the bytes for the last time.
+        fence(Ordering::SeqCst);
         if self.granules.load(Ordering::SeqCst) & granules_of(offset, len) == 0 {
             return false;
         }
@@ -94,13 +107,15 @@ impl PageState {
 
     /// Makes the page plain data again, and `cpu` one of its writers. `true` if code was dropped.
     pub(super) fn make_data(&self, cpu: u32) -> bool {
-        let had_code = self.granules.swap(0, Ordering::SeqCst) != 0;
-        self.version.fetch_add(1, Ordering::SeqCst);
+        // In this order: a decoder that still finds the page claimed when it is done has read the
+        // version that goes here.
         let _ = self
             .users
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |users| {
                 Some((users & !CODE) | writer_bit(cpu))
             });
+        let had_code = self.granules.swap(0, Ordering::SeqCst) != 0;
+        self.version.fetch_add(1, Ordering::SeqCst);
         had_code
     }
 }
@@ -130,7 +145,7 @@ impl Backing {
     ) -> Option<Arc<Self>> {
         let address = mapping.as_ptr() as usize;
         let len = mapping.size();
-        if len == 0 || address % PAGE_SIZE != 0 || len % PAGE_SIZE != 0 {
+        if len == 0 || !address.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
             return None;
         }
         let mut pages = Vec::new();
@@ -158,6 +173,8 @@ impl Backing {
         if len == 0 {
             return;
         }
+        // As in `PageState::wrote`: first the write, then the look at what is decoded.
+        fence(Ordering::SeqCst);
         let last = offset.saturating_add(len - 1).min(self.len - 1);
         let mut at = offset;
         while at <= last {
@@ -513,7 +530,7 @@ impl Machine {
                 answer();
             }
             spins = spins.wrapping_add(1);
-            if spins % 64 == 0 {
+            if spins.is_multiple_of(64) {
                 std::thread::yield_now();
             } else {
                 std::hint::spin_loop();
@@ -525,7 +542,7 @@ impl Machine {
     /// processor has a TLB entry left through which it writes the page unseen, but perhaps `own`:
     /// the result says whether it must drop its.
     pub(crate) fn make_code(&self, page: &PageState, own: u32, answer: &mut dyn FnMut()) -> bool {
-        if page.users.load(Ordering::SeqCst) == CODE {
+        if page.is_claimed() {
             return false;
         }
         let writers = page.make_code();

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::cpu::Cpu;
 use crate::flags::rflags;
 use crate::mem::PAGE_MASK;
-use crate::mem::memory::{PageState, SlotTable};
+use crate::mem::memory::SlotTable;
 use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, TlbView};
 use crate::mem::walk::{self, Levels, Paging, Wants};
 use crate::sys::state::{cr0, cr4, efer};
@@ -14,6 +14,11 @@ use crate::trap::{Trap, TrapKind, vector};
 
 /// PCIDs that there are.
 const PCIDS: usize = 4096;
+/// Words of the filter of large pages: wide enough that the 2 MiB pages of a kernel's map of 8 GiB
+/// leave most of it empty.
+const LARGE_WORDS: usize = 4096;
+/// After so many writes to pages that have lost their code, one becomes plain data again.
+const IDLE_WRITES: u32 = 16;
 
 /// One processor's memory-management unit.
 pub struct Mmu {
@@ -34,7 +39,9 @@ pub struct Mmu {
     global: u16,
     last_asid: u16,
     /// Hashes of 2 MiB (and 1 GiB) regions that large pages have been entered for.
-    large: Box<[u64; 64]>,
+    large: Box<[u64; LARGE_WORDS]>,
+    /// Writes that found no code left in a page that had some.
+    idle_writes: u32,
 }
 
 /// How an access is made, for [`Cpu::load_lin`] and its kin.
@@ -77,7 +84,8 @@ impl Mmu {
             asid: 1,
             global: 2,
             last_asid: 2,
-            large: Box::new([0; 64]),
+            large: Box::new([0; LARGE_WORDS]),
+            idle_writes: 0,
         }
     }
 
@@ -119,7 +127,10 @@ impl Mmu {
     fn large_key(linear: u64, shift: u32) -> (usize, u64) {
         let hash =
             ((linear >> shift) ^ (u64::from(shift) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        ((hash >> 58) as usize, 1 << ((hash >> 52) & 63))
+        (
+            (hash >> 52) as usize & (LARGE_WORDS - 1),
+            1 << ((hash >> 46) & 63),
+        )
     }
 
     fn note_large(&mut self, linear: u64, shift: u32) {
@@ -437,7 +448,12 @@ impl Cpu {
             }
             page.log_write();
             if !page.state.add_writer(self.id) {
-                return Ok(Place::Code(host, gpa));
+                mmu.idle_writes += u32::from(page.state.has_no_code());
+                if mmu.idle_writes < IDLE_WRITES || !page.state.has_no_code() {
+                    return Ok(Place::Code(host, gpa));
+                }
+                mmu.idle_writes = 0;
+                page.state.make_data(self.id);
             }
         }
         mmu.first
@@ -483,11 +499,6 @@ impl Cpu {
         )
         .ok()
         .map(|walked| walked.mapping.gpa | (linear & PAGE_MASK))
-    }
-
-    /// The state of the page that a fetch was translated to, for RAM.
-    pub(crate) fn code_page(&self, gpa: u64) -> Option<(usize, &PageState)> {
-        self.mmu.slots.page(gpa).map(|page| (page.host, page.state))
     }
 
     /// After a write of `len` bytes at `gpa`, in a page that holds code. Ends the running block if

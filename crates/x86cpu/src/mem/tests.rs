@@ -534,7 +534,7 @@ fn an_instruction_across_pages_follows_both() {
     // mov eax, imm32 with the immediate in the second page.
     t.write(page + 0xfff, &[0xb8, 1, 0, 0, 0, 0xe6, 0xf4]);
     t.write(page + 0x2000, &[2, 0, 0, 0, 0xe6, 0xf4]);
-    let mut run = |t: &mut TestCpu| {
+    let run = |t: &mut TestCpu| {
         t.cpu.forget_devices();
         t.cpu.rip = WINDOW + 0xfff;
         t.cpu.run()
@@ -686,8 +686,8 @@ fn unmapping_under_a_running_processor() {
 #[test]
 fn another_processor_rewrites_running_code() {
     let mut t = TestCpu::with_processors(2);
-    t.write(TABLES, &(TABLES + 0x1000 | 7).to_le_bytes());
-    t.write(TABLES + 0x1000, &(TABLES + 0x2000 | 7).to_le_bytes());
+    t.write(TABLES, &((TABLES + 0x1000) | 7).to_le_bytes());
+    t.write(TABLES + 0x1000, &((TABLES + 0x2000) | 7).to_le_bytes());
     t.write(TABLES + 0x2000, &(PS | P | W | U).to_le_bytes());
     t.write(TABLES + 0x2008, &(0x20_0000 | PS | P | W | U).to_le_bytes());
     let mut other = t.another(1);
@@ -727,8 +727,8 @@ fn locked_additions_of_two_processors_add_up() {
     let _guard = ONE_AT_A_TIME.lock();
     for at in [DATA, DATA + 5, DATA + 62, DATA + 0xffd] {
         let mut t = TestCpu::with_processors(2);
-        t.write(TABLES, &(TABLES + 0x1000 | 7).to_le_bytes());
-        t.write(TABLES + 0x1000, &(TABLES + 0x2000 | 7).to_le_bytes());
+        t.write(TABLES, &((TABLES + 0x1000) | 7).to_le_bytes());
+        t.write(TABLES + 0x1000, &((TABLES + 0x2000) | 7).to_le_bytes());
         t.write(TABLES + 0x2000, &(PS | P | W | U).to_le_bytes());
         // l: lock inc qword [rsi] ; dec rcx ; jnz l ; out 0xf4, al
         t.write(
