@@ -45,14 +45,9 @@ fn narrow_pointers(op: &Op, image: &mut [u8; X87_LEN]) {
 }
 
 /// The area, checked for alignment, and whether it can be written.
-fn area(
-    cpu: &mut Cpu,
-    op: &Op,
-    len: usize,
-    align: usize,
-    write: bool,
-) -> Result<Operand, Trap> {
-    let at = operand(cpu, op, len, 1, write)?;
+fn area(cpu: &mut Cpu, op: &Op, len: usize, align: usize, write: bool) -> Result<Operand, Trap> {
+    // The older instructions look at the address first, the newer ones at its alignment.
+    let at = operand(cpu, op, len, if align == 64 { align } else { 1 }, write)?;
     at.check_canonical(cpu, op)?;
     if at.linear & (align as u64 - 1) != 0 {
         return Err(cpu.gp0());
@@ -190,7 +185,8 @@ fn save(cpu: &mut Cpu, op: &Op, form: Form) -> Result<(), Trap> {
         narrow_pointers(op, &mut x87);
         let (control, registers) = (&x87[..legacy::MXCSR], &x87[legacy::ST..]);
         at.part(0, control.len()).write(cpu, op, control)?;
-        at.part(legacy::ST, registers.len()).write(cpu, op, registers)?;
+        at.part(legacy::ST, registers.len())
+            .write(cpu, op, registers)?;
     }
     let mxcsr_saved = if compact {
         written & SSE != 0
@@ -199,7 +195,8 @@ fn save(cpu: &mut Cpu, op: &Op, form: Form) -> Result<(), Trap> {
     };
     if mxcsr_saved {
         let value = u64::from(cpu.fpu.mxcsr()) | u64::from(MXCSR_MASK) << 32;
-        at.part(legacy::MXCSR, 8).write(cpu, op, &value.to_le_bytes())?;
+        at.part(legacy::MXCSR, 8)
+            .write(cpu, op, &value.to_le_bytes())?;
     }
     if written & SSE != 0 {
         let bytes = cpu.vectors_low(count);

@@ -1,13 +1,24 @@
-//! Moves to or from memory that touch only the elements that a mask selects. The others can't
-//! fault.
+//! Moves to or from memory that touch only the elements that a mask selects. With AVX the others
+//! can't fault.
 
 use iced_x86::{Code, Instruction, OpKind};
 
 use crate::Cpu;
-use crate::code::{Handler, Lowering, Op};
+use crate::code::{Handler, Lowering, Op, op_flag};
 use crate::fpu::{attention, blocked, prepare_x87};
 use crate::simd::operand::{Operand, operand};
 use crate::trap::Trap;
+
+/// Element `n`: its offset is cut to the address size like that of an operand of its own.
+fn element(cpu: &Cpu, op: &Op, whole: Operand, n: usize, size: usize) -> Operand {
+    let mut element = whole.element(n, size);
+    if op.has(op_flag::ADDR32) {
+        let base = whole.linear.wrapping_sub(op.offset(cpu));
+        let offset = element.linear.wrapping_sub(base) & 0xffff_ffff;
+        element.linear = base.wrapping_add(offset);
+    }
+    element
+}
 
 /// Stores the elements of `SIZE` bytes whose top mask bit is set. All of them can be stored before
 /// any is.
@@ -22,7 +33,7 @@ fn store_selected<const SIZE: usize>(
     let count = data.len() / SIZE;
     for check_only in [true, false] {
         for n in (0..count).filter(|&n| selected(n)) {
-            let element = at.element(n, SIZE);
+            let element = element(cpu, op, at, n, SIZE);
             if check_only {
                 element.check_write(cpu, op)?;
             } else {
@@ -45,7 +56,7 @@ fn load<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
         let at = n * SIZE..(n + 1) * SIZE;
         let selected = mask.get(at.end - 1).is_some_and(|b| b & 0x80 != 0);
         if let (true, Some(to)) = (selected, result.get_mut(at)) {
-            whole.element(n, SIZE).read(cpu, op, to)?;
+            element(cpu, op, whole, n, SIZE).read(cpu, op, to)?;
         }
     }
     cpu.fpu.ymm[usize::from(op.r0 & 15)].0 = result;
@@ -83,7 +94,8 @@ fn bytes128<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let data = cpu.fpu.ymm[usize::from(op.r1 & 15)].low().to_le_bytes();
     let mask = cpu.fpu.ymm[usize::from(op.r2 & 15)].low().to_le_bytes();
     let at = operand(cpu, op, 16, 1, true)?;
-    at.check_canonical(cpu, op)?;
+    // The whole operand must be writable, whatever the mask says.
+    at.check_write(cpu, op)?;
     store_selected::<1>(cpu, op, at, &data, &mask)
 }
 
@@ -101,7 +113,6 @@ fn bytes64(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let at = operand(cpu, op, 8, 1, true)?;
     // These registers have become MMX registers even if the store faults.
     cpu.fpu.enter_mmx();
-    // Unlike its successors it faults whatever the mask says.
     at.check_write(cpu, op)?;
     store_selected::<1>(cpu, op, at, &data, &mask)
 }

@@ -10,7 +10,7 @@
 
 use std::arch::asm;
 
-use super::run::{Pointers, is_half, is_mmx, pointers};
+use super::run::{Pointers, is_mmx, pointers};
 use crate::Cpu;
 use crate::code::Op;
 use crate::fpu::{MXCSR_DEFAULT, MXCSR_FLAGS, X87_LEN, Ymm};
@@ -19,7 +19,6 @@ use crate::trap::{Trap, vector};
 
 const INVALID_DENORMAL_ZERO: u32 = 7;
 const UNDERFLOW: u32 = 1 << 4;
-const PRECISION: u32 = 1 << 5;
 const MASKS: u32 = 0x1f80;
 const MASKS_SHIFT: u32 = 7;
 const FLUSH_TO_ZERO: u32 = 1 << 15;
@@ -52,11 +51,6 @@ pub(super) fn call_guarded(cpu: &mut Cpu, op: &Op, memory: *mut u8) -> Result<u6
         cpu.fpu.enter_mmx();
     }
     let precomputation = raised & INVALID_DENORMAL_ZERO;
-    let raised = if is_half(op) && raised & unmasked & UNDERFLOW != 0 {
-        raised & !PRECISION
-    } else {
-        raised
-    };
     let reported = if precomputation & unmasked != 0 {
         precomputation
     } else {

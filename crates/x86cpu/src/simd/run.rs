@@ -14,9 +14,7 @@ use crate::trap::Trap;
 
 /// Bits of [`Op::aux`]: the memory operand, by [`MemoryUse`], and the class.
 mod aux {
-    pub(super) const SIZE: u32 = 0x7f;
-    /// VCVTPS2PH: underflow comes without a precision exception.
-    pub(super) const HALF: u32 = 1 << 7;
+    pub(super) const SIZE: u32 = 0xff;
     pub(super) const READ: u32 = 1 << 8;
     pub(super) const WRITE: u32 = 1 << 9;
     pub(super) const ALIGNED: u32 = 1 << 10;
@@ -89,11 +87,6 @@ pub(super) unsafe fn pointers(cpu: *mut Cpu, op: &Op, memory: *mut u8) -> Pointe
         // SAFETY: the caller's.
         unsafe { pointer(cpu, kind, numbers[n], memory) }
     })
-}
-
-/// Whether the op converts to half precision.
-pub(super) fn is_half(op: &Op) -> bool {
-    op.aux & aux::HALF != 0
 }
 
 /// Whether the op works on MMX registers.
@@ -328,7 +321,6 @@ pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
         (thunk.vex, aux::VEX),
         (thunk.arithmetic, aux::ARITHMETIC),
         (thunk.flags, aux::FLAGS),
-        (i.mnemonic() == Mnemonic::Vcvtps2ph, aux::HALF),
     ] {
         if on {
             op.aux |= bit;

@@ -223,7 +223,9 @@ enum Style {
 impl Generator {
     pub fn new(offered: &dyn Fn(&[CpuidFeature]) -> bool, only: Option<&str>) -> Self {
         let mut families: Vec<(String, Vec<Code>)> = Vec::new();
-        let usable: HashSet<Code> = Code::values().filter(|&code| usable(code, offered)).collect();
+        let usable: HashSet<Code> = Code::values()
+            .filter(|&code| usable(code, offered))
+            .collect();
         for code in Code::values().filter(|code| usable.contains(code)) {
             let name = family(code);
             let mnemonic = format!("{:?}", code.mnemonic()).to_lowercase();

@@ -26,8 +26,12 @@ use guest::Guest;
 use native::{End, Native};
 use state::Random;
 
-/// Cases when nothing else is asked for.
-const DEFAULT_CASES: u64 = 1_200_000;
+/// Cases when nothing else is asked for. Without optimisation it is a smoke test.
+const DEFAULT_CASES: u64 = if cfg!(debug_assertions) {
+    100_000
+} else {
+    1_200_000
+};
 
 struct Options {
     seed: u64,

@@ -156,9 +156,10 @@ pub fn save_restore(random: &mut Random) -> Option<Case> {
             image[527] = 0x80;
         }
         if random.one_in(16) {
-            image[512 + random.below(64) as usize] ^= 1 << random.below(8);
-            // Not the host's own components.
+            image[512 + random.below(24) as usize] ^= 1 << random.below(8);
+            // Neither the host's own components nor bytes that not all processors check.
             image[512] &= 0x1f;
+            image[520] &= 0x1f;
             image[513..516].fill(0);
         }
         if random.one_in(16) {
