@@ -1,16 +1,18 @@
-//! The memory behind guest RAM: one memory file, mapped once per range.
+//! The memory behind guest RAM: private to this process, taken from the host page by page as it is
+//! touched, in huge pages where the host has them (a software processor's guest lives on the host's
+//! TLB, and a fault for 2 MiB costs little more than one for 4 KiB).
+#![expect(
+    unsafe_code,
+    reason = "advising the kernel about a mapping takes its address"
+)]
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, madvise};
 use skerry_boot::MemoryMap;
-use skerry_hypervisor::{Gpa, GuestRam, MemorySlot, PageTracker, RamRegion};
-use vm_memory::bitmap::NewBitmap;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+use skerry_hypervisor::{Gpa, GuestRam, MemorySlot, RamRegion};
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 /// Guest RAM and the slots that a backend maps.
 #[derive(Debug)]
@@ -19,23 +21,13 @@ pub(crate) struct Ram {
     pub(crate) slots: Vec<MemorySlot>,
 }
 
-/// Reserves address space for all of `map`; pages are taken from the host when they are touched.
+/// Reserves address space for all of `map`.
 pub(crate) fn allocate(map: &MemoryMap) -> io::Result<Ram> {
-    let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
-    file.set_len(map.size())?;
-    let mut offset = 0;
     let mut regions = Vec::new();
     let mut slots = Vec::new();
     for range in map.ram() {
         let len = usize::try_from(range.len()).map_err(io::Error::other)?;
-        let backing = FileOffset::new(file.try_clone()?, offset);
-        let region: RamRegion = MmapRegionBuilder::new_with_bitmap(len, PageTracker::with_len(len))
-            .with_file_offset(backing)
-            .with_mmap_prot((ProtFlags::READ | ProtFlags::WRITE).bits() as i32)
-            .with_mmap_flags((MapFlags::SHARED | MapFlags::NORESERVE).bits() as i32)
-            .build()
-            .map_err(io::Error::other)?;
-        let region = Arc::new(region);
+        let region = Arc::new(reserve(len)?);
         let base = GuestAddress(range.start);
         let mapped = GuestRegionMmap::with_arc(region.clone(), base);
         regions.push(mapped.ok_or_else(|| io::Error::other("The range wraps round"))?);
@@ -47,10 +39,21 @@ pub(crate) fn allocate(map: &MemoryMap) -> io::Result<Ram> {
             read_only: false,
             log_dirty: false,
         });
-        offset += range.len();
     }
     let memory = GuestRam::from_regions(regions).map_err(io::Error::other)?;
     Ok(Ram { memory, slots })
+}
+
+fn reserve(len: usize) -> io::Result<RamRegion> {
+    // Private, anonymous and without a reservation of swap.
+    let region = RamRegion::new(len).map_err(io::Error::other)?;
+    // SAFETY: the mapping is `region`'s own, of `len` bytes; the advice changes how it is backed
+    // and nothing that can be read from it.
+    let advised = unsafe { madvise(region.as_ptr().cast(), len, Advice::LinuxHugepage) };
+    if let Err(error) = advised {
+        tracing::debug!(%error, "guest memory without huge pages");
+    }
+    Ok(region)
 }
 
 #[cfg(test)]
