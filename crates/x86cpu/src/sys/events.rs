@@ -42,6 +42,7 @@ impl StepState {
 
 /// DR6 bits.
 pub(crate) mod dr6 {
+    pub(crate) const BREAKPOINTS: u64 = 0xf;
     pub(crate) const BS: u64 = 1 << 14;
 }
 
@@ -220,7 +221,7 @@ impl Cpu {
             return None;
         }
         self.sys.events.pending_debug = 0;
-        self.sys.dr6 = (self.sys.dr6 & !0xf) | pending;
+        self.sys.dr6 = (self.sys.dr6 & !dr6::BREAKPOINTS) | pending;
         self.deliver_trap(vector::DB)
     }
 
@@ -259,7 +260,7 @@ impl Cpu {
         } else if self.rflags & rflags::RF == 0 && !self.sys.events.mov_ss_shadow {
             let hit = self.instruction_breakpoint();
             if hit != 0 {
-                self.sys.dr6 = (self.sys.dr6 & !0xf) | hit;
+                self.sys.dr6 = (self.sys.dr6 & !dr6::BREAKPOINTS) | hit;
                 if let Some(exit) = self.deliver_exception(vector::DB, None) {
                     return Next::Exit(exit);
                 }
@@ -298,7 +299,8 @@ impl Cpu {
             return;
         };
         if completed {
-            if step.trap_flag {
+            // MOV SS suppresses the trap that would follow it.
+            if step.trap_flag && !self.sys.events.mov_ss_shadow {
                 self.sys.events.pending_debug |= dr6::BS;
             }
         } else {

@@ -53,8 +53,9 @@ pub(super) fn cli(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
     Ok(())
 }
 
-/// STI: the block goes on, so that the next instruction runs before events are looked at; only
-/// where STI is a block's last does the shadow have to be enforced.
+/// STI. With nothing waiting the block goes on, and the next instruction is out of the shadow
+/// before anything is looked at; else the shadow is kept, one instruction runs, and what waits has
+/// its turn before a CLI behind it.
 pub(super) fn sti(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     match cpu.interrupt_flag() {
         InterruptFlag::Real => {
@@ -63,6 +64,7 @@ pub(super) fn sti(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
                 cpu.sys.events.sti_shadow = true;
                 cpu.sys.events.shadow_rip = cpu.next_rip(op);
                 cpu.want_events_if_pending();
+                return cpu.flags_changed(op);
             }
         }
         InterruptFlag::Virtual => {

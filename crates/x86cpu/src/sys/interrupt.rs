@@ -7,6 +7,7 @@ use crate::exit::CpuExit;
 use crate::flags::rflags;
 use crate::mem::Access;
 use crate::sys::descriptor::{Descriptor, is_null, system_type};
+use crate::sys::events::dr6;
 use crate::sys::segment::null_stack;
 use crate::sys::stack::Stack;
 use crate::sys::state::{Activity, Segment, attr, cr4};
@@ -78,7 +79,7 @@ impl Cpu {
     pub fn deliver_exception(&mut self, vector: u8, error_code: Option<u32>) -> Option<CpuExit> {
         let resume_flag = vector != vector::DB;
         // Its data breakpoints are met again when it runs again.
-        self.sys.events.pending_debug &= !0xf;
+        self.sys.events.pending_debug &= !dr6::BREAKPOINTS;
         self.deliver_chain(vector, error_code, resume_flag)
     }
 
@@ -493,9 +494,15 @@ pub(super) fn int3(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     cpu.software_interrupt(op, vector::BP, Source::SoftwareException)
 }
 
-/// INT1: a #DB as from outside, without a bit in DR6; no gate DPL check.
+/// INT1: a #DB as from outside, without a bit of its own in DR6; no gate DPL check. Breakpoints
+/// that MOV SS held back come with it.
 pub(super) fn int1(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    cpu.software_interrupt(op, vector::DB, Source::External)
+    cpu.software_interrupt(op, vector::DB, Source::External)?;
+    let held = std::mem::take(&mut cpu.sys.events.pending_debug);
+    if held != 0 {
+        cpu.sys.dr6 = (cpu.sys.dr6 & !dr6::BREAKPOINTS) | held;
+    }
+    Ok(())
 }
 
 /// INTO.

@@ -57,6 +57,16 @@ const MTRR_FIXED: [u32; 11] = [
 /// Registers of AMD processors that read as zero and ignore writes: nothing stands behind them,
 /// but kernels read them without expecting a fault.
 const AMD_ZERO: &[u32] = &[
+    // Event selects and counters: no CPUID bit tells that they are there, and none count.
+    0xc001_0000,
+    0xc001_0001,
+    0xc001_0002,
+    0xc001_0003,
+    0xc001_0004,
+    0xc001_0005,
+    0xc001_0006,
+    0xc001_0007,
+    0xc001_001f, // NB_CFG
     0xc001_0055, // interrupt pending and C1E
     0xc001_0058, // MMIO configuration base
     0xc001_0061, // P-state current limit

@@ -8,6 +8,7 @@ use crate::code::{Op, op_flag};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
 use crate::sys::descriptor::canonical;
+use crate::sys::events::dr6;
 use crate::sys::operand::write_register;
 use crate::sys::state::{Segment, attr, cr4, efer};
 use crate::trap::Trap;
@@ -88,6 +89,11 @@ pub(super) fn sysret(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     } else {
         let flags = cpu.rflags_full() | rflags::IF;
         cpu.set_rflags(flags);
+    }
+    // The trap follows SYSRET itself if TF is set when it ends.
+    cpu.sys.events.step = None;
+    if cpu.rflags & rflags::TF != 0 {
+        cpu.sys.events.pending_debug |= dr6::BS;
     }
     Ok(())
 }

@@ -564,3 +564,31 @@ fn lar_lsl_verr() {
     assert_eq!(k.get(reg::RCX), 0xffff_ffff);
     assert_eq!(k.get(reg::RDX) & 0xff, 1);
 }
+
+#[test]
+fn interrupts_get_in_between_sti_and_cli() {
+    let mut k = with_pending(0x46);
+    // STI; NOP; CLI; HLT
+    assert_eq!(k.run_to_handler(&[0xfb, 0x90, 0xfa, 0xf4]), 0x46);
+    assert_eq!(k.frame::<1>(), [CODE + 2]);
+}
+
+#[test]
+fn mov_ss_suppresses_the_single_step_trap() {
+    let mut k = Kernel::long();
+    k.rflags |= rflags::TF;
+    k.want_events();
+    k.set(reg::RAX, u64::from(KERNEL_DATA));
+    // MOV SS, EAX; NOP; NOP
+    assert_eq!(k.run_to_handler(&[0x8e, 0xd0, 0x90, 0x90]), vector::DB);
+    assert_eq!(k.frame::<1>(), [CODE + 3]);
+}
+
+#[test]
+fn sysret_traps_at_once_if_it_sets_tf() {
+    let mut k = with_syscalls();
+    k.set(reg::RCX, CODE + 0x100);
+    k.set(reg::R11, rflags::TF | 2);
+    assert_eq!(k.run_to_handler(&[0x48, 0x0f, 0x07]), vector::DB);
+    assert_eq!(k.frame::<2>(), [CODE + 0x100, u64::from(USER_CODE64)]);
+}
