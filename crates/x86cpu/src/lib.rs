@@ -39,5 +39,7 @@ pub use cpuid::{
     CpuidEntry, CpuidResult, CpuidTable, Features, HostFeatures, KVM_SIGNATURE, TSC_HZ, supported,
 };
 pub use exit::CpuExit;
+pub use fpu::{XSAVE_IMAGE_LEN, XsaveImageError};
 pub use shared::{CpuShared, Host, Machine};
+pub use simd::prepare_executable_memory;
 pub use trap::{Trap, TrapKind, TrapState, vector};

@@ -13,15 +13,14 @@ use iced_x86::{Instruction, OpKind};
 use super::{attention, blocked, control, env, host, xsave};
 use crate::Cpu;
 use crate::code::{Lowering, Op};
-use crate::simd::operand::{Operand, operand};
+use crate::simd::operand::{operand, quick};
 use crate::simd::thunk::{self, is_x87};
 use crate::trap::{Trap, vector};
 
 /// FSW: an unmasked exception is pending.
 pub(super) const FSW_ES: u16 = 1 << 7;
-/// Bits of `Op::aux`: operand size, whether it is written, and the opcode.
+/// Bits of `Op::aux`: operand size, and the opcode.
 const AUX_SIZE: u32 = 0xff;
-const AUX_WRITE: u32 = 1 << 8;
 const AUX_OPCODE_SHIFT: u32 = 16;
 
 /// What a waiting x87 or MMX instruction does first when [`super::FpuState::attention`] says so:
@@ -89,27 +88,31 @@ fn registers_flags(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 /// An instruction with a memory operand.
-fn memory(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+fn memory<const WRITE: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check(cpu)?;
     let size = (op.aux & AUX_SIZE) as usize;
-    let write = op.aux & AUX_WRITE != 0;
-    let at = operand(cpu, op, size, 1, write)?;
-    match at.host(cpu, op, write)? {
-        Some(pointer) => call(op.imm, pointer.as_ptr()),
-        None => memory_slow(cpu, op, at, write)?,
+    match quick(cpu, op, size, 1, WRITE) {
+        Some(pointer) => call(op.imm, pointer),
+        None => memory_slow(cpu, op, size, WRITE)?,
     }
     note_pointers(cpu, op);
     cpu.fpu.last_dp = op.offset(cpu);
     Ok(())
 }
 
-/// The operand isn't within one page of RAM.
+/// The operand isn't within one page of RAM that the TLB has.
 #[cold]
-fn memory_slow(cpu: &mut Cpu, op: &Op, at: Operand, write: bool) -> Result<(), Trap> {
+#[inline(never)]
+fn memory_slow(cpu: &mut Cpu, op: &Op, size: usize, write: bool) -> Result<(), Trap> {
     /// Tells whether the instruction stored: with an unmasked exception it doesn't.
     const UNTOUCHED: u8 = 0xa5;
+    let at = operand(cpu, op, size, 1, write)?;
+    if let Some(pointer) = at.host(cpu, op, write)? {
+        call(op.imm, pointer.as_ptr());
+        return Ok(());
+    }
     let mut bytes = [UNTOUCHED; 16];
-    let Some(operand) = bytes.get_mut(..at.size) else {
+    let Some(operand) = bytes.get_mut(..size) else {
         return Err(cpu.ud());
     };
     if !write {
@@ -165,10 +168,11 @@ fn lower_thunk(l: &mut Lowering<'_>, i: &Instruction) -> bool {
     if has_memory {
         l.mem(&mut op, i);
         op.aux |= u32::from(thunk.memory.size);
-        if thunk.memory.write {
-            op.aux |= AUX_WRITE;
-        }
-        op.run = memory;
+        op.run = if thunk.memory.write {
+            memory::<true>
+        } else {
+            memory::<false>
+        };
     } else if thunk.flags {
         op.run = registers_flags;
     } else {

@@ -52,7 +52,7 @@ unsafe impl Send for TlbView {}
 impl TlbView {
     /// Translates a read of `size` bytes that stays within one page of RAM.
     #[inline(always)]
-    pub(super) fn read(&self, linear: u64, size: usize) -> Option<usize> {
+    pub(crate) fn read(&self, linear: u64, size: usize) -> Option<usize> {
         // SAFETY: the index is within the table, which lives as long as the processor.
         let entry = unsafe { self.table.add(index(linear)).as_ref() };
         if entry.read == self.tag(linear, size) {
@@ -64,7 +64,7 @@ impl TlbView {
 
     /// The same for a write.
     #[inline(always)]
-    pub(super) fn write(&self, linear: u64, size: usize) -> Option<usize> {
+    pub(crate) fn write(&self, linear: u64, size: usize) -> Option<usize> {
         // SAFETY: as in `read`.
         let entry = unsafe { self.table.add(index(linear)).as_ref() };
         if entry.write == self.tag(linear, size) {

@@ -65,11 +65,6 @@ impl CodeBuffer {
         // SAFETY: as above, within the executable mapping of the same size.
         Some(unsafe { self.executable.add(start) })
     }
-
-    /// Bytes in use.
-    pub fn used(&self) -> usize {
-        self.used
-    }
 }
 
 impl Drop for CodeBuffer {

@@ -18,7 +18,7 @@ use iced_x86::{EncodingKind, Instruction};
 
 use crate::code::Lowering;
 
-pub use thunk::prepare;
+pub use thunk::prepare_executable_memory;
 
 /// Adds the ops of `i` if it is an x87, MMX, SSE or AVX instruction.
 pub(crate) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {

@@ -1,46 +1,87 @@
 //! Moves between vector registers, memory and general registers.
 #![expect(unsafe_code, reason = "reads and writes vectors in guest RAM")]
 
+use std::arch::x86_64::{
+    __m128i, _mm_load_si128, _mm_loadu_si128, _mm_setzero_si128, _mm_store_si128, _mm_storeu_si128,
+};
+
 use iced_x86::{Code, Instruction, OpKind};
 
 use crate::Cpu;
 use crate::code::{Handler, Lowering, Op};
 use crate::fpu::blocked;
-use crate::simd::operand::operand;
+use crate::simd::operand::{operand, quick};
 use crate::trap::Trap;
 
-/// Loads the `N` bytes of the memory operand.
+/// Loads the 16 bytes of the memory operand.
 #[inline(always)]
-pub(super) fn load<const N: usize, const ALIGNED: bool>(
-    cpu: &mut Cpu,
-    op: &Op,
-) -> Result<[u8; N], Trap> {
-    let at = operand(cpu, op, N, if ALIGNED { N } else { 1 }, false)?;
-    match at.host(cpu, op, false)? {
-        // SAFETY: the pointer is good for N bytes, says `host_ptr`.
-        Some(pointer) => Ok(unsafe { pointer.cast::<[u8; N]>().read_volatile() }),
-        None => {
-            let mut bytes = [0; N];
-            at.read(cpu, op, &mut bytes)?;
-            Ok(bytes)
-        }
+fn load<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<__m128i, Trap> {
+    match quick(cpu, op, 16, if ALIGNED { 16 } else { 1 }, false) {
+        // SAFETY: the pointer is good for 16 bytes, says the TLB.
+        Some(pointer) => Ok(unsafe { _mm_loadu_si128(pointer.cast()) }),
+        None => load_slow::<ALIGNED>(cpu, op),
     }
 }
 
-/// Stores `N` bytes to the memory operand.
+#[cold]
+#[inline(never)]
+fn load_slow<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<__m128i, Trap> {
+    let at = operand(cpu, op, 16, if ALIGNED { 16 } else { 1 }, false)?;
+    let mut bytes = [0; 16];
+    // Fills the TLB.
+    if let Some(pointer) = at.host(cpu, op, false)? {
+        // SAFETY: the pointer is good for 16 bytes, says `host_ptr`.
+        return Ok(unsafe { _mm_loadu_si128(pointer.as_ptr().cast()) });
+    }
+    at.read(cpu, op, &mut bytes)?;
+    // SAFETY: 16 bytes of a local variable.
+    Ok(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+}
+
+/// Stores 16 bytes to the memory operand.
 #[inline(always)]
-pub(super) fn store<const N: usize, const ALIGNED: bool>(
-    cpu: &mut Cpu,
-    op: &Op,
-    bytes: [u8; N],
-) -> Result<(), Trap> {
-    let at = operand(cpu, op, N, if ALIGNED { N } else { 1 }, true)?;
-    match at.host(cpu, op, true)? {
-        // SAFETY: the pointer is good for N bytes, says `host_ptr`.
-        Some(pointer) => unsafe { pointer.cast::<[u8; N]>().write_volatile(bytes) },
-        None => at.write(cpu, op, &bytes)?,
+fn store<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op, value: __m128i) -> Result<(), Trap> {
+    match quick(cpu, op, 16, if ALIGNED { 16 } else { 1 }, true) {
+        // SAFETY: the pointer is good for 16 bytes, says the TLB.
+        Some(pointer) => unsafe { _mm_storeu_si128(pointer.cast(), value) },
+        None => return store_slow::<ALIGNED>(cpu, op, value),
     }
     Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn store_slow<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op, value: __m128i) -> Result<(), Trap> {
+    let at = operand(cpu, op, 16, if ALIGNED { 16 } else { 1 }, true)?;
+    if let Some(pointer) = at.host(cpu, op, true)? {
+        // SAFETY: the pointer is good for 16 bytes, says `host_ptr`.
+        unsafe { _mm_storeu_si128(pointer.as_ptr().cast(), value) };
+        return Ok(());
+    }
+    let mut bytes = [0; 16];
+    // SAFETY: 16 bytes of a local variable.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), value) };
+    at.write(cpu, op, &bytes)
+}
+
+/// The low half of a register.
+#[inline(always)]
+fn vector(cpu: &Cpu, register: u8) -> __m128i {
+    // SAFETY: a register is 32 bytes, aligned.
+    unsafe { _mm_load_si128((&raw const cpu.fpu.ymm[usize::from(register & 15)]).cast()) }
+}
+
+/// Writes the low half; the VEX form clears the upper one.
+#[inline(always)]
+fn set_vector<const VEX: bool>(cpu: &mut Cpu, register: u8, value: __m128i) {
+    let to: *mut __m128i = (&raw mut cpu.fpu.ymm[usize::from(register & 15)]).cast();
+    // SAFETY: as above.
+    unsafe {
+        _mm_store_si128(to, value);
+        if VEX {
+            _mm_store_si128(to.add(1), _mm_setzero_si128());
+        }
+    }
 }
 
 #[inline(always)]
@@ -59,12 +100,10 @@ fn check<const VEX: bool>(cpu: &mut Cpu) -> Result<(), Trap> {
 /// Writes `value`; the VEX form clears the upper half.
 #[inline(always)]
 fn put<const VEX: bool>(cpu: &mut Cpu, register: u8, value: u128) {
-    let register = &mut cpu.fpu.ymm[usize::from(register & 15)];
-    if VEX {
-        register.set_low_clear(value);
-    } else {
-        register.set_low(value);
-    }
+    // In one store: the next instruction loads all of it.
+    // SAFETY: the same 16 bytes.
+    let value = unsafe { std::mem::transmute::<u128, __m128i>(value) };
+    set_vector::<VEX>(cpu, register, value);
 }
 
 #[inline(always)]
@@ -74,40 +113,21 @@ fn low(cpu: &Cpu, register: u8) -> u128 {
 
 fn load128<const ALIGNED: bool, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check::<VEX>(cpu)?;
-    let value = u128::from_le_bytes(load::<16, ALIGNED>(cpu, op)?);
-    put::<VEX>(cpu, op.r0, value);
+    let value = load::<ALIGNED>(cpu, op)?;
+    set_vector::<VEX>(cpu, op.r0, value);
     Ok(())
 }
 
 fn store128<const ALIGNED: bool, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check::<VEX>(cpu)?;
-    let value = low(cpu, op.r1);
-    store::<16, ALIGNED>(cpu, op, value.to_le_bytes())
+    let value = vector(cpu, op.r1);
+    store::<ALIGNED>(cpu, op, value)
 }
 
 fn copy128<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check::<VEX>(cpu)?;
-    let value = low(cpu, op.r1);
-    put::<VEX>(cpu, op.r0, value);
-    Ok(())
-}
-
-fn load256<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    check::<true>(cpu)?;
-    let value = load::<32, ALIGNED>(cpu, op)?;
-    cpu.fpu.ymm[usize::from(op.r0 & 15)].0 = value;
-    Ok(())
-}
-
-fn store256<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    check::<true>(cpu)?;
-    let value = cpu.fpu.ymm[usize::from(op.r1 & 15)].0;
-    store::<32, ALIGNED>(cpu, op, value)
-}
-
-fn copy256(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    check::<true>(cpu)?;
-    cpu.fpu.ymm[usize::from(op.r0 & 15)] = cpu.fpu.ymm[usize::from(op.r1 & 15)];
+    let value = vector(cpu, op.r1);
+    set_vector::<VEX>(cpu, op.r0, value);
     Ok(())
 }
 
@@ -240,17 +260,6 @@ fn handler(i: &Instruction) -> Option<Handler> {
         | C::VEX_Vmovupd_xmmm128_xmm | C::VEX_Vmovdqu_xmm_xmmm128 | C::VEX_Vmovdqu_xmmm128_xmm
         | C::VEX_Vlddqu_xmm_m128 => {
             by_kind(i, copy128::<true>, load128::<false, true>, store128::<false, true>)
-        }
-        C::VEX_Vmovaps_ymm_ymmm256 | C::VEX_Vmovaps_ymmm256_ymm | C::VEX_Vmovapd_ymm_ymmm256
-        | C::VEX_Vmovapd_ymmm256_ymm | C::VEX_Vmovdqa_ymm_ymmm256 | C::VEX_Vmovdqa_ymmm256_ymm
-        | C::VEX_Vmovntdqa_ymm_m256 | C::VEX_Vmovntdq_m256_ymm | C::VEX_Vmovntps_m256_ymm
-        | C::VEX_Vmovntpd_m256_ymm => {
-            by_kind(i, copy256, load256::<true>, store256::<true>)
-        }
-        C::VEX_Vmovups_ymm_ymmm256 | C::VEX_Vmovups_ymmm256_ymm | C::VEX_Vmovupd_ymm_ymmm256
-        | C::VEX_Vmovupd_ymmm256_ymm | C::VEX_Vmovdqu_ymm_ymmm256 | C::VEX_Vmovdqu_ymmm256_ymm
-        | C::VEX_Vlddqu_ymm_m256 => {
-            by_kind(i, copy256, load256::<false>, store256::<false>)
         }
         C::Movss_xmm_xmmm32 if i.op1_kind() == OpKind::Memory => load32::<false>,
         C::VEX_Vmovss_xmm_m32 => load32::<true>,

@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 
 use crate::Cpu;
-use crate::code::Op;
+use crate::code::{Op, op_flag};
 use crate::cpu::seg;
 use crate::trap::{Trap, TrapKind, vector};
 
@@ -15,6 +15,28 @@ pub(crate) struct Operand {
     pub(crate) linear: u64,
     /// Bytes.
     pub(crate) size: usize,
+}
+
+/// The host's address of a memory operand when it is flat, aligned and in the first-level TLB;
+/// `None` is for the slow path to judge.
+#[inline(always)]
+pub(crate) fn quick(cpu: &Cpu, op: &Op, size: usize, align: usize, write: bool) -> Option<*mut u8> {
+    if op.flags & (op_flag::ADDR32 | op_flag::ADDR16 | op_flag::SEGMENTED) != 0 {
+        return None;
+    }
+    let linear = cpu.gpr[usize::from(op.base & 31)]
+        .wrapping_add(cpu.gpr[usize::from(op.index & 31)] << (op.scale & 3))
+        .wrapping_add(op.disp as i64 as u64)
+        .wrapping_add(cpu.seg_base[usize::from(op.seg & 7)]);
+    if linear & (align as u64 - 1) != 0 {
+        return None;
+    }
+    let host = if write {
+        cpu.view.write(linear, size)
+    } else {
+        cpu.view.read(linear, size)
+    };
+    host.map(|address| address as *mut u8)
 }
 
 #[inline(always)]

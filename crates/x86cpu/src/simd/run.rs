@@ -5,7 +5,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::mxcsr;
-use super::operand::{Operand, operand};
+use super::operand::{Operand, operand, quick};
 use super::thunk::{self, MemoryUse, Operands, Place};
 use crate::Cpu;
 use crate::code::{Handler, Lowering, Op};
@@ -113,15 +113,16 @@ fn fast<const K0: u8, const K1: u8, const K2: u8, const ARITHMETIC: bool, const 
     }
     let mut at = std::ptr::null_mut();
     if K0 == MEMORY || K1 == MEMORY || K2 == MEMORY {
-        let write = op.aux & aux::WRITE != 0;
-        match memory(cpu, op)?.host(cpu, op, write)? {
-            Some(pointer) => at = pointer.as_ptr(),
+        let size = (op.aux & aux::SIZE) as usize;
+        let align = if op.aux & aux::ALIGNED != 0 { size } else { 1 };
+        match quick(cpu, op, size, align, K0 == MEMORY) {
+            Some(pointer) => at = pointer,
             None => return general(cpu, op),
         }
     }
     let cpu: *mut Cpu = cpu;
     // SAFETY: lowering has picked the handler that fits the thunk's operands; `at` is good for the
-    // operand's size, says `host_ptr`; the processor is borrowed for the call.
+    // operand's size, says the TLB; the processor is borrowed for the call.
     unsafe {
         let pointers = [
             pointer(cpu, K0, op.r0, at),
@@ -156,6 +157,7 @@ fn check(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 /// Any shape, any class, any place of the memory operand.
+#[inline(never)]
 fn general(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     check(cpu, op)?;
     let kinds = op.aux >> aux::KINDS_SHIFT;
@@ -243,7 +245,10 @@ macro_rules! shapes {
 }
 
 fn handler(kinds: [u8; 4], thunk: &thunk::Thunk) -> Handler {
-    if thunk.flags || thunk.x87 {
+    // Fast handlers take a memory operand in the first place for one that is only written.
+    let modified =
+        kinds[0] == MEMORY && thunk.memory.read || kinds[0] != MEMORY && thunk.memory.write;
+    if thunk.flags || thunk.x87 || modified {
         return general;
     }
     shapes!(kinds, thunk;

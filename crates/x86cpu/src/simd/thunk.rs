@@ -211,7 +211,7 @@ fn thunks() -> &'static Result<Mutex<Thunks>, io::ErrorKind> {
 ///
 /// # Errors
 /// The host refuses executable memory.
-pub fn prepare() -> io::Result<()> {
+pub fn prepare_executable_memory() -> io::Result<()> {
     thunks().as_ref().map(|_| ()).map_err(|&kind| kind.into())
 }
 

@@ -2,7 +2,7 @@
 
 use skerry_x86cpu::sys::state::{Segment, cr4};
 use skerry_x86cpu::testing::TestCpu;
-use skerry_x86cpu::{TrapKind, TrapState};
+use skerry_x86cpu::{CpuExit, TrapKind, TrapState};
 
 use crate::native::{End, Native};
 use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, State};
@@ -71,8 +71,36 @@ impl Guest {
         self.t.cpu.features.has_all(features)
     }
 
-    /// Runs `code` from `state` and leaves what it made of it in `state`.
+    /// Runs `code` from `state`, one instruction at a time, and leaves what it made of it in `state`.
+    pub fn step(&mut self, code: &[u8], state: &mut State) -> End {
+        self.set_up(code, state);
+        self.t.cpu.fpu_enter();
+        let end = self.step_to_end(CODE + code.len() as u64);
+        self.t.cpu.fpu_sync();
+        self.take(state);
+        end
+    }
+
+    /// The same as one block, for code that doesn't fault: it ends at an OUT that needs the host.
     pub fn run(&mut self, code: &[u8], state: &mut State) -> End {
+        const IOPL: u64 = 3 << 12;
+        let mut whole = code.to_vec();
+        whole.extend_from_slice(&[0xe6, 0xf4]);
+        self.set_up(&whole, state);
+        let cpu = &mut self.t.cpu;
+        cpu.set_rflags(state.flags | 0x202 | IOPL);
+        let exit = cpu.run();
+        let end = match exit {
+            CpuExit::PortOut { .. } if cpu.rip == CODE + code.len() as u64 => End::Exit(0),
+            _ => End::Exit(98),
+        };
+        cpu.forget_devices();
+        self.take(state);
+        state.flags &= !IOPL;
+        end
+    }
+
+    fn set_up(&mut self, code: &[u8], state: &State) {
         if self.code != code {
             // What follows is never executed.
             let mut bytes = code.to_vec();
@@ -92,15 +120,14 @@ impl Guest {
         if let Err(e) = cpu.set_xsave_image(&state.xsave) {
             panic!("the fuzzer's own image: {e}");
         }
-        cpu.fpu_enter();
-        let end = self.step_to_end(CODE + code.len() as u64);
+    }
+
+    fn take(&mut self, state: &mut State) {
         let cpu = &mut self.t.cpu;
-        cpu.fpu_sync();
         state.gpr.copy_from_slice(&cpu.gpr[..16]);
         state.flags = cpu.rflags_full();
         state.xsave.copy_from_slice(&cpu.xsave_image());
         state.data = self.t.read(DATA_GPA, DATA_LEN);
-        end
     }
 
     fn step_to_end(&mut self, code_end: u64) -> End {
