@@ -123,7 +123,7 @@ fn random_code_one_step_at_a_time() {
 #[test]
 fn random_code_in_a_machine() {
     let mut random = Random(0xfeed_f00d_dead_beef);
-    for _ in 0..300 {
+    for _ in 0..200 {
         run(&mut random);
     }
 }
