@@ -7,6 +7,7 @@ mod pic;
 mod pit;
 mod ports;
 mod rtc;
+mod test_device;
 
 pub use acpi::{AcpiPm, AcpiPmState};
 pub use i8042::{I8042, I8042State};
@@ -15,3 +16,4 @@ pub use pic::{DualPic, PicChip, PicState};
 pub use pit::{PIT_HZ, Pit, PitState};
 pub use ports::{DebugExit, NoPci, PanicNotifier, PostCode, SystemControlA};
 pub use rtc::{RTC_CENTURY, Rtc, RtcState, WallClock};
+pub use test_device::add_test_device;

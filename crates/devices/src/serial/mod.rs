@@ -28,6 +28,9 @@ use spec::*;
 /// First port and ISA interrupt of COM1 to COM4.
 pub const COM_PORTS: [(u16, u32); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 
+/// A guest that reads the line status this often without sending waits for input.
+const LISTENING_POLLS: u8 = 64;
+
 /// Everything that changes in a [`Uart`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UartState {
@@ -49,6 +52,8 @@ pub struct UartState {
     /// The THR-empty interrupt is pending: set when the THR empties or the enable bit rises while it is
     /// empty, cleared by reading it from the IIR or by a write to the THR.
     thr_interrupt: bool,
+    /// Reads of the line status since the guest last sent something, up to [`LISTENING_POLLS`].
+    idle_polls: u8,
 }
 
 impl UartState {
@@ -66,7 +71,14 @@ impl UartState {
             received: VecDeque::new(),
             transmit: VecDeque::new(),
             thr_interrupt: false,
+            idle_polls: 0,
         }
+    }
+
+    /// Whether the guest takes input: its interrupt is on, or it polls for some. A driver empties the
+    /// receiver when it starts, so what arrived before would be lost.
+    fn listens(&self) -> bool {
+        !self.looped() && (self.ier & IER_RECEIVED != 0 || self.idle_polls >= LISTENING_POLLS)
     }
 
     fn capacity(&self) -> usize {
@@ -149,9 +161,12 @@ impl UartState {
     }
 
     fn write_fcr(&mut self, value: u8) {
+        self.idle_polls = 0;
         let on = value & FCR_ENABLE != 0;
-        // Switching the FIFOs on or off empties both.
-        if on != self.fifos_on || value & FCR_CLEAR_RECEIVER != 0 {
+        // Switching the FIFOs off empties both. Switching them on would, too, but drivers enable the
+        // interrupt first: the byte that came in between is kept, as no line is quick enough to lose it.
+        let off = self.fifos_on && !on;
+        if off || value & FCR_CLEAR_RECEIVER != 0 {
             self.received.clear();
         }
         if (on != self.fifos_on || value & FCR_CLEAR_TRANSMITTER != 0) && !self.transmit.is_empty()
@@ -203,13 +218,14 @@ impl Shared {
         // On a PC, OUT2 gates the interrupt; in loop-back its pin is inactive.
         let gate = state.mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2;
         self.irq.set(gate && state.interrupt() != IIR_NONE);
-        if state.received.len() < state.capacity() {
+        if state.listens() && state.received.len() < state.capacity() {
             self.room.notify_all();
         }
     }
 
     fn transmit(&self, state: &mut UartState, byte: u8) {
         state.thr_interrupt = false;
+        state.idle_polls = 0;
         if state.looped() {
             state.receive(byte);
             state.thr_interrupt = true;
@@ -240,7 +256,9 @@ impl Shared {
             MCR => return state.mcr,
             LSR => {
                 let value = state.line_status();
-                if state.errors == 0 {
+                if state.idle_polls < LISTENING_POLLS {
+                    state.idle_polls += 1;
+                } else if state.errors == 0 {
                     return value;
                 }
                 state.errors = 0;
@@ -365,6 +383,7 @@ impl Uart {
             received,
             transmit,
             thr_interrupt: _,
+            idle_polls: _,
         } = &saved;
         require(
             matches!(trigger, 1 | 4 | 8 | 14),
@@ -420,7 +439,8 @@ pub struct SerialInput {
 }
 
 impl SerialInput {
-    /// Gives the receiver as much of `bytes` as it has room for and returns how many that were.
+    /// Gives the receiver as much of `bytes` as it has room for and returns how many that were: none
+    /// before the guest listens.
     pub fn push(&self, bytes: &[u8]) -> usize {
         let mut state = self.shared.state.lock();
         self.push_locked(&mut state, bytes)
@@ -428,7 +448,7 @@ impl SerialInput {
 
     fn push_locked(&self, state: &mut UartState, bytes: &[u8]) -> usize {
         // In loop-back the receiver is cut off from the line.
-        if state.looped() {
+        if !state.listens() {
             return 0;
         }
         let room = state.capacity().saturating_sub(state.received.len());

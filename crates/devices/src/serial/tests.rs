@@ -95,6 +95,7 @@ fn receiver_reports_trigger_and_timeout() {
 fn input_waits_for_room() {
     let r = rig();
     r.write(IIR_FCR, FCR_ENABLE);
+    r.write(IER, IER_RECEIVED);
     let input = r.uart.input();
     let text: Vec<u8> = (0..100).collect();
     assert_eq!(input.push(&text), 16);
@@ -199,4 +200,33 @@ fn state_round_trip_and_refusal() {
     let mut bad = saved;
     bad.received.extend([0; 32]);
     assert!(other.uart.restore(bad).is_err());
+}
+
+#[test]
+fn input_waits_until_the_guest_listens() {
+    let r = rig();
+    let input = r.uart.input();
+    assert_eq!(input.push(b"x"), 0, "no driver yet");
+    r.write(IER, IER_RECEIVED);
+    assert_eq!(input.push(b"x"), 1);
+    assert_eq!(r.read(DATA), b'x');
+    // Linux enables the interrupt before the FIFOs.
+    assert_eq!(input.push(b"yz"), 1);
+    r.write(IIR_FCR, FCR_ENABLE);
+    r.write(IIR_FCR, FCR_ENABLE | 0x80);
+    assert_eq!(input.push(b"z"), 1);
+    assert_eq!((r.read(DATA), r.read(DATA)), (b'y', b'z'));
+    // A driver that polls: many looks at the line status without sending.
+    r.uart.reset();
+    for _ in 0..63 {
+        r.read(LSR);
+    }
+    r.write(DATA, b'>');
+    r.read(LSR);
+    assert_eq!(input.push(b"x"), 0, "it waited for the transmitter");
+    for _ in 0..64 {
+        r.read(LSR);
+    }
+    assert_eq!(input.push(b"x"), 1);
+    assert_ne!(r.read(LSR) & LSR_DATA_READY, 0);
 }
