@@ -182,7 +182,7 @@ fn output_written_just_before_the_end_arrives() {
     }
 }
 
-/// A sink that stops for a while once, in the middle.
+/// A sink that stops for a while once, near the end.
 struct Sleepy {
     before: usize,
     taken: usize,
@@ -206,14 +206,16 @@ impl Write for Sleepy {
 #[test]
 fn a_host_that_falls_asleep_loses_nothing_that_the_command_wrote() {
     const TOTAL: usize = 3_000_000;
-    let threads: Vec<_> = (0..12usize)
+    // The sizes of all buffers on the way vary; some of these sleeps begin when the command has
+    // written everything and the last of it is still in the pipe.
+    let threads: Vec<_> = (0..32usize)
         .map(|number| {
             std::thread::spawn(move || {
                 // A descendant keeps the pipe open, so that only the command's end tells.
                 let script = format!("sleep 30 & exec head -c {TOTAL} /dev/zero");
                 let session = ExecSession::start(connect(), sh(&script)).unwrap();
                 let mut sink = Sleepy {
-                    before: TOTAL - 50_000 * number - 1,
+                    before: TOTAL - 200_000 - 15_000 * number,
                     taken: 0,
                 };
                 let status = session.wait(&mut sink, &mut io::sink()).unwrap();
