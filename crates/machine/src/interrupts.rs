@@ -35,7 +35,12 @@ impl<V: Vm> MsiSink for MsiToVm<V> {
     }
 
     fn route_changed(&self, pin: u32, message: Option<MsiMessage>) {
-        let level = message.filter(|m| m.data & LEVEL != 0);
+        // A pin that is masked while its handler runs still needs the end of that interrupt, or
+        // its remote IRR stays set for ever: the last route stays.
+        let Some(message) = message else {
+            return;
+        };
+        let level = (message.data & LEVEL != 0).then_some(message);
         let mut routes = self.routes.lock();
         let Some(route) = routes.get_mut(pin as usize) else {
             return;
