@@ -211,6 +211,7 @@ impl Cpu {
         let mut lowering = Lowering::new(self, ops, rip);
         let mut shape = Shape::default();
         let mut instruction = Instruction::default();
+        let (mut previous, mut previous_ops) = (Instruction::default(), 0);
         while shape.count < limit && usize::from(shape.len) < bytes.len() {
             let at = usize::from(shape.len);
             decoder.decode_out(&mut instruction);
@@ -228,7 +229,14 @@ impl Cpu {
                 break;
             }
             let len = instruction.len();
+            let ops_before = lowering.op_count();
             lowering.instruction(&instruction, &bytes[at..at + len], shape.len);
+            // Both instructions are one op each.
+            if previous_ops == 1 && lowering.op_count() == ops_before + 1 {
+                lowering.fuse(&previous, &instruction);
+            }
+            previous_ops = lowering.op_count().saturating_sub(ops_before);
+            previous = instruction;
             shape.len += len as u16;
             shape.count += 1;
             shape.linkable = is_near(&instruction);

@@ -85,6 +85,22 @@ impl<'a> Lowering<'a> {
         }
     }
 
+    /// Makes one op of the last two instructions, if they are a pair for which there is one.
+    pub(super) fn fuse(&mut self, first: &Instruction, last: &Instruction) {
+        let Some(op) = self.ops.last() else {
+            return;
+        };
+        if let Some(op) = crate::exec::fuse(self, first, last, op) {
+            self.ops.truncate(self.ops.len().saturating_sub(2));
+            self.ops.push(op);
+        }
+    }
+
+    /// Ops so far.
+    pub(super) fn op_count(&self) -> usize {
+        self.ops.len()
+    }
+
     /// Whether the block ends after the last instruction lowered.
     pub(super) fn ended(&self) -> bool {
         self.ended

@@ -12,6 +12,7 @@ mod atomic;
 mod bits;
 mod branch;
 mod bulk;
+mod fused;
 mod misc;
 mod mov;
 mod muldiv;
@@ -21,6 +22,8 @@ mod stack;
 mod string;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use fused::fuse;
 
 /// Adds the ops of `i` if it is an integer instruction of this module.
 pub(crate) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
