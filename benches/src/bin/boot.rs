@@ -22,7 +22,7 @@ struct Options {
     hypervisor: String,
 }
 
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 reboot=t quiet";
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet";
 
 fn main() -> Result<()> {
     let options = Options::parse();

@@ -20,7 +20,7 @@ struct Options {
     hypervisor: String,
 }
 
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 reboot=t quiet";
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet";
 
 type Costs = BTreeMap<String, Vec<f64>>;
 

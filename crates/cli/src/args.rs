@@ -13,6 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
     version,
     propagate_version = true,
     disable_help_subcommand = true,
+    args_override_self = true,
     after_help = "Exit status: the command's own; 125 when skerry itself fails, 126 when the \
                   command can't be invoked, 127 when it isn't found, 128+n when signal n ended it, \
                   124 on a time-out."
@@ -164,7 +165,7 @@ pub struct BootArgs {
     #[arg(long, value_name = "FILE")]
     pub initrd: Vec<String>,
 
-    /// Kernel command line, used as it is [default: console=ttyS0 reboot=t panic=-1]
+    /// Kernel command line, used as it is [default: console=ttyS0 panic=-1]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 

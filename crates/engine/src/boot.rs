@@ -15,7 +15,7 @@ use crate::error::EngineError;
 use crate::machine::{MachineOptions, start};
 
 /// The command line of a kernel that was given none.
-pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=t panic=-1";
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
 /// A disk of the host for the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

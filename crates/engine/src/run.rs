@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use skerry_devices::virtio::VsockHost;
+use skerry_devices::virtio::vsock::VsockHost;
 use skerry_machine::{
     Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Outcome, layout,
 };
@@ -120,7 +120,6 @@ pub fn run(
     let vsock = remote
         .virtio()
         .vsock()
-        .cloned()
         .ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
     let setup = setup(&spec);
     let (sender, receiver) = mpsc::channel();
@@ -291,7 +290,7 @@ fn start_machine(
     // Disks, entropy and socket device: what is behind the kernel's virtio parameters.
     let devices = disks.len() + 2;
     let command_line = format!(
-        "console=ttyS0 quiet loglevel=4 panic=-1 reboot=t skerry.transport=vsock {}",
+        "console=ttyS0 quiet loglevel=4 panic=-1 skerry.transport=vsock {}",
         layout::virtio_parameters(devices)
     );
     let config = MachineConfig {

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 
-use skerry_devices::virtio::VsockStream;
+use skerry_devices::virtio::vsock::VsockStream;
 use skerry_protocol::Transport;
 
 /// A connection between the host and a program in the guest.

@@ -178,7 +178,6 @@ macro_rules! by_stack {
         }
     };
 }
-pub(super) use by_stack;
 
 /// What PUSH and POP move, in bytes; their memory form says it, the others by mnemonic and code.
 fn push_size(i: &Instruction) -> usize {
