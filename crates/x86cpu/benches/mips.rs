@@ -83,13 +83,14 @@ fn main() {
             continue;
         }
         let mut best = 0.0f64;
-        for _ in 0..5 {
+        // Short runs, and the best of many: what other programs take doesn't count.
+        for _ in 0..60 {
             let mut t = TestCpu::new64();
             let mut bytes = code.to_vec();
             bytes.extend([0xe6, 0xf4]);
             t.write(CODE, &bytes);
             t.cpu.rip = CODE;
-            t.cpu.gpr[usize::from(reg::RCX)] = 3_000_000;
+            t.cpu.gpr[usize::from(reg::RCX)] = 200_000;
             t.cpu.gpr[usize::from(reg::RSI)] = DATA;
             let start = Instant::now();
             let exit = t.cpu.run();
