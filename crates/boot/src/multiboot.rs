@@ -132,7 +132,7 @@ pub(crate) fn load(
     kernel: &Multiboot,
 ) -> Result<Entry, LoadError> {
     inputs.load_segments(name, file, &kernel.segments)?;
-    let command_line = inputs.command_line(name, COMMAND_LINE_MAX)?;
+    let command_line = command_line(inputs, name)?;
     let module = load_module(inputs, &kernel.segments)?;
     let module_name: Vec<u8> = inputs
         .initrd
@@ -188,6 +188,21 @@ pub(crate) fn load(
     };
     inputs.write_common(&entry)?;
     Ok(entry)
+}
+
+/// The kernel's name as one word, then its arguments: what boot loaders give and kernels skip.
+fn command_line(inputs: &BootInputs<'_>, name: &str) -> Result<Vec<u8>, LoadError> {
+    let arguments = inputs.command_line(name, COMMAND_LINE_MAX)?;
+    let word = |byte: u8| match byte {
+        0 | b' ' | b'\t'..=b'\r' => b'_',
+        other => other,
+    };
+    let mut line: Vec<u8> = name.bytes().take(COMMAND_LINE_MAX).map(word).collect();
+    if arguments.len() > 1 {
+        line.push(b' ');
+    }
+    line.extend(arguments);
+    Ok(line)
 }
 
 /// Puts the module on the first page after the kernel: small kernels map little more than that.
@@ -288,7 +303,7 @@ mod tests {
         let inputs = BootInputs {
             ram: &ram,
             map: &map,
-            command_line: "kernel arg",
+            command_line: "arg",
             initrd: Some(NamedBytes {
                 name: "env",
                 bytes: b"NR_CPUS=1",
@@ -297,7 +312,7 @@ mod tests {
         };
         let file = sample();
         let kernel = parse(&file).unwrap().unwrap();
-        let entry = load(&inputs, "k", &file, &kernel).unwrap();
+        let entry = load(&inputs, "my k", &file, &kernel).unwrap();
         let Entry::Multiboot { info, .. } = entry else {
             panic!("{entry:?}");
         };
@@ -309,7 +324,8 @@ mod tests {
         assert_eq!((word(module), word(module + 4)), (0x10_1000, 0x10_1009));
         let text = |at: u32| ram.read_obj::<[u8; 4]>(GuestAddress(at.into())).unwrap();
         assert_eq!(text(word(module + 8)), *b"env\0");
-        assert_eq!(text(word(info + 16)), *b"kern");
+        let line = GuestAddress(word(info + 16).into());
+        assert_eq!(ram.read_obj::<[u8; 9]>(line).unwrap(), *b"my_k arg\0");
         assert_eq!(text(word(info + 64)), *b"Sker");
         assert_eq!(word(word(info + 48)), 20);
     }

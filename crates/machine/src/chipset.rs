@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use skerry_boot::MemoryMap;
-use skerry_devices::bus::{BusError, MmioBusBuilder, PortBusBuilder, PortDevice};
+use skerry_devices::bus::{BusError, MmioBusBuilder, PortBusBuilder};
 use skerry_devices::chipset::{
-    AcpiPm, AcpiPmState, DebugExit, DualPic, I8042, I8042State, IOAPIC_PINS, IoApic, IoApicState,
-    NoPci, PanicNotifier, PicChip, PicState, Pit, PitState, PostCode, Rtc, RtcState,
-    SystemControlA, acpi,
+    AcpiPm, AcpiPmState, DebugExit, DualPic, I8042, I8042State, IoApic, IoApicState, NoPci,
+    PanicNotifier, PicChip, PicState, Pit, PitState, PostCode, Rtc, RtcState, SystemControlA, acpi,
+    add_test_device,
 };
 use skerry_devices::clock::TimerService;
 use skerry_devices::events::MachineEvents;
-use skerry_devices::irq::{ExtIntSink, InterruptRouter, IrqLine, MsiSink};
+use skerry_devices::irq::{ExtIntSink, InterruptRouter, MsiSink};
 use skerry_devices::serial::{COM_PORTS, Uart, UartState};
 
 use crate::MachineError;
@@ -100,8 +100,8 @@ impl Chipset {
         )?;
         if let Some(port) = debug_exit {
             ports.add("debug exit", port, DebugExit::LEN, DebugExit::new(events))?;
-            let lines = Arc::new(TestLines::new(&chipset.router));
-            ports.add("test lines", TestLines::PORT, TestLines::LEN, lines)?;
+            // Test kernels that end through this port expect its companion as well.
+            add_test_device(&chipset.router, ports, mmio)?;
         }
         let base = layout::IOAPIC_BASE.into();
         mmio.add("ioapic", base, IoApic::MMIO_LEN, chipset.ioapic.clone())?;
@@ -191,33 +191,6 @@ impl Chipset {
         self.ioapic.restore(ioapic)?;
         self.pic.restore(pic)?;
         Ok(())
-    }
-}
-
-/// The ports with which test kernels drive interrupt lines, where they also have the debug-exit
-/// port: a write to port 0x2000 + n asserts GSI n, or deasserts it if it is zero.
-struct TestLines {
-    lines: [IrqLine; IOAPIC_PINS],
-}
-
-impl TestLines {
-    const PORT: u16 = 0x2000;
-    const LEN: u16 = IOAPIC_PINS as u16;
-
-    fn new(router: &Arc<InterruptRouter>) -> Self {
-        Self {
-            lines: std::array::from_fn(|gsi| router.line(gsi as u32)),
-        }
-    }
-}
-
-impl PortDevice for TestLines {
-    fn read(&self, _offset: u16, _data: &mut [u8]) {}
-
-    fn write(&self, offset: u16, data: &[u8]) {
-        if let Some(line) = self.lines.get(usize::from(offset)) {
-            line.set(data.iter().any(|byte| *byte != 0));
-        }
     }
 }
 

@@ -1,5 +1,5 @@
 //! A multiboot kernel of one page, assembled into the test program itself: the first letter of its
-//! command line says what it does.
+//! arguments says what it does.
 #![expect(
     unsafe_code,
     reason = "the guest's code is assembled here and read as bytes between two symbols"
@@ -23,6 +23,10 @@ global_asm!(
     "jne fail",
     "mov esp, 0x104000",
     "mov ebp, [ebx + 16]", // command line
+    "2: mov al, [ebp]",    // its first word is the kernel's name
+    "inc ebp",
+    "cmp al, 0x20",
+    "jne 2b",
     "mov al, [ebp]",
     "cmp al, 'e'",
     "je echo",
