@@ -18,6 +18,8 @@ mod control;
 mod env;
 mod host;
 mod image;
+#[cfg(test)]
+mod tests;
 mod x87;
 mod xsave;
 

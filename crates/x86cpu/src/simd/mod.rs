@@ -12,6 +12,8 @@ mod mxcsr;
 pub(crate) mod operand;
 mod random;
 mod run;
+#[cfg(test)]
+mod tests;
 pub(crate) mod thunk;
 
 use iced_x86::{EncodingKind, Instruction};

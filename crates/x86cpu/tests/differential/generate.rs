@@ -345,7 +345,11 @@ impl Generator {
         if !self.usable.contains(&i.code()) || differs(i) {
             return false;
         }
-        if i.is_stack_instruction() || i.is_string_instruction() || is_environment(i.mnemonic()) {
+        if i.is_stack_instruction()
+            || i.is_string_instruction()
+            || is_environment(i.mnemonic())
+            || i.mnemonic() == Mnemonic::Xlatb
+        {
             return false;
         }
         let undefined_result = matches!(
