@@ -28,8 +28,8 @@ pub struct CpuShared {
     pub posted: [AtomicU32; 8],
     /// For each posted vector, whether it is level-triggered.
     pub posted_level: [AtomicU32; 8],
-    /// NMI posted.
-    pub nmi: AtomicBool,
+    /// NMIs posted.
+    pub nmi: AtomicU32,
     /// INIT posted.
     pub init: AtomicBool,
     /// SIPI posted: 0x100 | vector.
@@ -54,7 +54,7 @@ impl Default for CpuShared {
             requests: AtomicU32::new(0),
             posted: Default::default(),
             posted_level: Default::default(),
-            nmi: AtomicBool::new(false),
+            nmi: AtomicU32::new(0),
             init: AtomicBool::new(false),
             sipi: AtomicU32::new(0),
             apic_id: AtomicU32::new(0),

@@ -154,6 +154,10 @@ impl Cpu {
             }
             reg::LVT_TIMER..=reg::LVT_ERROR => {
                 let i = (index - reg::LVT_TIMER) as usize;
+                if i == lvt::TIMER {
+                    // What is over by now is over under the old mode.
+                    self.apic_timer_due();
+                }
                 self.apic.write_lvt(i, value);
                 if i == lvt::TIMER {
                     self.apic_arm_timer();
@@ -264,6 +268,7 @@ impl Cpu {
         if old != new {
             if new == 0 {
                 self.apic.reset();
+                self.apic.id = self.id as u8;
                 self.apic_arm_timer();
             }
             self.apic.ldr = if new == mode_bits {

@@ -97,7 +97,7 @@ impl Machine {
     /// Posts a non-maskable interrupt, from any thread.
     pub fn post_nmi(&self, cpu: u32) {
         if let Some(shared) = self.cpus.get(cpu as usize).and_then(|slot| slot.get()) {
-            shared.nmi.store(true, Ordering::SeqCst);
+            shared.nmi.fetch_add(1, Ordering::SeqCst);
             self.signal(cpu, shared);
         }
     }
@@ -255,9 +255,12 @@ impl Cpu {
                 self.apic.accept(vector, level & (1 << bit) != 0);
             }
         }
-        if self.shared.nmi.load(Ordering::Relaxed) && self.shared.nmi.swap(false, Ordering::SeqCst)
-        {
-            self.sys.events.nmi_pending = true;
+        if self.shared.nmi.load(Ordering::Relaxed) != 0 {
+            // One is taken at once unless masked, and one more is latched (SDM 3A §7.7.1).
+            let events = &mut self.sys.events;
+            let limit = if events.nmi_masked { 1 } else { 2 };
+            let posted = self.shared.nmi.swap(0, Ordering::SeqCst).min(limit) as u8;
+            events.nmis_pending = (events.nmis_pending + posted).min(limit as u8);
         }
     }
 

@@ -233,7 +233,7 @@ fn messages() {
     machine.deliver_msi(0xfee0_1000, 0x400).expect("NMI");
     assert_eq!(irr(&mut cpus[1]), [0x61, 0x62]);
     assert_eq!(irr(&mut cpus[0]), [0x62]);
-    assert!(cpus[1].sys.events.nmi_pending);
+    assert_eq!(cpus[1].sys.events.nmis_pending, 1);
     assert_eq!(
         machine.deliver_msi(0xfee0_0000, 3),
         Err(InvalidMessage::Vector(3))
@@ -327,4 +327,36 @@ fn processors_start_each_other() {
     boot.apic_mmio_write(0xf0, 4, 0x1ff);
     send(&mut second, 0, 0x77);
     assert_eq!(irr(&mut boot), [0x77]);
+}
+
+#[test]
+fn expired_count_stays_at_zero_in_another_mode() {
+    let (host, mut cpu) = one();
+    cpu.apic_mmio_write(0x320, 4, 0x1_0040);
+    cpu.apic_mmio_write(0x3e0, 4, 0b1011);
+    cpu.apic_mmio_write(0x380, 4, 1000);
+    // Over, but nobody has looked yet.
+    host.clock.store(1500, Ordering::SeqCst);
+    cpu.apic_mmio_write(0x320, 4, 0x3_0040);
+    assert_eq!(cpu.apic_mmio_read(0x390, 4), 0);
+}
+
+#[test]
+fn disabling_brings_the_id_back() {
+    let (_, mut cpu) = one();
+    cpu.apic_mmio_write(0x20, 4, 7 << 24);
+    assert_eq!(cpu.apic.id(), 7);
+    cpu.write_msr(0x1b, 0xfee0_0100).expect("disabled");
+    cpu.write_msr(0x1b, 0xfee0_0900).expect("enabled");
+    assert_eq!(cpu.apic.id(), 0);
+}
+
+#[test]
+fn two_nmis_are_kept() {
+    let (_, mut cpu) = one();
+    for _ in 0..5 {
+        cpu.machine.post_nmi(0);
+    }
+    cpu.collect_interrupts();
+    assert_eq!(cpu.sys.events.nmis_pending, 2);
 }

@@ -89,7 +89,7 @@ impl Cpu {
         events.mov_ss_shadow = true;
         self.sys.events.shadow_rip = self.next_rip(op);
         self.want_events_if_pending();
-        if self.sys.events.nmi_pending || self.rflags & rflags::TF != 0 {
+        if self.sys.events.nmis_pending != 0 || self.rflags & rflags::TF != 0 {
             self.want_events();
         }
     }
@@ -156,7 +156,7 @@ impl Cpu {
             Activity::WaitForInit | Activity::WaitForSipi => {
                 return Next::Exit(CpuExit::WaitForSipi);
             }
-            Activity::Shutdown if !self.sys.events.nmi_pending => {
+            Activity::Shutdown if self.sys.events.nmis_pending == 0 => {
                 return Next::Exit(CpuExit::Shutdown);
             }
             _ => {}
@@ -202,11 +202,9 @@ impl Cpu {
         if let Some(exit) = self.deliver_debug() {
             return Some(exit);
         }
-        if self.sys.events.nmi_pending
-            && !self.sys.events.nmi_masked
-            && !self.sys.events.mov_ss_shadow
-        {
-            self.sys.events.nmi_pending = false;
+        let shadow = self.sys.events.sti_shadow || self.sys.events.mov_ss_shadow;
+        if self.sys.events.nmis_pending != 0 && !self.sys.events.nmi_masked && !shadow {
+            self.sys.events.nmis_pending -= 1;
             self.sys.events.nmi_masked = true;
             if let Some(exit) = self.deliver_interrupt(vector::NMI) {
                 return Some(exit);

@@ -32,7 +32,7 @@ pub(super) fn iret(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     } else {
         cpu.iret_protected(size)?;
     }
-    if std::mem::take(&mut cpu.sys.events.nmi_masked) && cpu.sys.events.nmi_pending {
+    if std::mem::take(&mut cpu.sys.events.nmi_masked) && cpu.sys.events.nmis_pending != 0 {
         cpu.want_events();
     }
     Ok(())

@@ -4,7 +4,7 @@
 use crate::code::Op;
 use crate::cpu::{Cpu, seg};
 use crate::flags::rflags;
-use crate::sys::descriptor::{Descriptor, is_null, system_type};
+use crate::sys::descriptor::{Descriptor, canonical, is_null, system_type};
 use crate::sys::operand::{read_rm16, write_sized};
 use crate::sys::state::{Segment, attr};
 use crate::trap::{Trap, vector};
@@ -275,6 +275,9 @@ impl Cpu {
         if self.sys.long_mode() {
             ldt.base |= self.read_descriptor_high(selector, fault)? << 32;
         }
+        if !canonical(ldt.base) {
+            return Err(self.selector_fault(vector::GP, selector));
+        }
         self.sys.ldt = ldt;
         Ok(())
     }
@@ -302,9 +305,13 @@ impl Cpu {
         } else {
             0
         };
-        self.mark_descriptor(&mut d, BUSY)?;
         let mut tr = d.segment(selector);
         tr.base |= high << 32;
+        if !canonical(tr.base) {
+            return Err(self.selector_fault(vector::GP, selector));
+        }
+        self.mark_descriptor(&mut d, BUSY)?;
+        tr.attributes = d.attributes();
         self.sys.tr = tr;
         Ok(())
     }

@@ -221,7 +221,7 @@ impl Cpu {
             sti_shadow: sti || shadowed(events.sti_shadow),
             mov_ss_shadow: mov_ss || shadowed(events.mov_ss_shadow),
             nmi_injected: false,
-            nmi_pending: events.nmi_pending,
+            nmi_pending: events.nmis_pending != 0,
             nmi_masked: events.nmi_masked,
         }
     }
@@ -319,7 +319,7 @@ impl Cpu {
         for word in shared.posted.iter().chain(&shared.posted_level) {
             word.store(0, Ordering::SeqCst);
         }
-        shared.nmi.store(false, Ordering::SeqCst);
+        shared.nmi.store(0, Ordering::SeqCst);
         shared.init.store(false, Ordering::SeqCst);
         shared.sipi.store(0, Ordering::SeqCst);
     }
@@ -563,7 +563,7 @@ fn checked_events(events: &Events) -> Result<EventState, InvalidState> {
         sti_shadow: events.sti_shadow,
         mov_ss_shadow: events.mov_ss_shadow,
         nmi_masked: events.nmi_masked && !events.nmi_injected,
-        nmi_pending: events.nmi_pending || events.nmi_injected,
+        nmis_pending: u8::from(events.nmi_pending || events.nmi_injected),
         ..EventState::default()
     };
     if let Some(exception) = events.exception {

@@ -317,8 +317,8 @@ pub struct EventState {
     pub mov_ss_shadow: bool,
     /// NMIs wait until IRET.
     pub nmi_masked: bool,
-    /// An NMI waits.
-    pub nmi_pending: bool,
+    /// NMIs that wait: at most one to be taken and one latched behind it.
+    pub nmis_pending: u8,
     /// Bits of DR6 of a debug trap to be taken before the next instruction; 0 for none.
     pub pending_debug: u64,
     /// An exception whose delivery goes on (only after a state was loaded).

@@ -327,7 +327,7 @@ fn nmis_are_masked_until_iret() {
     // Still halted: the second waits.
     assert!(matches!(k.run(), CpuExit::Halted { .. }));
     assert_eq!(k.rip, HANDLERS + 33);
-    assert!(k.sys.events.nmi_pending && k.sys.events.nmi_masked);
+    assert!(k.sys.events.nmis_pending == 1 && k.sys.events.nmi_masked);
     k.sys.activity = crate::sys::state::Activity::Running;
     // IRETQ opens the gate: the second comes before the interrupted code goes on.
     assert_eq!(k.resume_to_handler(), vector::NMI);
