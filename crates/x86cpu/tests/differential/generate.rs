@@ -127,7 +127,7 @@ pub struct Generator {
 /// Name of an instruction's family, for counting.
 fn family(code: Code) -> String {
     let feature = code.cpuid_features().first().copied();
-    let name = match feature {
+    match feature {
         None
         | Some(
             CpuidFeature::INTEL8086
@@ -139,8 +139,7 @@ fn family(code: Code) -> String {
         ) => "integer".to_owned(),
         Some(CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387) => "x87".to_owned(),
         Some(feature) => format!("{feature:?}").to_lowercase(),
-    };
-    name
+    }
 }
 
 fn usable(code: Code, offered: &dyn Fn(&[CpuidFeature]) -> bool) -> bool {
@@ -461,7 +460,7 @@ impl Generator {
             // Neither single steps nor alignment checks.
             let at = 4096 + 8 * random.below(64) as usize;
             state.gpr[4] = DATA + at as u64;
-            let flags = random.next() & 0x8d5 | 0x202;
+            let flags = random.bits() & 0x8d5 | 0x202;
             state.data[at..at + 8].copy_from_slice(&flags.to_le_bytes());
         }
         if matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd) {
@@ -509,7 +508,7 @@ impl Generator {
                 value
             };
             state.gpr[base.number()] = if bits32 {
-                value & 0xffff_ffff | random.next() << 32
+                value & 0xffff_ffff | random.bits() << 32
             } else {
                 value
             };
@@ -710,8 +709,9 @@ fn implicit_or_immediate(random: &mut Random, i: &mut Instruction, k: u32, kind:
         _ => op_kind,
     };
     // ENTER has two immediates.
-    let second = k > 0 && op_kind == OpKind::Immediate8 && i.op_kind(k - 1) == OpKind::Immediate16
-        || k > 0 && op_kind == OpKind::Immediate8 && i.op_kind(k - 1) == OpKind::Immediate8;
+    let after_immediate =
+        k > 0 && matches!(i.op_kind(k - 1), OpKind::Immediate16 | OpKind::Immediate8);
+    let second = after_immediate && op_kind == OpKind::Immediate8;
     let op_kind = if second {
         OpKind::Immediate8_2nd
     } else {
@@ -784,11 +784,11 @@ fn address(random: &mut Random, i: &mut Instruction, size: u64, style: Style, st
             0 => {}
             1 => {
                 i.set_memory_displ_size(1);
-                i.set_memory_displacement64(i64::from(random.next() as i8) as u64);
+                i.set_memory_displacement64(i64::from(random.bits() as i8) as u64);
             }
             _ => {
                 i.set_memory_displ_size(if short { 4 } else { 8 });
-                let disp = i64::from(random.next() as i32 >> random.below(20)) as u64;
+                let disp = i64::from(random.bits() as i32 >> random.below(20)) as u64;
                 i.set_memory_displacement64(if short { disp & 0xffff_ffff } else { disp });
             }
         }

@@ -30,7 +30,7 @@ use state::Random;
 const DEFAULT_CASES: u64 = if cfg!(debug_assertions) {
     100_000
 } else {
-    1_200_000
+    2_000_000
 };
 
 struct Options {
@@ -125,7 +125,7 @@ fn run(options: &Options) -> Result<u64, String> {
     loop {
         let done = match limit {
             _ if options.case.is_some_and(|case| number > case) => true,
-            Some(limit) => number % 256 == 0 && started.elapsed() > limit,
+            Some(limit) => number.is_multiple_of(256) && started.elapsed() > limit,
             None => number >= options.cases && options.case.is_none(),
         };
         if done || tally.reported.len() as u64 >= options.mismatches {

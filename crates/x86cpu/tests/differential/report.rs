@@ -98,70 +98,52 @@ pub fn compare(case: &Case, host: (&End, &State), ours: (&End, &State)) -> Vec<S
     out.extend(compare_ends(case, host.0, ours.0));
     let end = host.0;
     let (host, ours) = (host.1, ours.1);
-    let mut differs = |name: &str, host: String, ours: String| {
+    let mut number = |name: &str, host: u64, ours: u64| {
         if host != ours {
-            out.push(format!("{name}: host {host}, interpreter {ours}"));
+            out.push(format!("{name}: host {host:04x}, interpreter {ours:04x}"));
         }
     };
     for (n, name) in REGISTERS.iter().enumerate() {
-        differs(
-            name,
-            format!("{:016x}", host.gpr[n]),
-            format!("{:016x}", ours.gpr[n]),
-        );
+        number(name, host.gpr[n], ours.gpr[n]);
     }
     let mask = FLAGS & !case.undefined_flags(end);
-    differs(
-        "flags",
-        format!("{:03x}", host.flags & mask),
-        format!("{:03x}", ours.flags & mask),
-    );
+    number("flags", host.flags & mask, ours.flags & mask);
+    let mask = comparable_mxcsr(case, end, host.mxcsr());
+    let mxcsr = |state: &State| u64::from(state.mxcsr() & mask);
+    number("mxcsr", mxcsr(host), mxcsr(ours));
+    number("fcw", host.fcw().into(), ours.fcw().into());
+    number("fsw", host.fsw().into(), ours.fsw().into());
+    number("tags", host.tags().into(), ours.tags().into());
     for n in 0..16 {
-        differs(
-            &format!("ymm{n}"),
-            hex(&host.vector(n)),
-            hex(&ours.vector(n)),
-        );
-    }
-    let mxcsr = comparable_mxcsr(case, end, host.mxcsr());
-    differs(
-        "mxcsr",
-        format!("{:04x}", host.mxcsr() & mxcsr),
-        format!("{:04x}", ours.mxcsr() & mxcsr),
-    );
-    differs(
-        "fcw",
-        format!("{:04x}", host.fcw()),
-        format!("{:04x}", ours.fcw()),
-    );
-    differs(
-        "fsw",
-        format!("{:04x}", host.fsw()),
-        format!("{:04x}", ours.fsw()),
-    );
-    differs(
-        "tags",
-        format!("{:02x}", host.tags()),
-        format!("{:02x}", ours.tags()),
-    );
-    for n in 0..8 {
-        differs(&format!("st{n}"), hex(host.st(n)), hex(ours.st(n)));
-    }
-    if host.data != ours.data {
-        let differing: Vec<usize> = (0..host.data.len())
-            .filter(|&n| host.data[n] != ours.data[n])
-            .filter(|n| !case.ignored.iter().any(|range| range.contains(n)))
-            .collect();
-        for n in differing.iter().take(8) {
-            let (h, o) = (host.data[*n], ours.data[*n]);
-            out.push(format!(
-                "memory {:x}: host {h:02x}, interpreter {o:02x}, before {:02x}",
-                DATA + *n as u64,
-                case.start.data[*n]
-            ));
+        let (h, o) = (host.vector(n), ours.vector(n));
+        if h != o {
+            out.push(format!("ymm{n}: host {}, interpreter {}", hex(&h), hex(&o)));
         }
     }
+    for n in 0..8 {
+        let (h, o) = (host.st(n), ours.st(n));
+        if h != o {
+            out.push(format!("st{n}: host {}, interpreter {}", hex(h), hex(o)));
+        }
+    }
+    if host.data != ours.data {
+        compare_data(case, host, ours, &mut out);
+    }
     out
+}
+
+fn compare_data(case: &Case, host: &State, ours: &State, out: &mut Vec<String>) {
+    let differing = (0..host.data.len())
+        .filter(|&n| host.data[n] != ours.data[n])
+        .filter(|n| !case.ignored.iter().any(|range| range.contains(n)));
+    for n in differing.take(8) {
+        let (h, o) = (host.data[n], ours.data[n]);
+        out.push(format!(
+            "memory {:x}: host {h:02x}, interpreter {o:02x}, before {:02x}",
+            DATA + n as u64,
+            case.start.data[n]
+        ));
+    }
 }
 
 /// The bits of MXCSR that an unmasked exception defines for certain: dot products compute in steps,

@@ -25,7 +25,7 @@ impl Random {
         Self((seed ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -34,7 +34,7 @@ impl Random {
 
     /// Less than `n`.
     pub fn below(&mut self, n: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(n) >> 64) as u64
+        ((u128::from(self.bits()) * u128::from(n)) >> 64) as u64
     }
 
     /// True once in `n`.
@@ -69,10 +69,10 @@ impl Random {
         match self.below(8) {
             0 | 1 => self.pick(&EDGES),
             2 => self.below(256),
-            3 => self.next() & 0xffff_ffff,
+            3 => self.bits() & 0xffff_ffff,
             4 => (1 << self.below(64)) | (1 << self.below(64)),
-            5 => (self.next() as i32) as i64 as u64,
-            _ => self.next(),
+            5 => (self.bits() as i32) as i64 as u64,
+            _ => self.bits(),
         }
     }
 
@@ -105,8 +105,8 @@ impl Random {
         match self.below(4) {
             0 => self.pick(&EDGES),
             1 => (self.below(2000) as f64 - 1000.0).to_bits(),
-            2 => (self.next() & 0x800f_ffff_ffff_ffff) | (1013 + self.below(20)) << 52,
-            _ => self.next(),
+            2 => (self.bits() & 0x800f_ffff_ffff_ffff) | (1013 + self.below(20)) << 52,
+            _ => self.bits(),
         }
     }
 
@@ -129,8 +129,8 @@ impl Random {
         match self.below(4) {
             0 => self.pick(&EDGES),
             1 => (self.below(2000) as f32 - 1000.0).to_bits(),
-            2 => (self.next() as u32 & 0x807f_ffff) | (117 + self.below(20) as u32) << 23,
-            _ => self.next() as u32,
+            2 => (self.bits() as u32 & 0x807f_ffff) | (117 + self.below(20) as u32) << 23,
+            _ => self.bits() as u32,
         }
     }
 
@@ -139,7 +139,7 @@ impl Random {
         let (significand, exponent) = match self.below(6) {
             0 => (0, 0),
             1 => (1 << 63, 0x3fff),
-            2 => (self.next() | 1 << 63, 0x3ff0 + self.below(0x40)),
+            2 => (self.bits() | 1 << 63, 0x3ff0 + self.below(0x40)),
             3 => self.pick(&[
                 (1 << 63, 0x7fff),
                 (3 << 62, 0x7fff),
@@ -149,9 +149,9 @@ impl Random {
                 (1 << 63, 1),
                 (1 << 62, 0x3fff),
             ]),
-            _ => (self.next() | 1 << 63, self.below(0x8000)),
+            _ => (self.bits() | 1 << 63, self.below(0x8000)),
         };
-        let sign = (self.next() & 1) << 15;
+        let sign = (self.bits() & 1) << 15;
         let mut bytes = [0; 10];
         bytes[..8].copy_from_slice(&significand.to_le_bytes());
         bytes[8..].copy_from_slice(&((exponent | sign) as u16).to_le_bytes());
@@ -175,12 +175,12 @@ impl State {
     pub fn random(random: &mut Random) -> Self {
         let mut data = vec![0; DATA_LEN];
         for chunk in data.chunks_exact_mut(8) {
-            let value = random.next();
+            let value = random.bits();
             chunk.copy_from_slice(&value.to_le_bytes());
         }
         Self {
             gpr: std::array::from_fn(|_| random.integer()),
-            flags: random.next() & FLAGS & if random.one_in(4) { !0 } else { !0x400 } | 2,
+            flags: random.bits() & FLAGS & if random.one_in(4) { !0 } else { !0x400 } | 2,
             fs_base: DATA + random.below(4096),
             gs_base: DATA + random.below(4096),
             xsave: random_xsave(random),
@@ -227,8 +227,8 @@ pub fn random_xsave(random: &mut Random) -> [u8; XSAVE_LEN] {
     let mut image = [0; XSAVE_LEN];
     let fcw: u16 = match random.below(12) {
         0 => 0x37f & !(1 << random.below(6)),
-        1 => random.next() as u16 & 0xf00 | 0x7f,
-        2 => random.next() as u16 & 0xf3f | 0x40,
+        1 => random.bits() as u16 & 0xf00 | 0x7f,
+        2 => random.bits() as u16 & 0xf3f | 0x40,
         _ => 0x37f,
     };
     let top = if random.one_in(3) {
@@ -236,9 +236,9 @@ pub fn random_xsave(random: &mut Random) -> [u8; XSAVE_LEN] {
     } else {
         random.below(8) as u16
     };
-    let mut fsw = top << 11 | random.next() as u16 & 0x4700;
+    let mut fsw = top << 11 | random.bits() as u16 & 0x4700;
     if random.one_in(6) {
-        fsw |= random.next() as u16 & 0x7f;
+        fsw |= random.bits() as u16 & 0x7f;
     }
     // The summary bits follow from the others.
     if fsw & !fcw & 0x3f != 0 {
@@ -250,17 +250,17 @@ pub fn random_xsave(random: &mut Random) -> [u8; XSAVE_LEN] {
         0 => 0,
         1 => 0xff,
         2 => 0x0fu8.rotate_left(u32::from(top)),
-        _ => random.next() as u8,
+        _ => random.bits() as u8,
     };
     for st in 0..8 {
         image[32 + 16 * st..][..10].copy_from_slice(&random.extended());
     }
     let mxcsr: u32 = match random.below(12) {
-        0 => random.next() as u32 & 0xffff,
-        1 => random.next() as u32 & 0x6000 | 0x1f80,
-        2 => random.next() as u32 & 0xe07f | 0x1f80,
+        0 => random.bits() as u32 & 0xffff,
+        1 => random.bits() as u32 & 0x6000 | 0x1f80,
+        2 => random.bits() as u32 & 0xe07f | 0x1f80,
         3 => 0x1f80 & !(0x80 << random.below(6)),
-        4 => 0x1f80 | random.next() as u32 & 0x3f,
+        4 => 0x1f80 | random.bits() as u32 & 0x3f,
         _ => 0x1f80,
     };
     image[24..28].copy_from_slice(&mxcsr.to_le_bytes());

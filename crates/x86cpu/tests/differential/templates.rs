@@ -135,8 +135,8 @@ pub fn save_restore(random: &mut Random) -> Option<Case> {
     };
     let mut start = State::random(random);
     let requested = if random.one_in(2) { 7 } else { random.below(8) };
-    start.gpr[0] = requested | random.next() << 32;
-    start.gpr[2] = random.next() << 32;
+    start.gpr[0] = requested | random.bits() << 32;
+    start.gpr[2] = random.bits() << 32;
     let mut at = DATA + 64 * random.below((DATA_WRITABLE - XSAVE_LEN) as u64 / 64);
     match random.below(24) {
         0 => at += 8 * random.below(8),
