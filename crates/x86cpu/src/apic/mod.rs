@@ -55,7 +55,6 @@ mod error {
 mod delivery {
     pub(super) const FIXED: u32 = 0;
     pub(super) const LOWEST: u32 = 1;
-    pub(super) const SMI: u32 = 2;
     pub(super) const NMI: u32 = 4;
     pub(super) const INIT: u32 = 5;
     pub(super) const STARTUP: u32 = 6;

@@ -54,7 +54,7 @@ impl LocalApic {
     }
 
     /// An APIC with the page's registers. The timer's count-down goes on from its current count.
-    pub(crate) fn from_page(
+    pub(crate) fn with_page(
         &self,
         apic_base: u64,
         address_bits: u32,

@@ -160,10 +160,10 @@ impl Machine {
 
     fn send(&self, cpu: u32, shared: &CpuShared, message: Message) {
         match message.mode {
-            delivery::FIXED => {
-                if shared.apic_mode.load(Ordering::SeqCst) & mode::SOFTWARE_ENABLED != 0 {
-                    self.post(cpu, message.vector, message.level);
-                }
+            delivery::FIXED
+                if shared.apic_mode.load(Ordering::SeqCst) & mode::SOFTWARE_ENABLED != 0 =>
+            {
+                self.post(cpu, message.vector, message.level);
             }
             delivery::NMI => self.post_nmi(cpu),
             delivery::INIT => {
@@ -178,8 +178,8 @@ impl Machine {
                     .store(0x100 | u32::from(message.vector), Ordering::SeqCst);
                 self.signal(cpu, shared);
             }
-            // There is no system management mode, and ExtINT comes by `inject_extint`.
-            delivery::SMI | delivery::EXTINT => {}
+            // A disabled APIC takes no vectors; there is no system management mode; ExtINT comes
+            // by `inject_extint`.
             _ => {}
         }
     }
@@ -238,6 +238,30 @@ impl Cpu {
             2 => machine.route(message, |_, _| true),
             _ => machine.route(message, |i, _| i != me),
         }
+    }
+
+    /// Sends the interrupt that `icr` describes (fixed or NMI) to the processors whose ids are
+    /// `first` plus a bit of `set`; returns how many there are.
+    pub(crate) fn apic_send_to_set(&mut self, set: u128, first: u32, icr: u64) -> u32 {
+        let message = Message {
+            mode: ((icr >> 8) & 7) as u32,
+            vector: icr as u8,
+            level: false,
+        };
+        let fixed = message.mode == delivery::FIXED && message.vector >= 16;
+        if !fixed && message.mode != delivery::NMI {
+            return 0;
+        }
+        let mut sent = 0;
+        for (i, shared) in self.machine.cpus() {
+            let id = shared.apic_id.load(Ordering::SeqCst);
+            let bit = id.checked_sub(first).filter(|bit| *bit < 128);
+            if bit.is_some_and(|bit| set & (1 << bit) != 0) {
+                self.machine.send(i, shared, message);
+                sent += 1;
+            }
+        }
+        sent
     }
 
     /// Moves what other threads posted into the APIC.

@@ -30,6 +30,7 @@ impl Host for StandingHost {
     }
 }
 
+#[expect(clippy::vec_box, reason = "processors are made in boxes")]
 fn machine(count: usize) -> (Arc<StandingHost>, Vec<Box<Cpu>>) {
     let host = Arc::new(StandingHost::default());
     let machine = Arc::new(Machine::new(host.clone(), count));
@@ -278,7 +279,7 @@ fn page_comes_back() {
     let (_, fresh) = one();
     let apic = fresh
         .apic
-        .from_page(0xfee0_0900, 46, &page, 0, 10_000)
+        .with_page(0xfee0_0900, 46, &page, 0, 10_000)
         .expect("valid");
     assert_eq!(apic.page(10_000), page);
     assert!(apic.accepts_extint());
@@ -359,4 +360,16 @@ fn two_nmis_are_kept() {
     }
     cpu.collect_interrupts();
     assert_eq!(cpu.sys.events.nmis_pending, 2);
+}
+
+#[test]
+fn sets_of_processors() {
+    let (_, mut cpus) = machine(3);
+    assert_eq!(cpus[0].apic_send_to_set(0b101, 0, 0x48), 2);
+    assert_eq!(cpus[0].apic_send_to_set(0b1, 2, 0x49), 1);
+    assert_eq!(cpus[0].apic_send_to_set(u128::MAX, u32::MAX, 0x4a), 0);
+    assert_eq!(cpus[0].apic_send_to_set(1, 0, 0x4500), 0, "no INIT");
+    assert_eq!(irr(&mut cpus[0]), [0x48]);
+    assert!(irr(&mut cpus[1]).is_empty());
+    assert_eq!(irr(&mut cpus[2]), [0x48, 0x49]);
 }

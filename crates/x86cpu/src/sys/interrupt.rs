@@ -106,9 +106,7 @@ impl Cpu {
                 return_rip: self.rip,
                 resume_flag,
             };
-            let Some((second, code)) = self.try_deliver(&event) else {
-                return None;
-            };
+            let (second, code) = self.try_deliver(&event)?;
             if vector == vector::DF {
                 return Some(self.shutdown());
             }

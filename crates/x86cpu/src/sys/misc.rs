@@ -4,7 +4,7 @@
 use crate::code::{Op, op_flag};
 use crate::cpu::{Cpu, reg};
 use crate::cpuid::KVM_SIGNATURE;
-use crate::sys::operand::{size_of_op, write_register, write_sized};
+use crate::sys::operand::{size_of_op, truncate, write_register, write_sized};
 use crate::sys::stack::Stack;
 use crate::sys::state::{Activity, cr4};
 use crate::trap::Trap;
@@ -57,20 +57,28 @@ pub(super) fn hlt(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
     Ok(())
 }
 
-/// VMCALL, VMMCALL: the interface of KVM, of which no call is offered.
+/// VMCALL, VMMCALL: the interface of KVM, of which only the call that sends IPIs is there.
 pub(super) fn hypercall(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
+    const SEND_IPI: u64 = 10;
     const NOT_PERMITTED: i64 = -1;
     const NO_SUCH_CALL: i64 = -1000;
     let r = cpu.cpuid.get(0x4000_0000, 0).unwrap_or_default();
     if (r.ebx, r.ecx, r.edx) != KVM_SIGNATURE {
         return Err(cpu.ud());
     }
-    let answer = if cpu.cpl == 0 {
-        NO_SUCH_CALL
-    } else {
-        NOT_PERMITTED
-    };
     let size = if cpu.sys.mode.is64() { 8 } else { 4 };
+    let argument = |n: u8| truncate(cpu.gpr[usize::from(n)], size);
+    let answer = if cpu.cpl != 0 {
+        NOT_PERMITTED
+    } else if argument(reg::RAX) == SEND_IPI {
+        let low = u128::from(argument(reg::RBX));
+        let high = u128::from(argument(reg::RCX));
+        let set = low | (high << (8 * size));
+        let (first, icr) = (argument(reg::RDX) as u32, argument(reg::RSI));
+        i64::from(cpu.apic_send_to_set(set, first, icr))
+    } else {
+        NO_SUCH_CALL
+    };
     write_register(cpu, reg::RAX, size, answer as u64);
     Ok(())
 }

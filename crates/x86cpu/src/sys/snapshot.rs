@@ -474,7 +474,7 @@ impl Cpu {
         }
         let apic = self
             .apic
-            .from_page(base, bits, &state.lapic, state.tsc_deadline, now)?;
+            .with_page(base, bits, &state.lapic, state.tsc_deadline, now)?;
         Ok(apic)
     }
 }

@@ -166,7 +166,7 @@ impl Kernel {
     }
 
     /// Goes to privilege level 3, RIP and RSP as they are.
-    pub(super) fn to_user(&mut self, code: u16) {
+    pub(super) fn enter_user(&mut self, code: u16) {
         let long = code == USER_CODE64;
         let make = |selector, attributes| Segment {
             selector,

@@ -6,7 +6,7 @@ use crate::trap::vector;
 #[test]
 fn privilege_change_through_the_tss() {
     let mut k = Kernel::protected();
-    k.to_user(USER_CODE32);
+    k.enter_user(USER_CODE32);
     assert_eq!(k.run_to_handler(&[0xf4]), vector::GP);
     let frame: [u64; 6] = k.frame();
     assert_eq!(
@@ -62,7 +62,7 @@ fn call_gate_copies_parameters() {
     // 32-bit call gate, DPL 3, two parameters.
     let gate = (target & 0xffff) | (8 << 16) | (0xec02 << 32);
     k.put(GDT + u64::from(CALL_GATE), &gate.to_le_bytes());
-    k.to_user(USER_CODE32);
+    k.enter_user(USER_CODE32);
     // PUSH 0x11; PUSH 0x22; CALL FAR gate:0
     let code = [
         0x6a,

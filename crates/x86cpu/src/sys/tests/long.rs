@@ -9,7 +9,7 @@ const RF: u64 = rflags::RF;
 /// Runs `code` at level 3 until a handler halts; checks where the frame says it came from.
 fn user_fault(code: &[u8], expected: u8, error: Option<u64>, offset: u64) -> Kernel {
     let mut k = Kernel::long();
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     let vector = k.run_to_handler(code);
     assert_eq!(vector, expected);
     let frame: [u64; 6] = k.frame();
@@ -95,7 +95,7 @@ fn traps_push_the_next_instruction() {
 fn double_and_triple_fault() {
     let mut k = Kernel::long();
     k.gate(vector::GP, KERNEL_CODE, 0x0e, 0);
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     assert_eq!(k.run_to_handler(&[0xf4]), vector::DF);
     assert_eq!(k.frame::<2>(), [0, CODE]);
     assert_eq!(k.get(reg::RSP), IST1 - 48, "on its own stack");
@@ -104,7 +104,7 @@ fn double_and_triple_fault() {
     k.gate(vector::GP, KERNEL_CODE, 0x0e, 0);
     k.gate(vector::DF, KERNEL_CODE, 0x0e, 0);
     k.put(CODE, &[0x0f, 0x01, 0xf8, 0xf4]);
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     assert_eq!(k.run(), CpuExit::Shutdown);
 }
 
@@ -122,7 +122,7 @@ fn page_fault_in_delivery() {
     let mut k = Kernel::long();
     // The stack of level 0 is unmapped: #PF on the way of #PF.
     k.put(TSS + 4, &0x7f00_0000u64.to_le_bytes());
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     let code = [0xb8, 0, 0, 0, 0x7e, 0x8b, 0x00];
     assert_eq!(k.run_to_handler(&code), vector::DF);
     assert_eq!(k.sys.cr2, 0x7f00_0000 - 8);
@@ -176,7 +176,7 @@ fn iret_checks() {
     assert_eq!(k.frame::<1>(), [0]);
     // To a more privileged level.
     let mut k = Kernel::long();
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     k.put(STACK, &(CODE + 0x100).to_le_bytes());
     k.put(STACK + 8, &u64::from(KERNEL_CODE).to_le_bytes());
     assert_eq!(k.run_to_handler(&[0x48, 0xcf]), vector::GP);
@@ -203,7 +203,7 @@ fn with_syscalls() -> Kernel {
 #[test]
 fn syscall_and_sysret() {
     let mut k = with_syscalls();
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     k.rflags |= rflags::IF | rflags::DF;
     assert_eq!(k.run_to_handler(&[0x0f, 0x05]), 0x90);
     assert_eq!(k.get(reg::RCX), CODE + 2);
@@ -237,7 +237,7 @@ fn sysenter_and_sysexit() {
     assert_eq!(k.write_msr(0x174, u64::from(KERNEL_CODE)), Ok(()));
     assert_eq!(k.write_msr(0x175, 0x7800), Ok(()));
     assert_eq!(k.write_msr(0x176, HANDLERS + 16 * 0x91), Ok(()));
-    k.to_user(USER_CODE32);
+    k.enter_user(USER_CODE32);
     assert_eq!(k.run_to_handler(&[0x0f, 0x34]), 0x91);
     assert_eq!(k.get(reg::RSP), 0x7800);
     assert!(k.sys.mode.is64());
@@ -247,7 +247,7 @@ fn sysenter_and_sysexit() {
 #[test]
 fn single_step() {
     let mut k = Kernel::long();
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     k.rflags |= rflags::TF;
     k.want_events();
     // NOP; NOP
@@ -401,7 +401,7 @@ fn call_gate_to_level_0() {
     let low = (target & 0xffff) | (8 << 16) | (0xec00 << 32);
     k.put(GDT + u64::from(CALL_GATE), &low.to_le_bytes());
     k.put(GDT + u64::from(CALL_GATE) + 8, &0u64.to_le_bytes());
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     // CALL FAR [RIP]; pointer behind it.
     let mut code = vec![0xff, 0x1d, 0, 0, 0, 0];
     code.extend([0, 0, 0, 0, CALL_GATE as u8 | 3, 0]);
@@ -425,7 +425,7 @@ fn call_gate_to_level_0() {
 #[test]
 fn port_permissions() {
     let mut k = Kernel::long();
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     // OUT 0x80, AL
     assert_eq!(k.run_to_handler(&[0xe6, 0x80]), vector::GP);
     let mut k = Kernel::long();
@@ -437,7 +437,7 @@ fn port_permissions() {
     );
     assert_eq!(k.load_task_register(TSS_SELECTOR), Ok(()));
     k.put(TSS + 0x68 + 0x10, &[0xfe, 0xff]);
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     k.put(CODE, &[0xe6, 0x80, 0xe7, 0x80]);
     let exit = k.run();
     assert!(
@@ -507,7 +507,7 @@ fn control_register_rules() {
 fn umip_hides_tables() {
     let mut k = Kernel::long();
     assert_eq!(k.change_cr4(|v| v | cr4::UMIP), Ok(()));
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     // STR EAX
     assert_eq!(k.run_to_handler(&[0x0f, 0x00, 0xc8]), vector::GP);
 }
@@ -529,7 +529,7 @@ fn swapgs_and_bases() {
 fn alignment_check() {
     let mut k = Kernel::long();
     assert_eq!(k.change_cr0(|v| v | cr0::AM), Ok(()));
-    k.to_user(USER_CODE64);
+    k.enter_user(USER_CODE64);
     let flags = k.rflags_full() | rflags::AC;
     k.set_rflags(flags);
     k.set(reg::RDI, 0x40001);
