@@ -77,9 +77,10 @@ impl Cpu {
             };
             if let Some((from, delta)) = last.take() {
                 // SAFETY: `from` was forgotten above if the cache was cleared.
-                let (from, to) = unsafe { (from.get(), block.get()) };
-                // A link skips the checks of a block that goes on in another page.
-                if to.second_gpa().is_none() {
+                let from = unsafe { from.get() };
+                // A link must not skip the checks of a block that the jump cache doesn't take: one
+                // that goes on in another page, or that CS's limit cuts short.
+                if self.quick_block() == Some(block) {
                     from.link(delta, block);
                 }
             }
