@@ -35,14 +35,17 @@ impl<V: Vm> Supervisor<V> {
         loop {
             match self.control.next_task(deadline) {
                 Task::End(outcome) => {
-                    self.control.wait_parked();
+                    self.stop_processors();
                     return self.complete(outcome);
                 }
                 Task::Reset(source) => {
                     tracing::info!(?source, "machine reset");
-                    self.control.wait_parked();
+                    self.stop_processors();
                     match self.reset() {
-                        Ok(()) => self.control.run(),
+                        Ok(()) => {
+                            self.virtio.resume();
+                            self.control.run();
+                        }
                         Err(error) => self.control.end(Outcome::InternalError(chain(&error))),
                     }
                 }
@@ -63,6 +66,13 @@ impl<V: Vm> Supervisor<V> {
             }
             outcome => outcome,
         }
+    }
+
+    /// Waits until all processors are parked. Device queues stop first: a guest that feeds a queue on
+    /// one processor could keep another one, which serves it, from ever getting here.
+    fn stop_processors(&self) {
+        self.virtio.pause();
+        self.control.wait_parked();
     }
 
     /// The registers of all processors, which are parked.
@@ -174,6 +184,9 @@ impl std::fmt::Debug for MachineRemote {
 impl MachineRemote {
     /// Parks every processor and stops machine time and device threads.
     pub fn pause(&self) -> Result<(), MachineError> {
+        // Queues first, or a processor that serves one might never park; and again in case a reset
+        // that was under way has started them anew.
+        self.virtio.pause();
         if !self.control.pause() {
             return Err(MachineError::Ended);
         }
