@@ -270,6 +270,8 @@ fn repeat<O: StringOp, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
         }
         left -= done;
         set_index(cpu, op, reg::RCX, left);
+        // What devices answered so far belongs to elements that are done.
+        cpu.commit_devices();
         if O::CONDITIONAL && !goes_on(op, cpu.flags.zf()) {
             return Ok(());
         }

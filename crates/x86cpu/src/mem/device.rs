@@ -81,8 +81,11 @@ impl Cpu {
 
     /// Declares what the current instruction did so far done for good: the steps of a repeated
     /// string instruction. Its next device access is an exit of its own.
+    #[inline]
     pub fn commit_devices(&mut self) {
-        self.devices.clear();
+        if self.devices.is_active() {
+            self.devices.clear();
+        }
     }
 
     /// Whether the current instruction, before it is done, waits for or has had device answers.

@@ -477,6 +477,35 @@ fn devices_answer_an_instruction_one_access_at_a_time() {
 }
 
 #[test]
+fn a_repeated_instruction_asks_for_every_element() {
+    // repe cmpsb, both operands outside of RAM.
+    let mut t = TestCpu::new64();
+    t.write(CODE, &[0xf3, 0xa6, 0xe6, 0xf4]);
+    t.cpu.gpr[usize::from(reg::RSI)] = 0x1000_0000;
+    t.cpu.gpr[usize::from(reg::RDI)] = 0x1100_0000;
+    t.cpu.gpr[usize::from(reg::RCX)] = 5;
+    let mut reads = Vec::new();
+    loop {
+        match t.cpu.run() {
+            CpuExit::MmioRead { gpa, size: 1 } => {
+                reads.push(gpa);
+                // Equal at 0 to 2, different at 3.
+                let differs = gpa == 0x1100_0003;
+                t.cpu.complete_read((gpa & 0xff) + u64::from(differs));
+            }
+            CpuExit::PortOut { .. } => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    let wanted: Vec<u64> = (0..4)
+        .flat_map(|n| [0x1000_0000 + n, 0x1100_0000 + n])
+        .collect();
+    assert_eq!(reads, wanted);
+    assert_eq!(t.cpu.gpr[usize::from(reg::RCX)], 1);
+    assert_eq!(t.cpu.gpr[usize::from(reg::RSI)], 0x1000_0004);
+}
+
+#[test]
 fn a_store_into_the_next_instruction_takes_effect() {
     // mov byte [rip+1], 5 ; mov al, 1 (its immediate is overwritten)
     let mut t = TestCpu::new64();
