@@ -90,7 +90,10 @@ impl Cpu {
     /// IRET with NT: back to the task that the link names.
     pub(crate) fn return_from_task(&mut self, return_rip: u64) -> Result<(), Trap> {
         let base = self.sys.tr.base;
-        let link = self.load_lin::<u16>(self.table_address(base + LINK), Access::Supervisor)?;
+        let link = self.load_lin::<u16>(
+            self.table_address(base.wrapping_add(LINK)),
+            Access::Supervisor,
+        )?;
         if link & 4 != 0 || is_null(link) {
             return Err(self.selector_fault(vector::TS, link));
         }
@@ -126,7 +129,11 @@ impl Cpu {
         }
         if cause == Switch::Call {
             let old = self.sys.tr.selector;
-            self.store_lin::<u16>(base + LINK, old, Access::Supervisor)?;
+            self.store_lin::<u16>(
+                base.wrapping_add(LINK) & 0xffff_ffff,
+                old,
+                Access::Supervisor,
+            )?;
         }
         if cause != Switch::Return {
             self.mark_descriptor(&mut target, BUSY)?;
@@ -149,11 +156,11 @@ impl Cpu {
     fn read_task(&mut self, base: u64, wide: bool) -> Result<Task, Trap> {
         let mut task = Task::default();
         let word = |cpu: &mut Self, at: u64| {
-            cpu.load_lin::<u16>((base + at) & 0xffff_ffff, Access::Supervisor)
+            cpu.load_lin::<u16>(base.wrapping_add(at) & 0xffff_ffff, Access::Supervisor)
         };
         if wide {
             let long = |cpu: &mut Self, at: u64| {
-                cpu.load_lin::<u32>((base + at) & 0xffff_ffff, Access::Supervisor)
+                cpu.load_lin::<u32>(base.wrapping_add(at) & 0xffff_ffff, Access::Supervisor)
             };
             task.cr3 = long(self, 0x1c)?;
             task.eip = long(self, 0x20)?;
@@ -187,7 +194,7 @@ impl Cpu {
             flags &= !(rflags::NT as u32);
         }
         let selectors = self.sys.segments.map(|s| s.selector);
-        let at = |offset: u64| (base + offset) & 0xffff_ffff;
+        let at = |offset: u64| base.wrapping_add(offset) & 0xffff_ffff;
         if wide {
             self.store_lin::<u32>(at(0x20), return_rip as u32, Access::Supervisor)?;
             self.store_lin::<u32>(at(0x24), flags, Access::Supervisor)?;

@@ -127,3 +127,99 @@ fn paravirtual_clock_is_published() {
     let record = k.t.read(0x7_0100, 12);
     assert_eq!(record[4..8], 1_700_000_000u32.to_le_bytes());
 }
+
+/// A generator of bits that is the same in every run.
+struct Bits(u64);
+
+impl Bits {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A value with a few bits, or one that likes to be an edge.
+    fn value(&mut self) -> u64 {
+        match self.next() % 6 {
+            0 => 0,
+            1 => u64::MAX,
+            2 => 1 << (self.next() % 64),
+            3 => (1 << (self.next() % 64)) - 1,
+            4 => self.next() & 0xffff_ffff,
+            _ => self.next(),
+        }
+    }
+}
+
+fn damage(state: &mut CpuState, bits: &mut Bits) {
+    let v = bits.value();
+    let n = bits.next() as usize;
+    let s = &mut state.system;
+    match bits.next() % 24 {
+        0 => s.cr0 ^= v,
+        1 => s.cr4 ^= v,
+        2 => s.efer ^= v,
+        3 => s.cr3 = v,
+        4 => s.gdt.base = v,
+        5 => s.idt.limit = v as u16,
+        6 => s.segments[n % 6].base = v,
+        7 => s.segments[n % 6].attributes = v as u16,
+        8 => s.segments[n % 6].limit = v as u32,
+        9 => s.segments[n % 6].selector = v as u16,
+        10 => s.tr.base = v,
+        11 => s.tr.attributes ^= 1 << (n % 16),
+        12 => s.ldt.limit = v as u32,
+        13 => state.general.rip = v,
+        14 => state.general.rflags ^= v,
+        15 => state.general.gpr[n % 16] = v,
+        16 => state.dr7 = v,
+        17 => state.debug_address[n % 4] = v,
+        18 => state.lapic[n % 64] = v as u32,
+        19 => {
+            let len = state.msrs.len();
+            state.msrs[n % len].1 = v;
+        }
+        20 => state.tsc = v,
+        21 => s.apic_base ^= v,
+        22 => {
+            let len = state.xsave.len();
+            state.xsave[n % len] = v as u8;
+        }
+        _ => s.cr0 ^= cr0::PG | cr0::PE,
+    }
+}
+
+#[test]
+fn whatever_loads_runs_without_panic() {
+    let mut bits = Bits(0x1234_5678_9abc_def1);
+    let bases = [busy().save_state(), Kernel::protected().save_state()];
+    let mut accepted = 0;
+    let mut t = TestCpu::new64();
+    for round in 0..4000 {
+        let mut state = bases[round % 2].clone();
+        for _ in 0..1 + bits.next() % 4 {
+            damage(&mut state, &mut bits);
+        }
+        let code: Vec<u8> = (0..16).flat_map(|_| bits.next().to_le_bytes()).collect();
+        t.write(CODE, &code);
+        if t.cpu.load_state(&state).is_err() {
+            continue;
+        }
+        accepted += 1;
+        for _ in 0..8 {
+            if let crate::sys::Next::Exit(_) = t.cpu.poll_events() {
+                break;
+            }
+            if t.cpu.step().is_err()
+                && let crate::TrapKind::Fault { vector, error_code } = t.cpu.trap.kind
+                && t.cpu.deliver_exception(vector, error_code).is_some()
+            {
+                break;
+            }
+            t.cpu.after_step(true);
+        }
+        t.cpu.save_state();
+    }
+    assert!(accepted > 500, "{accepted}");
+}
