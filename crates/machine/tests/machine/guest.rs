@@ -163,7 +163,8 @@ global_asm!(
     "jmp eax",
     // INIT and SIPI to processor 1, which sets a byte.
     "application_processor:",
-    ".byte 0xbe", // mov esi, imm32
+    "mov dword ptr [0xfee000f0], 0x1ff", // KVM sends no messages from a disabled local APIC
+    ".byte 0xbe",                        // mov esi, imm32
     ".long 0x100000 + (trampoline - guest_start)",
     "mov edi, 0x8000",
     "mov ecx, 16",
