@@ -4,10 +4,6 @@
 pub const TIMED_OUT: u8 = 124;
 /// Skerry itself failed.
 pub const FAILED: u8 = 125;
-/// The command can't be invoked.
-pub const CANNOT_INVOKE: u8 = 126;
-/// The command is not found.
-pub const NOT_FOUND: u8 = 127;
 /// `skerry boot`: the guest crashed (triple fault, or it reported a panic).
 pub const GUEST_CRASHED: u8 = 123;
 /// A signal ended it: this and the signal's number.

@@ -63,6 +63,8 @@ pub fn man(args: &ManArgs) -> Result<u8> {
 fn page(dir: &Path, name: &str, command: clap::Command) -> Result<()> {
     let path = dir.join(format!("{name}.1"));
     let mut text = Vec::new();
-    clap_mangen::Man::new(command).title(name).render(&mut text)?;
+    clap_mangen::Man::new(command)
+        .title(name)
+        .render(&mut text)?;
     fs::write(&path, text).with_context(|| format!("Can't write {}", path.display()))
 }

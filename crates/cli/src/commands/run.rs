@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Receiver};
 use anyhow::Result;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec, run};
-use skerry_engine::{FailureKind, Paths, Progress, WinSize, images};
+use skerry_engine::{Paths, Progress, WinSize, images};
 
 use super::machine_options;
 use crate::args::RunArgs;
@@ -60,10 +60,7 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
         RunOutcome::Ended(status) => status.shell_code(),
         RunOutcome::NotStarted(failure) => {
             output::note(&failure.message);
-            match failure.kind {
-                FailureKind::NotFound => status::NOT_FOUND,
-                _ => failure.kind.shell_code(),
-            }
+            failure.kind.shell_code()
         }
         RunOutcome::TimedOut => {
             output::note("the time limit passed");
