@@ -416,7 +416,7 @@ pub fn supported(host: &HostFeatures) -> CpuidTable {
         // TSC at a constant rate.
         leaf(0x8000_0007, 0, 0, 0, 1 << 8),
         // 46 physical and 48 linear bits; no speculative store bypass.
-        leaf(0x8000_0008, 0x302e, 1 << 26, 0, 0),
+        leaf(0x8000_0008, 0x302e, bits(&[2, 26]), 0, 0),
         // LFENCE serialises, null selectors clear the base, automatic IBRS, neither SRSO nor TSA:
         // guest code is never predicted by addresses of the guest, so that it can do without
         // retpolines and VERW.

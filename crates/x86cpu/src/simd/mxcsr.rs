@@ -10,7 +10,7 @@
 
 use std::arch::asm;
 
-use super::run::{Pointers, is_mmx, pointers};
+use super::run::{Pointers, is_half, is_mmx, memory_size, pointers};
 use crate::Cpu;
 use crate::code::Op;
 use crate::fpu::{MXCSR_DEFAULT, MXCSR_FLAGS, X87_LEN, Ymm};
@@ -40,6 +40,10 @@ pub(super) fn call_guarded(cpu: &mut Cpu, op: &Op, memory: *mut u8) -> Result<u6
         flush = 0;
     }
     let (result, raised) = run(cpu, op, memory, control & !FLUSH_TO_ZERO | flush);
+    if is_half(op) && unmasked & UNDERFLOW != 0 && has_denormal_half(cpu, op, memory) {
+        // These are never flushed.
+        tiny = UNDERFLOW;
+    }
     let raised = raised | tiny;
     if raised & unmasked == 0 {
         cpu.fpu.set_mxcsr(guest | raised);
@@ -61,6 +65,22 @@ pub(super) fn call_guarded(cpu: &mut Cpu, op: &Op, memory: *mut u8) -> Result<u6
         return Err(cpu.ud());
     }
     Err(cpu.fault_plain(vector::XM))
+}
+
+/// Whether a result of VCVTPS2PH is denormal.
+fn has_denormal_half(cpu: &Cpu, op: &Op, memory: *const u8) -> bool {
+    let mut bytes = [0; 16];
+    if memory.is_null() {
+        bytes = cpu.fpu.ymm[usize::from(op.r0 & 15)].low().to_le_bytes();
+    } else {
+        let size = memory_size(op).min(16);
+        // SAFETY: what the thunk has just written: the caller's copy of the memory operand.
+        unsafe { memory.copy_to_nonoverlapping(bytes.as_mut_ptr(), size) };
+    }
+    bytes.chunks_exact(2).any(|half| {
+        let half = u16::from_le_bytes([half[0], half[1]]);
+        half & 0x7c00 == 0 && half & 0x3ff != 0
+    })
 }
 
 fn run(cpu: &mut Cpu, op: &Op, memory: *mut u8, control: u32) -> (u64, u32) {

@@ -14,7 +14,9 @@ use crate::trap::Trap;
 
 /// Bits of [`Op::aux`]: the memory operand, by [`MemoryUse`], and the class.
 mod aux {
-    pub(super) const SIZE: u32 = 0xff;
+    pub(super) const SIZE: u32 = 0x7f;
+    /// Results are halves (VCVTPS2PH).
+    pub(super) const HALF: u32 = 1 << 7;
     pub(super) const READ: u32 = 1 << 8;
     pub(super) const WRITE: u32 = 1 << 9;
     pub(super) const ALIGNED: u32 = 1 << 10;
@@ -89,6 +91,16 @@ pub(super) unsafe fn pointers(cpu: *mut Cpu, op: &Op, memory: *mut u8) -> Pointe
     })
 }
 
+/// Whether the op converts to half precision.
+pub(super) fn is_half(op: &Op) -> bool {
+    op.aux & aux::HALF != 0
+}
+
+/// Bytes of the memory operand.
+pub(super) fn memory_size(op: &Op) -> usize {
+    (op.aux & aux::SIZE) as usize
+}
+
 /// Whether the op works on MMX registers.
 pub(super) fn is_mmx(op: &Op) -> bool {
     op.aux & aux::MMX != 0
@@ -121,16 +133,20 @@ fn fast<const K0: u8, const K1: u8, const K2: u8, const ARITHMETIC: bool, const 
         }
     }
     let cpu: *mut Cpu = cpu;
-    // SAFETY: lowering has picked the handler that fits the thunk's operands; `at` is good for the
-    // operand's size, says the TLB; the processor is borrowed for the call.
+    // SAFETY: lowering has picked the handler that fits the thunk's operands (pointers that it
+    // doesn't take needn't be passed); `at` is good for the operand's size, says the TLB; the
+    // processor is borrowed for the call.
     unsafe {
-        let pointers = [
-            pointer(cpu, K0, op.r0, at),
-            pointer(cpu, K1, op.r1, at),
-            pointer(cpu, K2, op.r2, at),
-            std::ptr::null_mut(),
-        ];
-        call(op.imm, pointers);
+        let code = op.imm as *const ();
+        let first = pointer(cpu, K0, op.r0, at);
+        let second = pointer(cpu, K1, op.r1, at);
+        if K2 == NONE {
+            let thunk: extern "sysv64" fn(*mut u8, *mut u8) = std::mem::transmute(code);
+            thunk(first, second);
+        } else {
+            let thunk: extern "sysv64" fn(*mut u8, *mut u8, *mut u8) = std::mem::transmute(code);
+            thunk(first, second, pointer(cpu, K2, op.r2, at));
+        }
     }
     Ok(())
 }
@@ -326,6 +342,7 @@ pub(super) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
         (thunk.vex, aux::VEX),
         (thunk.arithmetic, aux::ARITHMETIC),
         (thunk.flags, aux::FLAGS),
+        (i.mnemonic() == Mnemonic::Vcvtps2ph, aux::HALF),
     ] {
         if on {
             op.aux |= bit;

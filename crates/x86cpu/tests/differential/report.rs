@@ -52,7 +52,7 @@ fn compare_ends(case: &Case, host: &End, ours: &End) -> Option<String> {
                     || case
                         .instructions
                         .iter()
-                        .any(|i| two_operands(i) || indexed(i)))
+                        .any(|i| two_operands(i) || indexed(i) || saves(i)))
         }
         (a, b) => a == b,
     };
