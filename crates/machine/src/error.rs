@@ -11,7 +11,7 @@ use thiserror::Error;
 pub enum MachineError {
     /// The memory size is none that a machine can have.
     #[error(
-        "Memory of {0} bytes is no machine's: give a multiple of 4 KiB, 2 MiB or more, with --memory"
+        "Memory of {0} bytes is no machine's: give a multiple of 4 KiB from 2 MiB to 1 TiB with --memory"
     )]
     BadMemorySize(u64),
     /// The host has no room for the guest's memory.

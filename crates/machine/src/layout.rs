@@ -14,6 +14,8 @@ use skerry_devices::serial::COM_PORTS;
 
 /// Most processors of one machine: their ids must fit the MADT's place and the I/O APIC's byte.
 pub const MAX_CPUS: u32 = 255;
+/// Most memory of one machine, in bytes: what is kept per page stays small beside it.
+pub const MAX_MEMORY: u64 = 1 << 40;
 /// Local APICs.
 pub const LAPIC_BASE: u32 = 0xfee0_0000;
 /// I/O APIC.

@@ -133,8 +133,9 @@ impl<H: Hypervisor> Machine<H> {
         attachments: Attachments,
         cpuid: impl Fn(u32) -> CpuidTable,
     ) -> Result<Self, MachineError> {
-        let map =
-            MemoryMap::new(config.memory).ok_or(MachineError::BadMemorySize(config.memory))?;
+        let map = MemoryMap::new(config.memory)
+            .filter(|map| map.size() <= layout::MAX_MEMORY)
+            .ok_or(MachineError::BadMemorySize(config.memory))?;
         if !(1..=layout::MAX_CPUS).contains(&config.cpus) {
             return Err(MachineError::BadCpuCount(config.cpus));
         }

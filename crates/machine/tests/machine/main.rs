@@ -7,6 +7,7 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use skerry_hypervisor::cpu_model::CpuModel;
 use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, Hypervisor};
 use skerry_machine::{
     Attachments, CrashReason, Machine, MachineConfig, MachineError, MachineHandle, Outcome,
@@ -241,6 +242,54 @@ fn state_is_saved_and_put_back<H: Hypervisor>() {
     output.wait_longer_than(output.len() + 10);
 }
 
+/// The repository's own kernel, told to run a program that is not there: from its first
+/// instruction to the end of its boot, with two processors.
+fn linux_boots_and_panics_without_a_root<H: Hypervisor>() {
+    let found = match H::probe() {
+        Ok(found) => found,
+        Err(unusable) => {
+            eprintln!("skipped: {unusable}");
+            return;
+        }
+    };
+    let kernel = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../guest/kernel/bzImage-x86_64"
+    );
+    let config = MachineConfig {
+        memory: 128 << 20,
+        cpus: 2,
+        kernel: kernel.into(),
+        command_line: "console=ttyS0 panic=-1".into(),
+        rng: true,
+        ..MachineConfig::default()
+    };
+    let output = Output::default();
+    let mut attachments = Attachments::default();
+    attachments.serial[0] = Some(Box::new(output.clone()));
+    let model = CpuModel::best(&found);
+    let table = |id| model.cpuid(&found, config.cpus, id).unwrap();
+    let tables = [table(0), table(1)];
+    let machine = Machine::new(&H::open().unwrap(), config.clone(), attachments, |id| {
+        tables[id as usize].clone()
+    });
+    let handle = machine.unwrap().start(Some(PATIENCE * 5)).unwrap();
+    let outcome = handle.wait();
+    let text = output.text();
+    assert!(
+        matches!(
+            &outcome,
+            Outcome::GuestCrash {
+                reason: CrashReason::Panic,
+                ..
+            }
+        ),
+        "{outcome:?}\n{text}"
+    );
+    assert!(text.contains("Brought up 1 node, 2 CPUs"), "{text}");
+    assert!(text.contains("Kernel panic - not syncing"), "{text}");
+}
+
 macro_rules! on {
     ($backend:ident, $hypervisor:ty) => {
         mod $backend {
@@ -285,6 +334,10 @@ macro_rules! on {
                 super::pause_stops_and_resume_goes_on::<$hypervisor>();
             }
             #[test]
+            fn linux_boots_and_panics_without_a_root() {
+                super::linux_boots_and_panics_without_a_root::<$hypervisor>();
+            }
+            #[test]
             fn state_is_saved_and_put_back() {
                 super::state_is_saved_and_put_back::<$hypervisor>();
             }
@@ -313,6 +366,11 @@ fn what_can_not_be_is_refused_in_words() {
         ..config("")
     };
     assert!(message(odd).contains("--memory"));
+    let huge = MachineConfig {
+        memory: 1 << 50,
+        ..config("")
+    };
+    assert!(message(huge).contains("1 TiB"));
     let none = MachineConfig {
         cpus: 0,
         ..config("")
