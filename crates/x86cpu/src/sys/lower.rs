@@ -49,6 +49,7 @@ pub(crate) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
     without_operands(l, i)
         || moves(l, i)
         || with_memory(l, i)
+        || far_pointers(l, i)
         || transfers(l, i)
         || sized_by_code(l, i)
         || ports(l, i)
@@ -252,24 +253,31 @@ fn with_memory(l: &mut Lowering<'_>, i: &Instruction) -> bool {
             op.run = control::invpcid;
             end = End::After;
         }
-        M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss => {
-            l.mem(&mut op, i);
-            op.r0 = match i.mnemonic() {
-                M::Lds => seg::DS,
-                M::Les => seg::ES,
-                M::Lfs => seg::FS,
-                M::Lgs => seg::GS,
-                _ => seg::SS,
-            };
-            op.r1 = l.reg(i.op0_register());
-            set_size(&mut op, i.op0_register().size());
-            op.run = segment::load_far_pointer;
-            if op.r0 == seg::SS || !l.mode.is64() {
-                end = End::After;
-            }
-        }
         _ => return false,
     }
+    finish(l, op, end)
+}
+
+/// LDS, LES, LFS, LGS, LSS.
+fn far_pointers(l: &mut Lowering<'_>, i: &Instruction) -> bool {
+    let mut op = l.op();
+    op.r0 = match i.mnemonic() {
+        Mnemonic::Lds => seg::DS,
+        Mnemonic::Les => seg::ES,
+        Mnemonic::Lfs => seg::FS,
+        Mnemonic::Lgs => seg::GS,
+        Mnemonic::Lss => seg::SS,
+        _ => return false,
+    };
+    l.mem(&mut op, i);
+    op.r1 = l.reg(i.op0_register());
+    set_size(&mut op, i.op0_register().size());
+    op.run = segment::load_far_pointer;
+    let end = if op.r0 == seg::SS || !l.mode.is64() {
+        End::After
+    } else {
+        End::No
+    };
     finish(l, op, end)
 }
 

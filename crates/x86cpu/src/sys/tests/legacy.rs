@@ -335,3 +335,18 @@ fn compatibility_kernel_segment_exists() {
     assert_eq!(k.get(reg::RAX), 7);
     assert_eq!(k.frame::<2>()[1], u64::from(KERNEL_CODE32));
 }
+
+#[test]
+fn far_pointers_load_both_registers() {
+    let mut k = Kernel::protected();
+    k.put(0x40000, &[0x78, 0x56, 0x34, 0x12, USER_DATA as u8, 0]);
+    k.set(reg::RBX, 0x40000);
+    // LES ECX, [EBX]; LFS DX, [EBX+2]; INT 0x61
+    k.put(0x40002 + 2, &[KERNEL_DATA as u8, 0]);
+    let code = [0xc4, 0x0b, 0x66, 0x0f, 0xb4, 0x53, 0x02, 0xcd, 0x61];
+    assert_eq!(k.run_to_handler(&code), 0x61);
+    assert_eq!(k.get(reg::RCX), 0x1234_5678);
+    assert_eq!(k.sys.segments[0].selector, KERNEL_DATA);
+    assert_eq!(k.get(reg::RDX) & 0xffff, 0x1234);
+    assert_eq!(k.sys.segments[4].selector, KERNEL_DATA);
+}
