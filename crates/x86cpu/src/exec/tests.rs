@@ -228,7 +228,7 @@ fn strings_run_backwards() {
 #[test]
 fn long_repeats_cross_pages_and_keep_their_place() {
     let mut t = TestCpu::new64();
-    let bytes: Vec<u8> = (0..20_000u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..20_000u32).map(|n| ((n * 7) >> 3) as u8).collect();
     t.write(DATA, &bytes);
     set(&mut t, reg::RSI, DATA + 3);
     set(&mut t, reg::RDI, DATA + 0x10_000 + 5);

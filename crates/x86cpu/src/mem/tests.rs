@@ -210,15 +210,15 @@ fn reserved_bits_of_each_level() {
     let high = 1u64 << 51;
     let cases: &[(u64, u64, bool)] = &[
         (TABLE, DATA | P | high, true),
-        (TABLE, DATA | P | 1 << 52, false),
+        (TABLE, DATA | P | (1 << 52), false),
         (DIRECTORY, TABLE | P | high, true),
-        (DIRECTORY, P | W | PS | 1 << 13, true),
-        (DIRECTORY, P | W | PS | 1 << 20, true),
-        (DIRECTORY, P | W | PS | 1 << 12, false),
+        (DIRECTORY, P | W | PS | (1 << 13), true),
+        (DIRECTORY, P | W | PS | (1 << 20), true),
+        (DIRECTORY, P | W | PS | (1 << 12), false),
         (TABLES + 0x1008, DIRECTORY | P | high, true),
-        (TABLES + 0x1008, P | W | PS | 1 << 13, true),
-        (TABLES, TABLES + 0x1000 | P | PS, true),
-        (TABLES, TABLES + 0x1000 | P | high, true),
+        (TABLES + 0x1008, P | W | PS | (1 << 13), true),
+        (TABLES, (TABLES + 0x1000) | P | PS, true),
+        (TABLES, (TABLES + 0x1000) | P | high, true),
     ];
     for (at, entry, reserved) in cases {
         let old = t.read_u64(*at);
@@ -290,9 +290,9 @@ fn thirty_two_bit_tables() {
     let table = 0x8_1000u64;
     put(&t, directory, (table as u32) | 7);
     put(&t, directory + 4, 0x83); // 4 MiB at 0, supervisor
-    put(&t, directory + 8, 0x83 | 1 << 21); // reserved bit of PSE-36
+    put(&t, directory + 8, 0x83 | (1 << 21)); // reserved bit of PSE-36
     for i in 0..1024u32 {
-        put(&t, table + u64::from(i) * 4, i << 12 | 7);
+        put(&t, table + u64::from(i) * 4, (i << 12) | 7);
     }
     put(&t, table + 0x300 * 4, (DATA as u32) | 5);
     t.cpu.sys.cr3 = directory;
