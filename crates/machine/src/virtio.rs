@@ -18,9 +18,6 @@ use crate::MachineError;
 use crate::config::MachineConfig;
 use crate::layout;
 
-/// Queues of the device that has most.
-const MAX_QUEUES: usize = 64;
-
 /// What a [`VirtioSet`] is built from.
 pub(crate) struct VirtioParts<'a> {
     pub(crate) config: &'a MachineConfig,
@@ -170,9 +167,8 @@ impl VirtioSet {
     /// connections to it break.
     pub(crate) fn shut_down(&self) {
         for transport in &self.transports {
-            for queue in 0..MAX_QUEUES {
-                transport.engine().serve(queue);
-            }
+            // Serves every queue once, on this thread.
+            transport.resume();
             transport.close();
         }
     }
