@@ -118,6 +118,16 @@ fn ri<O: Alu, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn rm<O: Alu, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if let Some(b) = cpu.try_load::<T>(op) {
+        to_register::<O, T>(cpu, op.r0, b.wide());
+        return Ok(());
+    }
+    rm_slow::<O, T>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn rm_slow<O: Alu, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let b = cpu.load::<T>(op)?.wide();
     to_register::<O, T>(cpu, op.r0, b);
     Ok(())

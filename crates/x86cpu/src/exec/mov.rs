@@ -21,12 +21,32 @@ fn mov_ri<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn mov_rm<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if let Some(v) = cpu.try_load::<T>(op) {
+        T::set(cpu, op.r0, v.wide());
+        return Ok(());
+    }
+    mov_rm_slow::<T>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn mov_rm_slow<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let v = cpu.load::<T>(op)?.wide();
     T::set(cpu, op.r0, v);
     Ok(())
 }
 
 fn mov_mr<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let v = T::get(cpu, op.r1);
+    if cpu.try_store::<T>(op, T::narrow(v)) {
+        return Ok(());
+    }
+    mov_mr_slow::<T>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn mov_mr_slow<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let v = T::get(cpu, op.r1);
     cpu.store::<T>(op, T::narrow(v))
 }
@@ -108,6 +128,16 @@ fn extend_rr<E: Extend, S: Operand, T: Operand>(cpu: &mut Cpu, op: &Op) -> Resul
 }
 
 fn extend_rm<E: Extend, S: Operand, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if let Some(v) = cpu.try_load::<S>(op) {
+        T::set(cpu, op.r0, E::extend::<S>(v.wide()));
+        return Ok(());
+    }
+    extend_rm_slow::<E, S, T>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn extend_rm_slow<E: Extend, S: Operand, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let v = cpu.load::<S>(op)?.wide();
     T::set(cpu, op.r0, E::extend::<S>(v));
     Ok(())

@@ -75,6 +75,20 @@ pub(super) fn release<S: Stack>(cpu: &mut Cpu, bytes: u64) {
 }
 
 fn push_r<S: Stack, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if S::MASK == u64::MAX {
+        let to = cpu.gpr[usize::from(reg::RSP)].wrapping_sub(T::BYTES);
+        let v = T::get(cpu, op.r0);
+        if cpu.try_store_flat::<T>(to, T::narrow(v)) {
+            cpu.gpr[usize::from(reg::RSP)] = to;
+            return Ok(());
+        }
+    }
+    push_r_slow::<S, T>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn push_r_slow<S: Stack, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let v = T::get(cpu, op.r0);
     push::<S, T>(cpu, v)
 }
@@ -89,6 +103,20 @@ fn push_m<S: Stack, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn pop_r<S: Stack, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if S::MASK == u64::MAX {
+        let from = cpu.gpr[usize::from(reg::RSP)];
+        if let Some(v) = cpu.try_load_flat::<T>(from) {
+            cpu.gpr[usize::from(reg::RSP)] = from.wrapping_add(T::BYTES);
+            T::set(cpu, op.r0, v.wide());
+            return Ok(());
+        }
+    }
+    pop_r_slow::<S, T>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn pop_r_slow<S: Stack, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let v = peek::<S, T>(cpu)?;
     release::<S>(cpu, T::BYTES);
     // After the move, so that POP RSP gets the popped value.

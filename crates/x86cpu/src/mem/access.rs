@@ -17,6 +17,49 @@ pub(super) fn crosses(linear: u64, size: usize) -> bool {
 }
 
 impl Cpu {
+    /// Loads `op`'s memory operand if that takes no more than a hit in the first-level TLB under
+    /// 64-bit addressing. A handler that leaves all else to a function of its own, called last,
+    /// needs no stack frame.
+    #[inline(always)]
+    pub fn try_load<T: Int>(&self, op: &Op) -> Option<T> {
+        if op.has(op_flag::ADDR16 | op_flag::ADDR32 | op_flag::SEGMENTED) {
+            return None;
+        }
+        let base = self.seg_base[usize::from(op.seg & 7)];
+        self.try_load_flat(base.wrapping_add(op.sum(self)))
+    }
+
+    /// The same at a linear address.
+    #[inline(always)]
+    pub fn try_load_flat<T: Int>(&self, linear: u64) -> Option<T> {
+        let host = self.view.read(linear, T::SIZE)?;
+        // SAFETY: the TLB maps the operand to RAM until the instruction ends.
+        Some(unsafe { T::read(host) })
+    }
+
+    /// Stores likewise; `false` if it takes more.
+    #[inline(always)]
+    pub fn try_store<T: Int>(&mut self, op: &Op, value: T) -> bool {
+        if op.has(op_flag::ADDR16 | op_flag::ADDR32 | op_flag::SEGMENTED) {
+            return false;
+        }
+        let base = self.seg_base[usize::from(op.seg & 7)];
+        self.try_store_flat(base.wrapping_add(op.sum(self)), value)
+    }
+
+    /// The same at a linear address.
+    #[inline(always)]
+    pub fn try_store_flat<T: Int>(&mut self, linear: u64, value: T) -> bool {
+        match self.view.write(linear, T::SIZE) {
+            Some(host) => {
+                // SAFETY: the TLB maps the operand to writable RAM until the instruction ends.
+                unsafe { T::write(host, value) };
+                true
+            }
+            None => false,
+        }
+    }
+
     /// Loads `op`'s memory operand.
     #[inline(always)]
     pub fn load<T: Int>(&mut self, op: &Op) -> Result<T, Trap> {
