@@ -13,6 +13,7 @@
 mod generate;
 mod guest;
 mod native;
+mod operands;
 mod report;
 mod state;
 mod templates;

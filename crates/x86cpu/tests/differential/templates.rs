@@ -6,8 +6,9 @@ use iced_x86::{
     Register,
 };
 
-use crate::generate::{Case, decode, target};
+use crate::generate::{Case, decode};
 use crate::native::Native;
+use crate::operands::target;
 use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, Random, State, XSAVE_LEN, random_xsave};
 
 /// The near branches of 64-bit mode.
