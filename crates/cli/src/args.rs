@@ -140,9 +140,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
 
-    /// demo, the name of an image in the store, oci:DIR[:TAG], oci-archive:TAR,
-    /// docker-archive:TAR, or dir:ROOTFS
-    #[arg(value_name = "IMAGE")]
+    /// What names the image.
+    #[arg(
+        value_name = "IMAGE",
+        help = "demo, the name of an image in the store, oci:DIR[:TAG], oci-archive:TAR, \
+                docker-archive:TAR, or dir:ROOTFS"
+    )]
     pub image: String,
 
     /// The command and its arguments [default: the image's own]
