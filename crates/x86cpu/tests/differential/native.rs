@@ -211,6 +211,20 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context_of: *mut l
 /// Marker while generated code runs.
 const IN_GUEST: u64 = 0x1_0000_0000;
 
+/// Why this host can't be the oracle, if it can't.
+pub fn unsuitable() -> Option<&'static str> {
+    /// FSGSBASE instructions are enabled for user mode.
+    const HWCAP2_FSGSBASE: u64 = 2;
+    if !std::arch::is_x86_feature_detected!("avx") {
+        return Some("the host has no AVX, whose registers are part of the state");
+    }
+    // SAFETY: reads the auxiliary vector.
+    if unsafe { libc::getauxval(libc::AT_HWCAP2) } & HWCAP2_FSGSBASE == 0 {
+        return Some("the host's kernel doesn't let programs set segment bases (FSGSBASE)");
+    }
+    None
+}
+
 /// The host processor.
 pub struct Native {
     /// Writable alias of the code page.
