@@ -1,6 +1,6 @@
 //! The host's side: the control connection of a guest and exec sessions in it.
 //!
-//! Generic over [`Transport`]; nothing here knows of vsock. Called by `crates/engine`.
+//! Generic over [`Transport`](crate::Transport); nothing here knows of vsock. Called by `crates/engine`.
 
 mod control;
 mod exec;
