@@ -217,7 +217,7 @@ impl KvmVcpu {
     fn write_msrs(&self, values: &[(u32, u64)]) -> Result<(), StateError> {
         msrs::write(&self.fd, values, |index, value| {
             let same = msrs::read(&self.fd, &[index])?.first() == Some(&(index, value));
-            match msr::dispensable(index) {
+            match msr::dispensable(index, value) {
                 _ if same => {}
                 Some(why) => {
                     tracing::debug!(index, value, why, "model-specific register left as it is");

@@ -371,7 +371,7 @@ pub(crate) fn load(cpu: &mut Cpu, state: &contract::CpuState) -> Result<(), Stat
         match cpu.load_state(&state) {
             Ok(()) => return Ok(()),
             Err(InvalidState::Msr { index, value }) => {
-                let Some(why) = msr::dispensable(index) else {
+                let Some(why) = msr::dispensable(index, value) else {
                     return Err(invalid(InvalidState::Msr { index, value }));
                 };
                 tracing::debug!(index, value, why, "model-specific register left out");

@@ -44,20 +44,29 @@ pub fn has_own_field(index: u32) -> bool {
 /// without; `None` where it must refuse the state.
 ///
 /// These are registers of facilities that Skerry's CPU models do not offer to guests, which some
-/// backends list all the same, and read-only descriptions of the processor.
-pub fn dispensable(index: u32) -> Option<&'static str> {
+/// backends list all the same, and read-only descriptions of the processor. Registers that
+/// come with an optional feature can be missed only at their reset value: a guest that has set
+/// speculation control relies on it.
+pub fn dispensable(index: u32, value: u64) -> Option<&'static str> {
     match index {
+        IA32_SPEC_CTRL | IA32_XSS | TSC_AUX | KVM_WALL_CLOCK | KVM_SYSTEM_TIME | 0x11 | 0x12
+            if value == 0 =>
+        {
+            Some("an optional feature that the guest does not use")
+        }
         0x17 | 0x8b => Some("platform and microcode identification, read-only"),
         IA32_FEATURE_CONTROL => Some("feature control: virtual machine extensions are not offered"),
         0xc0..=0xc8
         | 0x186..=0x18d
         | 0x309..=0x30c
+        | 0x329
         | 0x345
-        | 0x38d..=0x391
-        | 0x3f1
+        | 0x38d..=0x395
+        | 0x3f1..=0x3f7
         | 0x4c1..=0x4c8
         | 0xc001_0000..=0xc001_0007
         | 0xc001_0200..=0xc001_020f
+        | 0x600
         | 0xc000_0300..=0xc000_0302 => Some("performance counters are not offered"),
         0xe7 | 0xe8 => Some("frequency counters tick on their own"),
         0xce | IA32_MTRRCAP | IA32_ARCH_CAPABILITIES | 0xcf => {
@@ -75,13 +84,16 @@ pub fn dispensable(index: u32) -> Option<&'static str> {
         0x480..=0x493 => Some("virtual machine extensions are not offered"),
         0x560..=0x587 => Some("processor trace is not offered"),
         0xd90 => Some("bounds registers are not offered"),
-        0x34 => Some("system management mode is not offered"),
-        0x9e => Some("system management mode is not offered"),
+        0x1fc => Some("power management is not offered"),
+        0x34 | 0x9e => Some("system management mode is not offered"),
         0x4000_0000..=0x4000_10ff => Some("Hyper-V enlightenments are not offered"),
         0x4b56_4d02..=0x4b56_4d08 => Some("optional paravirtual features are not offered"),
         0xc000_0104 => Some("time-stamp counter ratio is the backend's"),
         0xc001_0010
         | 0xc001_0015
+        | 0xc001_001a
+        | 0xc001_001d
+        | 0xc001_001f
         | 0xc001_0055
         | 0xc001_0114
         | 0xc001_0117
@@ -90,5 +102,19 @@ pub fn dispensable(index: u32) -> Option<&'static str> {
         | 0xc001_0141
         | 0xc001_1020..=0xc001_102f => Some("AMD configuration registers are fixed"),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_relies_on_is_not_dispensable() {
+        for index in [STAR, LSTAR, KERNEL_GS_BASE, IA32_PAT, IA32_SYSENTER_EIP] {
+            assert_eq!(dispensable(index, 0), None, "{index:#x}");
+        }
+        assert!(dispensable(IA32_SPEC_CTRL, 0).is_some());
+        assert_eq!(dispensable(IA32_SPEC_CTRL, 4), None, "SSBD is on");
     }
 }

@@ -32,6 +32,7 @@ mod processors;
 mod registers;
 mod restore;
 mod time;
+pub mod travel;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};

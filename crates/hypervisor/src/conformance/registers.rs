@@ -29,9 +29,9 @@ const APIC_IRR: usize = 0x20;
 pub(super) fn comparable(state: &CpuState) -> CpuState {
     let mut state = state.clone();
     state.tsc = 0;
-    state
-        .msrs
-        .retain(|(index, _)| msr::dispensable(*index).is_none() && *index != msr::IA32_TSC_ADJUST);
+    state.msrs.retain(|(index, value)| {
+        msr::dispensable(*index, *value).is_none() && *index != msr::IA32_TSC_ADJUST
+    });
     if let Some(LocalApicState { registers, .. }) = &mut state.lapic {
         // Version, arbitration and processor priority, current count.
         for at in [0x03, 0x09, 0x0a, 0x39] {
