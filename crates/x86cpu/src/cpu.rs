@@ -71,6 +71,8 @@ pub struct Cpu {
     pub(crate) view: TlbView,
     /// The op that ends the running block; moved to the front to end it early.
     pub(crate) block_end: BlockEnd,
+    /// Which part of a fused op did not complete, until that is dealt with.
+    pub(crate) failed_part: BlockEnd,
     /// What is translated and how: the TLBs and the page walker.
     pub mmu: Box<Mmu>,
     /// Non-zero when an SSE/AVX or x87 instruction can't simply run (CR0.TS/EM, CR4.OSFXSR, XCR0):
@@ -125,6 +127,7 @@ impl Cpu {
             seg_base: [0; 8],
             view: mmu.view(),
             block_end: BlockEnd::default(),
+            failed_part: BlockEnd::default(),
             mmu,
             simd_blocked: 0,
             cpl: 0,

@@ -221,6 +221,21 @@ impl TestCpu {
         u64::from_le_bytes(bytes)
     }
 
+    /// Runs whole blocks from where the processor stands, without looking at events, until an
+    /// instruction doesn't complete or the processor has other things to do.
+    pub fn run_blocks(&mut self) -> TrapKind {
+        self.cpu.shared.requests.store(0, Ordering::SeqCst);
+        self.cpu.catch_up_with_memory();
+        self.cpu.devices.restart();
+        self.cpu.trap = TrapState::default();
+        let result = self.cpu.run_blocks();
+        self.cpu.leave_memory();
+        match result {
+            Ok(()) => TrapKind::None,
+            Err(_) => self.cpu.trap.kind,
+        }
+    }
+
     /// Writes `code` where RIP points and runs it, one instruction at a time, until RIP is behind
     /// it or something traps.
     pub fn run_bytes(&mut self, code: &[u8]) -> Outcome {

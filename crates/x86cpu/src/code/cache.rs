@@ -11,6 +11,7 @@ use std::ptr::{self, NonNull};
 use crate::code::op::Op;
 use crate::cpu::{Cpu, seg};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState};
+use crate::simd::fused::FusedCode;
 
 /// Ops of all blocks together.
 const OPS: usize = 1 << 19;
@@ -173,6 +174,8 @@ impl Block {
 /// A block about to be entered.
 pub(super) struct NewBlock<'a> {
     pub ops: &'a [Op],
+    /// How many of them run one after the other; the rest are parts of those.
+    pub main: usize,
     pub page: &'a PageState,
     pub version: u32,
     pub count: u16,
@@ -221,6 +224,8 @@ pub struct CodeCache {
     base: u64,
     limit: u32,
     pub(super) scratch: Vec<Op>,
+    /// Code that ops of blocks call.
+    pub(crate) fused: FusedCode,
     /// Blocks decoded so far.
     pub(crate) decoded: u64,
     /// How often all was forgotten.
@@ -244,6 +249,7 @@ impl CodeCache {
             base: 0,
             limit: 0,
             scratch: Vec::new(),
+            fused: FusedCode::default(),
             decoded: 0,
             clears: 0,
         }
@@ -257,6 +263,7 @@ impl CodeCache {
         self.jumps.fill(NO_JUMP);
         self.sets.fill([(u64::MAX, None); 4]);
         self.pages.fill(0);
+        self.fused.clear();
     }
 
     /// Whether a block of `ops` ops fits without forgetting all.
@@ -280,7 +287,7 @@ impl CodeCache {
             self.blocks.push(Block {
                 ops,
                 // SAFETY: the ops were pushed one behind the other.
-                end: unsafe { ops.add(new.ops.len()) }.as_ptr(),
+                end: unsafe { ops.add(new.main.min(new.ops.len())) }.as_ptr(),
                 page: NonNull::from(new.page),
                 version: new.version,
                 count: new.count,

@@ -46,6 +46,8 @@ enum Stop {
 /// A block's worth of ops.
 #[derive(Clone, Copy, Default)]
 struct Shape {
+    /// Ops that run one after the other.
+    main: usize,
     count: u16,
     len: u16,
     linkable: bool,
@@ -76,6 +78,9 @@ impl Cpu {
 
     /// Decodes at `linear`, which is `gpa`.
     fn decode_block(&mut self, linear: u64, gpa: u64, bits: u64) -> Result<BlockRef, Trap> {
+        if self.code.fused.is_full() {
+            self.code.clear();
+        }
         let mut ops = std::mem::take(&mut self.code.scratch);
         let result = self.decode_into(&mut ops, linear, gpa, bits);
         self.code.scratch = ops;
@@ -127,6 +132,7 @@ impl Cpu {
             }
             let new = NewBlock {
                 ops,
+                main: shape.main,
                 page: page.state,
                 version,
                 count: shape.count,
@@ -184,6 +190,7 @@ impl Cpu {
             }
             let new = NewBlock {
                 ops,
+                main: shape.main,
                 page: page.state,
                 version: versions.0,
                 count: shape.count,
@@ -229,13 +236,12 @@ impl Cpu {
                 break;
             }
             let len = instruction.len();
-            let ops_before = lowering.op_count();
-            lowering.instruction(&instruction, &bytes[at..at + len], shape.len);
+            let mut added = lowering.instruction(&instruction, &bytes[at..at + len], shape.len);
             // Both instructions are one op each.
-            if previous_ops == 1 && lowering.op_count() == ops_before + 1 {
-                lowering.fuse(&previous, &instruction);
+            if previous_ops == 1 && added == 1 && lowering.fuse(&previous, &instruction) {
+                added = 0;
             }
-            previous_ops = lowering.op_count().saturating_sub(ops_before);
+            previous_ops = added;
             previous = instruction;
             shape.len += len as u16;
             shape.count += 1;
@@ -245,7 +251,7 @@ impl Cpu {
             }
             shape.linkable |= instruction.flow_control() == FlowControl::Next;
         }
-        lowering.finish(shape.len);
+        shape.main = lowering.finish(shape.len);
         (Stop::Made, shape)
     }
 

@@ -152,7 +152,9 @@ impl Cpu {
     fn stopped(&mut self, op: &Op, end: *const Op) -> Result<(), Trap> {
         self.uncount(op, end);
         if !matches!(self.trap.kind, TrapKind::Resume) {
-            self.rip = self.own_rip(op);
+            // SAFETY: a part of this op, behind its block.
+            let part = unsafe { std::mem::take(&mut self.failed_part).0.as_ref() };
+            self.rip = self.own_rip(part.unwrap_or(op));
         }
         Err(Trap)
     }
@@ -166,7 +168,9 @@ impl Cpu {
             let op = unsafe { &*at };
             if op.len != 0 && ip != Some(op.ip) {
                 ip = Some(op.ip);
-                self.instructions = self.instructions.saturating_sub(1);
+                self.instructions = self
+                    .instructions
+                    .saturating_sub(crate::simd::fused::instructions_of(op));
             }
             // SAFETY: at most the block's end.
             at = unsafe { at.add(1) };

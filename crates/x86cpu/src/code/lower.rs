@@ -50,6 +50,22 @@ pub struct Lowering<'a> {
     ip: u16,
     ended: bool,
     branch: bool,
+    run: Run,
+    /// Ops of the instructions that fused ops stand for.
+    parts: Vec<Op>,
+    /// Fused ops, and where their parts start.
+    fused: Vec<(usize, usize)>,
+}
+
+/// Consecutive instructions that may become one op (see [`crate::simd::fused`]).
+#[derive(Default)]
+struct Run {
+    instructions: Vec<Instruction>,
+    bytes: Vec<u8>,
+    /// VEX-encoded.
+    vex: bool,
+    /// The op of the first.
+    start: usize,
 }
 
 impl<'a> Lowering<'a> {
@@ -63,11 +79,19 @@ impl<'a> Lowering<'a> {
             ip: 0,
             ended: false,
             branch: false,
+            run: Run::default(),
+            parts: Vec::new(),
+            fused: Vec::new(),
         }
     }
 
-    /// Lowers `i`, whose encoding is `bytes`, at `ip` bytes from the block's start.
-    pub(super) fn instruction(&mut self, i: &Instruction, bytes: &'a [u8], ip: u16) {
+    /// Lowers `i`, whose encoding is `bytes`, at `ip` bytes from the block's start. Returns how many
+    /// ops it is.
+    pub(super) fn instruction(&mut self, i: &Instruction, bytes: &'a [u8], ip: u16) -> usize {
+        let part = crate::simd::fused::part_of_run(i);
+        if part != Some(self.run.vex) {
+            self.end_run();
+        }
         self.ip = ip;
         self.bytes = bytes;
         let before = self.ops.len();
@@ -83,22 +107,54 @@ impl<'a> Lowering<'a> {
             self.push(op);
             self.end_block_after();
         }
+        let added = self.ops.len() - before;
+        match part {
+            Some(vex) if known && added == 1 => {
+                if self.run.instructions.is_empty() {
+                    self.run.start = before;
+                    self.run.vex = vex;
+                }
+                self.run.instructions.push(*i);
+                self.run.bytes.extend_from_slice(bytes);
+            }
+            _ => self.end_run(),
+        }
+        added
     }
 
     /// Makes one op of the last two instructions, if they are a pair for which there is one.
-    pub(super) fn fuse(&mut self, first: &Instruction, last: &Instruction) {
-        let Some(op) = self.ops.last() else {
-            return;
+    pub(super) fn fuse(&mut self, first: &Instruction, last: &Instruction) -> bool {
+        let op = self.ops.last();
+        let Some(op) = op.and_then(|op| crate::exec::fuse(self, first, last, op)) else {
+            return false;
         };
-        if let Some(op) = crate::exec::fuse(self, first, last, op) {
-            self.ops.truncate(self.ops.len().saturating_sub(2));
-            self.ops.push(op);
-        }
+        self.ops.truncate(self.ops.len().saturating_sub(2));
+        self.ops.push(op);
+        true
     }
 
-    /// Ops so far.
-    pub(super) fn op_count(&self) -> usize {
-        self.ops.len()
+    /// Makes one op of the instructions of the run, if they are several.
+    fn end_run(&mut self) {
+        let Run {
+            instructions,
+            bytes,
+            start,
+            ..
+        } = &self.run;
+        let range = *start..*start + instructions.len();
+        if instructions.len() > 1
+            && let Some(first) = self.ops.get(*start)
+            && let Some(op) = self
+                .cpu
+                .code
+                .fused
+                .op(instructions, bytes, self.mode.is64(), first)
+        {
+            self.fused.push((*start, self.parts.len()));
+            self.parts.extend(self.ops.splice(range, [op]));
+        }
+        self.run.instructions.clear();
+        self.run.bytes.clear();
     }
 
     /// Whether the block ends after the last instruction lowered.
@@ -106,16 +162,25 @@ impl<'a> Lowering<'a> {
         self.ended
     }
 
-    /// Adds the op that moves RIP past the block, unless a branch has done so.
-    pub(super) fn finish(&mut self, len: u16) {
-        if self.branch {
-            return;
+    /// Adds the op that moves RIP past the block, unless a branch has done so. Returns how many ops
+    /// run one after the other; behind them are parts of fused ones.
+    pub(super) fn finish(&mut self, len: u16) -> usize {
+        self.end_run();
+        if !self.branch {
+            let mut op = self.op();
+            op.ip = len;
+            op.len = 0;
+            op.run = if self.mode.is64() { advance64 } else { advance };
+            self.ops.push(op);
         }
-        let mut op = self.op();
-        op.ip = len;
-        op.len = 0;
-        op.run = if self.mode.is64() { advance64 } else { advance };
-        self.ops.push(op);
+        let main = self.ops.len();
+        for &(at, part) in &self.fused {
+            if let Some(op) = self.ops.get_mut(at) {
+                op.aux = (main + part - at) as u32;
+            }
+        }
+        self.ops.append(&mut self.parts);
+        main
     }
 
     /// A new op for this instruction: address and length filled in, no operands.

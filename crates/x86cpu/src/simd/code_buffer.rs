@@ -1,8 +1,7 @@
 //! Executable memory: one file mapped twice, once writable and once executable, so that no address
 //! is ever both.
 //!
-//! Code is only ever appended: what has been handed out stays valid for the life of the process,
-//! and no processor can have prefetched bytes that are written later.
+//! Code is appended, and taken back only all at once.
 #![expect(unsafe_code, reason = "maps memory and writes machine code into it")]
 
 use std::io;
@@ -11,7 +10,7 @@ use std::ptr::NonNull;
 /// Start of each piece of code: a fetch line's half, so that short pieces take one fetch.
 const ALIGN: usize = 16;
 
-/// A bounded, append-only store of machine code.
+/// A bounded store of machine code.
 pub struct CodeBuffer {
     writable: NonNull<u8>,
     executable: NonNull<u8>,
@@ -20,7 +19,7 @@ pub struct CodeBuffer {
 }
 
 // SAFETY: the two mappings belong to this value alone; writing takes `&mut self`, and what has been
-// handed out for execution isn't written again.
+// handed out for execution isn't written again before it is void.
 unsafe impl Send for CodeBuffer {}
 
 impl CodeBuffer {
@@ -64,6 +63,16 @@ impl CodeBuffer {
         self.used = end;
         // SAFETY: as above, within the executable mapping of the same size.
         Some(unsafe { self.executable.add(start) })
+    }
+}
+
+impl CodeBuffer {
+    /// Forgets all code; what was handed out must not be called any more.
+    pub fn reset(&mut self) {
+        self.used = 0;
+        // What is written next through one mapping may have been prefetched through the other: a
+        // serializing instruction drops that (SDM 3A §9.1.3).
+        std::arch::x86_64::__cpuid(0);
     }
 }
 

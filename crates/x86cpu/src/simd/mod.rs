@@ -2,9 +2,11 @@
 //!
 //! Arithmetic and everything rare runs on the host's units ([`thunk`], [`run`]); moves, which are
 //! most of what programs do with vector registers, are plain Rust ([`moves`]); what touches memory in
-//! its own way (masked moves, gathers) is in [`masked`] and [`gather`].
+//! its own way (masked moves, gathers) is in [`masked`] and [`gather`]. Instructions that follow each
+//! other and touch no memory become one op in [`fused`].
 
 mod code_buffer;
+pub(crate) mod fused;
 mod gather;
 mod masked;
 mod moves;

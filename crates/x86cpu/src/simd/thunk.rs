@@ -31,7 +31,7 @@ use super::code_buffer::CodeBuffer;
 const CAPACITY: usize = 32 << 20;
 
 /// The flags among `RflagsBits`, which also has the condition codes of the x87.
-const ARITHMETIC_FLAGS: u32 = RflagsBits::OF
+pub(super) const ARITHMETIC_FLAGS: u32 = RflagsBits::OF
     | RflagsBits::SF
     | RflagsBits::ZF
     | RflagsBits::AF
@@ -355,7 +355,7 @@ fn is_sha(mnemonic: Mnemonic) -> bool {
 
 /// Whether an instruction is floating-point arithmetic, by its name: the others neither read nor
 /// write MXCSR.
-fn is_arithmetic(mnemonic: Mnemonic) -> bool {
+pub(super) fn is_arithmetic(mnemonic: Mnemonic) -> bool {
     const STEMS: [&str; 21] = [
         "addp", "adds", "subp", "subs", "mulp", "muls", "divp", "divs", "sqrt", "max", "min",
         "cmp", "comis", "ucomis", "cvt", "round", "dpp", "haddp", "hsubp", "fm", "fnm",

@@ -122,7 +122,21 @@ pub struct Generator {
     pub families: Vec<(String, Vec<Code>)>,
     /// All forms of all families, whatever is asked for: prefixes may turn one into another.
     usable: HashSet<Code>,
+    /// Those with vector registers.
+    vectors: Vec<Code>,
     info: InstructionInfoFactory,
+}
+
+fn has_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory)
+}
+
+/// Whether a form has vector operands, and may do without memory.
+fn has_vectors(code: &Code) -> bool {
+    let info = code.op_code();
+    let names = || (0..info.op_count()).map(|k| format!("{:?}", info.op_kind(k)));
+    let vector = |name: &String| name.starts_with("xmm") || name.starts_with("ymm");
+    names().any(|name| vector(&name)) && !names().any(|name| name.starts_with("mem"))
 }
 
 /// Name of an instruction's family, for counting.
@@ -190,7 +204,7 @@ impl Generator {
         for code in Code::values().filter(|code| usable.contains(code)) {
             let name = family(code);
             let mnemonic = format!("{:?}", code.mnemonic()).to_lowercase();
-            let whole = only.is_none_or(|only| only == "sequences");
+            let whole = only.is_none_or(|only| matches!(only, "sequences" | "vector-runs"));
             if !whole && only.is_some_and(|only| only != name && only != mnemonic) {
                 continue;
             }
@@ -199,9 +213,12 @@ impl Generator {
                 None => families.push((name, vec![code])),
             }
         }
+        let mut vectors: Vec<Code> = usable.iter().copied().filter(has_vectors).collect();
+        vectors.sort_by_key(|code| *code as usize);
         Self {
             families,
             usable,
+            vectors,
             info: InstructionInfoFactory::new(),
         }
     }
@@ -257,7 +274,9 @@ impl Generator {
     }
 
     /// A case of several instructions that don't touch the pointers they use.
-    pub fn sequence(&mut self, random: &mut Random) -> Option<Case> {
+    /// With `vectors`, of vector instructions that touch no memory: the interpreter runs those
+    /// together.
+    pub fn sequence(&mut self, random: &mut Random, vectors: bool) -> Option<Case> {
         let mut start = State::random(random);
         for n in 12..16 {
             start.gpr[n] = DATA + 64 * random.below(DATA_WRITABLE as u64 / 64 - 1);
@@ -268,9 +287,15 @@ impl Generator {
         let mut all_undefined = Vec::new();
         let length = 3 + random.below(6);
         let mut attempts = 0;
+        // All of a run are VEX-encoded or none.
+        let vex = random.one_in(2);
         while (instructions.len() as u64) < length && attempts < 400 {
             attempts += 1;
-            let (_, form) = self.pick_code(random)?;
+            let form = if vectors {
+                random.pick(&self.vectors)
+            } else {
+                self.pick_code(random)?.1
+            };
             let ip = CODE + code.len() as u64;
             let Some(bytes) = self.instruction(random, form, ip, Style::Sequence, &mut start)
             else {
@@ -279,6 +304,10 @@ impl Generator {
             let Some(i) = decode(&bytes, ip) else {
                 continue;
             };
+            let is_vex = i.code().encoding() == EncodingKind::VEX;
+            if vectors && (has_memory(&i) || is_vex != vex) {
+                continue;
+            }
             if !self.fits_sequence(&i) || to_rflags(i.rflags_read()) & undefined != 0 {
                 continue;
             }

@@ -81,23 +81,41 @@ impl Guest {
         end
     }
 
-    /// The same as one block, for code that doesn't fault: it ends at an OUT that needs the host.
+    /// The same as one block, behind which is an OUT that needs the host.
     pub fn run(&mut self, code: &[u8], state: &mut State) -> End {
         const IOPL: u64 = 3 << 12;
         let mut whole = code.to_vec();
         whole.extend_from_slice(&[0xe6, 0xf4]);
         self.set_up(&whole, state);
-        let cpu = &mut self.t.cpu;
-        cpu.set_rflags(state.flags | 0x202 | IOPL);
-        let exit = cpu.run();
-        let end = match exit {
-            CpuExit::PortOut { .. } if cpu.rip == CODE + code.len() as u64 => End::Exit(0),
-            _ => End::Exit(98),
-        };
-        cpu.forget_devices();
+        self.t.cpu.set_rflags(state.flags | 0x202 | IOPL);
+        self.t.cpu.fpu_enter();
+        let end = self.run_to_end(CODE + code.len() as u64);
+        self.t.cpu.fpu_sync();
+        self.t.cpu.forget_devices();
         self.take(state);
         state.flags &= !IOPL;
         end
+    }
+
+    fn run_to_end(&mut self, code_end: u64) -> End {
+        for _ in 0..LIMIT {
+            match self.t.run_blocks() {
+                TrapKind::None | TrapKind::Resume => {}
+                TrapKind::Exit(CpuExit::PortOut { .. }) if self.t.cpu.rip == code_end => {
+                    return End::Exit(0);
+                }
+                TrapKind::Fault { vector, error_code } => {
+                    return End::Fault {
+                        vector,
+                        error: u64::from(error_code.unwrap_or(0)),
+                        address: self.t.cpu.trap.address,
+                        rip: self.t.cpu.rip,
+                    };
+                }
+                TrapKind::Exit(_) => return End::Exit(98),
+            }
+        }
+        End::Exit(99)
     }
 
     fn set_up(&mut self, code: &[u8], state: &State) {
