@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::ptr::{self, NonNull};
 
+use crate::code::fuse::Lowered;
 use crate::code::op::Op;
 use crate::cpu::{Cpu, seg};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState};
@@ -208,6 +209,17 @@ const NO_JUMP: Jump = Jump {
 /// Key and block.
 type Known = (u64, Option<BlockRef>);
 
+/// Memory for decoding, kept from block to block.
+#[derive(Default)]
+pub(super) struct Scratch {
+    pub(super) ops: Vec<Op>,
+    pub(super) lowered: Vec<Lowered>,
+    /// Ops with fused ones among them.
+    pub(super) out: Vec<Op>,
+    /// What those stand for.
+    pub(super) parts: Vec<Op>,
+}
+
 /// The decoded code of one processor.
 pub struct CodeCache {
     ops: Arena<Op>,
@@ -223,7 +235,7 @@ pub struct CodeCache {
     /// Base of CS, as code is addressed.
     base: u64,
     limit: u32,
-    pub(super) scratch: Vec<Op>,
+    pub(super) scratch: Scratch,
     /// Code that ops of blocks call.
     pub(crate) fused: FusedCode,
     /// Blocks decoded so far.
@@ -248,7 +260,7 @@ impl CodeCache {
             pages: Box::new([0; 64]),
             base: 0,
             limit: 0,
-            scratch: Vec::new(),
+            scratch: Scratch::default(),
             fused: FusedCode::default(),
             decoded: 0,
             clears: 0,

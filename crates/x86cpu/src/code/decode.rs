@@ -81,9 +81,9 @@ impl Cpu {
         if self.code.fused.is_full() {
             self.code.clear();
         }
-        let mut ops = std::mem::take(&mut self.code.scratch);
+        let mut ops = std::mem::take(&mut self.code.scratch.ops);
         let result = self.decode_into(&mut ops, linear, gpa, bits);
-        self.code.scratch = ops;
+        self.code.scratch.ops = ops;
         result
     }
 
@@ -215,10 +215,9 @@ impl Cpu {
         let code_bits = self.sys.mode.bits();
         let options = DecoderOptions::FORCE_RESERVED_NOP;
         let mut decoder = Decoder::with_ip(code_bits, bytes, rip, options);
-        let mut lowering = Lowering::new(self, ops, rip);
+        let mut lowering = Lowering::new(self, ops, rip, bytes);
         let mut shape = Shape::default();
         let mut instruction = Instruction::default();
-        let (mut previous, mut previous_ops) = (Instruction::default(), 0);
         while shape.count < limit && usize::from(shape.len) < bytes.len() {
             let at = usize::from(shape.len);
             decoder.decode_out(&mut instruction);
@@ -235,15 +234,8 @@ impl Cpu {
                 }
                 break;
             }
-            let len = instruction.len();
-            let mut added = lowering.instruction(&instruction, &bytes[at..at + len], shape.len);
-            // Both instructions are one op each.
-            if previous_ops == 1 && added == 1 && lowering.fuse(&previous, &instruction) {
-                added = 0;
-            }
-            previous_ops = added;
-            previous = instruction;
-            shape.len += len as u16;
+            lowering.instruction(&instruction, shape.len);
+            shape.len += instruction.len() as u16;
             shape.count += 1;
             shape.linkable = is_near(&instruction);
             if lowering.ended() {

@@ -7,6 +7,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::code::cache::{BlockRef, KeyBits};
+use crate::code::fuse::instructions_of;
 use crate::code::op::Op;
 use crate::cpu::{Cpu, reg};
 use crate::mem::PAGE_MASK;
@@ -168,9 +169,7 @@ impl Cpu {
             let op = unsafe { &*at };
             if op.len != 0 && ip != Some(op.ip) {
                 ip = Some(op.ip);
-                self.instructions = self
-                    .instructions
-                    .saturating_sub(crate::simd::fused::instructions_of(op));
+                self.instructions = self.instructions.saturating_sub(instructions_of(op));
             }
             // SAFETY: at most the block's end.
             at = unsafe { at.add(1) };

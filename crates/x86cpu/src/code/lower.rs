@@ -2,6 +2,8 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
+use crate::code::cache::Scratch;
+use crate::code::fuse::{Lowered, Window};
 use crate::code::op::{Op, op_flag};
 use crate::cpu::{Cpu, reg, seg};
 use crate::cpuid::Features;
@@ -50,26 +52,19 @@ pub struct Lowering<'a> {
     ip: u16,
     ended: bool,
     branch: bool,
-    run: Run,
-    /// Ops of the instructions that fused ops stand for.
-    parts: Vec<Op>,
-    /// Fused ops, and where their parts start.
-    fused: Vec<(usize, usize)>,
-}
-
-/// Consecutive instructions that may become one op (see [`crate::simd::fused`]).
-#[derive(Default)]
-struct Run {
-    instructions: Vec<Instruction>,
-    bytes: Vec<u8>,
-    /// VEX-encoded.
-    vex: bool,
-    /// The op of the first.
-    start: usize,
+    window: &'a [u8],
+    lowered: Vec<Lowered>,
 }
 
 impl<'a> Lowering<'a> {
-    pub(super) fn new(cpu: &'a mut Cpu, ops: &'a mut Vec<Op>, start: u64) -> Self {
+    /// For code that starts at `start`, whose bytes are the first of `window`.
+    pub(super) fn new(
+        cpu: &'a mut Cpu,
+        ops: &'a mut Vec<Op>,
+        start: u64,
+        window: &'a [u8],
+    ) -> Self {
+        let lowered = std::mem::take(&mut cpu.code.scratch.lowered);
         Self {
             mode: cpu.sys.mode,
             cpu,
@@ -79,21 +74,16 @@ impl<'a> Lowering<'a> {
             ip: 0,
             ended: false,
             branch: false,
-            run: Run::default(),
-            parts: Vec::new(),
-            fused: Vec::new(),
+            window,
+            lowered,
         }
     }
 
-    /// Lowers `i`, whose encoding is `bytes`, at `ip` bytes from the block's start. Returns how many
-    /// ops it is.
-    pub(super) fn instruction(&mut self, i: &Instruction, bytes: &'a [u8], ip: u16) -> usize {
-        let part = crate::simd::fused::part_of_run(i);
-        if part != Some(self.run.vex) {
-            self.end_run();
-        }
+    /// Lowers `i`, whose encoding is the next `i.len()` bytes from `ip`.
+    pub(super) fn instruction(&mut self, i: &Instruction, ip: u16) {
+        let at = usize::from(ip);
         self.ip = ip;
-        self.bytes = bytes;
+        self.bytes = self.window.get(at..at + i.len()).unwrap_or_default();
         let before = self.ops.len();
         let known = !i.is_invalid()
             && self.cpu.features.has_all(i.cpuid_features())
@@ -107,54 +97,11 @@ impl<'a> Lowering<'a> {
             self.push(op);
             self.end_block_after();
         }
-        let added = self.ops.len() - before;
-        match part {
-            Some(vex) if known && added == 1 => {
-                if self.run.instructions.is_empty() {
-                    self.run.start = before;
-                    self.run.vex = vex;
-                }
-                self.run.instructions.push(*i);
-                self.run.bytes.extend_from_slice(bytes);
-            }
-            _ => self.end_run(),
-        }
-        added
-    }
-
-    /// Makes one op of the last two instructions, if they are a pair for which there is one.
-    pub(super) fn fuse(&mut self, first: &Instruction, last: &Instruction) -> bool {
-        let op = self.ops.last();
-        let Some(op) = op.and_then(|op| crate::exec::fuse(self, first, last, op)) else {
-            return false;
-        };
-        self.ops.truncate(self.ops.len().saturating_sub(2));
-        self.ops.push(op);
-        true
-    }
-
-    /// Makes one op of the instructions of the run, if they are several.
-    fn end_run(&mut self) {
-        let Run {
-            instructions,
-            bytes,
-            start,
-            ..
-        } = &self.run;
-        let range = *start..*start + instructions.len();
-        if instructions.len() > 1
-            && let Some(first) = self.ops.get(*start)
-            && let Some(op) = self
-                .cpu
-                .code
-                .fused
-                .op(instructions, bytes, self.mode.is64(), first)
-        {
-            self.fused.push((*start, self.parts.len()));
-            self.parts.extend(self.ops.splice(range, [op]));
-        }
-        self.run.instructions.clear();
-        self.run.bytes.clear();
+        self.lowered.push(Lowered {
+            instruction: *i,
+            ops: before..self.ops.len(),
+            ip: at,
+        });
     }
 
     /// Whether the block ends after the last instruction lowered.
@@ -162,10 +109,10 @@ impl<'a> Lowering<'a> {
         self.ended
     }
 
-    /// Adds the op that moves RIP past the block, unless a branch has done so. Returns how many ops
-    /// run one after the other; behind them are parts of fused ones.
-    pub(super) fn finish(&mut self, len: u16) -> usize {
-        self.end_run();
+    /// Adds the op that moves RIP past the block, unless a branch has done so, and makes one op of
+    /// several instructions where that is known to be faster. Returns how many ops run one after
+    /// the other; behind them are the parts of fused ones.
+    pub(super) fn finish(mut self, len: u16) -> usize {
         if !self.branch {
             let mut op = self.op();
             op.ip = len;
@@ -173,13 +120,48 @@ impl<'a> Lowering<'a> {
             op.run = if self.mode.is64() { advance64 } else { advance };
             self.ops.push(op);
         }
-        let main = self.ops.len();
-        for &(at, part) in &self.fused {
-            if let Some(op) = self.ops.get_mut(at) {
-                op.aux = (main + part - at) as u32;
-            }
+        let mut lowered = std::mem::take(&mut self.lowered);
+        let main = self.fuse(&lowered);
+        lowered.clear();
+        self.cpu.code.scratch.lowered = lowered;
+        main
+    }
+
+    fn fuse(&mut self, lowered: &[Lowered]) -> usize {
+        let Scratch { parts, out, .. } = &mut self.cpu.code.scratch;
+        let fused = &mut self.cpu.code.fused;
+        parts.clear();
+        out.clear();
+        let (mut at, mut copied) = (0, 0);
+        while at + 1 < lowered.len() {
+            let window = Window {
+                lowered: &lowered[at..],
+                ops: self.ops,
+                bytes: self.window,
+                is64: self.mode.is64(),
+            };
+            let op = crate::exec::fuse(&window).or_else(|| fused.fuse(&window));
+            let Some((mut op, range)) = op.and_then(|op| Some((op, window.range(&op)?))) else {
+                at += 1;
+                continue;
+            };
+            at += usize::from(op.extra);
+            op.aux = parts.len() as u32;
+            out.extend_from_slice(&self.ops[copied..range.start]);
+            out.push(op);
+            copied = range.end;
+            parts.extend_from_slice(&self.ops[range]);
         }
-        self.ops.append(&mut self.parts);
+        if copied == 0 {
+            return self.ops.len();
+        }
+        out.extend_from_slice(&self.ops[copied..]);
+        let main = out.len();
+        for (n, op) in out.iter_mut().enumerate().filter(|(_, op)| op.is_fused()) {
+            op.aux += (main - n) as u32;
+        }
+        out.append(parts);
+        std::mem::swap(self.ops, out);
         main
     }
 

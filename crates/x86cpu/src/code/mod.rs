@@ -3,6 +3,7 @@
 mod cache;
 mod decode;
 mod execute;
+mod fuse;
 mod lower;
 mod op;
 
@@ -11,3 +12,4 @@ pub use lower::{Lowering, nop};
 pub use op::{Handler, Op, op_flag};
 
 pub(crate) use cache::BlockEnd;
+pub(crate) use fuse::{Window, apart, last_part_failed};

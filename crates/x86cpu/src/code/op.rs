@@ -54,7 +54,7 @@ pub struct Op {
     pub base: u8,
     /// Index register, or [`reg::ZERO`].
     pub index: u8,
-    /// Log2 of the scale.
+    /// Log2 of the scale, and [`Op::FUSED`].
     pub scale: u8,
     /// Segment of the memory operand, by [`crate::cpu::seg`].
     pub seg: u8,
@@ -65,6 +65,14 @@ pub struct Op {
 }
 
 impl Op {
+    /// Bit of [`Op::scale`]: the op is `extra` instructions, whose own ops are `aux` ops on.
+    pub(crate) const FUSED: u8 = 1 << 7;
+
+    /// Whether the op is several instructions.
+    pub(crate) fn is_fused(&self) -> bool {
+        self.scale & Self::FUSED != 0
+    }
+
     /// The offset that the memory operand names within its segment, truncated to address size.
     #[inline(always)]
     pub fn offset(&self, cpu: &Cpu) -> u64 {

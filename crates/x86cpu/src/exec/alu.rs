@@ -10,7 +10,7 @@ use crate::flags::LazyFlags;
 use crate::trap::Trap;
 
 /// A two-operand operation. `value` is pure, so that it can run inside an atomic update.
-trait Alu {
+pub(super) trait Alu {
     const READS_CF: bool = false;
     const WRITES: bool = true;
     fn value(a: u64, b: u64, cf: u64) -> u64;
@@ -41,7 +41,7 @@ pub(super) fn added<T: Operand>(cpu: &mut Cpu, a: u64, b: u64) {
 
 macro_rules! alu {
     ($name:ident, cf: $cf:literal, writes: $writes:literal, $value:expr, $flags:expr) => {
-        struct $name;
+        pub(super) struct $name;
         impl Alu for $name {
             const READS_CF: bool = $cf;
             const WRITES: bool = $writes;
@@ -82,7 +82,7 @@ fn carry_in<O: Alu>(cpu: &Cpu) -> u64 {
 }
 
 #[inline(always)]
-fn to_register<O: Alu, T: Operand>(cpu: &mut Cpu, r0: u8, b: u64) {
+pub(super) fn to_register<O: Alu, T: Operand>(cpu: &mut Cpu, r0: u8, b: u64) {
     let a = T::get(cpu, r0);
     let r = O::value(a, b, carry_in::<O>(cpu));
     O::flags(&mut cpu.flags, T::BITS, a, b, r);
@@ -206,13 +206,13 @@ fn binary<O: Alu>(l: &mut Lowering<'_>, i: &Instruction) -> bool {
 }
 
 /// A one-operand operation.
-trait Unary {
+pub(super) trait Unary {
     fn value(a: u64) -> u64;
     fn flags(flags: &mut LazyFlags, bits: u32, a: u64, r: u64);
 }
 
-struct Inc;
-struct Dec;
+pub(super) struct Inc;
+pub(super) struct Dec;
 struct Neg;
 struct Not;
 
@@ -258,11 +258,16 @@ impl Unary for Not {
     fn flags(_: &mut LazyFlags, _: u32, _: u64, _: u64) {}
 }
 
-fn unary_r<O: Unary, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let a = T::get(cpu, op.r0);
+#[inline(always)]
+pub(super) fn unary_register<O: Unary, T: Operand>(cpu: &mut Cpu, r0: u8) {
+    let a = T::get(cpu, r0);
     let r = O::value(a);
     O::flags(&mut cpu.flags, T::BITS, a, r);
-    T::set(cpu, op.r0, r);
+    T::set(cpu, r0, r);
+}
+
+fn unary_r<O: Unary, T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    unary_register::<O, T>(cpu, op.r0);
     Ok(())
 }
 

@@ -60,6 +60,28 @@ impl Cpu {
         }
     }
 
+    /// Loads `N` words of 8 bytes at a linear address, if all of them are a hit.
+    #[inline(always)]
+    pub fn try_load_words<const N: usize>(&self, linear: u64) -> Option<[u64; N]> {
+        let host = self.view.read(linear, 8 * N)?;
+        // SAFETY: the TLB maps that many bytes to RAM until the instruction ends.
+        Some(std::array::from_fn(|n| unsafe { u64::read(host + 8 * n) }))
+    }
+
+    /// Stores words likewise, from the last to the first; `false`, and none stored, if it takes
+    /// more.
+    #[inline(always)]
+    pub fn try_store_words<const N: usize>(&mut self, linear: u64, words: [u64; N]) -> bool {
+        let Some(host) = self.view.write(linear, 8 * N) else {
+            return false;
+        };
+        for (n, word) in words.into_iter().enumerate().rev() {
+            // SAFETY: the TLB maps that many bytes to writable RAM until the instruction ends.
+            unsafe { u64::write(host + 8 * n, word) };
+        }
+        true
+    }
+
     /// Loads `op`'s memory operand.
     #[inline(always)]
     pub fn load<T: Int>(&mut self, op: &Op) -> Result<T, Trap> {

@@ -14,15 +14,12 @@
 //!                                          movaps [rdi], xmm0 …
 //! ```
 //!
-//! The ops of the single instructions stay behind the block's end: they run when the units are
-//! disabled or MXCSR isn't the default, so that exceptions come where they belong.
+//! When the units are disabled or MXCSR isn't the default, the parts run one by one, so that
+//! exceptions come where they belong.
 //!
 //! Unlike the thunks of single instructions there is no end to the combinations that a guest can
 //! come up with. So the code is its processor's own, has a bound, and goes when all blocks go.
-#![expect(
-    unsafe_code,
-    reason = "calls generated code; finds the parts of an op behind its block"
-)]
+#![expect(unsafe_code, reason = "calls generated code")]
 
 use std::collections::HashMap;
 
@@ -34,9 +31,9 @@ use iced_x86::{
 use super::code_buffer::CodeBuffer;
 use super::thunk::{self, ARITHMETIC_FLAGS};
 use crate::Cpu;
-use crate::code::{BlockEnd, Handler, Op};
+use crate::code::{Handler, Op, Window, apart};
 use crate::fpu::{attention, blocked};
-use crate::trap::{Trap, TrapKind};
+use crate::trap::Trap;
 
 /// Bytes of code for one processor.
 const CAPACITY: usize = 2 << 20;
@@ -106,26 +103,26 @@ impl FusedCode {
         piece
     }
 
-    /// The op for `run`, whose encoding is `bytes`. `first` is the op of its first instruction. Its
-    /// `aux` must be made the distance to the parts.
-    pub(crate) fn op(
-        &mut self,
-        run: &[Instruction],
-        bytes: &[u8],
-        is64: bool,
-        first: &Op,
-    ) -> Option<Op> {
-        let piece = self.piece(run, bytes, is64)?;
-        let mut op = *first;
+    /// The op for the run at the start of `window`, if there is one.
+    pub(crate) fn fuse(&mut self, window: &Window<'_>) -> Option<Op> {
+        let (first, op) = window.get(0)?;
+        let vex = part_of_run(first)?;
+        let rest = (1..).map_while(|n| window.get(n).map(|(i, _)| *i));
+        let rest = rest.take_while(|i| part_of_run(i) == Some(vex));
+        let run: Vec<_> = std::iter::once(*first).chain(rest).collect();
+        if run.len() < 2 {
+            return None;
+        }
+        let piece = self.piece(&run, window.bytes(run.len())?, window.is64())?;
+        let mut op = window.op(run.len(), op)?;
         op.imm = piece.code;
-        op.extra = run.len() as u8;
         op.run = handler(piece);
         Some(op)
     }
 }
 
 /// Whether `i` may be part of a run, and if so, whether it is VEX-encoded: runs are all of one kind.
-pub(crate) fn part_of_run(i: &Instruction) -> Option<bool> {
+fn part_of_run(i: &Instruction) -> Option<bool> {
     let vex = match i.code().encoding() {
         EncodingKind::Legacy => false,
         EncodingKind::VEX => true,
@@ -277,21 +274,6 @@ fn handler(piece: Piece) -> Handler {
     }
 }
 
-/// Instructions that an op is.
-#[cold]
-pub(crate) fn instructions_of(op: &Op) -> u64 {
-    let handlers: [Handler; 4] = [
-        fused::<false, false>,
-        fused::<false, true>,
-        fused::<true, false>,
-        fused::<true, true>,
-    ];
-    let is_run = handlers
-        .iter()
-        .any(|&handler| std::ptr::fn_addr_eq(handler, op.run));
-    if is_run { u64::from(op.extra) } else { 1 }
-}
-
 fn fused<const ARITHMETIC: bool, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let bit = if VEX { blocked::AVX } else { blocked::SSE };
     let special = ARITHMETIC && cpu.fpu.attention & attention::MXCSR != 0;
@@ -307,26 +289,6 @@ fn fused<const ARITHMETIC: bool, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Res
             (&raw mut (*cpu).fpu.ymm).cast(),
             (&raw mut (*cpu).gpr).cast(),
         );
-    }
-    Ok(())
-}
-
-/// Runs the instructions one by one.
-#[cold]
-#[inline(never)]
-fn apart(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    for n in 0..u32::from(op.extra) {
-        // SAFETY: `aux` ops on from a fused op of a block there are `extra` parts, says lowering;
-        // they were pushed with the block.
-        let part = unsafe { &*std::ptr::from_ref(op).add((op.aux + n) as usize) };
-        if (part.run)(cpu, part).is_err() {
-            // `stopped` takes off as many as the whole run has.
-            cpu.instructions += u64::from(n);
-            if !matches!(cpu.trap.kind, TrapKind::Resume) {
-                cpu.failed_part = BlockEnd(part);
-            }
-            return Err(Trap);
-        }
     }
     Ok(())
 }

@@ -204,7 +204,8 @@ impl Generator {
         for code in Code::values().filter(|code| usable.contains(code)) {
             let name = family(code);
             let mnemonic = format!("{:?}", code.mnemonic()).to_lowercase();
-            let whole = only.is_none_or(|only| matches!(only, "sequences" | "vector-runs"));
+            let whole = only
+                .is_none_or(|only| matches!(only, "sequences" | "vector-runs" | "integer-runs"));
             if !whole && only.is_some_and(|only| only != name && only != mnemonic) {
                 continue;
             }
@@ -376,7 +377,7 @@ impl Generator {
     }
 
     /// Encodes a random instruction of this form at `ip`.
-    fn instruction(
+    pub fn instruction(
         &mut self,
         random: &mut Random,
         code: Code,
@@ -546,7 +547,7 @@ pub fn decode(bytes: &[u8], ip: u64) -> Option<Instruction> {
 }
 
 /// From iced's flag bits to RFLAGS.
-fn to_rflags(bits: u32) -> u64 {
+pub fn to_rflags(bits: u32) -> u64 {
     [
         (RflagsBits::CF, 0),
         (RflagsBits::PF, 2),

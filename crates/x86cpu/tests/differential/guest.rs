@@ -81,10 +81,13 @@ impl Guest {
         end
     }
 
-    /// The same as one block, behind which is an OUT that needs the host.
+    /// The same as one block. An OUT, which needs the host, is where it ends, and another where its
+    /// branch goes.
     pub fn run(&mut self, code: &[u8], state: &mut State) -> End {
         const IOPL: u64 = 3 << 12;
         let mut whole = code.to_vec();
+        whole.extend_from_slice(&[0xe6, 0xf4]);
+        whole.resize(code.len() + Native::landing_pad(0).len(), 0xcc);
         whole.extend_from_slice(&[0xe6, 0xf4]);
         self.set_up(&whole, state);
         self.t.cpu.set_rflags(state.flags | 0x202 | IOPL);
@@ -103,6 +106,11 @@ impl Guest {
                 TrapKind::None | TrapKind::Resume => {}
                 TrapKind::Exit(CpuExit::PortOut { .. }) if self.t.cpu.rip == code_end => {
                     return End::Exit(0);
+                }
+                TrapKind::Exit(CpuExit::PortOut { .. })
+                    if self.t.cpu.rip == code_end + Native::landing_pad(0).len() as u64 =>
+                {
+                    return End::Exit(1);
                 }
                 TrapKind::Fault { vector, error_code } => {
                     return End::Fault {

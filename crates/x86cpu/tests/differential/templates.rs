@@ -6,9 +6,9 @@ use iced_x86::{
     Register,
 };
 
-use crate::generate::{Case, decode};
+use crate::generate::{Case, Generator, decode, to_rflags};
 use crate::native::Native;
-use crate::operands::target;
+use crate::operands::{Style, target};
 use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, Random, State, XSAVE_LEN, random_xsave};
 
 /// The near branches of 64-bit mode.
@@ -109,6 +109,138 @@ pub fn branch(random: &mut Random, codes: &[Code]) -> Option<Case> {
     Some(Case::of(encode(&i)?, start))
 }
 
+/// Instructions that may come together as one: on the stack, and moves.
+const ON_STACK: [Code; 7] = [
+    Code::Push_r64,
+    Code::Push_r64,
+    Code::Pop_r64,
+    Code::Pop_r64,
+    Code::Mov_r64_rm64,
+    Code::Mov_rm64_r64,
+    Code::Mov_r32_rm32,
+];
+
+/// What a conditional branch may stand behind.
+const BEFORE_BRANCH: [Code; 30] = [
+    Code::Cmp_rm8_r8,
+    Code::Cmp_r8_rm8,
+    Code::Cmp_rm8_imm8,
+    Code::Cmp_rm16_r16,
+    Code::Cmp_rm16_imm16,
+    Code::Cmp_rm32_r32,
+    Code::Cmp_r32_rm32,
+    Code::Cmp_rm32_imm8,
+    Code::Cmp_rm64_r64,
+    Code::Cmp_r64_rm64,
+    Code::Cmp_rm64_imm32,
+    Code::Test_rm8_r8,
+    Code::Test_rm8_imm8,
+    Code::Test_rm16_imm16,
+    Code::Test_rm32_r32,
+    Code::Test_rm32_imm32,
+    Code::Test_rm64_r64,
+    Code::Test_rm64_imm32,
+    Code::And_rm32_imm8,
+    Code::And_rm64_r64,
+    Code::And_r32_rm32,
+    Code::Add_rm64_imm8,
+    Code::Add_rm32_r32,
+    Code::Add_r64_rm64,
+    Code::Sub_rm32_imm32,
+    Code::Sub_rm64_r64,
+    Code::Inc_rm32,
+    Code::Inc_rm64,
+    Code::Dec_rm32,
+    Code::Dec_rm64,
+];
+
+/// What compilers write at the edges of functions: pushes, pops and moves, or a comparison, and the
+/// branch or return behind.
+pub fn integer_run(random: &mut Random, generator: &mut Generator, codes: &[Code]) -> Option<Case> {
+    let mut start = State::random(random);
+    for n in 12..16 {
+        start.gpr[n] = target(random, 8);
+    }
+    start.gpr[5] = target(random, 16);
+    start.gpr[4] = target(random, 64);
+    let ending = random.below(4);
+    // What returns is to find its return address, not a mixture: where that leads is anyone's guess.
+    let returns = ending == 1;
+    let mut code = Vec::new();
+    let add = |code: &mut Vec<u8>,
+               form: Code,
+               random: &mut Random,
+               start: &mut State,
+               g: &mut Generator| {
+        let ip = CODE + code.len() as u64;
+        let bytes = g.instruction(random, form, ip, Style::Sequence, start);
+        let bytes = bytes.unwrap_or_default();
+        // RSP stays in the data pages, and RBP if LEAVE follows.
+        let moves_stack = decode(&bytes, ip).is_some_and(|i| {
+            let to = i.op0_register().full_register();
+            i.code() != Code::Push_r64 && (to == Register::RSP || returns && to == Register::RBP)
+        });
+        if !moves_stack {
+            code.extend(bytes);
+        }
+    };
+    for _ in 0..random.below(10) {
+        let form = if returns {
+            Code::Pop_r64
+        } else {
+            random.pick(&ON_STACK)
+        };
+        // Prefer runs.
+        for _ in 0..1 + random.below(3) {
+            add(&mut code, form, random, &mut start, generator);
+        }
+    }
+    match ending {
+        0 => {}
+        1 => {
+            let leave = random.one_in(2);
+            if leave {
+                add(&mut code, Code::Leaveq, random, &mut start, generator);
+            }
+            let goal = pad_after(code.len() + 1);
+            code.extend(encode(&Instruction::with(Code::Retnq))?);
+            if leave {
+                start.poke(start.gpr[5].wrapping_add(8), &goal.to_le_bytes());
+            } else {
+                for n in 0..8 {
+                    start.poke(start.gpr[4].wrapping_add(8 * n), &goal.to_le_bytes());
+                }
+            }
+        }
+        _ => {
+            if random.one_in(4) {
+                // mov r, m; test r, r
+                let (load, test, register) = if random.one_in(2) {
+                    (Code::Mov_r64_rm64, Code::Test_rm64_r64, Register::RBX)
+                } else {
+                    (Code::Mov_r32_rm32, Code::Test_rm32_r32, Register::R9D)
+                };
+                let memory = MemoryOperand::with_base(Register::R14);
+                code.extend(encode(&Instruction::with2(load, register, memory).ok()?)?);
+                code.extend(encode(&Instruction::with2(test, register, register).ok()?)?);
+            } else {
+                let form = random.pick(&BEFORE_BRANCH);
+                add(&mut code, form, random, &mut start, generator);
+            }
+            let jumps = codes
+                .iter()
+                .copied()
+                .filter(|code| code.is_jcc_short_or_near());
+            let jump = random.pick(&jumps.collect::<Vec<_>>());
+            let mut i = Instruction::with_branch(jump, CODE + 16).ok()?;
+            let goal = pad_after(code.len() + encode(&i)?.len());
+            i.set_near_branch64(goal - code.len() as u64);
+            code.extend(encode(&i)?);
+        }
+    }
+    (!code.is_empty()).then(|| Case::of_several(code, start))
+}
+
 const SAVES: [Code; 7] = [
     Code::Fxsave_m512byte,
     Code::Fxsave64_m512byte,
@@ -185,6 +317,24 @@ pub fn save_restore(random: &mut Random) -> Option<Case> {
 }
 
 impl Case {
+    /// A case of several instructions.
+    fn of_several(code: Vec<u8>, start: State) -> Self {
+        let mut case = Self::of(code, start);
+        let Some(first) = case.instructions.first() else {
+            return case;
+        };
+        let (mut at, mut undefined) = (first.len(), to_rflags(first.rflags_undefined()));
+        case.undefined = vec![undefined];
+        while let Some(i) = decode(&case.code[at..], CODE + at as u64) {
+            undefined &= !to_rflags(i.rflags_modified());
+            undefined |= to_rflags(i.rflags_undefined());
+            case.undefined.push(undefined);
+            case.instructions.push(i);
+            at += i.len();
+        }
+        case
+    }
+
     /// A case of one instruction.
     fn of(code: Vec<u8>, start: State) -> Self {
         let instructions = decode(&code, CODE).into_iter().collect();
