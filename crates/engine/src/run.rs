@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use skerry_devices::virtio::vsock::VsockHost;
 use skerry_machine::{
-    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Outcome, layout,
+    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Outcome,
 };
 use skerry_oci::{Image, ImageConfig};
 use skerry_protocol::host::{Control, ExecHandle, ExecSession, HostError};
@@ -287,12 +287,10 @@ fn start_machine(
     }
     attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
     attachments.serial[0] = Some(Box::new(console.clone()));
-    // Disks, entropy and socket device: what is behind the kernel's virtio parameters.
-    let devices = disks.len() + 2;
-    let command_line = format!(
-        "console=ttyS0 quiet loglevel=4 panic=-1 skerry.transport=vsock {}",
-        layout::virtio_parameters(devices)
-    );
+    // The kernel finds the virtio devices in the DSDT.
+    let command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
+                        skerry.transport=vsock"
+        .to_owned();
     let config = MachineConfig {
         memory: spec.options.memory,
         cpus: spec.options.cpus,

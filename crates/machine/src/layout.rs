@@ -50,16 +50,6 @@ pub fn virtio_slot(slot: usize) -> VirtioMmio {
     }
 }
 
-/// What a kernel without ACPI needs on its command line to find the first `devices` virtio
-/// devices. A kernel that reads the DSDT must not be given it: it would find each device twice.
-pub fn virtio_parameters(devices: usize) -> String {
-    (0..devices)
-        .map(virtio_slot)
-        .map(|d| format!("virtio_mmio.device={:#x}@{:#x}:{}", d.len, d.base, d.gsi))
-        .collect::<Vec<_>>()
-        .join(" ")
-}
-
 /// The machine as its tables describe it.
 pub fn platform(cpus: u32, serial: [bool; 4], virtio_devices: usize) -> Platform {
     let ports = COM_PORTS.iter().zip(serial).filter(|(_, present)| *present);
@@ -125,10 +115,9 @@ mod tests {
             assert!(device.base + device.len <= IOAPIC_BASE);
             assert!((16..24).contains(&device.gsi));
         }
-        assert_eq!(
-            virtio_parameters(2),
-            "virtio_mmio.device=0x1000@0xd0000000:16 virtio_mmio.device=0x1000@0xd0001000:17"
-        );
+        let (first, second) = (virtio_slot(0), virtio_slot(1));
+        assert_eq!((first.base, first.gsi), (0xd000_0000, 16));
+        assert_eq!((second.base, second.gsi), (0xd000_1000, 17));
     }
 
     #[test]
