@@ -28,7 +28,7 @@ use spec::*;
 /// First port and ISA interrupt of COM1 to COM4.
 pub const COM_PORTS: [(u16, u32); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 
-/// A guest that reads the line status this often without sending waits for input.
+/// A guest that reads the line status this often, though it could send, waits for input.
 const LISTENING_POLLS: u8 = 64;
 
 /// Everything that changes in a [`Uart`].
@@ -52,7 +52,7 @@ pub struct UartState {
     /// The THR-empty interrupt is pending: set when the THR empties or the enable bit rises while it is
     /// empty, cleared by reading it from the IIR or by a write to the THR.
     thr_interrupt: bool,
-    /// Reads of the line status since the guest last sent something, up to [`LISTENING_POLLS`].
+    /// Reads of the line status since the guest last sent something or could not, up to [`LISTENING_POLLS`].
     idle_polls: u8,
 }
 
@@ -76,9 +76,11 @@ impl UartState {
     }
 
     /// Whether the guest takes input: its interrupt is on, or it polls for some. A driver empties the
-    /// receiver when it starts, so what arrived before would be lost.
+    /// receiver when it starts, and what came before would be lost. On a PC the interrupt needs OUT2,
+    /// which tells a driver that listens from one that tries which bits it can set.
     fn listens(&self) -> bool {
-        !self.looped() && (self.ier & IER_RECEIVED != 0 || self.idle_polls >= LISTENING_POLLS)
+        let interrupt = self.ier & IER_RECEIVED != 0 && self.mcr & MCR_OUT2 != 0;
+        !self.looped() && (interrupt || self.idle_polls >= LISTENING_POLLS)
     }
 
     fn capacity(&self) -> usize {
@@ -256,7 +258,10 @@ impl Shared {
             MCR => return state.mcr,
             LSR => {
                 let value = state.line_status();
-                if state.idle_polls < LISTENING_POLLS {
+                if value & LSR_THR_EMPTY == 0 {
+                    // It waits for the transmitter.
+                    state.idle_polls = 0;
+                } else if state.idle_polls < LISTENING_POLLS {
                     state.idle_polls += 1;
                 } else if state.errors == 0 {
                     return value;

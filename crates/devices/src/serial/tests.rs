@@ -207,6 +207,12 @@ fn input_waits_until_the_guest_listens() {
     let r = rig();
     let input = r.uart.input();
     assert_eq!(input.push(b"x"), 0, "no driver yet");
+    // Linux sets all the bits to see which model this is.
+    r.write(MCR, 1);
+    r.write(IER, 0xf);
+    assert_eq!(input.push(b"x"), 0, "a probe");
+    r.write(IER, 0);
+    r.write(MCR, MCR_OUT2);
     r.write(IER, IER_RECEIVED);
     assert_eq!(input.push(b"x"), 1);
     assert_eq!(r.read(DATA), b'x');
@@ -229,4 +235,43 @@ fn input_waits_until_the_guest_listens() {
     }
     assert_eq!(input.push(b"x"), 1);
     assert_ne!(r.read(LSR) & LSR_DATA_READY, 0);
+}
+
+/// A sink that takes nothing until it is let.
+struct Stuck(Arc<parking_lot::Mutex<()>>);
+
+impl std::io::Write for Stuck {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        drop(self.0.lock());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Linux's console polls the line status while its output has to wait: it doesn't take input yet.
+#[test]
+fn waiting_for_the_transmitter_is_not_listening() {
+    let stuck = Arc::new(parking_lot::Mutex::new(()));
+    let held = stuck.lock();
+    let (_, irq) = LineProbe::new();
+    let uart = Uart::new(irq, Some(Box::new(Stuck(stuck.clone())))).unwrap();
+    let status = || {
+        let mut data = [0];
+        uart.read(LSR, &mut data);
+        data[0]
+    };
+    let mut sent = 0;
+    while status() & LSR_THR_EMPTY != 0 {
+        uart.write(DATA, b"x");
+        sent += 1;
+        assert!(sent < 10_000_000, "the transmitter never fills");
+    }
+    for _ in 0..200 {
+        status();
+    }
+    assert_eq!(uart.input().push(b"y"), 0);
+    drop(held);
 }
