@@ -177,11 +177,15 @@ fn first_end(
         Ok(Ended::Command(Err(HostError::NotStarted(failure)))) => {
             Ok(RunOutcome::NotStarted(failure))
         }
-        Ok(Ended::Command(Err(error))) => match remote.outcome() {
-            // The connection broke because the machine ended.
-            Some(outcome) => machine_ended(outcome, console),
-            None => Err(error.into()),
-        },
+        Ok(Ended::Command(Err(error))) => {
+            // If the connection broke because the machine ends, that is what counts.
+            if remote.is_ending()
+                && let Ok(Ended::Machine(outcome)) = receiver.recv()
+            {
+                return machine_ended(outcome, console);
+            }
+            Err(error.into())
+        }
         Ok(Ended::Machine(outcome)) => machine_ended(outcome, console),
         Err(_) => Err(EngineError::GuestEnded("its threads are gone".to_owned())),
     }

@@ -309,6 +309,11 @@ impl Control {
         }
     }
 
+    /// Whether the run is over or about to be.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.state.lock().ending.is_some()
+    }
+
     /// The outcome, if the run is over.
     pub(crate) fn outcome_now(&self) -> Option<Outcome> {
         self.state.lock().outcome.clone()

@@ -274,6 +274,11 @@ impl MachineRemote {
         &self.virtio
     }
 
+    /// Whether the run is over or about to be: then there will be an outcome shortly.
+    pub fn is_ending(&self) -> bool {
+        self.control.is_ending()
+    }
+
     /// How the run ended, once it has.
     pub fn outcome(&self) -> Option<Outcome> {
         self.control.outcome_now()

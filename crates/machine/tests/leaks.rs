@@ -3,6 +3,8 @@
 #[path = "machine/guest.rs"]
 mod guest;
 
+use std::time::Duration;
+
 use skerry_hypervisor::cpu_model::CpuModel;
 use skerry_hypervisor::{CpuidTable, Hypervisor};
 use skerry_hypervisor_soft::Soft;
@@ -55,12 +57,15 @@ fn twenty_machines_leave_nothing_behind() {
     let tables: Vec<_> = (0..2)
         .map(|id| model.cpuid(&found, 2, id).unwrap())
         .collect();
-    // What is made once for the process is made by the first.
+    // What is made once for the process is made by the first. A thread that has been waited for is
+    // still listed for a moment.
     run(&hypervisor, &tables);
+    std::thread::sleep(Duration::from_millis(200));
     let [threads, files, maps] = counts();
     for _ in 0..20 {
         run(&hypervisor, &tables);
     }
+    std::thread::sleep(Duration::from_millis(200));
     let after = counts();
     assert_eq!(after[..2], [threads, files]);
     // The allocator keeps a few mappings for later.
