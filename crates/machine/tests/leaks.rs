@@ -50,24 +50,31 @@ fn run(hypervisor: &Soft, tables: &[CpuidTable]) {
 }
 
 #[test]
-fn twenty_machines_leave_nothing_behind() {
+fn machines_leave_nothing_behind() {
     let hypervisor = Soft::open().unwrap();
     let found = Soft::probe().unwrap();
     let model = CpuModel::best(&found);
     let tables: Vec<_> = (0..2)
         .map(|id| model.cpuid(&found, 2, id).unwrap())
         .collect();
-    // What is made once for the process is made by the first. A thread that has been waited for is
-    // still listed for a moment.
-    run(&hypervisor, &tables);
+    // What is made once for the process, and the allocator's arenas, are there after the first few. A
+    // thread that has been waited for is still listed for a moment.
+    const MACHINES: usize = 40;
+    for _ in 0..20 {
+        run(&hypervisor, &tables);
+    }
     std::thread::sleep(Duration::from_millis(200));
     let [threads, files, maps] = counts();
-    for _ in 0..20 {
+    for _ in 0..MACHINES {
         run(&hypervisor, &tables);
     }
     std::thread::sleep(Duration::from_millis(200));
     let after = counts();
     assert_eq!(after[..2], [threads, files]);
-    // The allocator keeps a few mappings for later.
-    assert!(after[2] <= maps + 10, "{maps} mappings became {}", after[2]);
+    // The allocator takes and gives back a few.
+    assert!(
+        after[2] < maps + MACHINES / 2,
+        "{maps} mappings became {}",
+        after[2]
+    );
 }
