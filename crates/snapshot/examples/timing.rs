@@ -16,7 +16,7 @@ fn main() -> Result<(), Error> {
     let mib: usize = args.next().and_then(|mib| mib.parse().ok()).unwrap_or(64);
     let store = SnapshotStore::open(Path::new(&dir))?;
     // Data in 1 MiB pieces with as much zero between them.
-    let mut data = vec![0; 2 * mib << 20];
+    let mut data = vec![0; (2 * mib) << 20];
     for (i, bytes) in data.chunks_exact_mut(8).enumerate() {
         if (i >> 17).is_multiple_of(2) {
             bytes.copy_from_slice(&(i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
