@@ -128,6 +128,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub read_only: bool,
 
+    /// Boot, instead of going on from where the image's first run was ready; and keep nothing
+    #[arg(long)]
+    pub fresh: bool,
+
     /// Host name inside
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,

@@ -54,6 +54,19 @@ pub enum EngineError {
     /// A disk can't be had.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A snapshot can't be written or used.
+    #[error(transparent)]
+    Snapshot(#[from] skerry_snapshot::Error),
+    /// A machine's state can't be read from its snapshot, or written.
+    #[error(
+        "The machine state of the snapshot {snapshot} can't be read: make it again with this build"
+    )]
+    SavedState {
+        /// The snapshot.
+        snapshot: String,
+        /// The cause.
+        source: serde_json::Error,
+    },
     /// A file of the host can't be opened.
     #[error("Can't open {what} {}: check the path and its permissions", path.display())]
     Open {

@@ -20,6 +20,7 @@ mod machine;
 mod paths;
 pub mod run;
 mod transport;
+mod warm;
 
 pub use error::EngineError;
 pub use machine::MachineOptions;
