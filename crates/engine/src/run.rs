@@ -303,7 +303,7 @@ fn start_machine(
             .clone()
             .unwrap_or_else(|| "built-in kernel".into()),
         initrd: Some("agent".into()),
-        command_line,
+        command_line: Some(command_line),
         disks,
         rng: true,
         vsock: Some(GUEST_CID),
