@@ -50,6 +50,15 @@ impl<'a> Kernel<'a> {
         }
     }
 
+    /// The command line when nobody gives one: Linux writes to the serial port and ends the run after
+    /// a panic; what other kernels make of words is anybody's guess.
+    pub fn usual_command_line(&self) -> &'static str {
+        match &self.protocol {
+            Protocol::Linux64 { .. } | Protocol::Pvh { .. } => "console=ttyS0 panic=-1",
+            Protocol::Multiboot(_) => "",
+        }
+    }
+
     /// Writes the kernel and what its protocol demands into guest memory.
     pub fn load(&self, inputs: &BootInputs<'_>) -> Result<Entry, LoadError> {
         let entry = match &self.protocol {

@@ -172,7 +172,7 @@ pub struct BootArgs {
     #[arg(long, value_name = "FILE")]
     pub initrd: Vec<String>,
 
-    /// Kernel command line, used as it is [default: console=ttyS0 panic=-1]
+    /// Kernel command line, used as it is [default: console=ttyS0 panic=-1 for Linux, else none]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 

@@ -14,9 +14,6 @@ use crate::builtin;
 use crate::error::EngineError;
 use crate::machine::{MachineOptions, prepare, start};
 
-/// The command line of a kernel that was given none.
-pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
-
 /// A disk of the host for the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
@@ -53,7 +50,7 @@ pub struct BootSpec {
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk, or for a multiboot kernel a module with its arguments.
     pub initrd: Option<PathBuf>,
-    /// Kernel command line; `None` is [`DEFAULT_COMMAND_LINE`].
+    /// Kernel command line; `None` is what is usual for the kernel's kind.
     pub command_line: Option<String>,
     /// Disks, in order.
     pub disks: Vec<DiskSpec>,
@@ -87,15 +84,12 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<MachineHandle,
     }
     let SerialPort { output, input } = spec.serial;
     attachments.serial[0] = output;
-    let mut command_line = spec
-        .command_line
-        .unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
     let config = MachineConfig {
         memory: spec.options.memory,
         cpus: spec.options.cpus,
         kernel: spec.kernel.unwrap_or_else(|| "built-in kernel".into()),
         initrd: spec.initrd,
-        command_line: std::mem::take(&mut command_line),
+        command_line: spec.command_line,
         disks,
         rng: true,
         no_reboot: spec.no_reboot,

@@ -453,7 +453,7 @@ fn machine_config(spec: &RunSpec) -> MachineConfig {
             .clone()
             .unwrap_or_else(|| "built-in kernel".into()),
         initrd: Some("agent".into()),
-        command_line,
+        command_line: Some(command_line),
         disks,
         rng: true,
         vsock: Some(GUEST_CID),

@@ -27,7 +27,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
     let mut options = Options {
         hypervisor: "soft".into(),
         config: MachineConfig {
-            command_line: "console=ttyS0 reboot=t panic=-1".into(),
+            command_line: None,
             ..MachineConfig::default()
         },
         cpu_model: None,
@@ -41,7 +41,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         match arg.as_str() {
             "--hypervisor" => options.hypervisor = value()?,
             "--cpu-model" => options.cpu_model = Some(value()?),
-            "--cmdline" => config.command_line = value()?,
+            "--cmdline" => config.command_line = Some(value()?),
             "--memory" => config.memory = value()?.parse::<u64>()? << 20,
             "--cpus" => config.cpus = value()?.parse()?,
             "--debug-exit" => {

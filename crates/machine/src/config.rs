@@ -26,8 +26,9 @@ pub struct MachineConfig {
     pub kernel: PathBuf,
     /// The initial RAM disk or multiboot module, likewise.
     pub initrd: Option<PathBuf>,
-    /// Kernel command line, complete: nothing is added to it.
-    pub command_line: String,
+    /// Kernel command line, complete: nothing is added to it. `None`: what is usual for the kernel's
+    /// kind.
+    pub command_line: Option<String>,
     /// Which of COM1 to COM4 the machine has.
     pub serial: [bool; 4],
     /// Disks, in the order in which the guest finds them.
@@ -51,7 +52,7 @@ impl Default for MachineConfig {
             cpus: 1,
             kernel: PathBuf::new(),
             initrd: None,
-            command_line: String::new(),
+            command_line: None,
             serial: [true, false, false, false],
             disks: Vec::new(),
             console: false,

@@ -79,7 +79,11 @@ impl BootSource {
         let mut inputs = BootInputs {
             ram: &self.ram,
             map: &self.map,
-            command_line: &self.config.command_line,
+            command_line: self
+                .config
+                .command_line
+                .as_deref()
+                .unwrap_or(kernel.usual_command_line()),
             initrd: initrd
                 .as_deref()
                 .zip(initrd_name.as_deref())

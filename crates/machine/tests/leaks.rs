@@ -29,7 +29,7 @@ fn run(hypervisor: &Soft, tables: &[CpuidTable]) {
         memory: 16 << 20,
         cpus: 2,
         kernel: "test guest".into(),
-        command_line: "echo".into(),
+        command_line: Some("echo".into()),
         rng: true,
         console: true,
         vsock: Some(3),

@@ -51,7 +51,7 @@ fn config(command_line: &str) -> MachineConfig {
     MachineConfig {
         memory: 16 << 20,
         kernel: "test guest".into(),
-        command_line: command_line.into(),
+        command_line: Some(command_line.into()),
         no_reboot: true,
         debug_exit: Some(0xf4),
         ..MachineConfig::default()
@@ -260,7 +260,7 @@ fn linux_boots_and_panics_without_a_root<H: Hypervisor>() {
         memory: 128 << 20,
         cpus: 2,
         kernel: kernel.into(),
-        command_line: "console=ttyS0 panic=-1".into(),
+        command_line: None,
         rng: true,
         ..MachineConfig::default()
     };

@@ -11,7 +11,7 @@ use std::ptr::{self, NonNull};
 use crate::code::fuse::Lowered;
 use crate::code::op::Op;
 use crate::cpu::{Cpu, seg};
-use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState};
+use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState, code_changes};
 use crate::simd::fused::FusedCode;
 
 /// Ops of all blocks together.
@@ -78,23 +78,27 @@ struct Link {
     to: Option<BlockRef>,
 }
 
-/// Ops that run one after the other.
-#[repr(C)]
+/// Ops that run one after the other. What every run of a block touches is in one cache line.
+#[repr(C, align(64))]
 pub(crate) struct Block {
     ops: NonNull<Op>,
     end: *const Op,
-    page: NonNull<PageState>,
-    version: u32,
+    /// [`code_changes`] when it was last found current.
+    checked: Cell<u64>,
     /// Instructions.
     pub count: u16,
     /// Bytes.
     pub len: u16,
-    links: [Cell<Link>; 2],
     /// Ends in a way that can't change mode, privilege or mapping.
     pub linkable: bool,
+    links: [Cell<Link>; 2],
+    page: NonNull<PageState>,
+    version: u32,
     /// The second page of an instruction that crosses: its address, state and version.
     second: Option<(u64, NonNull<PageState>, u32)>,
 }
+
+const _: () = assert!(std::mem::offset_of!(Block, page) == 64);
 
 /// A block in the arena: good until [`CodeCache::clear`].
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -129,8 +133,18 @@ impl Block {
     /// Whether the bytes that it was decoded from are still those in memory.
     #[inline(always)]
     pub(crate) fn is_current(&self) -> bool {
+        let changes = code_changes();
+        self.checked.get() == changes || self.check(changes)
+    }
+
+    #[inline(never)]
+    fn check(&self, changes: u64) -> bool {
         // SAFETY: the memory map that has the page is kept until the cache is cleared.
-        unsafe { self.page.as_ref() }.version() == self.version
+        let current = unsafe { self.page.as_ref() }.version() == self.version;
+        if current {
+            self.checked.set(changes);
+        }
+        current
     }
 
     pub(super) fn second_is_current(&self) -> bool {
@@ -300,12 +314,13 @@ impl CodeCache {
                 ops,
                 // SAFETY: the ops were pushed one behind the other.
                 end: unsafe { ops.add(new.main.min(new.ops.len())) }.as_ptr(),
-                page: NonNull::from(new.page),
-                version: new.version,
+                checked: Cell::new(0),
                 count: new.count,
                 len: new.len,
-                links: [Cell::new(no_link), Cell::new(no_link)],
                 linkable: new.linkable,
+                links: [Cell::new(no_link), Cell::new(no_link)],
+                page: NonNull::from(new.page),
+                version: new.version,
                 second: new
                     .second
                     .map(|(gpa, page, version)| (gpa, NonNull::from(page), version)),

@@ -54,7 +54,7 @@ pub struct Op {
     pub base: u8,
     /// Index register, or [`reg::ZERO`].
     pub index: u8,
-    /// Log2 of the scale, and [`Op::FUSED`].
+    /// Log2 of the scale; the top bit says that the op is several instructions.
     pub scale: u8,
     /// Segment of the memory operand, by [`crate::cpu::seg`].
     pub seg: u8,

@@ -60,6 +60,12 @@ impl Cpu {
         }
     }
 
+    /// Whether [`Cpu::try_store_flat`] would store there.
+    #[inline(always)]
+    pub fn can_store_flat<T: Int>(&self, linear: u64) -> bool {
+        self.view.write(linear, T::SIZE).is_some()
+    }
+
     /// Loads `N` words of 8 bytes at a linear address, if all of them are a hit.
     #[inline(always)]
     pub fn try_load_words<const N: usize>(&self, linear: u64) -> Option<[u64; N]> {

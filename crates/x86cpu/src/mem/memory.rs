@@ -41,6 +41,17 @@ fn granules_of(offset: usize, len: usize) -> u64 {
     (u64::MAX << first) & (u64::MAX >> (63 - last))
 }
 
+/// Counts changes of any page's version, so that what was found current needn't look at its page
+/// again until something has changed somewhere.
+static CODE_CHANGES: AtomicU64 = AtomicU64::new(1);
+
+/// How often decoded code has become stale in this process, counted from 1. To be read before the
+/// versions of pages are.
+#[inline(always)]
+pub(crate) fn code_changes() -> u64 {
+    CODE_CHANGES.load(Ordering::Acquire)
+}
+
 impl PageState {
     /// The version that decoded code must have been made from.
     #[inline(always)]
@@ -101,8 +112,13 @@ impl PageState {
             return false;
         }
         self.granules.swap(0, Ordering::SeqCst);
-        self.version.fetch_add(1, Ordering::SeqCst);
+        self.make_stale();
         true
+    }
+
+    fn make_stale(&self) {
+        self.version.fetch_add(1, Ordering::SeqCst);
+        CODE_CHANGES.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Makes the page plain data again, and `cpu` one of its writers. `true` if code was dropped.
@@ -115,7 +131,7 @@ impl PageState {
                 Some((users & !CODE) | writer_bit(cpu))
             });
         let had_code = self.granules.swap(0, Ordering::SeqCst) != 0;
-        self.version.fetch_add(1, Ordering::SeqCst);
+        self.make_stale();
         had_code
     }
 }

@@ -20,11 +20,12 @@ mod walk;
 mod tests;
 
 pub use int::Int;
+
 pub use memory::{Backing, MapRefused, Memory, PageState, Slot};
 pub use mmu::{Access, Mmu};
 
 pub(crate) use device::DeviceReplay;
-pub(crate) use memory::SlotTable;
+pub(crate) use memory::{SlotTable, code_changes};
 pub(crate) use tlb::TlbView;
 
 /// Log2 of the page size.

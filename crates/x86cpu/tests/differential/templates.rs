@@ -110,7 +110,7 @@ pub fn branch(random: &mut Random, codes: &[Code]) -> Option<Case> {
 }
 
 /// Instructions that may come together as one: on the stack, and moves.
-const ON_STACK: [Code; 7] = [
+const ON_STACK: [Code; 9] = [
     Code::Push_r64,
     Code::Push_r64,
     Code::Pop_r64,
@@ -118,6 +118,8 @@ const ON_STACK: [Code; 7] = [
     Code::Mov_r64_rm64,
     Code::Mov_rm64_r64,
     Code::Mov_r32_rm32,
+    Code::Mov_rm32_r32,
+    Code::Mov_r64_rm64,
 ];
 
 /// What a conditional branch may stand behind.
@@ -214,15 +216,23 @@ pub fn integer_run(random: &mut Random, generator: &mut Generator, codes: &[Code
         }
         _ => {
             if random.one_in(4) {
-                // mov r, m; test r, r
-                let (load, test, register) = if random.one_in(2) {
-                    (Code::Mov_r64_rm64, Code::Test_rm64_r64, Register::RBX)
+                // mov r, m; test r, r or immediate
+                let (load, register) = if random.one_in(2) {
+                    (Code::Mov_r64_rm64, Register::RBX)
                 } else {
-                    (Code::Mov_r32_rm32, Code::Test_rm32_r32, Register::R9D)
+                    (Code::Mov_r32_rm32, Register::EBX)
+                };
+                let immediate = random.pick(&[1, 0x80, -1, 0x7fff_ff00, 4]);
+                let test = match random.below(5) {
+                    0 => Instruction::with2(Code::Test_rm64_r64, Register::RBX, Register::RBX),
+                    1 => Instruction::with2(Code::Test_rm32_r32, Register::EBX, Register::EBX),
+                    2 => Instruction::with2(Code::Test_rm64_imm32, Register::RBX, immediate),
+                    3 => Instruction::with2(Code::Test_rm32_imm32, Register::EBX, immediate),
+                    _ => Instruction::with2(Code::Test_rm8_imm8, Register::BL, immediate & 0xff),
                 };
                 let memory = MemoryOperand::with_base(Register::R14);
                 code.extend(encode(&Instruction::with2(load, register, memory).ok()?)?);
-                code.extend(encode(&Instruction::with2(test, register, register).ok()?)?);
+                code.extend(encode(&test.ok()?)?);
             } else {
                 let form = random.pick(&BEFORE_BRANCH);
                 add(&mut code, form, random, &mut start, generator);
@@ -231,7 +241,11 @@ pub fn integer_run(random: &mut Random, generator: &mut Generator, codes: &[Code
                 .iter()
                 .copied()
                 .filter(|code| code.is_jcc_short_or_near());
-            let jump = random.pick(&jumps.collect::<Vec<_>>());
+            let mut jump = random.pick(&jumps.collect::<Vec<_>>());
+            if random.one_in(6) {
+                add(&mut code, Code::Mov_r64_rm64, random, &mut start, generator);
+                jump = Code::Call_rel32_64;
+            }
             let mut i = Instruction::with_branch(jump, CODE + 16).ok()?;
             let goal = pad_after(code.len() + encode(&i)?.len());
             i.set_near_branch64(goal - code.len() as u64);

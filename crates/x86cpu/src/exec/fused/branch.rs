@@ -361,4 +361,23 @@ mod tests {
             }
         }
     }
+
+    /// A store that changes its own block ends it: what was to run as one op behind it starts with
+    /// its first instruction.
+    #[test]
+    fn starts_over_after_a_store_into_the_block() {
+        let mut t = TestCpu::new64();
+        // nop; mov byte [rip - 8], 0x90 (the nop); cmp eax, ebx; je +2; out 0xf4, al; out 0xf5, al
+        let code = [
+            0x90, 0xc6, 0x05, 0xf8, 0xff, 0xff, 0xff, 0x90, 0x39, 0xd8, 0x74, 0x02, 0xe6, 0xf4,
+            0xe6, 0xf5,
+        ];
+        t.write(CODE, &code);
+        t.cpu.gpr[0] = 7;
+        t.cpu.gpr[3] = 7;
+        t.cpu.set_rflags(0x2);
+        t.cpu.rip = CODE;
+        t.cpu.run();
+        assert_eq!(t.cpu.rip, CODE + 14, "the branch was taken");
+    }
 }

@@ -26,7 +26,11 @@ pub(crate) fn fuse(w: &Window<'_>) -> Option<Op> {
         Mnemonic::Leave => stack::leave_return(w),
         Mnemonic::Mov => stack::move_push(w)
             .or_else(|| stack::moves(w))
-            .or_else(|| load::test_branch(w)),
+            .or_else(|| stack::move_call(w))
+            .or_else(|| load::move_load(w))
+            .or_else(|| load::test_branch(w))
+            .or_else(|| load::load_pair(w))
+            .or_else(|| load::store_pair(w)),
         _ => None,
     }
 }

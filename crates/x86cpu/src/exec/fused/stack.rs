@@ -101,6 +101,21 @@ fn mov_mov<T: Operand, U: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     Ok(())
 }
 
+/// MOV `r0`, `r1`; CALL by `imm` from the block's start.
+fn mov_call<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = cpu.rip.wrapping_add(op.imm);
+    let to = cpu.gpr[usize::from(reg::RSP)].wrapping_sub(8);
+    let back = cpu.rip.wrapping_add(op.next_ip());
+    if !is_canonical(target) || !cpu.try_store_flat::<u64>(to, back) {
+        return apart(cpu, op);
+    }
+    cpu.gpr[usize::from(reg::RSP)] = to;
+    let value = T::get(cpu, op.r1);
+    T::set(cpu, op.r0, value);
+    cpu.rip = target;
+    Ok(())
+}
+
 /// LEAVE; RET.
 fn leave_ret(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let frame = cpu.gpr[usize::from(reg::RBP)];
@@ -223,6 +238,23 @@ pub(super) fn moves(w: &Window<'_>) -> Option<Op> {
         (8, _) => mov_mov::<u64, u32>,
         (_, 8) => mov_mov::<u32, u64>,
         _ => mov_mov::<u32, u32>,
+    };
+    Some(op)
+}
+
+pub(super) fn move_call(w: &Window<'_>) -> Option<Op> {
+    let ((mov, first), (call, second)) = (w.get(0)?, w.get(1)?);
+    // The stack pointer must be what it was, before and after.
+    if call.code() != Code::Call_rel32_64 || first.r0 == reg::RSP || first.r1 == reg::RSP {
+        return None;
+    }
+    let size = register_move(mov)?;
+    let mut op = w.op(2, first)?;
+    op.imm = second.imm;
+    op.run = if size == 8 {
+        mov_call::<u64>
+    } else {
+        mov_call::<u32>
     };
     Some(op)
 }
