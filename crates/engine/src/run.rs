@@ -140,10 +140,14 @@ pub fn run(
                 guest.resume();
             }
         };
-        let ready = || {
-            if let Some(warm) = warm.filter(|_| !restored)
-                && let Err(error) = warm.keep(&guest, scratch.as_deref())
-            {
+        let ready = |vsock: &VsockHost| {
+            let Some(warm) = warm.filter(|_| !restored) else {
+                return;
+            };
+            let kept = warm_up(vsock)
+                .map_err(EngineError::from)
+                .and_then(|()| warm.keep(&guest, scratch.as_deref()));
+            if let Err(error) = kept {
                 let _ = driver.send(Ended::NotKept(error));
             }
         };
@@ -262,7 +266,7 @@ fn drive(
     request: ExecRequest,
     io: RunIo,
     listening: impl FnOnce(),
-    ready: impl FnOnce(),
+    ready: impl FnOnce(&VsockHost),
 ) -> Result<ExitStatus, HostError> {
     let lost = |source| HostError::LocalStream {
         stream: "connection",
@@ -278,7 +282,7 @@ fn drive(
     );
     control.set_up(&setup)?;
     tracing::debug!("guest is ready");
-    ready();
+    ready(vsock);
     let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
     let session = ExecSession::start(stream, request)?;
     let RunIo {
@@ -298,6 +302,21 @@ fn drive(
             .map_err(lost)?;
     }
     session.wait(&mut stdout, &mut stderr)
+}
+
+/// Has the guest run a program once, so that what the first one takes longer for is behind it when
+/// its start is kept: the agent itself, which every guest has, and which does nothing when it isn't
+/// process 1.
+fn warm_up(vsock: &VsockHost) -> Result<(), HostError> {
+    let lost = |source| HostError::LocalStream {
+        stream: "connection",
+        source,
+    };
+    let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
+    let request = ExecRequest::new(vec!["/proc/1/exe".to_owned()]);
+    let session = ExecSession::start(stream, request)?;
+    session.wait(&mut std::io::sink(), &mut std::io::sink())?;
+    Ok(())
 }
 
 /// Passes signals and sizes on until either side is gone.
