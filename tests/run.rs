@@ -294,6 +294,10 @@ fn later_runs_go_on_from_a_kept_start() {
     )
     .expect(0, "refused\n");
     assert_eq!(kept(folder).len(), 3);
+    let mut rmi = common::skerry(&["rmi", "demo"]);
+    rmi.env("XDG_DATA_HOME", folder);
+    assert_eq!(run_with(rmi, b"").status, 0);
+    assert_eq!(kept(folder).len(), 0, "they go with their image");
 }
 
 #[test]

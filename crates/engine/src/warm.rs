@@ -22,6 +22,8 @@ use crate::error::EngineError;
 use crate::machine::Prepared;
 use crate::paths::Paths;
 
+/// What the names of kept starts begin with.
+const START: &str = "start-";
 /// Name of the writable disk in a snapshot.
 const SCRATCH: &str = "scratch";
 
@@ -33,23 +35,68 @@ struct SavedConfig {
     cpuid: Vec<CpuidTable>,
 }
 
-/// Everything that the state of a started image depends on.
+/// What Skerry puts into the guest: a start that was kept with another is of no more use.
 #[derive(Serialize)]
-struct Key<'a> {
-    build: &'static str,
+struct Build {
+    version: &'static str,
     state_version: u32,
     kernel: &'static str,
     agent: &'static str,
-    image: String,
+}
+
+/// The rest of what the state of a started image depends on.
+#[derive(Serialize)]
+struct Kind<'a> {
     root: String,
     backend: &'static str,
     cpuid: &'a [CpuidTable],
     machine: &'a MachineConfig,
 }
 
+/// The first digits of the digest of a document.
+fn digest(document: &impl Serialize, digits: usize) -> Result<String, EngineError> {
+    let bytes = serde_json::to_vec(document).map_err(|source| unwritable(&source))?;
+    let mut hex = Digest::of(&bytes).hex();
+    hex.truncate(digits);
+    Ok(hex)
+}
+
+/// What the names of an image's kept starts begin with.
+fn image_prefix(image: &Digest) -> String {
+    format!("{START}{}-", &image.hex()[..32])
+}
+
+/// Removes the kept starts of an image, or those for which `stale` holds.
+fn remove_starts(
+    store: &SnapshotStore,
+    image: &Digest,
+    stale: impl Fn(&str) -> bool,
+) -> Result<(), EngineError> {
+    let prefix = image_prefix(image);
+    for info in store.list()?.snapshots {
+        let of_image = |name: &&String| name.starts_with(&prefix) && stale(name);
+        if let Some(name) = info.names.iter().find(of_image) {
+            store.untag(name)?;
+            store.remove(&info.id)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes all that was kept of an image.
+pub(crate) fn forget_image(paths: &Paths, image: &Digest) -> Result<(), EngineError> {
+    if !paths.snapshots().exists() {
+        return Ok(());
+    }
+    remove_starts(&SnapshotStore::open(paths.snapshots())?, image, |_| true)
+}
+
 /// The kept start of one image on one kind of machine.
 pub(crate) struct Warm {
     store: SnapshotStore,
+    image: Digest,
+    /// What the names of starts of this image and build begin with.
+    prefix: String,
     name: String,
     config: SavedConfig,
 }
@@ -69,21 +116,24 @@ impl Warm {
         machine: &MachineConfig,
     ) -> Result<Self, EngineError> {
         let backend = prepared.selected.backend.name();
-        let key = Key {
-            build: env!("CARGO_PKG_VERSION"),
+        let build = Build {
+            version: env!("CARGO_PKG_VERSION"),
             state_version: MACHINE_STATE_VERSION,
             kernel: builtin::KERNEL_MANIFEST,
             agent: builtin::AGENT_SOURCES,
-            image: image.digest.hex(),
+        };
+        let kind = Kind {
             root: image.rootfs_digest().hex(),
             backend,
             cpuid: &prepared.tables,
             machine,
         };
-        let key = serde_json::to_vec(&key).map_err(|source| unwritable(&source))?;
+        let prefix = format!("{}{}-", image_prefix(&image.digest), digest(&build, 12)?);
         Ok(Self {
             store: SnapshotStore::open(paths.snapshots())?,
-            name: format!("start-{}", Digest::of(&key).hex()),
+            image: image.digest,
+            name: format!("{prefix}{}", digest(&kind, 32)?),
+            prefix,
             config: SavedConfig {
                 backend: backend.to_owned(),
                 machine: machine.clone(),
@@ -158,7 +208,12 @@ impl Warm {
             writer.disk_file(SCRATCH, disk.file())?;
         }
         let id = writer.commit(&self.config)?;
-        Ok(self.store.tag(&id, &self.name)?)
+        self.store.tag(&id, &self.name)?;
+        remove_starts(&self.store, &self.image, |name| {
+            !name.starts_with(&self.prefix)
+        })?;
+        self.store.sweep()?;
+        Ok(())
     }
 }
 

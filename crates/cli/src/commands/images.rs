@@ -68,10 +68,10 @@ fn mib(bytes: u64) -> String {
 
 /// Removes images; goes on after one that can't be removed.
 pub fn remove(args: &RmiArgs) -> Result<u8> {
-    let store = skerry_engine::images::open(&Paths::of_user()?)?;
+    let paths = Paths::of_user()?;
     let mut status = 0;
     for name in &args.images {
-        match store.remove(name) {
+        match skerry_engine::images::remove(&paths, name) {
             Ok(Removed::Name(name)) => writeln!(io::stdout(), "{name}")?,
             Ok(Removed::Image(digest)) => writeln!(io::stdout(), "{digest}")?,
             Err(error) => {
