@@ -67,6 +67,16 @@ pub enum EngineError {
         /// The cause.
         source: serde_json::Error,
     },
+    /// A name that is not the user's to give.
+    #[error(
+        "A snapshot can't be named {name:?}: names with {prefix:?} in front are those of kept starts of images"
+    )]
+    ReservedName {
+        /// What was asked for.
+        name: String,
+        /// What it begins with.
+        prefix: &'static str,
+    },
     /// A file of the host can't be opened.
     #[error("Can't open {what} {}: check the path and its permissions", path.display())]
     Open {

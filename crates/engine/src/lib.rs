@@ -19,6 +19,7 @@ mod log;
 mod machine;
 mod paths;
 pub mod run;
+pub mod snapshots;
 mod transport;
 mod warm;
 

@@ -214,6 +214,12 @@ pub enum Error {
         /// Why.
         source: serde_json::Error,
     },
+    /// A file that is no tar archive, or one that lacks its end.
+    #[error("'{}' is not a whole tar archive; name one that `skerry snapshot export` made, or export the snapshot again", path.display())]
+    NotAnArchive {
+        /// The file.
+        path: PathBuf,
+    },
     /// A tar archive with something in it that has no place there.
     #[error("Archive '{}' holds '{member}', {problem}; export the snapshot again", path.display())]
     Archive {
@@ -329,6 +335,7 @@ impl Error {
                 | Error::NotASnapshot { .. }
                 | Error::Pages { .. }
                 | Error::WrongId { .. }
+                | Error::NotAnArchive { .. }
         )
     }
 }

@@ -239,9 +239,14 @@ impl SnapshotStore {
         Ok(chain)
     }
 
+    /// Checks that a snapshot can be named so.
+    pub fn check_name(name: &str) -> Result<(), Error> {
+        manifest::check_name(name, NAME_MAX, PUNCTUATION)
+    }
+
     /// Gives a snapshot a name, taking it from another that has it.
     pub fn tag(&self, id: &SnapshotId, name: &str) -> Result<(), Error> {
-        manifest::check_name(name, NAME_MAX, PUNCTUATION)?;
+        Self::check_name(name)?;
         let _lock = StoreLock::exclusive(&self.root)?;
         if !self.contains(id) {
             return Err(no_such(&id.hex()));

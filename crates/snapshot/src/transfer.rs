@@ -181,9 +181,23 @@ fn destination(name: &[u8]) -> Option<PathBuf> {
     (is_document || is_blob).then(|| PathBuf::from(name))
 }
 
+/// An error of the tar reader. What it says of malformed headers quotes their bytes, which are the
+/// archive's to choose and not for a terminal.
+fn unreadable(archive: &Path, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::Other
+        | io::ErrorKind::InvalidData
+        | io::ErrorKind::InvalidInput
+        | io::ErrorKind::UnexpectedEof => Error::NotAnArchive {
+            path: archive.to_owned(),
+        },
+        _ => Error::io("read", archive, error),
+    }
+}
+
 /// Unpacks an archive; only plain files with names of the layout are looked at.
 fn unpack(file: File, archive: &Path, to: &Path) -> Result<(), Error> {
-    let failed = |error| Error::io("read", archive, error);
+    let failed = |error| unreadable(archive, error);
     let mut tar = tar::Archive::new(io::BufReader::with_capacity(1 << 20, file));
     // Raw: extended headers are members like any other, and are never held in memory.
     for (count, entry) in tar.entries().map_err(failed)?.raw(true).enumerate() {
@@ -250,7 +264,7 @@ fn copy_sparsely(
             Ok(0) => break,
             Ok(n) => n,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(Error::io("read", archive, error)),
+            Err(error) => return Err(unreadable(archive, error)),
         };
         if buffer[..n].iter().any(|byte| *byte != 0) {
             let written = out.write_all_at(&buffer[..n], at);
@@ -259,8 +273,7 @@ fn copy_sparsely(
         at += n as u64;
     }
     if at != size {
-        let eof = io::ErrorKind::UnexpectedEof;
-        return Err(Error::io("read", archive, eof));
+        return Err(unreadable(archive, io::ErrorKind::UnexpectedEof.into()));
     }
     out.set_len(at)
         .map_err(|error| Error::io("write", path, error))

@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 use skerry_engine::{Image, Paths, Removed};
 
+use super::mib;
 use crate::args::{Format, ImagesArgs, RmiArgs};
 
 #[derive(Serialize)]
@@ -60,10 +61,6 @@ fn rows_of(image: &Image) -> Vec<Row> {
         return vec![row("<none>")];
     }
     image.names.iter().map(|name| row(name)).collect()
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Removes images; goes on after one that can't be removed.
