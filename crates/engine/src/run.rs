@@ -304,18 +304,24 @@ fn drive(
     session.wait(&mut stdout, &mut stderr)
 }
 
-/// Has the guest run a program once, so that what the first one takes longer for is behind it when
-/// its start is kept: the agent itself, which every guest has, and which does nothing when it isn't
-/// process 1.
+/// Has the guest run programs once, so that what the first ones take longer for is behind it when its
+/// start is kept: the agent itself, which every guest has, and which does nothing when it isn't process
+/// 1; then, where the image has one, a shell with nothing to do, for what most programs share.
 fn warm_up(vsock: &VsockHost) -> Result<(), HostError> {
     let lost = |source| HostError::LocalStream {
         stream: "connection",
         source,
     };
-    let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
-    let request = ExecRequest::new(vec!["/proc/1/exe".to_owned()]);
-    let session = ExecSession::start(stream, request)?;
-    session.wait(&mut std::io::sink(), &mut std::io::sink())?;
+    for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
+        let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
+        let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
+        let ended = ExecSession::start(stream, ExecRequest::new(argv))
+            .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
+        match ended {
+            Ok(_) | Err(HostError::NotStarted(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
     Ok(())
 }
 
