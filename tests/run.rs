@@ -294,10 +294,27 @@ fn later_runs_go_on_from_a_kept_start() {
     )
     .expect(0, "refused\n");
     assert_eq!(kept(folder).len(), 3);
+    // What the user has named stays when the image goes.
+    let named = |args: &[&str]| {
+        let mut command = common::skerry(args);
+        command.env("XDG_DATA_HOME", folder);
+        run_with(command, b"")
+    };
+    let archive = folder.join("start.tar");
+    let archive = archive.to_str().expect("UTF-8");
+    let id = kept(folder)[0].file_name().expect("a name").to_owned();
+    let id = id.to_str().expect("UTF-8").to_owned();
+    assert_eq!(named(&["snapshot", "export", &id, archive]).status, 0);
+    assert_eq!(
+        named(&["snapshot", "import", archive, "--name", "mine"]).status,
+        0
+    );
     let mut rmi = common::skerry(&["rmi", "demo"]);
     rmi.env("XDG_DATA_HOME", folder);
     assert_eq!(run_with(rmi, b"").status, 0);
-    assert_eq!(kept(folder).len(), 0, "they go with their image");
+    assert_eq!(kept(folder).len(), 1, "they go with their image");
+    assert_eq!(named(&["snapshot", "rm", "mine"]).status, 0);
+    assert_eq!(kept(folder).len(), 0);
 }
 
 #[test]
@@ -325,4 +342,12 @@ fn a_damaged_start_is_told_and_made_again() {
     let ran = run_in(folder, &[], &["echo", "again"]);
     ran.expect(0, "again\n");
     assert!(!ran.stderr.contains("kept start"), "{}", ran.stderr);
+    // So is one without its documents.
+    for name in ["index.json", "oci-layout"] {
+        std::fs::write(kept(folder)[0].join(name), "{").expect("written");
+        let ran = run_in(folder, &[], &["echo", "still"]);
+        ran.expect(0, "still\n");
+        assert!(ran.stderr.contains("kept start"), "{}", ran.stderr);
+        assert_eq!(kept(folder).len(), 1);
+    }
 }

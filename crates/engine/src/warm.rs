@@ -14,16 +14,17 @@ use skerry_machine::{
     MACHINE_STATE_VERSION, MachineConfig, MachineRemote, MachineState, SavedMemory, SavedRun,
 };
 use skerry_oci::{Digest, Image};
-use skerry_snapshot::{PAGE_SIZE, PageImage, Snapshot, SnapshotStore, Trust, WriteOptions};
+use skerry_snapshot::{
+    PAGE_SIZE, PageImage, Snapshot, SnapshotId, SnapshotStore, Trust, WriteOptions,
+};
 use skerry_storage::RawDisk;
 
 use crate::builtin;
 use crate::error::EngineError;
 use crate::machine::Prepared;
 use crate::paths::Paths;
+use crate::snapshots::START_PREFIX;
 
-/// What the names of kept starts begin with.
-const START: &str = "start-";
 /// Name of the writable disk in a snapshot.
 const SCRATCH: &str = "scratch";
 
@@ -63,21 +64,31 @@ fn digest(document: &impl Serialize, digits: usize) -> Result<String, EngineErro
 
 /// What the names of an image's kept starts begin with.
 fn image_prefix(image: &Digest) -> String {
-    format!("{START}{}-", &image.hex()[..32])
+    format!("{START_PREFIX}{}-", &image.hex()[..32])
 }
 
-/// Removes the kept starts of an image, or those for which `stale` holds.
-fn remove_starts(
+/// Takes the name of a kept start away; the snapshot goes unless the user has named it too.
+fn drop_start(store: &SnapshotStore, id: &SnapshotId, name: &str) -> Result<(), EngineError> {
+    store.untag(name)?;
+    match store.info(id) {
+        Ok(info) if !info.names.is_empty() => Ok(()),
+        // A damaged one can't say what else it is called, and is of no use by any name.
+        Ok(_) | Err(_) => Ok(store.remove(id)?),
+    }
+}
+
+/// Drops the kept starts of an image, or those for which `stale` holds.
+fn drop_starts(
     store: &SnapshotStore,
     image: &Digest,
     stale: impl Fn(&str) -> bool,
 ) -> Result<(), EngineError> {
     let prefix = image_prefix(image);
     for info in store.list()?.snapshots {
-        let of_image = |name: &&String| name.starts_with(&prefix) && stale(name);
-        if let Some(name) = info.names.iter().find(of_image) {
-            store.untag(name)?;
-            store.remove(&info.id)?;
+        for name in &info.names {
+            if name.starts_with(&prefix) && stale(name) {
+                drop_start(store, &info.id, name)?;
+            }
         }
     }
     Ok(())
@@ -88,7 +99,7 @@ pub(crate) fn forget_image(paths: &Paths, image: &Digest) -> Result<(), EngineEr
     if !paths.snapshots().exists() {
         return Ok(());
     }
-    remove_starts(&SnapshotStore::open(paths.snapshots())?, image, |_| true)
+    drop_starts(&SnapshotStore::open(paths.snapshots())?, image, |_| true)
 }
 
 /// The kept start of one image on one kind of machine.
@@ -165,10 +176,7 @@ impl Warm {
     /// Removes a start that can't be used.
     pub(crate) fn forget(&self) -> Result<(), EngineError> {
         match self.store.resolve(&self.name) {
-            Ok(id) => {
-                self.store.untag(&self.name)?;
-                Ok(self.store.remove(&id)?)
-            }
+            Ok(id) => drop_start(&self.store, &id, &self.name),
             Err(skerry_snapshot::Error::NoSuchSnapshot { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -208,8 +216,12 @@ impl Warm {
             writer.disk_file(SCRATCH, disk.file())?;
         }
         let id = writer.commit(&self.config)?;
+        if self.store.resolve(&self.name).is_ok() {
+            // Another run was faster after all.
+            return Ok(self.store.remove(&id)?);
+        }
         self.store.tag(&id, &self.name)?;
-        remove_starts(&self.store, &self.image, |name| {
+        drop_starts(&self.store, &self.image, |name| {
             !name.starts_with(&self.prefix)
         })?;
         self.store.sweep()?;
