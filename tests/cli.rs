@@ -24,6 +24,17 @@ fn help_texts() {
         ("help.txt", &["--help"][..]),
         ("help-run.txt", &["run", "--help"]),
         ("help-boot.txt", &["boot", "--help"]),
+        ("help-snapshot.txt", &["snapshot", "--help"]),
+        ("help-snapshot-ls.txt", &["snapshot", "ls", "--help"]),
+        ("help-snapshot-rm.txt", &["snapshot", "rm", "--help"]),
+        (
+            "help-snapshot-export.txt",
+            &["snapshot", "export", "--help"],
+        ),
+        (
+            "help-snapshot-import.txt",
+            &["snapshot", "import", "--help"],
+        ),
     ] {
         let ran = run(args);
         assert_eq!(ran.status, 0);
@@ -58,6 +69,8 @@ fn completions_and_man_pages_are_made() {
     assert_eq!(run(&["man", path]).status, 0);
     let page = std::fs::read_to_string(folder.path().join("skerry-run.1")).expect("page");
     assert!(page.contains("\\-\\-entrypoint"));
+    let page = std::fs::read_to_string(folder.path().join("skerry-snapshot-ls.1")).expect("page");
+    assert!(page.contains("\\-\\-quiet"));
 }
 
 /// Everything that is skerry's own failure: status 125, nothing on stdout, one message that names

@@ -219,3 +219,135 @@ fn images_lists_what_was_used_and_rmi_removes_it() {
     assert_eq!(with(&["rmi", "demo"]).status, 0);
     with(&["images", "--quiet"]).expect(0, "");
 }
+
+/// A data folder of its own, and `skerry run` in it.
+fn run_in(folder: &std::path::Path, options: &[&str], command: &[&str]) -> common::Ran {
+    let mut process = demo_command(options, command);
+    process.env("XDG_DATA_HOME", folder);
+    run_with(process, b"")
+}
+
+/// The kept starts: folders with 64 digits for a name.
+fn kept(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder.join("skerry/snapshots")) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.file_name().is_some_and(|name| name.len() == 64))
+        .collect()
+}
+
+#[test]
+fn later_runs_go_on_from_a_kept_start() {
+    let folder = tempfile::tempdir().expect("folder");
+    let folder = folder.path();
+    run_in(folder, &["--fresh"], &["echo", "a"]).expect(0, "a\n");
+    assert_eq!(kept(folder).len(), 0, "--fresh keeps nothing");
+    let script = "cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1; \
+                  cat /proc/sys/kernel/random/boot_id";
+    let mut seen = std::collections::HashSet::new();
+    for round in 0..5 {
+        let ran = run_in(folder, &[], &["sh", "-c", script]);
+        assert_eq!(ran.status, 0, "{}", ran.stderr);
+        assert_eq!(kept(folder).len(), 1, "round {round}");
+        for line in ran.text().lines() {
+            assert!(seen.insert(line.to_owned()), "{line} came twice");
+        }
+    }
+    // Each clone has the host's time, its own name and a clean disk.
+    let now = || {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.expect("a clock").as_secs()
+    };
+    let before = now();
+    let ran = run_in(
+        folder,
+        &["--hostname", "heron"],
+        &["sh", "-c", "date +%s; hostname"],
+    );
+    let text = ran.text();
+    let (time, name) = text.trim().split_once('\n').expect("two lines");
+    let time: u64 = time.parse().expect("a number");
+    assert!((before..=now() + 1).contains(&time), "{time} at {before}");
+    assert_eq!(name, "heron");
+    run_in(
+        folder,
+        &[],
+        &["sh", "-c", "test -e /left || echo clean; echo x > /left"],
+    )
+    .expect(0, "clean\n");
+    run_in(folder, &[], &["sh", "-c", "test -e /left || echo clean"]).expect(0, "clean\n");
+    // Another machine is another start.
+    run_in(folder, &["--cpus", "2"], &["nproc"]).expect(0, "2\n");
+    run_in(folder, &["--cpus", "2"], &["nproc"]).expect(0, "2\n");
+    run_in(
+        folder,
+        &["--read-only"],
+        &["sh", "-c", "echo x > /file || echo refused"],
+    )
+    .expect(0, "refused\n");
+    run_in(
+        folder,
+        &["--read-only"],
+        &["sh", "-c", "echo x > /file || echo refused"],
+    )
+    .expect(0, "refused\n");
+    assert_eq!(kept(folder).len(), 3);
+    // What the user has named stays when the image goes.
+    let named = |args: &[&str]| {
+        let mut command = common::skerry(args);
+        command.env("XDG_DATA_HOME", folder);
+        run_with(command, b"")
+    };
+    let archive = folder.join("start.tar");
+    let archive = archive.to_str().expect("UTF-8");
+    let id = kept(folder)[0].file_name().expect("a name").to_owned();
+    let id = id.to_str().expect("UTF-8").to_owned();
+    assert_eq!(named(&["snapshot", "export", &id, archive]).status, 0);
+    assert_eq!(
+        named(&["snapshot", "import", archive, "--name", "mine"]).status,
+        0
+    );
+    let mut rmi = common::skerry(&["rmi", "demo"]);
+    rmi.env("XDG_DATA_HOME", folder);
+    assert_eq!(run_with(rmi, b"").status, 0);
+    assert_eq!(kept(folder).len(), 1, "they go with their image");
+    assert_eq!(named(&["snapshot", "rm", "mine"]).status, 0);
+    assert_eq!(kept(folder).len(), 0);
+}
+
+#[test]
+fn a_damaged_start_is_told_and_made_again() {
+    let folder = tempfile::tempdir().expect("folder");
+    let folder = folder.path();
+    run_in(folder, &[], &["true"]).expect(0, "");
+    let blobs = kept(folder)[0].join("blobs/sha256");
+    let largest = std::fs::read_dir(blobs)
+        .expect("blobs")
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .max_by_key(|path| path.metadata().map_or(0, |metadata| metadata.len()))
+        .expect("a blob");
+    let mut permissions = largest.metadata().expect("metadata").permissions();
+    #[expect(clippy::permissions_set_readonly_false, reason = "the test's own file")]
+    permissions.set_readonly(false);
+    std::fs::set_permissions(&largest, permissions).expect("permissions");
+    let mut bytes = std::fs::read(&largest).expect("memory");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    std::fs::write(&largest, bytes).expect("written");
+    let ran = run_in(folder, &[], &["echo", "still"]);
+    ran.expect(0, "still\n");
+    assert!(ran.stderr.contains("kept start"), "{}", ran.stderr);
+    let ran = run_in(folder, &[], &["echo", "again"]);
+    ran.expect(0, "again\n");
+    assert!(!ran.stderr.contains("kept start"), "{}", ran.stderr);
+    // So is one without its documents.
+    for name in ["index.json", "oci-layout"] {
+        std::fs::write(kept(folder)[0].join(name), "{").expect("written");
+        let ran = run_in(folder, &[], &["echo", "still"]);
+        ran.expect(0, "still\n");
+        assert!(ran.stderr.contains("kept start"), "{}", ran.stderr);
+        assert_eq!(kept(folder).len(), 1);
+    }
+}

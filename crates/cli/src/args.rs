@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Any Linux guest or OCI image in its own virtual machine, on any x86-64 machine.
@@ -39,6 +40,8 @@ pub enum Command {
     Images(ImagesArgs),
     /// Remove images from the store
     Rmi(RmiArgs),
+    /// Look at snapshots, carry them about, remove them
+    Snapshot(SnapshotArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
     Doctor(DoctorArgs),
     /// Print the version
@@ -67,6 +70,7 @@ pub enum HypervisorArg {
 pub enum Format {
     /// For people
     #[default]
+    #[value(alias = "table")]
     Text,
     /// For programs
     Json,
@@ -127,6 +131,10 @@ pub struct RunArgs {
     /// Keep the root file system as it is: writes fail
     #[arg(long)]
     pub read_only: bool,
+
+    /// Boot, instead of going on from where the image's first run was ready; and keep nothing
+    #[arg(long)]
+    pub fresh: bool,
 
     /// Host name inside
     #[arg(long, value_name = "NAME")]
@@ -210,6 +218,82 @@ pub struct RmiArgs {
     /// Names or digests
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<String>,
+}
+
+/// `skerry snapshot`.
+#[derive(Debug, Args)]
+#[command(disable_help_subcommand = true)]
+pub struct SnapshotArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: SnapshotVerb,
+}
+
+/// The verbs of `skerry snapshot`. A snapshot is called by a name, its ID or the ID's first digits.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotVerb {
+    /// List the snapshots in the store
+    Ls(SnapshotLsArgs),
+    /// Verify a snapshot and print everything about it as JSON
+    Inspect(SnapshotInspectArgs),
+    /// Remove snapshots from the store
+    Rm(SnapshotRmArgs),
+    /// Copy a snapshot out of the store
+    Export(SnapshotExportArgs),
+    /// Verify a snapshot and take it into the store
+    Import(SnapshotImportArgs),
+    /// Remove the kept starts of images, which the next run makes again, and what killed processes
+    /// left
+    Prune,
+}
+
+/// `skerry snapshot ls`.
+#[derive(Debug, Args)]
+pub struct SnapshotLsArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Only the IDs
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// `skerry snapshot inspect`.
+#[derive(Debug, Args)]
+pub struct SnapshotInspectArgs {
+    /// Name, ID or its first digits
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+/// `skerry snapshot rm`.
+#[derive(Debug, Args)]
+pub struct SnapshotRmArgs {
+    /// Names, IDs or their first digits; by one of several names, only that name is removed
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+}
+
+/// `skerry snapshot export`.
+#[derive(Debug, Args)]
+pub struct SnapshotExportArgs {
+    /// Name, ID or its first digits
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// What to make: a tar archive if it ends in .tar, else a directory
+    #[arg(value_name = "TARGET", value_parser = place())]
+    pub target: PathBuf,
+}
+
+/// `skerry snapshot import`.
+#[derive(Debug, Args)]
+pub struct SnapshotImportArgs {
+    /// Directory or tar archive, as export makes it
+    #[arg(value_name = "SOURCE", value_parser = place())]
+    pub source: PathBuf,
+    /// Name it, taking the name from another that has it
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
 }
 
 /// `skerry doctor`.
@@ -351,6 +435,14 @@ impl FromStr for SerialArg {
             },
         }
     }
+}
+
+/// A file or directory, never a stream: what is exported appears whole, by a rename.
+fn place() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path.as_os_str() == "-" {
+        true => Err("a snapshot can't go through a pipe: name a .tar file or a directory"),
+        false => Ok(path),
+    })
 }
 
 fn parse_port(text: &str) -> Result<u16, String> {

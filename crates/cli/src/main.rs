@@ -7,6 +7,7 @@
 
 mod args;
 mod commands;
+mod dates;
 mod output;
 mod status;
 mod terminal;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Boot(args) => commands::boot::execute(args),
         Command::Images(args) => commands::images::list(&args),
         Command::Rmi(args) => commands::images::remove(&args),
+        Command::Snapshot(args) => commands::snapshot::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),
         Command::Completion(args) => commands::about::completion(&args),

@@ -12,7 +12,7 @@ use skerry_storage::{Access, Disk, RawDisk};
 
 use crate::builtin;
 use crate::error::EngineError;
-use crate::machine::{MachineOptions, start};
+use crate::machine::{MachineOptions, prepare, start};
 
 /// A disk of the host for the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +96,8 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<MachineHandle,
         debug_exit: spec.debug_exit,
         ..MachineConfig::default()
     };
-    let handle = start(&spec.options, config, attachments, note)?;
+    let prepared = prepare(&spec.options, note)?;
+    let handle = start(&spec.options, &prepared, config, attachments, None)?;
     if let Some(input) = input {
         feed_serial(handle.remote(), input)?;
     }

@@ -11,3 +11,9 @@ pub const DEMO: &[u8] = include_bytes!("../../../guest/demo/demo.oci.tar");
 
 /// Name of the demo image in the store.
 pub const DEMO_NAME: &str = "demo";
+
+/// What the kernel was built from, and its checksum.
+pub const KERNEL_MANIFEST: &str = include_str!("../../../guest/kernel/MANIFEST");
+
+/// The checksum of what the agent was built from.
+pub const AGENT_SOURCES: &str = include_str!("../../../guest/agent/agent.sources.sha256");

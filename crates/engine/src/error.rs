@@ -54,6 +54,29 @@ pub enum EngineError {
     /// A disk can't be had.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A snapshot can't be written or used.
+    #[error(transparent)]
+    Snapshot(#[from] skerry_snapshot::Error),
+    /// A machine's state can't be read from its snapshot, or written.
+    #[error(
+        "The machine state of the snapshot {snapshot} can't be read: make it again with this build"
+    )]
+    SavedState {
+        /// The snapshot.
+        snapshot: String,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// A name that is not the user's to give.
+    #[error(
+        "A snapshot can't be named {name:?}: names with {prefix:?} in front are those of kept starts of images"
+    )]
+    ReservedName {
+        /// What was asked for.
+        name: String,
+        /// What it begins with.
+        prefix: &'static str,
+    },
     /// A file of the host can't be opened.
     #[error("Can't open {what} {}: check the path and its permissions", path.display())]
     Open {

@@ -2,11 +2,12 @@
 
 use std::str::FromStr;
 
-use skerry_oci::{Image, ImageRef, Progress, Store};
+use skerry_oci::{Image, ImageRef, Progress, Removed, Store};
 
 use crate::builtin;
 use crate::error::EngineError;
 use crate::paths::Paths;
+use crate::warm;
 
 /// Opens the user's store, making it where it doesn't exist.
 pub fn open(paths: &Paths) -> Result<Store, EngineError> {
@@ -28,4 +29,13 @@ pub fn resolve(
     }
     let reference = ImageRef::from_str(name)?;
     Ok(store.import(&reference, progress)?)
+}
+
+/// Removes a name of an image; with its last name the image and what was kept of its starts.
+pub fn remove(paths: &Paths, name: &str) -> Result<Removed, EngineError> {
+    let removed = open(paths)?.remove(name)?;
+    if let Removed::Image(digest) = &removed {
+        warm::forget_image(paths, digest)?;
+    }
+    Ok(removed)
 }

@@ -19,7 +19,9 @@ mod log;
 mod machine;
 mod paths;
 pub mod run;
+pub mod snapshots;
 mod transport;
+mod warm;
 
 pub use error::EngineError;
 pub use machine::MachineOptions;

@@ -7,7 +7,7 @@ use skerry_hypervisor::cpu_model::CpuModel;
 use skerry_hypervisor::{CpuidTable, Hypervisor};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
-use skerry_machine::{Attachments, Machine, MachineConfig, MachineHandle};
+use skerry_machine::{Attachments, Machine, MachineConfig, MachineHandle, MachineState};
 
 use crate::error::EngineError;
 use crate::hypervisor::{Backend, Choice, Selected, open, select};
@@ -39,22 +39,38 @@ impl Default for MachineOptions {
     }
 }
 
-/// Builds and starts a machine on the backend that `options` leads to. `note` is told what the
-/// user should know once (a backend passed over).
-pub(crate) fn start(
+/// The backend and the processors of a machine to be.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) selected: Selected,
+    pub(crate) tables: Vec<CpuidTable>,
+}
+
+/// Picks the backend that `options` leads to and makes the processors' CPUID tables. `note` is told
+/// what the user should know once (a backend passed over).
+pub(crate) fn prepare(
     options: &MachineOptions,
-    config: MachineConfig,
-    attachments: Attachments,
     note: &mut dyn FnMut(&str),
-) -> Result<MachineHandle, EngineError> {
+) -> Result<Prepared, EngineError> {
     let selected = select(options.hypervisor)?;
     for text in &selected.notes {
         note(text);
     }
     let tables = cpuid_tables(options, &selected)?;
-    match selected.backend {
-        Backend::Kvm => start_on::<Kvm>(&selected, options, config, attachments, tables),
-        Backend::Soft => start_on::<Soft>(&selected, options, config, attachments, tables),
+    Ok(Prepared { selected, tables })
+}
+
+/// Builds a machine and starts it: from its kernel, or, paused, from a saved state.
+pub(crate) fn start(
+    options: &MachineOptions,
+    prepared: &Prepared,
+    config: MachineConfig,
+    attachments: Attachments,
+    saved: Option<MachineState>,
+) -> Result<MachineHandle, EngineError> {
+    match prepared.selected.backend {
+        Backend::Kvm => start_on::<Kvm>(options, prepared, config, attachments, saved),
+        Backend::Soft => start_on::<Soft>(options, prepared, config, attachments, saved),
     }
 }
 
@@ -73,14 +89,20 @@ fn cpuid_tables(
 }
 
 fn start_on<H: Hypervisor>(
-    selected: &Selected,
     options: &MachineOptions,
+    prepared: &Prepared,
     config: MachineConfig,
     attachments: Attachments,
-    tables: Vec<CpuidTable>,
+    saved: Option<MachineState>,
 ) -> Result<MachineHandle, EngineError> {
-    let hypervisor: H = open(selected.backend)?;
-    let cpuid = move |id: u32| tables.get(id as usize).cloned().unwrap_or_default();
+    let hypervisor: H = open(prepared.selected.backend)?;
+    let cpuid = |id: u32| {
+        let table = prepared.tables.get(id as usize);
+        table.cloned().unwrap_or_default()
+    };
     let machine = Machine::<H>::new(&hypervisor, config, attachments, cpuid)?;
-    Ok(machine.start(options.time_limit)?)
+    Ok(match saved {
+        None => machine.start(options.time_limit)?,
+        Some(state) => machine.restore(state, options.time_limit)?,
+    })
 }

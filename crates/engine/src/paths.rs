@@ -40,6 +40,11 @@ impl Paths {
         self.root.join("scratch")
     }
 
+    /// Snapshots, those of started images among them.
+    pub fn snapshots(&self) -> PathBuf {
+        self.root.join("snapshots")
+    }
+
     /// Makes a folder and its parents, private to the user.
     pub fn ensure(path: &Path) -> Result<(), EngineError> {
         use std::os::unix::fs::DirBuilderExt;

@@ -27,9 +27,10 @@ use skerry_storage::{Access, Disk, RawDisk, scratch};
 
 use crate::error::EngineError;
 use crate::log::ConsoleLog;
-use crate::machine::{MachineOptions, start};
+use crate::machine::{MachineOptions, Prepared, prepare, start};
 use crate::paths::Paths;
 use crate::transport::GuestStream;
+use crate::warm::Warm;
 use crate::{builtin, initrd};
 
 /// Context id of the guest on its socket device.
@@ -65,6 +66,8 @@ pub struct RunSpec {
     pub hostname: Option<String>,
     /// The guest's console goes to stderr.
     pub show_console: bool,
+    /// Boot, whether or not a start of the image was kept, and keep none.
+    pub fresh: bool,
 }
 
 /// What happens to the command from outside while it runs.
@@ -115,7 +118,13 @@ pub fn run(
 ) -> Result<RunOutcome, EngineError> {
     let request = exec_request(image, &spec, io.stdin.is_some())?;
     let console = ConsoleLog::new(spec.show_console);
-    let handle = start_machine(paths, image, &spec, &console, note)?;
+    let prepared = prepare(&spec.options, note)?;
+    let Started {
+        handle,
+        scratch,
+        restored,
+        warm,
+    } = start_machine(paths, image, &spec, &prepared, &console, note)?;
     let remote = handle.remote().clone();
     let vsock = remote
         .virtio()
@@ -124,13 +133,30 @@ pub fn run(
     let setup = setup(&spec);
     let (sender, receiver) = mpsc::channel();
     let driver = sender.clone();
+    let guest = remote.clone();
     spawn("run-driver", move || {
-        let result = drive(&vsock, setup, request, io);
+        let listening = || {
+            if restored {
+                guest.resume();
+            }
+        };
+        let ready = |vsock: &VsockHost| {
+            let Some(warm) = warm.filter(|_| !restored) else {
+                return;
+            };
+            let kept = warm_up(vsock)
+                .map_err(EngineError::from)
+                .and_then(|()| warm.keep(&guest, scratch.as_deref()));
+            if let Err(error) = kept {
+                let _ = driver.send(Ended::NotKept(error));
+            }
+        };
+        let result = drive(&vsock, setup, request, io, listening, ready);
         // The receiver is gone only when the machine's end was told first.
         let _ = driver.send(Ended::Command(result));
     })?;
     watch(handle, sender)?;
-    let result = first_end(&receiver, &remote, &console);
+    let result = first_end(&receiver, &remote, &console, note);
     remote.kill();
     // The machine's threads, memory and files are gone when the watcher has told the end.
     while let Ok(ended) = receiver.recv() {
@@ -143,6 +169,8 @@ pub fn run(
 
 /// What the waiting thread is told.
 enum Ended {
+    /// Not an end: the machine's start could not be kept.
+    NotKept(EngineError),
     Command(Result<ExitStatus, HostError>),
     Machine(Outcome),
 }
@@ -171,24 +199,46 @@ fn first_end(
     receiver: &Receiver<Ended>,
     remote: &MachineRemote,
     console: &ConsoleLog,
+    note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
-    match receiver.recv() {
-        Ok(Ended::Command(Ok(status))) => Ok(RunOutcome::Ended(status)),
-        Ok(Ended::Command(Err(HostError::NotStarted(failure)))) => {
-            Ok(RunOutcome::NotStarted(failure))
-        }
-        Ok(Ended::Command(Err(error))) => {
-            // If the connection broke because the machine ends, that is what counts.
-            if remote.is_ending()
-                && let Ok(Ended::Machine(outcome)) = receiver.recv()
-            {
-                return machine_ended(outcome, console);
+    loop {
+        return match receiver.recv() {
+            Ok(Ended::NotKept(error)) => {
+                note(&format!(
+                    "the next run of this image will boot again: {}",
+                    chain(&error)
+                ));
+                continue;
             }
-            Err(error.into())
-        }
-        Ok(Ended::Machine(outcome)) => machine_ended(outcome, console),
-        Err(_) => Err(EngineError::GuestEnded("its threads are gone".to_owned())),
+            Ok(Ended::Command(Ok(status))) => Ok(RunOutcome::Ended(status)),
+            Ok(Ended::Command(Err(HostError::NotStarted(failure)))) => {
+                Ok(RunOutcome::NotStarted(failure))
+            }
+            Ok(Ended::Command(Err(error))) => {
+                // If the connection broke because the machine ends, that is what counts.
+                if remote.is_ending()
+                    && let Ok(Ended::Machine(outcome)) = receiver.recv()
+                {
+                    return machine_ended(outcome, console);
+                }
+                Err(error.into())
+            }
+            Ok(Ended::Machine(outcome)) => machine_ended(outcome, console),
+            Err(_) => Err(EngineError::GuestEnded("its threads are gone".to_owned())),
+        };
     }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        cause = source.source();
+    }
+    text
 }
 
 fn machine_ended(outcome: Outcome, console: &ConsoleLog) -> Result<RunOutcome, EngineError> {
@@ -208,18 +258,22 @@ fn machine_ended(outcome: Outcome, console: &ConsoleLog) -> Result<RunOutcome, E
     }))
 }
 
-/// Meets the agent, starts the command and passes its streams.
+/// Meets the agent, starts the command and passes its streams. `listening` is called when the agent
+/// can connect, `ready` when it has done what was to be done before the command.
 fn drive(
     vsock: &VsockHost,
     setup: Setup,
     request: ExecRequest,
     io: RunIo,
+    listening: impl FnOnce(),
+    ready: impl FnOnce(&VsockHost),
 ) -> Result<ExitStatus, HostError> {
     let lost = |source| HostError::LocalStream {
         stream: "connection",
         source,
     };
     let listener = vsock.listen(CONTROL_PORT).map_err(lost)?;
+    listening();
     let mut control = Control::accept(GuestStream(listener.accept().map_err(lost)?))?;
     tracing::debug!(
         agent = control.hello().agent,
@@ -228,6 +282,7 @@ fn drive(
     );
     control.set_up(&setup)?;
     tracing::debug!("guest is ready");
+    ready(vsock);
     let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
     let session = ExecSession::start(stream, request)?;
     let RunIo {
@@ -249,6 +304,27 @@ fn drive(
     session.wait(&mut stdout, &mut stderr)
 }
 
+/// Has the guest run programs once, so that what the first ones take longer for is behind it when its
+/// start is kept: the agent itself, which every guest has, and which does nothing when it isn't process
+/// 1; then, where the image has one, a shell with nothing to do, for what most programs share.
+fn warm_up(vsock: &VsockHost) -> Result<(), HostError> {
+    let lost = |source| HostError::LocalStream {
+        stream: "connection",
+        source,
+    };
+    for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
+        let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
+        let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
+        let ended = ExecSession::start(stream, ExecRequest::new(argv))
+            .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
+        match ended {
+            Ok(_) | Err(HostError::NotStarted(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Passes signals and sizes on until either side is gone.
 fn pass_events(events: &Receiver<Event>, handle: &ExecHandle<GuestStream>) {
     while let Ok(event) = events.recv() {
@@ -262,40 +338,139 @@ fn pass_events(events: &Receiver<Event>, handle: &ExecHandle<GuestStream>) {
     }
 }
 
+/// A machine on its way to the command.
+struct Started {
+    handle: MachineHandle,
+    /// Its writable disk.
+    scratch: Option<Arc<RawDisk>>,
+    /// It is paused, in the state of an earlier start.
+    restored: bool,
+    /// Where its start is to be kept.
+    warm: Option<Warm>,
+}
+
 fn start_machine(
     paths: &Paths,
     image: &Image,
     spec: &RunSpec,
+    prepared: &Prepared,
     console: &ConsoleLog,
     note: &mut dyn FnMut(&str),
-) -> Result<MachineHandle, EngineError> {
-    let mut attachments = Attachments::default();
-    let mut disks = Vec::new();
-    let root: Arc<dyn Disk> = Arc::new(RawDisk::open(&image.rootfs, Access::ReadOnly)?);
-    attachments.disks.push(root);
-    disks.push(DiskConfig {
-        name: ROOT_DISK.to_owned(),
-        read_only: true,
-    });
+) -> Result<Started, EngineError> {
+    let config = machine_config(spec);
+    // What the user's own kernel does when it is started is the user's to see.
+    let warm = if spec.fresh || spec.kernel.is_some() {
+        None
+    } else {
+        Some(Warm::of(paths, image, prepared, &config)?)
+    };
+    if let Some(kept) = &warm {
+        match resume_kept(paths, image, spec, prepared, console, &config, kept) {
+            Ok(Some((handle, scratch))) => {
+                return Ok(Started {
+                    handle,
+                    scratch,
+                    restored: true,
+                    warm,
+                });
+            }
+            Ok(None) => {}
+            Err(error) => {
+                note(&format!(
+                    "booting, since the kept start of the image can't be used: {}",
+                    chain(&error)
+                ));
+                kept.forget()?;
+            }
+        }
+    }
+    let mut attachments = attachments(image, console)?;
+    let mut scratch = None;
     if !spec.read_only {
         let folder = paths.scratch();
         Paths::ensure(&folder)?;
-        attachments.disks.push(Arc::new(scratch::create(&folder)?));
-        disks.push(DiskConfig {
-            name: SCRATCH_DISK.to_owned(),
-            read_only: false,
-        });
+        let disk = Arc::new(scratch::create(&folder)?);
+        attachments.disks.push(disk.clone());
+        scratch = Some(disk);
     }
     if spec.kernel.is_none() {
         attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
     }
     attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
+    let handle = start(&spec.options, prepared, config, attachments, None)?;
+    Ok(Started {
+        handle,
+        scratch,
+        restored: false,
+        warm,
+    })
+}
+
+/// A machine in the state of an earlier start, paused, and its writable disk.
+type Resumed = (MachineHandle, Option<Arc<RawDisk>>);
+
+fn resume_kept(
+    paths: &Paths,
+    image: &Image,
+    spec: &RunSpec,
+    prepared: &Prepared,
+    console: &ConsoleLog,
+    config: &MachineConfig,
+    kept: &Warm,
+) -> Result<Option<Resumed>, EngineError> {
+    let Some(found) = kept.find()? else {
+        return Ok(None);
+    };
+    let mut attachments = attachments(image, console)?;
+    let mut scratch = None;
+    if let Some(saved) = &found.scratch {
+        let folder = paths.scratch();
+        Paths::ensure(&folder)?;
+        let disk = scratch::create_with(&folder, |file| {
+            saved.unpack(file)?;
+            Ok(saved.size)
+        })?;
+        let disk = Arc::new(disk);
+        attachments.disks.push(disk.clone());
+        scratch = Some(disk);
+    }
+    attachments.memory = Some(found.memory);
+    let config = config.clone();
+    let handle = start(
+        &spec.options,
+        prepared,
+        config,
+        attachments,
+        Some(found.state),
+    )?;
+    Ok(Some((handle, scratch)))
+}
+
+/// What every machine of the image has.
+fn attachments(image: &Image, console: &ConsoleLog) -> Result<Attachments, EngineError> {
+    let mut attachments = Attachments::default();
+    let root: Arc<dyn Disk> = Arc::new(RawDisk::open(&image.rootfs, Access::ReadOnly)?);
+    attachments.disks.push(root);
     attachments.serial[0] = Some(Box::new(console.clone()));
+    Ok(attachments)
+}
+
+fn machine_config(spec: &RunSpec) -> MachineConfig {
+    let mut disks = vec![DiskConfig {
+        name: ROOT_DISK.to_owned(),
+        read_only: true,
+    }];
+    if !spec.read_only {
+        disks.push(DiskConfig {
+            name: SCRATCH_DISK.to_owned(),
+            read_only: false,
+        });
+    }
     // The kernel finds the virtio devices in the DSDT.
     let command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
                         skerry.transport=vsock"
         .to_owned();
-    let config = MachineConfig {
+    MachineConfig {
         memory: spec.options.memory,
         cpus: spec.options.cpus,
         kernel: spec
@@ -309,8 +484,7 @@ fn start_machine(
         vsock: Some(GUEST_CID),
         no_reboot: true,
         ..MachineConfig::default()
-    };
-    start(&spec.options, config, attachments, note)
+    }
 }
 
 fn setup(spec: &RunSpec) -> Setup {

@@ -27,8 +27,9 @@ pub const MIN_MIPS: f64 = 20.0;
 /// The longest that a device which may be broken is waited for. Measuring takes a tenth of it,
 /// even where every instruction is emulated; the rest is for a busy host.
 pub const DEVICE_TIME_LIMIT: Duration = Duration::from_millis(400);
-/// A measurement at least this long is exact enough.
-const LONG_ENOUGH: Duration = Duration::from_millis(2);
+/// A measurement at least this long is exact enough: what is to be told apart differs by a factor of a
+/// hundred, and every machine waits for it.
+const LONG_ENOUGH: Duration = Duration::from_micros(300);
 
 /// What [`measure_guest`] found.
 #[derive(Clone, Debug, PartialEq)]
@@ -218,7 +219,7 @@ fn next_exit(vcpu: &mut impl Vcpu) -> Result<Exit, RunError> {
 /// The best of a few measurements: on a busy host, or while a translating host warms up, one alone
 /// may be far too low.
 fn integer_speed(vcpu: &mut impl Vcpu, limit: Duration) -> Result<f64, ProbeError> {
-    let mut rounds = 2_000_u64;
+    let mut rounds = 200_u64;
     let (mut best, mut long_ones) = (0.0_f64, 0);
     loop {
         match next_exit(vcpu)? {
@@ -241,7 +242,7 @@ fn integer_speed(vcpu: &mut impl Vcpu, limit: Duration) -> Result<f64, ProbeErro
         let took = start.elapsed();
         best = best.max(instructions as f64 / 1e6 / took.as_secs_f64().max(1e-9));
         if took < LONG_ENOUGH && rounds < 1 << 27 {
-            rounds *= 8;
+            rounds *= 4;
             continue;
         }
         long_ones += 1;

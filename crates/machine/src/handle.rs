@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use skerry_devices::serial::SerialInput;
-use skerry_hypervisor::{StateError, Vm};
+use skerry_hypervisor::{GuestRam, StateError, Vm};
 
 use crate::MachineError;
 use crate::chipset::Chipset;
 use crate::control::{Command, Control, Reply, Task};
 use crate::machine::BootSource;
+use crate::memory::{self, SavedRun};
 use crate::outcome::Outcome;
 use crate::state::{MACHINE_STATE_VERSION, MachineState};
 use crate::virtio::VirtioSet;
@@ -28,6 +29,8 @@ pub(crate) struct Supervisor<V> {
     pub(crate) boot: BootSource,
     pub(crate) vm: Arc<V>,
     pub(crate) cpus: usize,
+    /// What memory was restored from.
+    pub(crate) saved: Arc<[SavedRun]>,
 }
 
 impl<V: Vm> Supervisor<V> {
@@ -171,6 +174,8 @@ pub struct MachineRemote {
     cpus: usize,
     chipset: Arc<Chipset>,
     virtio: Arc<VirtioSet>,
+    ram: GuestRam,
+    saved: Arc<[SavedRun]>,
 }
 
 impl std::fmt::Debug for MachineRemote {
@@ -246,6 +251,16 @@ impl MachineRemote {
         Ok(())
     }
 
+    /// Calls `each` with place (counted without the holes in the address space) and bytes (whole
+    /// pages) of all memory that may hold something, ascending; the rest is zero. For a machine that
+    /// is paused.
+    pub fn for_each_used_memory<E: From<MachineError>>(
+        &self,
+        each: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        memory::for_each_used(&self.ram, &self.saved, each)
+    }
+
     fn command(&self, cpu: usize, command: Command) -> Result<Reply, MachineError> {
         let reply = self
             .control
@@ -304,6 +319,8 @@ impl MachineHandle {
             cpus: supervisor.cpus,
             chipset: supervisor.chipset.clone(),
             virtio: supervisor.virtio.clone(),
+            ram: supervisor.boot.ram().clone(),
+            saved: supervisor.saved.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("machine".into())

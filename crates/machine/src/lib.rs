@@ -33,6 +33,7 @@ pub use config::{DiskConfig, MachineConfig};
 pub use error::MachineError;
 pub use handle::{MachineHandle, MachineRemote};
 pub use machine::{Attachments, Machine};
+pub use memory::{SavedMemory, SavedRun};
 pub use outcome::{CrashReason, Outcome};
 pub use skerry_devices::serial::SerialInput;
 pub use skerry_devices::virtio::console::PortHandle;

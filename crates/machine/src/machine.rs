@@ -17,6 +17,8 @@ use crate::config::MachineConfig;
 use crate::control::Control;
 use crate::handle::{MachineHandle, Supervisor};
 use crate::interrupts::{MsiToVm, PicToVcpu};
+use crate::memory::{SavedMemory, SavedRun};
+use crate::state::MachineState;
 use crate::vcpu::{ExitPath, VcpuThread, enter};
 use crate::virtio::{VirtioParts, VirtioSet};
 use crate::{MachineError, layout, memory};
@@ -32,6 +34,8 @@ pub struct Attachments {
     pub serial: [Option<SerialSink>; 4],
     /// Disks, one for each of the configuration's.
     pub disks: Vec<Arc<dyn skerry_storage::Disk>>,
+    /// What memory holds from the start: for [`Machine::restore`].
+    pub memory: Option<SavedMemory>,
 }
 
 impl fmt::Debug for Attachments {
@@ -53,6 +57,11 @@ pub(crate) struct BootSource {
 }
 
 impl BootSource {
+    /// Guest memory.
+    pub(crate) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     /// Loads the tables, the kernel and the initrd into guest memory.
     pub(crate) fn load(&self) -> Result<Entry, MachineError> {
         let kernel_name = self.config.kernel.display().to_string();
@@ -114,6 +123,7 @@ pub struct Machine<H: Hypervisor> {
     virtio: Arc<VirtioSet>,
     boot: BootSource,
     no_reboot: bool,
+    saved: Vec<SavedRun>,
 }
 
 impl<H: Hypervisor> fmt::Debug for Machine<H> {
@@ -143,9 +153,11 @@ impl<H: Hypervisor> Machine<H> {
         if !(1..=layout::MAX_CPUS).contains(&config.cpus) {
             return Err(MachineError::BadCpuCount(config.cpus));
         }
-        let ram = memory::allocate(&map).map_err(|source| MachineError::Memory {
-            mib: map.size() >> 20,
-            source,
+        let ram = memory::allocate(&map, attachments.memory.as_ref()).map_err(|source| {
+            MachineError::Memory {
+                mib: map.size() >> 20,
+                source,
+            }
         })?;
         let vm = Arc::new(hypervisor.create_vm(&VmSpec {
             irqchip: Irqchip::Split,
@@ -206,6 +218,12 @@ impl<H: Hypervisor> Machine<H> {
                 platform,
             },
             no_reboot,
+            saved: attachments
+                .memory
+                .into_iter()
+                .flat_map(|saved| saved.layers)
+                .flat_map(|(_, runs)| runs)
+                .collect(),
         })
     }
 
@@ -213,6 +231,29 @@ impl<H: Hypervisor> Machine<H> {
     pub fn start(self, limit: Option<Duration>) -> Result<MachineHandle, MachineError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let entry = self.boot.load()?;
+        self.launch(Some(entry), deadline)
+    }
+
+    /// Puts `state` into the machine, whose memory is that of the state, and leaves it paused:
+    /// [`MachineRemote::resume`](crate::MachineRemote::resume) lets it run, for at most `limit` from
+    /// now.
+    pub fn restore(
+        self,
+        state: MachineState,
+        limit: Option<Duration>,
+    ) -> Result<MachineHandle, MachineError> {
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let handle = self.launch(None, deadline)?;
+        handle.remote().restore_state(state)?;
+        Ok(handle)
+    }
+
+    /// Starts the threads: to run from `entry`, or, without one, paused.
+    fn launch(
+        self,
+        entry: Option<Entry>,
+        deadline: Option<Instant>,
+    ) -> Result<MachineHandle, MachineError> {
         let mut threads = Vec::with_capacity(self.vcpus.len());
         let stop_all = StopOnError(Some(self.control.clone()));
         for (index, mut vcpu) in self.vcpus.into_iter().enumerate() {
@@ -221,8 +262,8 @@ impl<H: Hypervisor> Machine<H> {
             } else {
                 Some(Box::new(vcpu.state()?))
             };
-            if index == 0 {
-                enter(&mut vcpu, &entry)?;
+            if let Some(entry) = entry.as_ref().filter(|_| index == 0) {
+                enter(&mut vcpu, entry)?;
             }
             let thread = VcpuThread {
                 vcpu,
@@ -233,6 +274,11 @@ impl<H: Hypervisor> Machine<H> {
             };
             threads.push(spawn(thread)?);
         }
+        if entry.is_none() {
+            self.virtio.pause();
+            self.control.pause();
+            self.chipset.timers.pause();
+        }
         let supervisor = Supervisor {
             control: self.control.clone(),
             chipset: self.chipset,
@@ -240,6 +286,7 @@ impl<H: Hypervisor> Machine<H> {
             boot: self.boot,
             vm: self.vm,
             cpus: threads.len(),
+            saved: self.saved.into(),
         };
         let handle = MachineHandle::start(supervisor, threads, deadline)?;
         stop_all.disarm();

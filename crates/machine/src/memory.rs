@@ -1,18 +1,49 @@
 //! The memory behind guest RAM: private to this process, taken from the host page by page as it is
 //! touched, in huge pages where the host has them (a software processor's guest lives on the host's
 //! TLB, and a fault for 2 MiB costs little more than one for 4 KiB).
+//!
+//! A restored machine's memory is the saved file, mapped copy-on-write where it holds pages; nothing
+//! of it is read before the guest does.
 #![expect(
     unsafe_code,
-    reason = "advising the kernel about a mapping takes its address"
+    reason = "mapping a file over guest memory and advising the kernel about it take addresses"
 )]
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::sync::Arc;
 
-use rustix::mm::{Advice, madvise};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
 use skerry_boot::MemoryMap;
-use skerry_hypervisor::{Gpa, GuestRam, MemorySlot, RamRegion};
-use vm_memory::{GuestAddress, GuestRegionMmap};
+use skerry_hypervisor::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
+
+use crate::MachineError;
+
+type Region = GuestRegionMmap<PageTracker>;
+
+/// Consecutive pages of guest memory that lie together in a file. The guest's memory is counted
+/// without the holes in its address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedRun {
+    /// Where they belong in the guest's memory, a multiple of a page.
+    pub at: u64,
+    /// Bytes, a multiple of a page.
+    pub len: u64,
+    /// Where they are in the file, a multiple of a page.
+    pub offset: u64,
+}
+
+/// Guest memory in files: later ones lie over earlier ones, and what none has is zero.
+#[derive(Debug, Default)]
+pub struct SavedMemory {
+    /// The files and what they hold.
+    pub layers: Vec<(File, Vec<SavedRun>)>,
+}
 
 /// Guest RAM and the slots that a backend maps.
 #[derive(Debug)]
@@ -21,13 +52,13 @@ pub(crate) struct Ram {
     pub(crate) slots: Vec<MemorySlot>,
 }
 
-/// Reserves address space for all of `map`.
-pub(crate) fn allocate(map: &MemoryMap) -> io::Result<Ram> {
+/// Reserves address space for all of `map`, and maps what was saved.
+pub(crate) fn allocate(map: &MemoryMap, saved: Option<&SavedMemory>) -> io::Result<Ram> {
     let mut regions = Vec::new();
     let mut slots = Vec::new();
     for range in map.ram() {
         let len = usize::try_from(range.len()).map_err(io::Error::other)?;
-        let region = Arc::new(reserve(len)?);
+        let region = Arc::new(reserve(len, saved.is_none())?);
         let base = GuestAddress(range.start);
         let mapped = GuestRegionMmap::with_arc(region.clone(), base);
         regions.push(mapped.ok_or_else(|| io::Error::other("The range wraps round"))?);
@@ -41,12 +72,140 @@ pub(crate) fn allocate(map: &MemoryMap) -> io::Result<Ram> {
         });
     }
     let memory = GuestRam::from_regions(regions).map_err(io::Error::other)?;
+    for (file, runs) in saved.iter().flat_map(|saved| &saved.layers) {
+        for run in runs {
+            map_saved(&memory, file, run)?;
+        }
+    }
     Ok(Ram { memory, slots })
 }
 
-fn reserve(len: usize) -> io::Result<RamRegion> {
+/// Maps `run` over the memory that was reserved for it.
+fn map_saved(memory: &GuestRam, file: &File, run: &SavedRun) -> io::Result<()> {
+    let page = PAGE_SIZE as u64;
+    let aligned = [run.at, run.len, run.offset]
+        .iter()
+        .all(|n| n.is_multiple_of(page));
+    let mut left = run.len;
+    if aligned {
+        let mut base = 0;
+        for region in memory.iter() {
+            let start = run.at.max(base);
+            let end = run.at.saturating_add(run.len).min(base + region.len());
+            if start < end {
+                let offset = run.offset.saturating_add(start - run.at);
+                map_file(region, start - base, end - start, file, offset)?;
+                left -= end - start;
+            }
+            base += region.len();
+        }
+    }
+    if left == 0 {
+        return Ok(());
+    }
+    let text = format!("saved memory at {:#x} is none that the machine has", run.at);
+    Err(io::Error::new(io::ErrorKind::InvalidData, text))
+}
+
+/// Maps `len` bytes of `file` over `region` from `at` on, which lie within it.
+fn map_file(region: &Region, at: u64, len: u64, file: &File, offset: u64) -> io::Result<()> {
+    let slice = region
+        .get_slice(MemoryRegionAddress(at), len as usize)
+        .map_err(io::Error::other)?;
+    // SAFETY: the range was just found to lie within the region's mapping, which is ours and has no
+    // reference into it yet; the new mapping is private and of the same size and protection.
+    let mapped = unsafe {
+        mmap(
+            slice.ptr_guard_mut().as_ptr().cast(),
+            len as usize,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+            file,
+            offset,
+        )
+    };
+    mapped.map(drop).map_err(io::Error::from)
+}
+
+/// Bytes that are copied at a time when memory is saved.
+const CHUNK: usize = 256 << 10;
+/// Bit of a page's entry in the host's pagemap: it is in memory, or swapped out.
+const PRESENT: u64 = 1 << 63 | 1 << 62;
+
+/// Calls `each` with place (counted without holes) and bytes of all memory that may hold something,
+/// ascending. `saved` is what the machine was restored from. The machine is paused.
+pub(crate) fn for_each_used<E: From<MachineError>>(
+    memory: &GuestRam,
+    saved: &[SavedRun],
+    mut each: impl FnMut(u64, &[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let failed = |source| MachineError::Resource {
+        what: "saved memory",
+        source,
+    };
+    let mut pagemap = File::open("/proc/self/pagemap").map_err(failed)?;
+    let mut buffer = vec![0; CHUNK];
+    let mut base = 0;
+    for region in memory.iter() {
+        let used = used_pages(region, base, saved, &mut pagemap).map_err(failed)?;
+        for range in used {
+            let mut at = range.start;
+            while at < range.end {
+                let len = (range.end - at).min(CHUNK as u64) as usize;
+                let bytes = &mut buffer[..len];
+                region
+                    .read_slice(bytes, MemoryRegionAddress(at))
+                    .map_err(|error| failed(io::Error::other(error)))?;
+                each(base + at, bytes)?;
+                at += len as u64;
+            }
+        }
+        base += region.len();
+    }
+    Ok(())
+}
+
+/// Ranges within `region` that the host has taken pages for, or that were saved.
+fn used_pages(
+    region: &Region,
+    base: u64,
+    saved: &[SavedRun],
+    pagemap: &mut File,
+) -> io::Result<Vec<Range<u64>>> {
+    let page = PAGE_SIZE as u64;
+    let mut used = vec![false; (region.len() / page) as usize];
+    let place = |at: u64| (at.saturating_sub(base) / page).min(used.len() as u64) as usize;
+    let runs: Vec<_> = saved
+        .iter()
+        .map(|run| place(run.at)..place(run.at + run.len))
+        .collect();
+    for run in runs {
+        used[run].fill(true);
+    }
+    let mut entries = vec![0; used.len() * 8];
+    pagemap.seek(SeekFrom::Start(region.as_ptr() as u64 / page * 8))?;
+    pagemap.read_exact(&mut entries)?;
+    for (slot, entry) in used.iter_mut().zip(entries.as_chunks::<8>().0) {
+        *slot |= u64::from_le_bytes(*entry) & PRESENT != 0;
+    }
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for (n, _) in used.iter().enumerate().filter(|(_, used)| **used) {
+        let at = n as u64 * page;
+        match ranges.last_mut() {
+            Some(range) if range.end == at => range.end += page,
+            _ => ranges.push(at..at + page),
+        }
+    }
+    Ok(ranges)
+}
+
+fn reserve(len: usize, huge: bool) -> io::Result<RamRegion> {
     // Private, anonymous and without a reservation of swap.
     let region = RamRegion::new(len).map_err(io::Error::other)?;
+    if !huge {
+        // A clone shares what it can and takes little of its own.
+        return Ok(region);
+    }
     // SAFETY: the mapping is `region`'s own, of `len` bytes; the advice changes how it is backed
     // and nothing that can be read from it.
     let advised = unsafe { madvise(region.as_ptr().cast(), len, Advice::LinuxHugepage) };
@@ -63,7 +222,7 @@ mod tests {
 
     #[test]
     fn eight_gib_are_reserved_and_not_taken() {
-        let ram = allocate(&MemoryMap::new(8 << 30).unwrap()).unwrap();
+        let ram = allocate(&MemoryMap::new(8 << 30).unwrap(), None).unwrap();
         assert_eq!(ram.slots.len(), 2);
         assert_eq!(ram.memory.last_addr().0, 0x2_3fff_ffff);
         let last = GuestAddress(0x2_3fff_fff8);

@@ -42,7 +42,7 @@ mod testing;
 mod tree;
 
 pub use config::ImageConfig;
-pub use digest::{Digest, DigestError};
+pub use digest::{Digest, DigestError, Hasher};
 pub use erofs::ReadError;
 #[doc(hidden)]
 pub use erofs::{Inode, InodeKind, Reader};

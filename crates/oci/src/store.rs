@@ -75,6 +75,13 @@ pub struct Image {
     _transient: Option<Arc<Transient>>,
 }
 
+impl Image {
+    /// The digest of its root file system.
+    pub fn rootfs_digest(&self) -> Digest {
+        self.rootfs_digest
+    }
+}
+
 /// What the store has.
 #[derive(Debug, Default)]
 pub struct Listing {

@@ -105,6 +105,11 @@ impl RawDisk {
         }
     }
 
+    /// The file, for saving it while nobody writes.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     fn check(&self, operation: Operation, offset: u64, len: u64) -> Result<(), DiskError> {
         if operation != Operation::Read && self.access == Access::ReadOnly {
             return Err(DiskError::ReadOnly {

@@ -23,13 +23,21 @@ pub const SIZE: u64 = 64 << 30;
 /// The file's space is freed by the host as soon as the disk is dropped or the process ends,
 /// however it ends.
 pub fn create(dir: impl AsRef<Path>) -> Result<RawDisk, DiskError> {
+    create_with(dir, |file| unpack(TEMPLATE, file))
+}
+
+/// The same with other contents: `fill` gets the empty file, and gives the disk's size.
+pub fn create_with(
+    dir: impl AsRef<Path>,
+    fill: impl FnOnce(&File) -> io::Result<u64>,
+) -> Result<RawDisk, DiskError> {
     let dir = dir.as_ref();
     let failed = |source| DiskError::Scratch {
         dir: dir.to_owned(),
         source,
     };
     let file = sys::unnamed_file(dir).map_err(failed)?;
-    let size = unpack(TEMPLATE, &file).map_err(failed)?;
+    let size = fill(&file).map_err(failed)?;
     let name = format!("{}/(scratch)", dir.display());
     Ok(RawDisk::from_file(file, name, size, Access::ReadWrite))
 }

@@ -10,7 +10,7 @@ use rustix::time::{ClockId, Timespec};
 use skerry_protocol::frame::{self, FrameDecoder, FrameError};
 use skerry_protocol::message::{ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent};
 
-use crate::{log, sys};
+use crate::{files, log, sys};
 
 /// A control connection.
 #[derive(Debug)]
@@ -63,6 +63,7 @@ impl Control {
                 // The host of a restored guest greets an agent that has been set up already.
                 Ok(ToAgent::Setup(setup)) => {
                     refresh(&setup);
+                    files::become_clone(&setup);
                     self.ready(Ok(()))
                 }
                 Ok(ToAgent::Refused) => Err(FrameError::Closed),

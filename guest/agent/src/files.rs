@@ -51,6 +51,41 @@ pub fn apply_settings(setup: &Setup) {
     }
 }
 
+/// Makes this guest one of its own, after it was restored from a state that others share: the clock
+/// and the entropy are taken care of, so this is its names.
+pub fn become_clone(setup: &Setup) {
+    let current = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    if current != setup.hostname {
+        if let Err(error) = rustix::system::sethostname(setup.hostname.as_bytes()) {
+            log::error(format_args!("host name \"{}\": {error}", setup.hostname));
+        }
+        write(Path::new("/"), setup);
+    }
+    if let Err(error) = machine_id() {
+        log::error(format_args!("/etc/machine-id: {error}"));
+    }
+}
+
+/// Another machine id (machine-id(5)) where there is one: an empty or missing file means that whoever
+/// needs one makes it.
+fn machine_id() -> io::Result<()> {
+    const DIGITS: usize = 32;
+    let path = Path::new("/etc/machine-id");
+    match fs::read(path) {
+        Ok(old) if old.trim_ascii().len() == DIGITS => {}
+        Ok(_) => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    // Sixteen random bytes with the marks of a version 4 UUID, as systemd makes them.
+    let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    let id: String = id.chars().filter(char::is_ascii_hexdigit).collect();
+    replace(path, &format!("{id}\n"))
+}
+
 fn hostname(root: &Path, setup: &Setup) -> io::Result<()> {
     replace(&root.join("etc/hostname"), &format!("{}\n", setup.hostname))
 }

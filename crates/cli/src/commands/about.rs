@@ -46,18 +46,22 @@ pub fn completion(args: &CompletionArgs) -> Result<u8> {
     Ok(0)
 }
 
-/// Writes a page for skerry and one for each verb.
+/// Writes a page for skerry and one for each verb, and for its verbs.
 pub fn man(args: &ManArgs) -> Result<u8> {
     fs::create_dir_all(&args.dir)
         .with_context(|| format!("Can't make the folder {}", args.dir.display()))?;
     let mut command = Cli::command();
     command.build();
-    page(&args.dir, "skerry", command.clone())?;
-    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
-        let name = format!("skerry-{}", verb.get_name());
-        page(&args.dir, &name, verb.clone())?;
-    }
+    pages(&args.dir, "skerry", &command)?;
     Ok(0)
+}
+
+fn pages(dir: &Path, name: &str, command: &clap::Command) -> Result<()> {
+    page(dir, name, command.clone())?;
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        pages(dir, &format!("{name}-{}", verb.get_name()), verb)?;
+    }
+    Ok(())
 }
 
 fn page(dir: &Path, name: &str, command: clap::Command) -> Result<()> {

@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 use skerry_engine::{Image, Paths, Removed};
 
+use super::mib;
 use crate::args::{Format, ImagesArgs, RmiArgs};
 
 #[derive(Serialize)]
@@ -62,16 +63,12 @@ fn rows_of(image: &Image) -> Vec<Row> {
     image.names.iter().map(|name| row(name)).collect()
 }
 
-fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
-}
-
 /// Removes images; goes on after one that can't be removed.
 pub fn remove(args: &RmiArgs) -> Result<u8> {
-    let store = skerry_engine::images::open(&Paths::of_user()?)?;
+    let paths = Paths::of_user()?;
     let mut status = 0;
     for name in &args.images {
-        match store.remove(name) {
+        match skerry_engine::images::remove(&paths, name) {
             Ok(Removed::Name(name)) => writeln!(io::stdout(), "{name}")?,
             Ok(Removed::Image(digest)) => writeln!(io::stdout(), "{digest}")?,
             Err(error) => {

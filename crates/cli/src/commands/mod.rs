@@ -5,11 +5,17 @@ pub mod boot;
 pub mod doctor;
 pub mod images;
 pub mod run;
+pub mod snapshot;
 
 use skerry_engine::MachineOptions;
 use skerry_engine::hypervisor::{Backend, Choice};
 
 use crate::args::{HypervisorArg, MachineArgs};
+
+/// A number of bytes, for people.
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
 
 /// The machine that the options describe.
 fn machine_options(args: MachineArgs) -> MachineOptions {

@@ -39,6 +39,7 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
         user: args.user,
         tty: size,
         read_only: args.read_only,
+        fresh: args.fresh,
         hostname: args.hostname,
         show_console: verbose > 0,
     };

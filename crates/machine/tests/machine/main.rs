@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use skerry_hypervisor::cpu_model::CpuModel;
 use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, Hypervisor};
 use skerry_machine::{
-    Attachments, CrashReason, Machine, MachineConfig, MachineError, MachineHandle, Outcome,
+    Attachments, CrashReason, Machine, MachineConfig, MachineError, MachineHandle, MachineRemote,
+    MachineState, Outcome, SavedMemory, SavedRun,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -242,6 +243,81 @@ fn state_is_saved_and_put_back<H: Hypervisor>() {
     output.wait_longer_than(output.len() + 10);
 }
 
+/// Memory that was saved run by run, as a snapshot has it: dense in a file.
+fn saved_memory(remote: &MachineRemote) -> SavedMemory {
+    let mut file = tempfile::tempfile().unwrap();
+    let (mut runs, mut offset) = (Vec::new(), 0);
+    remote
+        .for_each_used_memory(|at, bytes| -> Result<(), MachineError> {
+            file.write_all(bytes).unwrap();
+            let len = bytes.len() as u64;
+            runs.push(SavedRun { at, len, offset });
+            offset += len;
+            Ok(())
+        })
+        .unwrap();
+    assert!(
+        offset < 4 << 20,
+        "{offset} bytes of a guest that uses little"
+    );
+    SavedMemory {
+        layers: vec![(file, runs)],
+    }
+}
+
+fn restored<H: Hypervisor>(
+    hypervisor: &H,
+    memory: SavedMemory,
+    state: MachineState,
+) -> Result<(MachineHandle, Output), MachineError> {
+    let output = Output::default();
+    let mut attachments = Attachments {
+        memory: Some(memory),
+        ..Attachments::default()
+    };
+    attachments.serial[0] = Some(Box::new(output.clone()));
+    let machine = Machine::new(hypervisor, config("spin"), attachments, cpuid)?;
+    Ok((machine.restore(state, Some(PATIENCE))?, output))
+}
+
+fn a_saved_machine_goes_on_in_a_fresh_one<H: Hypervisor>() {
+    let Some((handle, output)) = start::<H>(config("spin"), None, PATIENCE) else {
+        return;
+    };
+    let remote = handle.remote();
+    output.wait_longer_than(10);
+    remote.pause().unwrap();
+    let state = remote.save_state().unwrap();
+    let memory = saved_memory(remote);
+    drop(handle);
+    let hypervisor = H::open().unwrap();
+    let (handle, output) = restored(&hypervisor, memory, state.clone()).unwrap();
+    // It stands until it is let go; then it can be saved again, from what it was restored from.
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(output.len(), 0);
+    let remote = handle.remote();
+    let again = remote.save_state().unwrap();
+    assert_eq!(again.cpus[0].general, state.cpus[0].general);
+    let memory = saved_memory(remote);
+    remote.resume();
+    output.wait_longer_than(10);
+    drop(handle);
+    let (handle, output) = restored(&hypervisor, memory, state.clone()).unwrap();
+    handle.remote().resume();
+    output.wait_longer_than(10);
+    // Memory of another machine.
+    let run = SavedRun {
+        at: 16 << 20,
+        len: 4096,
+        offset: 0,
+    };
+    let memory = SavedMemory {
+        layers: vec![(tempfile::tempfile().unwrap(), vec![run])],
+    };
+    let refused = restored(&hypervisor, memory, state);
+    assert!(matches!(refused, Err(MachineError::Memory { .. })));
+}
+
 /// The repository's own kernel, told to run a program that is not there: from its first
 /// instruction to the end of its boot, with two processors.
 fn linux_boots_and_panics_without_a_root<H: Hypervisor>() {
@@ -337,6 +413,11 @@ macro_rules! on {
             fn linux_boots_and_panics_without_a_root() {
                 super::linux_boots_and_panics_without_a_root::<$hypervisor>();
             }
+            #[test]
+            fn a_saved_machine_goes_on_in_a_fresh_one() {
+                super::a_saved_machine_goes_on_in_a_fresh_one::<$hypervisor>();
+            }
+
             #[test]
             fn state_is_saved_and_put_back() {
                 super::state_is_saved_and_put_back::<$hypervisor>();

@@ -24,13 +24,17 @@ pub(crate) fn fuse(w: &Window<'_>) -> Option<Op> {
         Mnemonic::Push => stack::pushes(w).or_else(|| stack::push_move(w)),
         Mnemonic::Pop => stack::pops(w),
         Mnemonic::Leave => stack::leave_return(w),
-        Mnemonic::Mov => stack::move_push(w)
-            .or_else(|| stack::moves(w))
-            .or_else(|| stack::move_call(w))
-            .or_else(|| load::move_load(w))
-            .or_else(|| load::test_branch(w))
-            .or_else(|| load::load_pair(w))
-            .or_else(|| load::store_pair(w)),
+        Mnemonic::Mov => match (first.op0_kind(), first.op1_kind()) {
+            (OpKind::Register, OpKind::Register) => stack::move_push(w)
+                .or_else(|| stack::moves(w))
+                .or_else(|| stack::move_call(w))
+                .or_else(|| load::move_load(w)),
+            (OpKind::Register, OpKind::Memory) => {
+                load::test_branch(w).or_else(|| load::load_pair(w))
+            }
+            (OpKind::Memory, OpKind::Register) => load::store_pair(w),
+            _ => None,
+        },
         _ => None,
     }
 }

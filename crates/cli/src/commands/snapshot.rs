@@ -1,0 +1,243 @@
+//! `skerry snapshot` and its verbs.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::time::SystemTime;
+
+use anyhow::Result;
+use serde::Serialize;
+use skerry_engine::Paths;
+use skerry_engine::snapshots::{self, Details, Pages, Removed, START_PREFIX, SnapshotInfo};
+
+use super::mib;
+use crate::args::{
+    Format, SnapshotArgs, SnapshotExportArgs, SnapshotImportArgs, SnapshotInspectArgs,
+    SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
+};
+use crate::{dates, output, status};
+
+/// Digits of an ID that people see.
+const SHORT: usize = 12;
+
+/// A snapshot, for programs.
+#[derive(Serialize)]
+struct Entry {
+    id: String,
+    names: Vec<String>,
+    created: String,
+    parent: Option<String>,
+    memory: u64,
+    size: u64,
+}
+
+impl Entry {
+    fn of(info: SnapshotInfo) -> Self {
+        let SnapshotInfo {
+            id,
+            names,
+            parent,
+            size,
+            memory_size,
+            created,
+        } = info;
+        Self {
+            id: id.to_string(),
+            names,
+            created: dates::rfc3339(created),
+            parent: parent.map(|parent| parent.to_string()),
+            memory: memory_size,
+            size,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Stored {
+    size: u64,
+    stored: u64,
+}
+
+impl Stored {
+    fn of(Pages { size, stored }: Pages) -> Self {
+        Self { size, stored }
+    }
+}
+
+/// All of `skerry snapshot inspect`: an [`Entry`] and what only opening a snapshot tells.
+#[derive(Serialize)]
+struct Inspection {
+    #[serde(flatten)]
+    entry: Entry,
+    memory_stored: u64,
+    state_size: u64,
+    disks: BTreeMap<String, Stored>,
+    extras: BTreeMap<String, u64>,
+    config: serde_json::Value,
+}
+
+/// Does what the verb says.
+pub fn execute(args: &SnapshotArgs) -> Result<u8> {
+    let paths = Paths::of_user()?;
+    match &args.verb {
+        SnapshotVerb::Ls(args) => list(&paths, args),
+        SnapshotVerb::Inspect(args) => inspect(&paths, args),
+        SnapshotVerb::Rm(args) => remove(&paths, args),
+        SnapshotVerb::Export(args) => export(&paths, args),
+        SnapshotVerb::Import(args) => import(&paths, args),
+        SnapshotVerb::Prune => prune(&paths),
+    }
+}
+
+fn list(paths: &Paths, args: &SnapshotLsArgs) -> Result<u8> {
+    let listing = snapshots::list(paths)?;
+    for damaged in listing.damaged {
+        output::error(&damaged.into());
+    }
+    let mut out = io::stdout().lock();
+    if args.quiet {
+        for info in &listing.snapshots {
+            writeln!(out, "{}", info.id)?;
+        }
+        return Ok(0);
+    }
+    match args.format {
+        Format::Json => {
+            let entries: Vec<_> = listing.snapshots.into_iter().map(Entry::of).collect();
+            writeln!(out, "{}", serde_json::to_string_pretty(&entries)?)?;
+        }
+        Format::Text => table(&mut out, &listing.snapshots)?,
+    }
+    Ok(0)
+}
+
+/// A row for each of a snapshot's names.
+fn table(out: &mut impl Write, snapshots: &[SnapshotInfo]) -> io::Result<()> {
+    let now = SystemTime::now();
+    let mut rows = vec![["ID", "NAME", "MEMORY", "SIZE", "CREATED"].map(str::to_owned)];
+    for info in snapshots {
+        let names = match &info.names[..] {
+            [] => vec!["<none>".to_owned()],
+            names => names.iter().map(|name| shown(name)).collect(),
+        };
+        let created = match now.duration_since(info.created) {
+            Ok(age) => dates::ago(age),
+            Err(_) => "in the future".to_owned(),
+        };
+        for name in names {
+            rows.push([
+                short(&info.id.hex()),
+                name,
+                mib(info.memory_size),
+                mib(info.size),
+                created.clone(),
+            ]);
+        }
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let [name, memory, size] = [1, 2, 3].map(|column| width(column).unwrap_or(0));
+    for [a, b, c, d, e] in &rows {
+        writeln!(
+            out,
+            "{a:<SHORT$}  {b:<name$}  {c:<memory$}  {d:<size$}  {e}"
+        )?;
+    }
+    Ok(())
+}
+
+fn short(hex: &str) -> String {
+    hex.chars().take(SHORT).collect()
+}
+
+/// A name as it is shown: nobody reads the 64 digits of a kept start's.
+fn shown(name: &str) -> String {
+    match name.strip_prefix(START_PREFIX) {
+        Some(digits) if digits.chars().count() > SHORT => {
+            format!("{START_PREFIX}{}…", short(digits))
+        }
+        _ => name.to_owned(),
+    }
+}
+
+fn inspect(paths: &Paths, args: &SnapshotInspectArgs) -> Result<u8> {
+    let Details {
+        info,
+        memory,
+        disks,
+        extras,
+        state_size,
+        config,
+    } = snapshots::inspect(paths, &args.name)?;
+    let disks = disks.into_iter();
+    let inspection = Inspection {
+        entry: Entry::of(info),
+        memory_stored: memory.stored,
+        state_size,
+        disks: disks.map(|(name, disk)| (name, Stored::of(disk))).collect(),
+        extras,
+        config,
+    };
+    let text = serde_json::to_string_pretty(&inspection)?;
+    writeln!(io::stdout(), "{text}")?;
+    Ok(0)
+}
+
+/// Removes snapshots; goes on after one that can't be removed.
+fn remove(paths: &Paths, args: &SnapshotRmArgs) -> Result<u8> {
+    let mut status = 0;
+    for name in &args.names {
+        match snapshots::remove(paths, name) {
+            Ok(Removed::Name(name)) => writeln!(io::stdout(), "{name}")?,
+            Ok(Removed::Snapshot(id)) => writeln!(io::stdout(), "{id}")?,
+            Err(error) => {
+                output::error(&error.into());
+                status = status::FAILED;
+            }
+        }
+    }
+    Ok(status)
+}
+
+fn export(paths: &Paths, args: &SnapshotExportArgs) -> Result<u8> {
+    if let Some(parent) = snapshots::export(paths, &args.name, &args.target)? {
+        output::note(&format!(
+            "{} is a difference to {parent}, which is needed with it: export that too",
+            args.name
+        ));
+    }
+    Ok(0)
+}
+
+fn import(paths: &Paths, args: &SnapshotImportArgs) -> Result<u8> {
+    let id = snapshots::import(paths, &args.source, args.name.as_deref())?;
+    writeln!(io::stdout(), "{id}")?;
+    Ok(0)
+}
+
+fn prune(paths: &Paths) -> Result<u8> {
+    let pruned = snapshots::prune(paths)?;
+    let mut out = io::stdout().lock();
+    let mut freed = 0u64;
+    for info in &pruned.removed {
+        freed = freed.saturating_add(info.size);
+        writeln!(out, "{}", info.id)?;
+    }
+    let starts = counted(pruned.removed.len(), "kept start");
+    output::note(&format!("freed {} by removing {starts}", mib(freed)));
+    if pruned.leftovers > 0 {
+        let leftovers = counted(pruned.leftovers, "leftover");
+        output::note(&format!("removed {leftovers} of killed processes"));
+    }
+    let status = match pruned.failed.is_empty() {
+        true => 0,
+        false => status::FAILED,
+    };
+    for error in pruned.failed {
+        output::error(&error.into());
+    }
+    Ok(status)
+}
+
+fn counted(count: usize, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}

@@ -1,0 +1,61 @@
+//! Times writing and opening a snapshot: `timing DIR [MIB]`.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use skerry_snapshot::{Error, PAGE_SIZE, SnapshotStore, Trust, WriteOptions};
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+fn main() -> Result<(), Error> {
+    let mut args = std::env::args().skip(1);
+    let dir = args.next().unwrap_or_else(|| "timing.tmp".to_owned());
+    let mib: usize = args.next().and_then(|mib| mib.parse().ok()).unwrap_or(64);
+    let store = SnapshotStore::open(Path::new(&dir))?;
+    // Data in 1 MiB pieces with as much zero between them.
+    let mut data = vec![0; (2 * mib) << 20];
+    for (i, bytes) in data.chunks_exact_mut(8).enumerate() {
+        if (i >> 17).is_multiple_of(2) {
+            bytes.copy_from_slice(&(i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+        }
+    }
+    for durable in [false, true] {
+        let (mut writes, mut trusted, mut verified) = (Vec::new(), Vec::new(), Vec::new());
+        let mut pages_only = Vec::new();
+        for _ in 0..5 {
+            let parent = None;
+            let start = Instant::now();
+            let mut writer = store.writer(WriteOptions { durable, parent })?;
+            let size = data.len() as u64;
+            writer.memory::<Error>(size, |out| {
+                (0..)
+                    .zip(data.chunks(64 << 10))
+                    .try_for_each(|(i, chunk)| out.write(i * ((64 << 10) / PAGE_SIZE), chunk))
+            })?;
+            pages_only.push(start.elapsed());
+            writer.state(&[b' '; 100_000])?;
+            let id = writer.commit(&"configuration")?;
+            writes.push(start.elapsed());
+            for (trust, times) in [(Trust::Seal, &mut trusted), (Trust::Nothing, &mut verified)] {
+                for _ in 0..if trust == Trust::Seal { 100 } else { 3 } {
+                    let start = Instant::now();
+                    let snapshot = store.get(&id, trust)?;
+                    times.push(start.elapsed());
+                    assert_eq!(snapshot.was_sealed(), trust == Trust::Seal);
+                }
+            }
+            store.remove(&id)?;
+        }
+        println!(
+            "{mib} MiB of data, durable {durable}: pages {:?}, all {:?}, open sealed {:?}, open verifying {:?}",
+            median(pages_only),
+            median(writes),
+            median(trusted),
+            median(verified)
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,180 @@
+//! Bodies of the fuzz targets, kept here so that plain tests run them too.
+
+use serde::de::IgnoredAny;
+
+use crate::manifest::{self, Manifest};
+use crate::pages::{FOOTER_BYTES, Footer, PAGE_SIZE};
+use crate::seal::Seal;
+
+/// Any bytes as the table of a page image, with its footer as it is and one that fits.
+pub fn page_table(bytes: &[u8]) {
+    let table_bytes = |footer: &Footer| footer.data_pages.checked_mul(PAGE_SIZE);
+    let Some((_, last)) = bytes.split_last_chunk::<{ FOOTER_BYTES as usize }>() else {
+        return;
+    };
+    // The size that the footer itself asks for, then that of the bytes alone.
+    let data_pages = u64::from_le_bytes(*last[40..].first_chunk().unwrap_or(&[0; 8]));
+    let claimed = data_pages
+        .wrapping_mul(PAGE_SIZE)
+        .wrapping_add(bytes.len() as u64);
+    for file_size in [claimed, bytes.len() as u64] {
+        let Ok(footer) = Footer::decode(last, file_size) else {
+            continue;
+        };
+        assert!(table_bytes(&footer).is_some_and(|data| data <= file_size));
+        let Ok(runs) = footer.runs(bytes) else {
+            continue;
+        };
+        // What is accepted is what would be written, and lies within bounds.
+        assert_eq!(footer.encode(&runs), bytes);
+        let (mut guest, mut file) = (0, 0);
+        for run in &runs {
+            assert!(run.pages > 0 && run.guest_page >= guest && run.file_page == file);
+            guest = run.end();
+            file += run.pages;
+        }
+        assert!(guest <= footer.size.div_ceil(PAGE_SIZE) && file == footer.data_pages);
+    }
+}
+
+/// Any bytes as each of the JSON documents.
+pub fn documents(bytes: &[u8]) {
+    let _ = manifest::check_layout("fuzz", bytes);
+    let _ = manifest::manifest_of_index("fuzz", bytes);
+    let _ = manifest::envelope::<IgnoredAny>("fuzz", bytes);
+    if let Ok(manifest) = Manifest::decode("fuzz", bytes) {
+        let again = manifest
+            .encode()
+            .map(|bytes| Manifest::decode("fuzz", &bytes));
+        assert!(matches!(again, Ok(Ok(again)) if again == manifest));
+    }
+}
+
+/// Any bytes as a seal.
+pub fn seal(bytes: &[u8]) {
+    if let Some(seal) = Seal::decode(bytes) {
+        let again = serde_json::to_vec(&seal)
+            .ok()
+            .and_then(|b| Seal::decode(&b));
+        assert_eq!(again, Some(seal));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! The short form of fuzzing: seeds and random changes of them, for a moment on each run of
+    //! the tests. `fuzz/` has the long form.
+
+    use std::collections::BTreeMap;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::manifest::{Descriptor, Envelope};
+    use crate::pages::{Content, Run};
+    use crate::{Digest, seal};
+
+    /// xorshift64*: the same changes each time.
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self, below: usize) -> usize {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
+        }
+    }
+
+    fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
+        for _ in 0..=random.next(4) {
+            let (len, at) = (bytes.len(), random.next(bytes.len()));
+            match random.next(5) {
+                0 if len > 0 => bytes[at] = random.next(256) as u8,
+                1 if len > 0 => bytes[at] ^= 1 << random.next(8),
+                2 if random.next(4) == 0 => bytes.truncate(at),
+                3 => {
+                    let part: Vec<u8> = bytes[at..].iter().take(300).copied().collect();
+                    let to = random.next(len);
+                    bytes.splice(to..to, part);
+                }
+                _ if len > 0 => bytes[at] = b"0123456789{}[]\",:\0\xff"[random.next(19)],
+                _ => {}
+            }
+        }
+    }
+
+    fn run(seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
+        let mut random = Random(0x5eed);
+        let start = Instant::now();
+        seeds.iter().for_each(|seed| target(seed));
+        while start.elapsed() < Duration::from_secs(1) {
+            let mut bytes = seeds[random.next(seeds.len())].clone();
+            mutate(&mut random, &mut bytes);
+            target(&bytes);
+        }
+    }
+
+    #[test]
+    fn tables_briefly() {
+        let run_at = |guest_page, file_page| Run {
+            guest_page,
+            pages: 2,
+            file_page,
+        };
+        let seeds = [vec![], vec![run_at(1, 0), run_at(4, 2), run_at(7, 4)]].map(|runs| {
+            let footer = Footer {
+                content: Content::Full,
+                runs: runs.len() as u64,
+                size: 9 * PAGE_SIZE,
+                data_pages: 2 * runs.len() as u64,
+            };
+            footer.encode(&runs)
+        });
+        run(&seeds, page_table);
+    }
+
+    #[test]
+    fn documents_briefly() {
+        let blob = |media_type| {
+            Descriptor::new(media_type, Digest::of(b"x"), 1).with_table(Digest::of(b"t"))
+        };
+        let manifest = Manifest {
+            config: blob(manifest::CONFIG_TYPE),
+            state: blob(manifest::STATE_TYPE),
+            memory: blob(manifest::MEMORY_TYPE),
+            disks: BTreeMap::from([("root".into(), blob(manifest::DISK_TYPE).with_name("root"))]),
+            extras: BTreeMap::from([("log".into(), blob(manifest::EXTRA_TYPE).with_name("log"))]),
+        };
+        let envelope = Envelope {
+            version: 1,
+            created_ms: 1,
+            memory_size: 4096,
+            parent: Some(Digest::of(b"p")),
+            config: "c",
+        };
+        let seeds = [
+            manifest::LAYOUT.to_vec(),
+            manifest::index(Digest::of(b"m"), 7).unwrap(),
+            manifest.encode().unwrap(),
+            serde_json::to_vec(&envelope).unwrap(),
+        ];
+        assert_eq!(Manifest::decode("seed", &seeds[2]).unwrap(), manifest);
+        run(&seeds, documents);
+    }
+
+    #[test]
+    fn seals_briefly() {
+        let stamp = seal::Stamp::of(&tempfile::tempfile().unwrap()).unwrap();
+        let blobs = BTreeMap::from([(Digest::of(b"x"), stamp)]);
+        let seeds = [true, false].map(|durable| {
+            let seal = Seal::new(Digest::of(b"m"), blobs.clone(), durable);
+            serde_json::to_vec(&seal).unwrap()
+        });
+        assert!(
+            Seal::decode(&seeds[0])
+                .unwrap()
+                .covers(Digest::of(b"m"), &blobs)
+        );
+        run(&seeds, super::seal);
+    }
+}

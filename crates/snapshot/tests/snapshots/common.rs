@@ -1,0 +1,122 @@
+//! What the tests of this crate share.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use skerry_snapshot::{
+    Error, PAGE_SIZE, PageImage, Snapshot, SnapshotId, SnapshotStore, WriteOptions,
+};
+
+/// What an engine might say of a machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    pub cpus: u32,
+    pub model: String,
+}
+
+pub fn config() -> Config {
+    Config {
+        cpus: 2,
+        model: "x86-64-v3".to_owned(),
+    }
+}
+
+pub const CACHE: WriteOptions = WriteOptions {
+    durable: false,
+    parent: None,
+};
+
+pub fn diff_to(parent: SnapshotId) -> WriteOptions {
+    WriteOptions {
+        durable: false,
+        parent: Some(parent),
+    }
+}
+
+/// xorshift64*: the same numbers each time.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
+    }
+
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| self.next(256) as u8).collect()
+    }
+}
+
+/// A page that says which it is.
+pub fn page(number: u64) -> Vec<u8> {
+    let mut page = vec![number as u8 | 1; PAGE_SIZE as usize];
+    page[..8].copy_from_slice(&number.to_le_bytes());
+    page
+}
+
+/// Lays an image over what was there before.
+pub fn lay_over(image: &PageImage, memory: &mut Vec<u8>) {
+    memory.resize(image.size as usize, 0);
+    for run in &image.runs {
+        let at = (run.guest_page * PAGE_SIZE) as usize;
+        let len = ((run.pages * PAGE_SIZE) as usize).min(memory.len() - at);
+        let from = run.file_page * PAGE_SIZE;
+        image
+            .file
+            .read_exact_at(&mut memory[at..at + len], from)
+            .unwrap();
+    }
+}
+
+/// A small snapshot with everything in it.
+pub fn sample(store: &SnapshotStore, options: WriteOptions, seed: u64) -> SnapshotId {
+    let mut random = Random(seed | 1);
+    let mut writer = store.writer(options).unwrap();
+    writer
+        .memory::<Error>(32 * PAGE_SIZE, |pages| {
+            pages.write(1, &random.bytes(2 * PAGE_SIZE as usize))?;
+            pages.write(20, &random.bytes(PAGE_SIZE as usize))
+        })
+        .unwrap();
+    writer.state(br#"{"rip":4096}"#).unwrap();
+    writer.extra("log", &random.bytes(999)[..]).unwrap();
+    let mut disk = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut disk, &random.bytes(5000)).unwrap();
+    writer.disk_file("root", &disk).unwrap();
+    writer.commit(&config()).unwrap()
+}
+
+/// All that a snapshot gives.
+pub fn content(snapshot: &Snapshot) -> Vec<Vec<u8>> {
+    let (mut memory, mut disk) = (Vec::new(), Vec::new());
+    lay_over(&snapshot.memory, &mut memory);
+    lay_over(&snapshot.disks["root"], &mut disk);
+    let extra = &snapshot.extras["log"];
+    let mut log = vec![0; extra.size as usize];
+    extra.file.read_exact_at(&mut log, 0).unwrap();
+    let config = format!("{:?}", snapshot.config::<Config>().unwrap());
+    vec![
+        memory,
+        disk,
+        log,
+        snapshot.state().to_vec(),
+        config.into_bytes(),
+        format!("{:?} {:?}", snapshot.parent(), snapshot.created()).into_bytes(),
+    ]
+}
+
+/// Copies a directory of plain files.
+pub fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_tree(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
+    }
+}

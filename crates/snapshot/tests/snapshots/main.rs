@@ -1,0 +1,7 @@
+//! Snapshots through the crate's front door: written, damaged, killed, carried about.
+
+mod common;
+mod corruption;
+mod killed;
+mod round_trip;
+mod store;
