@@ -14,6 +14,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use skerry_devices::virtio::vsock::VsockHost;
+use skerry_hypervisor::probe::chain;
 use skerry_machine::{
     Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Outcome,
 };
@@ -30,7 +31,7 @@ use crate::log::ConsoleLog;
 use crate::machine::{MachineOptions, Prepared, prepare, start};
 use crate::paths::Paths;
 use crate::transport::GuestStream;
-use crate::warm::Warm;
+use crate::warm::{Found, Warm};
 use crate::{builtin, initrd};
 
 /// Context id of the guest on its socket device.
@@ -229,18 +230,6 @@ fn first_end(
     }
 }
 
-/// An error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        cause = source.source();
-    }
-    text
-}
-
 fn machine_ended(outcome: Outcome, console: &ConsoleLog) -> Result<RunOutcome, EngineError> {
     let reason = match outcome {
         Outcome::TimedOut => return Ok(RunOutcome::TimedOut),
@@ -364,8 +353,20 @@ fn start_machine(
     } else {
         Some(Warm::of(paths, image, prepared, &config)?)
     };
+    let setting = Setting {
+        paths,
+        image,
+        spec,
+        prepared,
+        console,
+        config,
+    };
     if let Some(kept) = &warm {
-        match resume_kept(paths, image, spec, prepared, console, &config, kept) {
+        let resumed = kept.find().and_then(|found| {
+            let found = found.map(|found| setting.start(Some(found)));
+            found.transpose()
+        });
+        match resumed {
             Ok(Some((handle, scratch))) => {
                 return Ok(Started {
                     handle,
@@ -384,20 +385,7 @@ fn start_machine(
             }
         }
     }
-    let mut attachments = attachments(image, console)?;
-    let mut scratch = None;
-    if !spec.read_only {
-        let folder = paths.scratch();
-        Paths::ensure(&folder)?;
-        let disk = Arc::new(scratch::create(&folder)?);
-        attachments.disks.push(disk.clone());
-        scratch = Some(disk);
-    }
-    if spec.kernel.is_none() {
-        attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
-    }
-    attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
-    let handle = start(&spec.options, prepared, config, attachments, None)?;
+    let (handle, scratch) = setting.start(None)?;
     Ok(Started {
         handle,
         scratch,
@@ -406,53 +394,68 @@ fn start_machine(
     })
 }
 
-/// A machine in the state of an earlier start, paused, and its writable disk.
-type Resumed = (MachineHandle, Option<Arc<RawDisk>>);
-
-fn resume_kept(
-    paths: &Paths,
-    image: &Image,
-    spec: &RunSpec,
-    prepared: &Prepared,
-    console: &ConsoleLog,
-    config: &MachineConfig,
-    kept: &Warm,
-) -> Result<Option<Resumed>, EngineError> {
-    let Some(found) = kept.find()? else {
-        return Ok(None);
-    };
-    let mut attachments = attachments(image, console)?;
-    let mut scratch = None;
-    if let Some(saved) = &found.scratch {
-        let folder = paths.scratch();
-        Paths::ensure(&folder)?;
-        let disk = scratch::create_with(&folder, |file| {
-            saved.unpack(file)?;
-            Ok(saved.size)
-        })?;
-        let disk = Arc::new(disk);
-        attachments.disks.push(disk.clone());
-        scratch = Some(disk);
-    }
-    attachments.memory = Some(found.memory);
-    let config = config.clone();
-    let handle = start(
-        &spec.options,
-        prepared,
-        config,
-        attachments,
-        Some(found.state),
-    )?;
-    Ok(Some((handle, scratch)))
+/// What a machine is started from, booted or resumed.
+struct Setting<'a> {
+    paths: &'a Paths,
+    image: &'a Image,
+    spec: &'a RunSpec,
+    prepared: &'a Prepared,
+    console: &'a ConsoleLog,
+    config: MachineConfig,
 }
 
-/// What every machine of the image has.
-fn attachments(image: &Image, console: &ConsoleLog) -> Result<Attachments, EngineError> {
-    let mut attachments = Attachments::default();
-    let root: Arc<dyn Disk> = Arc::new(RawDisk::open(&image.rootfs, Access::ReadOnly)?);
-    attachments.disks.push(root);
-    attachments.serial[0] = Some(Box::new(console.clone()));
-    Ok(attachments)
+impl Setting<'_> {
+    /// Starts the machine: paused, in the state of an earlier start, or from its kernel. Gives its
+    /// writable disk with it.
+    fn start(
+        &self,
+        found: Option<Found>,
+    ) -> Result<(MachineHandle, Option<Arc<RawDisk>>), EngineError> {
+        let mut attachments = Attachments::default();
+        let root: Arc<dyn Disk> = Arc::new(RawDisk::open(&self.image.rootfs, Access::ReadOnly)?);
+        attachments.disks.push(root);
+        attachments.serial[0] = Some(Box::new(self.console.clone()));
+        let folder = self.paths.scratch();
+        if !self.spec.read_only {
+            Paths::ensure(&folder)?;
+        }
+        let disk = match &found {
+            Some(found) => found.scratch.as_ref().map(|saved| {
+                scratch::create_with(&folder, |file| {
+                    saved.unpack(file)?;
+                    Ok(saved.size)
+                })
+            }),
+            None if self.spec.read_only => None,
+            None => Some(scratch::create(&folder)),
+        };
+        let scratch = disk.transpose()?.map(Arc::new);
+        if let Some(disk) = &scratch {
+            attachments.disks.push(disk.clone());
+        }
+        let state = match found {
+            Some(found) => {
+                attachments.memory = Some(found.memory);
+                Some(found.state)
+            }
+            None => {
+                if self.spec.kernel.is_none() {
+                    attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
+                }
+                attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
+                None
+            }
+        };
+        let config = self.config.clone();
+        let handle = start(
+            &self.spec.options,
+            self.prepared,
+            config,
+            attachments,
+            state,
+        )?;
+        Ok((handle, scratch))
+    }
 }
 
 fn machine_config(spec: &RunSpec) -> MachineConfig {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use skerry_devices::serial::SerialInput;
+use skerry_hypervisor::probe::chain;
 use skerry_hypervisor::{GuestRam, StateError, Vm};
 
 use crate::MachineError;
@@ -136,18 +137,6 @@ fn flush_serial(chipset: &Arc<Chipset>) {
     if flusher.is_ok() && finished.recv_timeout(FLUSH_PATIENCE).is_err() {
         tracing::warn!("serial output was not taken in time and is lost");
     }
-}
-
-/// An error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        cause = source.source();
-    }
-    text
 }
 
 /// What a handle needs of the virtual machine, whichever backend's it is.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use skerry_boot::Entry;
 use skerry_devices::bus::{MmioBus, PortBus};
 use skerry_devices::chipset::{DualPic, IoApic};
+use skerry_hypervisor::probe::chain;
 use skerry_hypervisor::state::CpuState;
 use skerry_hypervisor::{Exit, RunError, StateError, Vcpu};
 
@@ -172,13 +173,7 @@ impl<V: Vcpu> VcpuThread<V> {
     }
 
     fn failed(&self, error: &RunError) {
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(error);
-        while let Some(source) = cause {
-            text.push_str(": ");
-            text.push_str(&source.to_string());
-            cause = source.source();
-        }
+        let mut text = chain(error);
         text.push('\n');
         text.push_str(&self.describe());
         self.control.end(Outcome::InternalError(text));

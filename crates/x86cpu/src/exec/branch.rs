@@ -7,17 +7,13 @@ use super::operand::{Operand, by_condition, condition};
 use super::stack::{Stack, Stack16, Stack32, Stack64, peek, push, release};
 use crate::code::{Handler, Lowering, Op, op_flag};
 use crate::cpu::{Cpu, reg};
+use crate::sys::descriptor::canonical;
 use crate::trap::Trap;
 
 /// In [`Op::extra`]: operand size of the branch in bytes (2, 4, 8).
 const SIZE: u8 = 0xf;
 /// In [`Op::extra`]: the target comes from memory.
 const FROM_MEMORY: u8 = 0x10;
-
-#[inline(always)]
-fn canonical(address: u64) -> bool {
-    ((address << 16) as i64 >> 16) as u64 == address
-}
 
 /// Checks a target: canonical in 64-bit mode, within CS's limit elsewhere (SDM 2A "JMP").
 #[inline(always)]

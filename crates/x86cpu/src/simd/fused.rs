@@ -71,8 +71,8 @@ impl FusedCode {
         self.full
     }
 
-    /// Reserves memory that can be executed: before the process gives up the right to.
-    pub(crate) fn prepare(&mut self) -> Option<&mut CodeBuffer> {
+    /// The memory for code, unless the host refuses any.
+    fn buffer(&mut self) -> Option<&mut CodeBuffer> {
         if self.buffer.is_none() && !self.refused {
             self.buffer = CodeBuffer::new(CAPACITY).ok();
             self.refused = self.buffer.is_none();
@@ -90,7 +90,7 @@ impl FusedCode {
         let vex = run.first()?.code().encoding() == EncodingKind::VEX;
         let code = assemble(run, vex).ok();
         let code = code.and_then(|code| {
-            let code = self.prepare()?.push(&code);
+            let code = self.buffer()?.push(&code);
             self.full |= code.is_none();
             code
         });

@@ -9,7 +9,7 @@
 
 mod control;
 mod debug;
-mod descriptor;
+pub(crate) mod descriptor;
 pub mod events;
 mod far;
 mod flag_ops;

@@ -8,6 +8,7 @@ use crate::cpu::Cpu;
 use crate::exec::alu::{self, Add, And, Dec, Inc, Sub};
 use crate::exec::operand::{Operand, by_condition, condition};
 use crate::exec::{condition_code, is_gpr, is_immediate, operand_size};
+use crate::sys::descriptor::canonical;
 use crate::trap::Trap;
 
 /// CMP or TEST.
@@ -138,7 +139,7 @@ pub(super) fn branch_of(
 ) -> Result<(), Trap> {
     let by = if taken { displacement } else { op.next_ip() };
     let target = cpu.rip.wrapping_add(by);
-    if taken && ((target << 16) as i64 >> 16) as u64 != target {
+    if taken && !canonical(target) {
         return Err(beyond(cpu, op));
     }
     cpu.rip = target;

@@ -6,6 +6,7 @@ use super::register_move;
 use crate::code::{Handler, Op, Window, apart};
 use crate::cpu::{Cpu, reg};
 use crate::exec::operand::Operand;
+use crate::sys::descriptor::canonical;
 use crate::trap::Trap;
 
 /// Registers that an op has room for.
@@ -24,10 +25,6 @@ fn slot(cpu: &mut Cpu, register: u8) -> &mut u64 {
     &mut cpu.gpr[usize::from(register & 31)]
 }
 
-fn is_canonical(address: u64) -> bool {
-    ((address << 16) as i64 >> 16) as u64 == address
-}
-
 /// Pops, and with `RET` returns by the last of `TOTAL` words.
 fn pop_run<const TOTAL: usize, const RET: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let rsp = cpu.gpr[usize::from(reg::RSP)];
@@ -36,7 +33,7 @@ fn pop_run<const TOTAL: usize, const RET: bool>(cpu: &mut Cpu, op: &Op) -> Resul
     };
     if RET {
         let target = words[TOTAL - 1];
-        if !is_canonical(target) {
+        if !canonical(target) {
             return apart(cpu, op);
         }
         cpu.rip = target;
@@ -106,7 +103,7 @@ fn mov_call<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let target = cpu.rip.wrapping_add(op.imm);
     let to = cpu.gpr[usize::from(reg::RSP)].wrapping_sub(8);
     let back = cpu.rip.wrapping_add(op.next_ip());
-    if !is_canonical(target) || !cpu.try_store_flat::<u64>(to, back) {
+    if !canonical(target) || !cpu.try_store_flat::<u64>(to, back) {
         return apart(cpu, op);
     }
     cpu.gpr[usize::from(reg::RSP)] = to;
@@ -120,7 +117,7 @@ fn mov_call<T: Operand>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 fn leave_ret(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let frame = cpu.gpr[usize::from(reg::RBP)];
     match cpu.try_load_words::<2>(frame) {
-        Some([rbp, target]) if is_canonical(target) => {
+        Some([rbp, target]) if canonical(target) => {
             cpu.gpr[usize::from(reg::RBP)] = rbp;
             cpu.gpr[usize::from(reg::RSP)] = frame.wrapping_add(16);
             cpu.rip = target;
