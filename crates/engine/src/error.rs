@@ -96,6 +96,93 @@ pub enum EngineError {
     /// The guest ended before the command did.
     #[error("The virtual machine ended before the command did: {0}")]
     GuestEnded(String),
+    /// The machine's time limit passed.
+    #[error("The time limit passed")]
+    TimedOut,
+    /// The registry of virtual machines can't be used.
+    #[error("Can't {what} in {}: check the folder's permissions and free space", path.display())]
+    Registry {
+        /// What was tried.
+        what: &'static str,
+        /// The registry's folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// What can't be a name of a virtual machine.
+    #[error(
+        "{name:?} can't be a virtual machine's name: use letters, digits, '_', '.' and '-', a letter or \
+         digit first, 64 at most"
+    )]
+    BadVmName {
+        /// The name.
+        name: String,
+    },
+    /// A name that another virtual machine has.
+    #[error(
+        "There is a virtual machine {name} already: remove it with skerry rm, or use another name"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// Nothing has that name.
+    #[error("There is no virtual machine {name}: skerry ps -a lists them")]
+    NoSuchVm {
+        /// The name.
+        name: String,
+    },
+    /// The first digits of several.
+    #[error("{count} virtual machines have identities that begin with {name}: give more digits")]
+    AmbiguousVm {
+        /// The digits.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+    /// It can't be removed.
+    #[error("The virtual machine {name} runs: stop it first, or use --force")]
+    VmRuns {
+        /// Its name.
+        name: String,
+    },
+    /// It takes no requests.
+    #[error("The virtual machine {name} is not running")]
+    VmStopped {
+        /// Its name.
+        name: String,
+    },
+    /// It stands still.
+    #[error("The virtual machine {name} is paused: let it go on with skerry unpause first")]
+    VmPaused {
+        /// Its name.
+        name: String,
+    },
+    /// It doesn't stand still.
+    #[error("The virtual machine {name} is not paused")]
+    VmNotPaused {
+        /// Its name.
+        name: String,
+    },
+    /// Its process gives no answer.
+    #[error("The process of the virtual machine {name} doesn't answer: skerry kill {name} ends it")]
+    VmSilent {
+        /// Its name.
+        name: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Its process said no.
+    #[error("The virtual machine {name} refused: {reason}")]
+    VmRefused {
+        /// Its name.
+        name: String,
+        /// In its words.
+        reason: String,
+    },
+    /// The process that was to run a machine said no.
+    #[error("{0}")]
+    Detached(String),
     /// A thread or channel of the host failed.
     #[error("Can't {what} on this host")]
     Host {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use skerry_hypervisor::probe::ProbeReport;
 use skerry_hypervisor::{Capabilities, Hypervisor};
 use skerry_hypervisor_kvm::Kvm;
@@ -11,7 +12,8 @@ use skerry_hypervisor_soft::Soft;
 use crate::error::EngineError;
 
 /// The backends of this build, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// Linux KVM.
     Kvm,
@@ -47,7 +49,8 @@ impl fmt::Display for Backend {
 }
 
 /// What the user asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Choice {
     /// The first backend that works.
     #[default]

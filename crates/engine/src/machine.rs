@@ -3,6 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use skerry_hypervisor::cpu_model::CpuModel;
 use skerry_hypervisor::{CpuidTable, Hypervisor};
 use skerry_hypervisor_kvm::Kvm;
@@ -13,7 +14,8 @@ use crate::error::EngineError;
 use crate::hypervisor::{Backend, Choice, Selected, open, select};
 
 /// What every machine needs to be told.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct MachineOptions {
     /// Bytes of RAM.
     pub memory: u64,
