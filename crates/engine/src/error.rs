@@ -67,6 +67,35 @@ pub enum EngineError {
         /// The cause.
         source: serde_json::Error,
     },
+    /// A snapshot's image is not here.
+    #[error(
+        "The snapshot needs the image {name} ({digest}), which isn't in the store: import it, or export \
+         the snapshot with its image"
+    )]
+    SnapshotImage {
+        /// As the user named it.
+        name: String,
+        /// Its digest.
+        digest: String,
+    },
+    /// A snapshot of a machine on another backend.
+    #[error("The snapshot was taken on {taken} and can't go on on {here}: use --hypervisor {taken}")]
+    OtherBackend {
+        /// Where it was taken.
+        taken: Backend,
+        /// Where it was to be used.
+        here: Backend,
+    },
+    /// A snapshot's guest has seen features that there are none of here.
+    #[error(
+        "The snapshot's guest uses what the processor here doesn't have: {}; take it with a smaller \
+         --cpu-model",
+        .missing.join(", ")
+    )]
+    SnapshotFeatures {
+        /// The features.
+        missing: Vec<String>,
+    },
     /// A name that is not the user's to give.
     #[error(
         "A snapshot can't be named {name:?}: names with {prefix:?} in front are those of kept starts of images"
@@ -179,6 +208,37 @@ pub enum EngineError {
         name: String,
         /// In its words.
         reason: String,
+    },
+    /// A snapshot of a machine without a command.
+    #[error("No command runs in {0}: give one after it")]
+    NothingRuns(String),
+    /// It stands still, and its agent can't prepare it.
+    #[error("It is paused: let it go on first")]
+    CapturePaused,
+    /// No snapshot for a difference.
+    #[error("{name} goes on from no snapshot: take a full one, and later ones can be differences to it")]
+    NoParent {
+        /// The machine.
+        name: String,
+    },
+    /// This process is not one of skerry's own.
+    #[error("The process that runs it can't start others: run the machine with skerry run")]
+    CantFork,
+    /// None, or too many.
+    #[error("One fork makes at least one machine and at most {most}")]
+    ForkCount {
+        /// How many.
+        most: usize,
+    },
+    /// Not all children could be made.
+    #[error("Only {made} of {wanted} machines were made, and run")]
+    ForkedSome {
+        /// How many were.
+        made: usize,
+        /// How many were asked for.
+        wanted: usize,
+        /// Why not all.
+        source: Box<EngineError>,
     },
     /// The process that was to run a machine said no.
     #[error("{0}")]

@@ -78,6 +78,12 @@ impl Choice {
     }
 }
 
+impl From<Backend> for Choice {
+    fn from(backend: Backend) -> Self {
+        Self::Only(backend)
+    }
+}
+
 impl FromStr for Choice {
     type Err = EngineError;
 

@@ -90,12 +90,12 @@ pub fn run(
     note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
     let job = Job {
-        source: Source::Image(image),
-        image: name,
+        source: Source::Image { image, name },
         spec,
         name: "",
         auto_remove: true,
         detached: false,
+        program: None,
     };
     host(paths, job, |_| Ok(io), |_| {}, note)
 }

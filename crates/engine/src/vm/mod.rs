@@ -5,8 +5,11 @@
 //!  scratch (ext4, own) ───┴─► Machine ── vsock ─────┴─► exec: stdin ► ◄ stdout, stderr, status
 //! ```
 
+mod capture;
 mod start;
 
+use std::fs::File;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -17,12 +20,14 @@ use skerry_machine::{MachineHandle, MachineRemote, Outcome};
 use skerry_protocol::EXEC_PORT;
 use skerry_protocol::host::{Control, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, RootSpec, Setup, Upper};
-use skerry_storage::RawDisk;
+use skerry_storage::{Layer, Overlay};
 
 use crate::error::EngineError;
+use crate::frozen::{About, Base, CommandAbout, Frozen};
 use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
 pub use crate::transport::GuestStream;
+pub use start::ResumeSpec;
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -53,11 +58,40 @@ struct Shared {
     handle: MachineHandle,
     vsock: VsockHost,
     /// Where the agent comes back to after its guest was put into another state.
-    _listener: VsockListener,
-    _agent: Mutex<Control<GuestStream>>,
+    listener: VsockListener,
+    agent: Mutex<Control<GuestStream>>,
     /// Its writable disk.
-    _scratch: Option<Arc<RawDisk>>,
+    scratch: Option<Arc<Overlay>>,
+    /// Its image's root file system.
+    root: Arc<File>,
+    about: About,
+    /// The command that goes on where the machine does.
+    command: Mutex<Option<CommandAbout>>,
+    books: Mutex<Books>,
     console: ConsoleLog,
+}
+
+/// What a machine's memory and disk are made of, apart from what was written since.
+#[derive(Debug, Default)]
+struct Books {
+    /// Layers of memory.
+    memory: Vec<Layer>,
+    /// What it was in the store.
+    base: Option<Base>,
+    /// How often its state was taken.
+    captures: u64,
+    /// What was written to its disk before each of these, since the base.
+    disk: Vec<(u64, Vec<Range<u64>>)>,
+}
+
+impl Books {
+    fn of(frozen: &Frozen) -> Self {
+        Self {
+            memory: frozen.memory.clone(),
+            base: frozen.base.clone(),
+            ..Self::default()
+        }
+    }
 }
 
 fn lost(source: std::io::Error) -> HostError {
@@ -84,6 +118,28 @@ impl Vm {
     /// Starts a command.
     pub fn exec(&self, request: ExecRequest) -> Result<ExecSession<GuestStream>, HostError> {
         ExecSession::start(self.connect()?, request)
+    }
+
+    /// Starts the command that goes on where the machine does; or, without a request, takes up the
+    /// one that runs.
+    pub(crate) fn command(
+        &self,
+        about: CommandAbout,
+        request: Option<ExecRequest>,
+    ) -> Result<ExecSession<GuestStream>, HostError> {
+        let stream = self.connect()?;
+        let session = match request {
+            Some(request) => ExecSession::start_kept(stream, about.session, request),
+            None => ExecSession::attach(stream, about.session),
+        };
+        let session = session?;
+        *self.shared.command.lock() = Some(about);
+        Ok(session)
+    }
+
+    /// The command has ended.
+    pub(crate) fn command_ended(&self) {
+        *self.shared.command.lock() = None;
     }
 
     /// Has every processor and device stand still.

@@ -1,7 +1,11 @@
-//! How a virtual machine comes to life: from its kernel, or from where an earlier one was kept.
+//! How a virtual machine comes to life: from its kernel, or from where another one was kept.
 
 use std::borrow::Cow;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
@@ -11,14 +15,17 @@ use skerry_oci::Image;
 use skerry_protocol::host::{Control, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, Setup};
 use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
-use skerry_storage::{Access, Disk, RawDisk, scratch};
+use skerry_storage::{Access, Disk, Overlay, RawDisk, scratch};
 
-use super::{GuestStream, Shared, Vm, VmSpec, ended, lost, root, setup};
+use super::{Books, GuestStream, Shared, Vm, VmSpec, ended, lost, root, setup};
+use crate::command::Surroundings;
 use crate::error::EngineError;
+use crate::frozen::{About, Frozen, ImageAbout};
+use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
 use crate::paths::Paths;
-use crate::warm::{Found, Warm};
+use crate::warm::Warm;
 use crate::{builtin, initrd};
 
 /// Context id of the guest on its socket device.
@@ -27,64 +34,250 @@ const GUEST_CID: u64 = 3;
 pub(super) const ROOT_DISK: &str = "root";
 pub(super) const SCRATCH_DISK: &str = "scratch";
 
+/// What may be said anew of a machine that goes on from where another one was kept.
+#[derive(Clone, Debug, Default)]
+pub struct ResumeSpec {
+    /// What runs it.
+    pub hypervisor: Choice,
+    /// The longest that it may run.
+    pub time_limit: Option<Duration>,
+    /// Host name; `None` is `skerry`.
+    pub hostname: Option<String>,
+    /// The guest's console goes to stderr.
+    pub show_console: bool,
+}
+
 impl Vm {
-    /// Starts a machine from `image`; returns when its agent takes commands. `note` is told what
-    /// the user should know once.
+    /// Starts a machine from `image`, which the user calls `name`; returns when its agent takes
+    /// commands. `note` is told what the user should know once.
     pub fn start(
         paths: &Paths,
         image: &Image,
+        name: &str,
         spec: &VmSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
-        let console = ConsoleLog::new(spec.show_console);
         let prepared = prepare(&spec.options, note)?;
-        let Started {
+        let config = machine_config(spec);
+        // What the user's own kernel does when it is started is the user's to see.
+        let warm = if spec.fresh || spec.kernel.is_some() {
+            None
+        } else {
+            Some(Warm::of(paths, image, &prepared, &config)?)
+        };
+        let place = Place {
+            paths,
+            prepared: &prepared,
+            time_limit: spec.options.time_limit,
+            hostname: spec.hostname.as_deref(),
+            console: ConsoleLog::new(spec.show_console),
+        };
+        if let Some(kept) = &warm {
+            let found = kept.find(paths, image);
+            match found.and_then(|found| found.map(|found| place.paused(&found)).transpose()) {
+                Ok(Some(paused)) => return place.go_on(paused),
+                Ok(None) => {}
+                Err(error) => {
+                    let why = chain(&error);
+                    note(&format!(
+                        "booting, since the kept start of the image can't be used: {why}"
+                    ));
+                    kept.forget()?;
+                }
+            }
+        }
+        let about = About {
+            backend: prepared.selected.backend,
+            machine: config,
+            cpuid: prepared.tables.clone(),
+            image: ImageAbout {
+                name: name.to_owned(),
+                digest: image.digest.to_string(),
+                rootfs: image.rootfs_digest().hex(),
+            },
+            read_only: spec.read_only,
+            command: None,
+            surroundings: Surroundings::of(&image.config),
+        };
+        let vm = place.boot(image, spec, about)?;
+        if let Some(warm) = warm {
+            let kept = warm_up(&vm.shared.vsock)
+                .map_err(EngineError::from)
+                .and_then(|()| warm.keep(paths, &vm));
+            if let Err(error) = kept {
+                let why = chain(&error);
+                note(&format!("the next run of this image will boot again: {why}"));
+            }
+        }
+        Ok(vm)
+    }
+
+    /// Starts a machine from where another one was kept; returns when its agent takes commands.
+    pub fn resume(
+        paths: &Paths,
+        frozen: &Frozen,
+        spec: &ResumeSpec,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, EngineError> {
+        let selected = select(spec.hypervisor)?;
+        selected.notes.iter().for_each(|text| note(text));
+        let prepared = Prepared {
+            selected,
+            tables: frozen.about.cpuid.clone(),
+        };
+        let place = Place {
+            paths,
+            prepared: &prepared,
+            time_limit: spec.time_limit,
+            hostname: spec.hostname.as_deref(),
+            console: ConsoleLog::new(spec.show_console),
+        };
+        frozen.check(&prepared.selected)?;
+        place.go_on(place.paused(frozen)?)
+    }
+}
+
+/// Where a machine is to run.
+struct Place<'a> {
+    paths: &'a Paths,
+    prepared: &'a Prepared,
+    time_limit: Option<Duration>,
+    hostname: Option<&'a str>,
+    console: ConsoleLog,
+}
+
+/// A machine that stands still, in the state of another one.
+struct Paused {
+    handle: MachineHandle,
+    scratch: Option<Arc<Overlay>>,
+    about: About,
+    books: Books,
+    root: Arc<File>,
+}
+
+impl Place<'_> {
+    /// The folder for what machines write, made.
+    fn folder(&self) -> Result<PathBuf, EngineError> {
+        let folder = self.paths.scratch();
+        Paths::ensure(&folder)?;
+        Ok(folder)
+    }
+
+    fn attachments(&self, root: &File, scratch: Option<&Arc<Overlay>>) -> Result<Attachments, EngineError> {
+        // By way of the descriptor: the file may have no name any more.
+        let path = format!("/proc/self/fd/{}", root.as_raw_fd());
+        let root: Arc<dyn Disk> = Arc::new(RawDisk::open(path, Access::ReadOnly)?);
+        let mut attachments = Attachments {
+            disks: vec![root],
+            ..Attachments::default()
+        };
+        if let Some(disk) = scratch {
+            attachments.disks.push(disk.clone());
+        }
+        attachments.serial[0] = Some(Box::new(self.console.clone()));
+        Ok(attachments)
+    }
+
+    /// Boots a machine.
+    fn boot(&self, image: &Image, spec: &VmSpec, about: About) -> Result<Vm, EngineError> {
+        let scratch = match spec.read_only {
+            true => None,
+            false => Some(Arc::new(scratch::overlay(self.folder()?)?)),
+        };
+        let root = Arc::new(crate::frozen::open_root(image)?);
+        let mut attachments = self.attachments(&root, scratch.as_ref())?;
+        if spec.kernel.is_none() {
+            attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
+        }
+        attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
+        let config = about.machine.clone();
+        let handle = start(self.prepared, config, attachments, None, self.time_limit)?;
+        let paused = Paused {
             handle,
             scratch,
-            restored,
-            warm,
-        } = start_machine(paths, image, spec, &prepared, &console, note)?;
+            about,
+            books: Books::default(),
+            root,
+        };
+        self.meet(paused, |_| {})
+    }
+
+    /// Makes a machine in the state of `frozen`.
+    fn paused(&self, frozen: &Frozen) -> Result<Paused, EngineError> {
+        let scratch = match &frozen.scratch {
+            None => None,
+            Some((size, layers)) => {
+                let disk = Overlay::new(*size, layers.clone(), &self.folder()?)?;
+                Some(Arc::new(disk))
+            }
+        };
+        let mut attachments = self.attachments(&frozen.root, scratch.as_ref())?;
+        attachments.memory = Some(frozen.saved_memory()?);
+        let config = frozen.about.machine.clone();
+        let state = Some(frozen.state.clone());
+        let handle = start(self.prepared, config, attachments, state, self.time_limit)?;
+        let about = About {
+            backend: self.prepared.selected.backend,
+            ..frozen.about.clone()
+        };
+        Ok(Paused {
+            handle,
+            scratch,
+            about,
+            books: Books::of(frozen),
+            root: frozen.root.clone(),
+        })
+    }
+
+    /// Lets a machine in another one's state go on, as one of its own.
+    fn go_on(&self, paused: Paused) -> Result<Vm, EngineError> {
+        self.meet(paused, |handle| handle.remote().resume())
+    }
+
+    /// Waits for the agent and has it set up its guest. `listening` is called when it can connect.
+    fn meet(
+        &self,
+        machine: Paused,
+        listening: impl FnOnce(&MachineHandle),
+    ) -> Result<Vm, EngineError> {
+        let Paused {
+            handle,
+            scratch,
+            about,
+            books,
+            root: image,
+        } = machine;
         let vsock = handle.remote().virtio().vsock();
         let vsock =
             vsock.ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
-        let setup = setup(root(spec.read_only), spec.hostname.as_deref());
-        let met = meet(&vsock, &setup, || {
-            if restored {
-                handle.remote().resume();
-            }
-        });
+        let setup = setup(root(about.read_only), self.hostname);
+        let met = greet(&vsock, &setup, || listening(&handle));
         let (listener, agent) = match met {
             Ok(met) => met,
-            Err(_) if handle.remote().is_ending() => return Err(ended(&handle.wait(), &console)),
+            Err(_) if handle.remote().is_ending() => {
+                return Err(ended(&handle.wait(), &self.console));
+            }
             Err(error) => return Err(error.into()),
         };
-        if let Some(warm) = warm.filter(|_| !restored) {
-            let kept = warm_up(&vsock)
-                .map_err(EngineError::from)
-                .and_then(|()| warm.keep(handle.remote(), scratch.as_deref()));
-            if let Err(error) = kept {
-                let why = chain(&error);
-                note(&format!(
-                    "the next run of this image will boot again: {why}"
-                ));
-            }
-        }
         let shared = Shared {
             handle,
             vsock,
-            _listener: listener,
-            _agent: Mutex::new(agent),
-            _scratch: scratch,
-            console,
+            listener,
+            agent: Mutex::new(agent),
+            scratch,
+            root: image,
+            about,
+            command: Mutex::new(None),
+            books: Mutex::new(books),
+            console: self.console.clone(),
         };
-        Ok(Self {
+        Ok(Vm {
             shared: Arc::new(shared),
         })
     }
 }
 
-/// Waits for the agent and has it set up its guest. `listening` is called when it can connect.
-fn meet(
+fn greet(
     vsock: &VsockHost,
     setup: &Setup,
     listening: impl FnOnce(),
@@ -117,137 +310,6 @@ fn warm_up(vsock: &VsockHost) -> Result<(), HostError> {
         }
     }
     Ok(())
-}
-
-/// A machine on its way to the command.
-struct Started {
-    handle: MachineHandle,
-    /// Its writable disk.
-    scratch: Option<Arc<RawDisk>>,
-    /// It is paused, in the state of an earlier start.
-    restored: bool,
-    /// Where its start is to be kept.
-    warm: Option<Warm>,
-}
-
-fn start_machine(
-    paths: &Paths,
-    image: &Image,
-    spec: &VmSpec,
-    prepared: &Prepared,
-    console: &ConsoleLog,
-    note: &mut dyn FnMut(&str),
-) -> Result<Started, EngineError> {
-    let config = machine_config(spec);
-    // What the user's own kernel does when it is started is the user's to see.
-    let warm = if spec.fresh || spec.kernel.is_some() {
-        None
-    } else {
-        Some(Warm::of(paths, image, prepared, &config)?)
-    };
-    let setting = Setting {
-        paths,
-        image,
-        spec,
-        prepared,
-        console,
-        config,
-    };
-    if let Some(kept) = &warm {
-        let resumed = kept.find().and_then(|found| {
-            let found = found.map(|found| setting.start(Some(found)));
-            found.transpose()
-        });
-        match resumed {
-            Ok(Some((handle, scratch))) => {
-                return Ok(Started {
-                    handle,
-                    scratch,
-                    restored: true,
-                    warm,
-                });
-            }
-            Ok(None) => {}
-            Err(error) => {
-                note(&format!(
-                    "booting, since the kept start of the image can't be used: {}",
-                    chain(&error)
-                ));
-                kept.forget()?;
-            }
-        }
-    }
-    let (handle, scratch) = setting.start(None)?;
-    Ok(Started {
-        handle,
-        scratch,
-        restored: false,
-        warm,
-    })
-}
-
-/// What a machine is started from, booted or resumed.
-struct Setting<'a> {
-    paths: &'a Paths,
-    image: &'a Image,
-    spec: &'a VmSpec,
-    prepared: &'a Prepared,
-    console: &'a ConsoleLog,
-    config: MachineConfig,
-}
-
-impl Setting<'_> {
-    /// Starts the machine: paused, in the state of an earlier start, or from its kernel. Gives its
-    /// writable disk with it.
-    fn start(
-        &self,
-        found: Option<Found>,
-    ) -> Result<(MachineHandle, Option<Arc<RawDisk>>), EngineError> {
-        let mut attachments = Attachments::default();
-        let root: Arc<dyn Disk> = Arc::new(RawDisk::open(&self.image.rootfs, Access::ReadOnly)?);
-        attachments.disks.push(root);
-        attachments.serial[0] = Some(Box::new(self.console.clone()));
-        let folder = self.paths.scratch();
-        if !self.spec.read_only {
-            Paths::ensure(&folder)?;
-        }
-        let disk = match &found {
-            Some(found) => found.scratch.as_ref().map(|saved| {
-                scratch::create_with(&folder, |file| {
-                    saved.unpack(file)?;
-                    Ok(saved.size)
-                })
-            }),
-            None if self.spec.read_only => None,
-            None => Some(scratch::create(&folder)),
-        };
-        let scratch = disk.transpose()?.map(Arc::new);
-        if let Some(disk) = &scratch {
-            attachments.disks.push(disk.clone());
-        }
-        let state = match found {
-            Some(found) => {
-                attachments.memory = Some(found.memory);
-                Some(found.state)
-            }
-            None => {
-                if self.spec.kernel.is_none() {
-                    attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
-                }
-                attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
-                None
-            }
-        };
-        let config = self.config.clone();
-        let handle = start(
-            &self.spec.options,
-            self.prepared,
-            config,
-            attachments,
-            state,
-        )?;
-        Ok((handle, scratch))
-    }
 }
 
 fn machine_config(spec: &VmSpec) -> MachineConfig {

@@ -39,6 +39,44 @@ pub enum Request {
     Kill,
     /// Tell when the command has ended, and how.
     Wait,
+    /// Write a snapshot to the store while the machine goes on.
+    Snapshot {
+        /// What to call it.
+        name: Option<String>,
+        /// Only what differs from the snapshot that the machine goes on from.
+        difference: bool,
+        /// The image's root file system goes with it.
+        with_image: bool,
+    },
+    /// Make more machines that go on from where this one is.
+    Fork {
+        /// Their names; an empty one for any.
+        names: Vec<String>,
+        /// They are forgotten when they end.
+        auto_remove: bool,
+    },
+}
+
+/// A snapshot of a running machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshotted {
+    /// The snapshot.
+    pub id: String,
+    /// How long no instruction of the guest ran, in microseconds.
+    pub pause_us: u64,
+    /// How long its user code stood still, in microseconds.
+    pub freeze_us: u64,
+}
+
+/// Machines that were made from a running one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forked {
+    /// Their identities.
+    pub ids: Vec<String>,
+    /// How long no instruction of the parent ran, in microseconds.
+    pub pause_us: u64,
+    /// How long its user code stood still, in microseconds.
+    pub freeze_us: u64,
 }
 
 /// What a machine's process answers.
@@ -49,6 +87,10 @@ pub enum Reply {
     Done,
     /// The command ended with this exit status.
     Ended(u8),
+    /// There is a snapshot.
+    Snapshotted(Snapshotted),
+    /// There are more machines.
+    Forked(Forked),
     /// It can't be done, for this reason.
     Failed(String),
 }
@@ -163,6 +205,15 @@ mod tests {
             Request::Signal(15),
             Request::Kill,
             Request::Wait,
+            Request::Snapshot {
+                name: Some("a".to_owned()),
+                difference: true,
+                with_image: false,
+            },
+            Request::Fork {
+                names: vec![String::new(); 3],
+                auto_remove: true,
+            },
         ];
         for request in requests {
             let mut wire = Vec::new();

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
@@ -18,15 +19,31 @@ use super::registry::{Entry, Registry, Status, VmConfig, now};
 use super::serve;
 use crate::command::{self, Surroundings};
 use crate::error::EngineError;
+use crate::frozen::{About, CommandAbout, Frozen};
 use crate::paths::Paths;
 use crate::run::{RunIo, RunOutcome, RunSpec, pass_events};
-use crate::vm::{GuestStream, Vm};
+use crate::vm::{GuestStream, ResumeSpec, Vm};
+
+/// The agent's number for the first command of a machine.
+const FIRST_SESSION: u32 = 1;
 
 /// What a virtual machine begins with.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A start of an image.
-    Image(&'a Image),
+    Image {
+        /// The image.
+        image: &'a Image,
+        /// How the user calls it.
+        name: &'a str,
+    },
+    /// Where another machine was.
+    Frozen {
+        /// Its state.
+        frozen: &'a Frozen,
+        /// The snapshot or machine.
+        parent: &'a str,
+    },
 }
 
 /// A virtual machine to be, and its command.
@@ -34,9 +51,8 @@ pub enum Source<'a> {
 pub struct Job<'a> {
     /// What it begins with.
     pub source: Source<'a>,
-    /// How the user calls that.
-    pub image: &'a str,
-    /// The machine and its command.
+    /// The machine and its command; of one that goes on, only what [`ResumeSpec`] has. Without a
+    /// command, that goes on which was running.
     pub spec: &'a RunSpec,
     /// Its name; empty for any.
     pub name: &'a str,
@@ -44,11 +60,108 @@ pub struct Job<'a> {
     pub auto_remove: bool,
     /// It runs behind no terminal.
     pub detached: bool,
+    /// What runs other machines, asked with `vm-host`; without one, this machine can't be forked.
+    pub program: Option<&'a Path>,
+}
+
+/// The command of a machine to be.
+struct Plan {
+    argv: Vec<String>,
+    /// `None`: the one that runs already goes on.
+    request: Option<ExecRequest>,
+    /// The agent's number for it.
+    session: u32,
+    tty: bool,
+    stdin: bool,
+    surroundings: Surroundings,
+}
+
+impl Plan {
+    fn of(job: &Job<'_>) -> Result<Self, EngineError> {
+        let spec = &job.spec.command;
+        let (argv, found, session) = match job.source {
+            Source::Image { image, name } => {
+                let argv = command::argv(&image.config, spec);
+                if argv.is_empty() {
+                    return Err(EngineError::NoCommand(name.to_owned()));
+                }
+                (argv, Surroundings::of(&image.config), FIRST_SESSION)
+            }
+            Source::Frozen { frozen, parent } => {
+                let about = &frozen.about;
+                match &about.command {
+                    Some(command) if spec.command.is_empty() => {
+                        return Ok(Self {
+                            argv: command.argv.clone(),
+                            request: None,
+                            session: command.session,
+                            tty: command.tty,
+                            stdin: command.stdin,
+                            surroundings: about.surroundings.clone(),
+                        });
+                    }
+                    None if spec.command.is_empty() => {
+                        return Err(EngineError::NothingRuns(parent.to_owned()));
+                    }
+                    running => {
+                        let session = running.as_ref().map_or(0, |command| command.session);
+                        let argv = spec.command.clone();
+                        (argv, about.surroundings.clone(), session.wrapping_add(FIRST_SESSION))
+                    }
+                }
+            }
+        };
+        Ok(Self {
+            request: Some(command::request(argv.clone(), &found, spec)),
+            argv,
+            session,
+            tty: spec.tty.is_some(),
+            stdin: spec.stdin,
+            surroundings: found.with(spec),
+        })
+    }
+
+    fn about(&self) -> CommandAbout {
+        CommandAbout {
+            argv: self.argv.clone(),
+            tty: self.tty,
+            stdin: self.stdin,
+            session: self.session,
+        }
+    }
+}
+
+/// What the registry keeps of a machine.
+fn config(job: &Job<'_>, plan: &Plan) -> VmConfig {
+    let options = &job.spec.vm.options;
+    let (image, memory, cpus, parent) = match job.source {
+        Source::Image { name, .. } => (name, options.memory, options.cpus, None),
+        Source::Frozen { frozen, parent } => {
+            let About { machine, image, .. } = &frozen.about;
+            (image.name.as_str(), machine.memory, machine.cpus, Some(parent))
+        }
+    };
+    VmConfig {
+        id: String::new(),
+        name: job.name.to_owned(),
+        image: image.to_owned(),
+        command: plan.argv.clone(),
+        surroundings: plan.surroundings.clone(),
+        tty: plan.tty,
+        memory,
+        cpus,
+        parent: parent.map(str::to_owned),
+        auto_remove: job.auto_remove,
+        detached: job.detached,
+        created: 0,
+    }
 }
 
 /// What the threads of a machine's process share.
 pub(super) struct Hosted {
     pub(super) vm: Vm,
+    pub(super) paths: Paths,
+    pub(super) program: Option<PathBuf>,
     command: OnceLock<ExecHandle<GuestStream>>,
     entry: Mutex<Option<Entry>>,
     killed: AtomicBool,
@@ -72,41 +185,20 @@ pub fn host(
     started: impl FnOnce(&VmConfig),
     note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
-    let Source::Image(image) = job.source;
-    let argv = command::argv(&image.config, &job.spec.command);
-    if argv.is_empty() {
-        return Err(EngineError::NoCommand(job.image.to_owned()));
-    }
-    let surroundings = Surroundings::of(&image.config);
-    let request = command::request(argv.clone(), &surroundings, &job.spec.command);
-    let options = &job.spec.vm.options;
-    let config = VmConfig {
-        id: String::new(),
-        name: job.name.to_owned(),
-        image: job.image.to_owned(),
-        command: argv,
-        surroundings: surroundings.with(&job.spec.command),
-        tty: job.spec.command.tty.is_some(),
-        memory: options.memory,
-        cpus: options.cpus,
-        hypervisor: String::new(),
-        parent: None,
-        auto_remove: job.auto_remove,
-        detached: job.detached,
-        created: 0,
-    };
-    let entry = Registry::open(paths)?.create(config)?;
-    let listening = listen(&entry);
-    let vm = listening.and_then(|listener| {
-        let vm = Vm::start(paths, image, &job.spec.vm, note)?;
+    let plan = Plan::of(&job)?;
+    let entry = Registry::open(paths)?.create(config(&job, &plan))?;
+    let began = listen(&entry).and_then(|listener| {
+        let vm = begin(paths, &job, note)?;
         Ok((vm, listener, io(&entry)?))
     });
-    let (vm, listener, io) = match vm {
-        Ok(vm) => vm,
+    let (vm, listener, io) = match began {
+        Ok(began) => began,
         Err(error) => return Err(fail(entry, error)),
     };
     let hosted = Arc::new(Hosted {
         vm,
+        paths: paths.clone(),
+        program: job.program.map(Path::to_owned),
         command: OnceLock::new(),
         entry: Mutex::new(Some(entry)),
         killed: AtomicBool::new(false),
@@ -114,8 +206,25 @@ pub fn host(
         changed: Condvar::new(),
     });
     let server = serve::start(listener, hosted.clone());
-    let result = server.and_then(|_server| hosted.run(request, io, started));
+    let result = server.and_then(|_server| hosted.run(plan, io, started));
     hosted.finish(result)
+}
+
+/// Starts the machine.
+fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm, EngineError> {
+    let spec = &job.spec.vm;
+    match job.source {
+        Source::Image { image, name } => Vm::start(paths, image, name, spec, note),
+        Source::Frozen { frozen, .. } => {
+            let spec = ResumeSpec {
+                hypervisor: spec.options.hypervisor,
+                time_limit: spec.options.time_limit,
+                hostname: spec.hostname.clone(),
+                show_console: spec.show_console,
+            };
+            Vm::resume(paths, frozen, &spec, note)
+        }
+    }
 }
 
 fn listen(entry: &Entry) -> Result<UnixListener, EngineError> {
@@ -156,7 +265,7 @@ impl Hosted {
     /// Runs the command and waits for the first end.
     fn run(
         &self,
-        request: ExecRequest,
+        plan: Plan,
         io: RunIo,
         started: impl FnOnce(&VmConfig),
     ) -> Result<RunOutcome, EngineError> {
@@ -168,7 +277,7 @@ impl Hosted {
             drop(watched);
             let _ = machine.send(Ended::Machine(outcome));
         })?;
-        let outcome = match self.start(request, io, sender) {
+        let outcome = match self.start(plan, io, sender) {
             Ok(()) => {
                 self.update(|entry| {
                     entry.update(|state| {
@@ -193,16 +302,14 @@ impl Hosted {
         outcome
     }
 
-    /// Starts the command, with threads for its streams.
-    fn start(
-        &self,
-        request: ExecRequest,
-        io: RunIo,
-        ended: Sender<Ended>,
-    ) -> Result<(), HostError> {
-        let session = self.vm.exec(request)?;
+    /// Starts the command, or takes up the one that runs, with threads for its streams.
+    fn start(&self, plan: Plan, io: RunIo, ended: Sender<Ended>) -> Result<(), HostError> {
+        let session = self.vm.command(plan.about(), plan.request)?;
         let _ = self.command.set(session.handle());
+        let vm = self.vm.clone();
         attach(session, io, move |result| {
+            vm.command_ended();
+            drop(vm);
             // The receiver is gone only when the machine's end was told first.
             let _ = ended.send(Ended::Command(result));
         })
@@ -241,6 +348,12 @@ impl Hosted {
             EngineError::TimedOut => Ok(RunOutcome::TimedOut),
             error => Err(error),
         }
+    }
+
+    /// The machine's name.
+    pub(super) fn name(&self) -> String {
+        let entry = self.entry.lock();
+        entry.as_ref().map(|entry| entry.config.name.clone()).unwrap_or_default()
     }
 
     /// Changes the entry, unless the end has been noted.

@@ -8,7 +8,7 @@
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::Receiver;
 
@@ -21,9 +21,23 @@ use super::host::{Job, Source, host};
 use super::output;
 use super::registry::Entry;
 use crate::error::EngineError;
+use crate::frozen::Frozen;
 use crate::images;
+use crate::parcel;
 use crate::paths::Paths;
 use crate::run::{Event, RunIo, RunOutcome, RunSpec};
+
+/// What another process is to begin with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Begin {
+    /// An image, as the user names it.
+    Image(String),
+    /// A snapshot of the store.
+    Snapshot(String),
+    /// A machine with this name, whose state follows.
+    Machine(String),
+}
 
 /// A virtual machine to be run by another process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -31,8 +45,8 @@ use crate::run::{Event, RunIo, RunOutcome, RunSpec};
 pub struct Launch {
     /// Where everything is kept.
     pub root: PathBuf,
-    /// The image, as the user names it.
-    pub image: String,
+    /// What it begins with.
+    pub begin: Begin,
     /// The machine and its command.
     pub spec: RunSpec,
     /// Its name; empty for any.
@@ -65,21 +79,35 @@ fn failed(what: &'static str) -> impl Fn(std::io::Error) -> EngineError {
 
 /// Has another process, `program vm-host`, run a virtual machine; returns once its command runs.
 pub fn detach(
-    program: Command,
+    program: &Path,
     launch: &Launch,
     note: &mut dyn FnMut(&str),
 ) -> Result<Detached, EngineError> {
+    begin(program, launch, None, note)
+}
+
+/// As [`detach`], with the state of the machine that the new one goes on from.
+pub(super) fn begin(
+    program: &Path,
+    launch: &Launch,
+    frozen: Option<&Frozen>,
+    note: &mut dyn FnMut(&str),
+) -> Result<Detached, EngineError> {
     let (mut own, theirs) = UnixStream::pair().map_err(failed("make a socket"))?;
-    let mut program = program;
+    let mut program = Command::new(program);
     program
         .arg("vm-host")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let child = program.spawn().map_err(failed("start another skerry"))?;
-    // It is nobody's child soon, and until then nobody's to wait for.
-    drop((child, program));
+    // With its end of the socket: the new process alone has that now.
+    drop(program);
+    super::children::reap(child);
     send(&mut own, launch).map_err(failed("tell another skerry what to run"))?;
+    if let Some(frozen) = frozen {
+        parcel::hand_over(&mut own, frozen)?;
+    }
     loop {
         match receive(&mut own).map_err(failed("hear from another skerry"))? {
             Told::Note(text) => note(&text),
@@ -101,7 +129,7 @@ pub fn run_detached() -> Result<(), EngineError> {
     }
     let mut maker = UnixStream::from(stdin);
     let launch: Launch = receive(&mut maker).map_err(failed("hear what to run"))?;
-    let result = run(&launch, &maker);
+    let result = run(&launch, &mut maker);
     if let Err(error) = &result {
         let _ = send(
             &mut maker,
@@ -111,24 +139,43 @@ pub fn run_detached() -> Result<(), EngineError> {
     result
 }
 
-fn run(launch: &Launch, maker: &UnixStream) -> Result<(), EngineError> {
+fn run(launch: &Launch, maker: &mut UnixStream) -> Result<(), EngineError> {
     let paths = Paths::at(&launch.root);
+    let taken = match launch.begin {
+        Begin::Machine(_) => Some(parcel::take_over(maker)?),
+        Begin::Image(_) | Begin::Snapshot(_) => None,
+    };
+    let maker = &*maker;
     let tell = |told: Told| {
         // Nobody may listen any more, and the machine runs all the same.
         let _ = send(&mut &*maker, &told);
     };
-    let image = images::resolve(&paths, &launch.image, &mut |progress| {
-        if let Some(text) = told_of(&launch.image, progress) {
-            tell(Told::Note(text));
+    let (image, frozen);
+    let source = match (&launch.begin, taken) {
+        (Begin::Image(name), _) => {
+            image = images::resolve(&paths, name, &mut |progress| {
+                if let Some(text) = told_of(name, progress) {
+                    tell(Told::Note(text));
+                }
+            })?;
+            Source::Image { image: &image, name }
         }
-    })?;
+        (Begin::Snapshot(parent) | Begin::Machine(parent), taken) => {
+            frozen = match taken {
+                Some(taken) => taken,
+                None => Frozen::open(&paths, parent)?,
+            };
+            Source::Frozen { frozen: &frozen, parent }
+        }
+    };
+    let program = std::env::current_exe().ok();
     let job = Job {
-        source: Source::Image(&image),
-        image: &launch.image,
+        source,
         spec: &launch.spec,
         name: &launch.name,
         auto_remove: launch.auto_remove,
         detached: true,
+        program: program.as_deref(),
     };
     let started = |config: &super::VmConfig| {
         tell(Told::Started(config.id.clone()));

@@ -7,7 +7,9 @@
 //!  exec, pause, stop, kill, wait ── Client ──► control socket ──► serve
 //! ```
 
+mod children;
 mod control;
+mod copies;
 mod host;
 mod launch;
 mod names;
@@ -17,8 +19,12 @@ mod registry;
 mod serve;
 
 pub use control::{Client, Reply, Request};
+pub(crate) use control::{receive, send};
 pub use host::{Job, Source, host};
-pub use launch::{Detached, Launch, detach, run_detached, told_of};
-pub use operations::{exec, kill, log, pause, remove, signal, stop, unpause, wait};
+pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
+pub use operations::{
+    exec, fork, kill, log, pause, remove, signal, snapshot, stop, unpause, wait,
+};
+pub use control::{Forked, Snapshotted};
 pub use output::{Line, LogReader, Stream};
 pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};

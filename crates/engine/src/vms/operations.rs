@@ -5,7 +5,7 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use skerry_protocol::host::{ExecSession, HostError};
 
-use super::control::{Client, Reply, Request};
+use super::control::{Client, Forked, Reply, Request, Snapshotted};
 use super::output::LogReader;
 use super::registry::{Registry, Status, VmInfo};
 use crate::EngineError;
@@ -176,6 +176,48 @@ pub fn stop(registry: &Registry, name: &str, grace: Duration) -> Result<u8, Engi
         Ok(Some(code)) => Ok(code),
         Ok(None) | Err(_) if is_alive(registry, &info) => kill(registry, &info.config.id),
         Ok(None) | Err(_) => final_code(registry, &info),
+    }
+}
+
+/// Writes a snapshot of a machine to the store; it goes on meanwhile.
+pub fn snapshot(
+    registry: &Registry,
+    name: &str,
+    snapshot: Option<&str>,
+    difference: bool,
+    with_image: bool,
+) -> Result<Snapshotted, EngineError> {
+    let request = Request::Snapshot {
+        name: snapshot.map(str::to_owned),
+        difference,
+        with_image,
+    };
+    let info = registry.find(name)?;
+    match reach(registry, &info)?.ask(&request)? {
+        (Reply::Snapshotted(taken), _) => Ok(taken),
+        _ => Err(strange(&info)),
+    }
+}
+
+/// Makes more machines from a running one, with these names (an empty one for any).
+pub fn fork(
+    registry: &Registry,
+    name: &str,
+    names: Vec<String>,
+    auto_remove: bool,
+) -> Result<Forked, EngineError> {
+    let info = registry.find(name)?;
+    match reach(registry, &info)?.ask(&Request::Fork { names, auto_remove })? {
+        (Reply::Forked(forked), _) => Ok(forked),
+        _ => Err(strange(&info)),
+    }
+}
+
+/// An answer to another question.
+fn strange(info: &VmInfo) -> EngineError {
+    EngineError::VmRefused {
+        name: info.config.name.clone(),
+        reason: "its answer is not one to the question".to_owned(),
     }
 }
 

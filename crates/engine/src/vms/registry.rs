@@ -51,8 +51,6 @@ pub struct VmConfig {
     pub memory: u64,
     /// Virtual processors.
     pub cpus: u32,
-    /// What runs it.
-    pub hypervisor: String,
     /// The snapshot or machine that it goes on from.
     pub parent: Option<String>,
     /// It is forgotten when it ends.
@@ -485,7 +483,6 @@ mod tests {
             tty: false,
             memory: 1 << 20,
             cpus: 1,
-            hypervisor: "soft".to_owned(),
             parent: None,
             auto_remove: false,
             detached: true,

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use rustix::net::Shutdown as SocketShutdown;
 
 use super::control::{self, Reply, Request};
+use super::copies;
 use super::host::Hosted;
 use super::registry::Status;
 use crate::error::EngineError;
+use crate::frozen::Writing;
 use crate::vm::GuestStream;
 use skerry_hypervisor::probe::chain;
 use skerry_protocol::Transport;
@@ -81,14 +83,29 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
         }
         Request::Kill => {
             hosted.kill();
-            Ok(())
+            Ok(Reply::Done)
         }
-        Request::Signal(signal) => hosted.signal(signal),
-        Request::Pause => pause(hosted),
-        Request::Unpause => unpause(hosted),
+        Request::Signal(signal) => hosted.signal(signal).map(|()| Reply::Done),
+        Request::Pause => pause(hosted).map(|()| Reply::Done),
+        Request::Unpause => unpause(hosted).map(|()| Reply::Done),
+        Request::Snapshot {
+            name,
+            difference,
+            with_image,
+        } => {
+            let writing = Writing {
+                durable: true,
+                difference,
+                with_root: with_image,
+            };
+            copies::snapshot(hosted, name.as_deref(), writing).map(Reply::Snapshotted)
+        }
+        Request::Fork { names, auto_remove } => {
+            copies::fork(hosted, &names, auto_remove).map(Reply::Forked)
+        }
     };
     let reply = match result {
-        Ok(()) => Reply::Done,
+        Ok(reply) => reply,
         Err(error) => Reply::Failed(format!("{error}{}", causes(&error))),
     };
     let _ = control::send(&mut stream, &reply);
