@@ -98,11 +98,39 @@ impl Layer {
     }
 }
 
-/// The same content as `layers`, later ones over earlier ones, in layers that don't overlap.
-/// What is hidden altogether is left out.
-pub fn flatten(layers: &[Layer]) -> Vec<Layer> {
-    Index::of(layers).layers(&files_of(layers))
+/// A part of what is laid over each other.
+#[derive(Debug, Clone)]
+pub enum Part {
+    /// What a file says.
+    Layer(Layer),
+    /// Ranges that are zero, whatever lies below; ascending and apart, in whole clusters.
+    Zeros(Vec<Range<u64>>),
 }
+
+/// The same content as `parts`, later ones over earlier ones, in layers that don't overlap, with
+/// zeros where they have nothing. What is hidden altogether is left out.
+pub fn flatten(parts: &[Part]) -> Vec<Layer> {
+    let mut files = Vec::new();
+    let mut index = |part: &Part| match part {
+        Part::Layer(layer) => {
+            files.push(layer.file.clone());
+            Index::single(files.len() - 1, &layer.runs)
+        }
+        Part::Zeros(ranges) => {
+            let run = |range: &Range<u64>| LayerRun {
+                at: range.start,
+                len: range.end.saturating_sub(range.start),
+                offset: 0,
+            };
+            Index::single(ZEROS, &ranges.iter().map(run).collect::<Vec<_>>())
+        }
+    };
+    let all = parts.iter().map(&mut index).collect();
+    Index::merged(all).layers(&files)
+}
+
+/// In place of the number of a file: zeros, which are in none.
+const ZEROS: usize = usize::MAX;
 
 /// The files of some layers, in the same order.
 pub(crate) fn files_of(layers: &[Layer]) -> Vec<Arc<File>> {
@@ -146,7 +174,11 @@ impl Index {
     /// Lays all layers over each other; the number of a file is that of its layer.
     pub(crate) fn of(layers: &[Layer]) -> Self {
         let single = |(file, layer): (usize, &Layer)| Self::single(file, &layer.runs);
-        let mut level: Vec<_> = layers.iter().enumerate().map(single).collect();
+        Self::merged(layers.iter().enumerate().map(single).collect())
+    }
+
+    /// Lays all over each other.
+    fn merged(mut level: Vec<Self>) -> Self {
         // In pairs, so that the runs of a long chain aren't gone through once for each layer.
         while level.len() > 1 {
             let pair = |pair: &[Index]| match pair {
@@ -364,13 +396,26 @@ mod tests {
             prop_assert_eq!(&found, &model);
             prop_assert!(index.extents().windows(2).all(|pair| pair[0].end() <= pair[1].at));
             // A second time changes nothing.
-            let flat = flatten(&layers);
+            let parts: Vec<_> = layers.iter().cloned().map(Part::Layer).collect();
+            let flat = flatten(&parts);
             prop_assert!(flat.iter().all(|layer| !layer.is_empty()));
             let bytes: u64 = flat.iter().map(Layer::len).sum();
             prop_assert_eq!(bytes, index.extents().iter().map(|e| e.len).sum::<u64>());
-            let again = flatten(&flat);
+            let again: Vec<_> = flat.iter().cloned().map(Part::Layer).collect();
+            let again = flatten(&again);
             let of = |layers: &[Layer]| layers.iter().map(|l| l.runs().to_vec()).collect::<Vec<_>>();
             prop_assert_eq!(of(&again), of(&flat));
+            // Zeros take away what is below them, and nothing else.
+            let ranges = [2..4, 4..5].map(|r| r.start * CLUSTER_SIZE..r.end * CLUSTER_SIZE);
+            let zeros = Part::Zeros(ranges.to_vec());
+            let bytes_with = |place: usize| {
+                let mut parts = parts.clone();
+                parts.insert(place.min(parts.len()), zeros.clone());
+                flatten(&parts).iter().map(Layer::len).sum::<u64>()
+            };
+            let hidden = model[2..5].iter().flatten().count() as u64 * CLUSTER_SIZE;
+            prop_assert_eq!(bytes_with(usize::MAX), bytes - hidden);
+            prop_assert_eq!(bytes_with(0), bytes);
             // Looking for a part finds that part.
             for (from, to) in [(0, CLUSTERS), (3, 9), (7, 8), (30, CLUSTERS)] {
                 let range = from * CLUSTER_SIZE..to * CLUSTER_SIZE;

@@ -36,6 +36,6 @@ mod transfer;
 pub use disk::{Abilities, Disk, SECTOR_SIZE, check_range};
 pub use error::{DiskError, Operation};
 pub use iobuf::{IoBuf, IoBufMut, MarkDirty};
-pub use layer::{CLUSTER_SIZE, Layer, LayerRun, flatten};
+pub use layer::{CLUSTER_SIZE, Layer, LayerRun, Part, flatten};
 pub use overlay::{OVERLAY_MAX, Overlay};
 pub use raw::{Access, RawDisk};
