@@ -22,6 +22,7 @@ mod log;
 mod machine;
 mod parcel;
 mod paths;
+pub mod pool;
 pub mod run;
 pub mod snapshots;
 mod transport;

@@ -307,6 +307,11 @@ impl MachineRemote {
         Ok(Rewound { pages })
     }
 
+    /// Whether the machine stands still because it was paused.
+    pub fn is_paused(&self) -> bool {
+        self.control.is_paused()
+    }
+
     fn paused(&self) -> Result<(), MachineError> {
         if self.control.is_paused() {
             Ok(())

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use skerry_machine::{MachineRemote, PageSet, SavedRun};
 use skerry_snapshot::SnapshotId;
-use skerry_storage::{Layer, LayerRun};
+use skerry_storage::{Disk, Layer, LayerRun};
 
 use super::{Base, Vm};
 use crate::error::EngineError;
@@ -140,13 +140,12 @@ impl Vm {
         written.union(&machine.harvest()?);
         let pages = written.count();
         copy.take(machine, &written)?;
-        let Copy { file, mut pages: all } = copy;
+        let Copy { file, pages: copied } = copy;
         // Few mappings are worth some pages more.
-        let coalesced = all.coalesce(PageSet::GAP, PageSet::RUNS);
-        let mut gaps = coalesced.clone();
-        gaps.subtract(&all);
+        let all = copied.coalesce(PageSet::GAP, PageSet::RUNS);
+        let mut gaps = all.clone();
+        gaps.subtract(&copied);
         machine.for_each_page_run(&gaps, |at, bytes| file.write_all_at(bytes, at).map_err(failed))?;
-        all = coalesced;
         books.captures += 1;
         let runs = all.runs().map(|run| (run.start * PAGE, (run.end - run.start) * PAGE));
         let runs: Vec<_> = runs.collect();
@@ -164,7 +163,7 @@ impl Vm {
                 disk.freeze()?;
                 books.disk.push((books.captures, disk.written()));
                 disk.rebase();
-                Some((skerry_storage::Disk::len(&**disk), disk.layers()))
+                Some((disk.len(), disk.layers()))
             }
         };
         let frozen = Frozen {

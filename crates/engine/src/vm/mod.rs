@@ -148,7 +148,7 @@ impl Vm {
     }
 
     /// Lets a machine that was paused go on.
-    pub fn resume(&self) {
+    pub fn unpause(&self) {
         self.machine().resume();
     }
 
