@@ -215,6 +215,20 @@ pub enum EngineError {
     /// It stands still, and its agent can't prepare it.
     #[error("It is paused: let it go on first")]
     CapturePaused,
+    /// The command that was to prepare a machine failed.
+    #[error("The command that was to warm the machine up failed: {command}: {why}")]
+    Prewarm {
+        /// The command.
+        command: String,
+        /// How it ended.
+        why: String,
+    },
+    /// A pool gave nothing.
+    #[error(transparent)]
+    Pool(#[from] crate::pool::PoolError),
+    /// It was booted, and never resumed or taken.
+    #[error("The machine has no beginning to be taken back to: resume it from a snapshot")]
+    NoOrigin,
     /// No snapshot for a difference.
     #[error("{name} goes on from no snapshot: take a full one, and later ones can be differences to it")]
     NoParent {

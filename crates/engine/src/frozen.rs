@@ -83,7 +83,7 @@ pub struct About {
 pub struct Frozen {
     /// What machine it is.
     pub about: About,
-    pub(crate) state: MachineState,
+    pub(crate) state: Arc<MachineState>,
     /// Guest memory, counted without the holes in its address space.
     pub(crate) memory: Vec<Layer>,
     /// The writable disk, and its size.
@@ -144,7 +144,7 @@ impl Frozen {
             unreachable!("a chain holds the snapshot that it was asked for");
         };
         let about: About = last.config()?;
-        let state = serde_json::from_slice(last.state());
+        let state: Result<MachineState, _> = serde_json::from_slice(last.state());
         let state = state.map_err(|source| EngineError::SavedState {
             snapshot: id.to_string(),
             source,
@@ -161,7 +161,7 @@ impl Frozen {
         };
         Ok(Self {
             about,
-            state,
+            state: Arc::new(state),
             memory,
             scratch: scratch.map(|disk| (disk.size, disk.layers)),
             root: Arc::new(root),
@@ -178,7 +178,7 @@ impl Frozen {
         writing: Writing,
     ) -> Result<SnapshotId, EngineError> {
         let base = self.base.as_ref().filter(|_| writing.difference);
-        let state = serde_json::to_vec(&self.state).map_err(|error| {
+        let state = serde_json::to_vec(&*self.state).map_err(|error| {
             failed("write down a machine's state")(io::Error::other(error.to_string()))
         })?;
         let mut writer = store.writer(WriteOptions {

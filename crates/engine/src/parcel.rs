@@ -90,7 +90,7 @@ pub(crate) fn hand_over(stream: &mut UnixStream, frozen: &Frozen) -> Result<(), 
     let scratch = frozen.scratch.as_ref();
     let packed = Packed {
         about: frozen.about.clone(),
-        state: frozen.state.clone(),
+        state: (*frozen.state).clone(),
         memory: files.pack(&frozen.memory),
         scratch: scratch.map(|(size, layers)| (*size, files.pack(layers))),
         base: frozen
@@ -131,7 +131,7 @@ pub(crate) fn take_over(stream: &mut UnixStream) -> Result<Frozen, EngineError> 
     };
     Ok(Frozen {
         about: packed.about,
-        state: packed.state,
+        state: Arc::new(packed.state),
         memory: unpack(&files, packed.memory)?,
         scratch,
         root: files.first().ok_or_else(broken)?.clone(),

@@ -11,6 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -163,9 +164,11 @@ impl Vm {
                 disk.freeze()?;
                 books.disk.push((books.captures, disk.written()));
                 disk.rebase();
-                Some((disk.len(), disk.layers()))
+                Some((disk.size(), disk.layers()))
             }
         };
+        let state = Arc::new(state);
+        books.origin = Some(state.clone());
         let frozen = Frozen {
             about: About {
                 command: self.shared.command.lock().clone(),

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
@@ -17,7 +17,7 @@ use skerry_protocol::message::{ExecRequest, Setup};
 use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
 use skerry_storage::{Access, Disk, Overlay, RawDisk, scratch};
 
-use super::{Books, GuestStream, Shared, Vm, VmSpec, ended, lost, root, setup};
+use super::{Books, GuestStream, Shared, Timing, Vm, VmSpec, ended, lost, root, setup};
 use crate::command::Surroundings;
 use crate::error::EngineError;
 use crate::frozen::{About, Frozen, ImageAbout};
@@ -45,6 +45,9 @@ pub struct ResumeSpec {
     pub hostname: Option<String>,
     /// The guest's console goes to stderr.
     pub show_console: bool,
+    /// It is to be taken back to where it began again and again: what it writes is noted from the
+    /// start.
+    pub rewindable: bool,
 }
 
 impl Vm {
@@ -57,6 +60,7 @@ impl Vm {
         spec: &VmSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
+        let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
         // What the user's own kernel does when it is started is the user's to see.
@@ -71,6 +75,8 @@ impl Vm {
             time_limit: spec.options.time_limit,
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
+            track: false,
+            begun,
         };
         if let Some(kept) = &warm {
             let found = kept.find(paths, image);
@@ -119,6 +125,7 @@ impl Vm {
         spec: &ResumeSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
+        let begun = Instant::now();
         let selected = select(spec.hypervisor)?;
         selected.notes.iter().for_each(|text| note(text));
         let prepared = Prepared {
@@ -131,6 +138,8 @@ impl Vm {
             time_limit: spec.time_limit,
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
+            track: spec.rewindable,
+            begun,
         };
         frozen.check(&prepared.selected)?;
         place.go_on(place.paused(frozen)?)
@@ -144,6 +153,10 @@ struct Place<'a> {
     time_limit: Option<Duration>,
     hostname: Option<&'a str>,
     console: ConsoleLog,
+    /// Writes to memory are noted from the start.
+    track: bool,
+    /// When it was asked for.
+    begun: Instant,
 }
 
 /// A machine that stands still, in the state of another one.
@@ -213,8 +226,9 @@ impl Place<'_> {
         };
         let mut attachments = self.attachments(&frozen.root, scratch.as_ref())?;
         attachments.memory = Some(frozen.saved_memory()?);
+        attachments.track = self.track;
         let config = frozen.about.machine.clone();
-        let state = Some(frozen.state.clone());
+        let state = Some((*frozen.state).clone());
         let handle = start(self.prepared, config, attachments, state, self.time_limit)?;
         let about = About {
             backend: self.prepared.selected.backend,
@@ -251,7 +265,11 @@ impl Place<'_> {
         let vsock =
             vsock.ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
         let setup = setup(root(about.read_only), self.hostname);
-        let met = greet(&vsock, &setup, || listening(&handle));
+        let mut running = Duration::ZERO;
+        let met = greet(&vsock, &setup, || {
+            listening(&handle);
+            running = self.begun.elapsed();
+        });
         let (listener, agent) = match met {
             Ok(met) => met,
             Err(_) if handle.remote().is_ending() => {
@@ -267,6 +285,11 @@ impl Place<'_> {
             scratch,
             root: image,
             about,
+            hostname: self.hostname.map(str::to_owned),
+            timing: Timing {
+                running,
+                ready: self.begun.elapsed(),
+            },
             command: Mutex::new(None),
             books: Mutex::new(books),
             console: self.console.clone(),

@@ -221,6 +221,7 @@ fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm,
                 time_limit: spec.options.time_limit,
                 hostname: spec.hostname.clone(),
                 show_console: spec.show_console,
+                rewindable: false,
             };
             Vm::resume(paths, frozen, &spec, note)
         }
