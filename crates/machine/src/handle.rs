@@ -7,11 +7,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use skerry_boot::layout::GENERATION_ID;
 use skerry_devices::serial::SerialInput;
 use skerry_hypervisor::Vm;
 use skerry_hypervisor::probe::chain;
 
-use crate::MachineError;
 use crate::chipset::Chipset;
 use crate::control::{Command, Control, Reply, Task};
 use crate::machine::BootSource;
@@ -21,6 +21,7 @@ use crate::pages::PageSet;
 use crate::state::{MACHINE_STATE_VERSION, MachineState};
 use crate::tracking::{AnyVm, TrackedMemory};
 use crate::virtio::VirtioSet;
+use crate::{MachineError, layout};
 
 /// How long the output of serial ports may take to reach its sinks when a run ends.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
@@ -34,6 +35,7 @@ pub(crate) struct Supervisor<V> {
     pub(crate) vm: Arc<V>,
     pub(crate) cpus: usize,
     pub(crate) memory: Arc<TrackedMemory>,
+    pub(crate) generation_id: bool,
 }
 
 impl<V: Vm> Supervisor<V> {
@@ -157,6 +159,7 @@ pub struct MachineRemote {
     chipset: Arc<Chipset>,
     virtio: Arc<VirtioSet>,
     memory: Arc<TrackedMemory>,
+    generation_id: bool,
 }
 
 impl std::fmt::Debug for MachineRemote {
@@ -312,6 +315,18 @@ impl MachineRemote {
         self.control.is_paused()
     }
 
+    /// Gives the machine a new generation id and tells its guest, which then knows that it is a copy
+    /// and draws new random numbers. For a clone before its first instruction. The id is memory
+    /// that the host writes: it counts as written.
+    pub fn new_generation(&self, id: &[u8; 16]) -> Result<(), MachineError> {
+        if !self.generation_id {
+            return Err(MachineError::NoGenerationId);
+        }
+        self.memory.write_physical(GENERATION_ID, id)?;
+        self.chipset.acpi.raise_gpe(layout::GENERATION_EVENT);
+        Ok(())
+    }
+
     fn paused(&self) -> Result<(), MachineError> {
         if self.control.is_paused() {
             Ok(())
@@ -379,6 +394,7 @@ impl MachineHandle {
             chipset: supervisor.chipset.clone(),
             virtio: supervisor.virtio.clone(),
             memory: supervisor.memory.clone(),
+            generation_id: supervisor.generation_id,
         };
         let thread = std::thread::Builder::new()
             .name("machine".into())

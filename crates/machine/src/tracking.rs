@@ -21,7 +21,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::mm::{Advice, madvise};
 use skerry_hypervisor::{DirtyLogError, Gpa, GuestRam, MapError, PAGE_SIZE, StateError, Vm};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::MachineError;
 use crate::layers::Base;
@@ -35,9 +35,10 @@ const CHUNK: usize = 256 << 10;
 const PRESENT: u64 = 1 << 63 | 1 << 62;
 /// Bit of a page's entry in the host's pagemap: a page of a file, not a private copy.
 const OF_FILE: u64 = 1 << 61;
-/// From so many pages on, what was written is given back to the host rather than copied over: the
-/// guest pays with a fault for each page that it touches again, and the host has its memory back.
-const DISCARD_PAGES: u64 = 4096;
+/// From so many pages on (64 MiB), what was written is given back to the host rather than copied
+/// over. The guest pays for that with a fault for each page that it writes again, which takes some
+/// four times as long as the copy; but the host would else keep all that a guest ever wrote.
+const DISCARD_PAGES: u64 = 16384;
 
 /// What a handle needs of the virtual machine, whichever backend's it is.
 pub(crate) trait AnyVm: Send + Sync {
@@ -253,6 +254,11 @@ impl TrackedMemory {
         }
         let text = format!("the machine has no memory at {at:#x}");
         Err(failed(io::Error::new(io::ErrorKind::InvalidInput, text)))
+    }
+
+    /// Writes guest memory at a guest-physical address.
+    pub(crate) fn write_physical(&self, at: u64, bytes: &[u8]) -> Result<(), MachineError> {
+        self.ram.write_slice(bytes, GuestAddress(at)).map_err(other)
     }
 
     /// Calls `each` with place and bytes of the pages of `set`.

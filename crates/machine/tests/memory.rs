@@ -1,60 +1,26 @@
 //! Memory against its base: what is found written, copied while the machine runs, rebased and taken
 //! back, on every backend that opens here.
 
+mod common;
 #[path = "machine/guest.rs"]
 mod guest;
 
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use skerry_hypervisor::cpu_model::CpuModel;
+use common::{Output, PAGE, PATIENCE, all, layer, rebase};
 use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, Hypervisor};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
 use skerry_machine::{
-    Attachments, DiskConfig, Machine, MachineConfig, MachineError, MachineHandle, MachineRemote,
-    MachineState, PageSet, SavedMemory, SavedRun,
+    Attachments, Machine, MachineConfig, MachineError, MachineHandle, MachineRemote, MachineState,
+    PageSet, SavedMemory,
 };
-use skerry_storage::{Access, RawDisk};
 
-const PATIENCE: Duration = Duration::from_secs(120);
-const PAGE: u64 = 4096;
 const MEMORY: u64 = 4 << 20;
 /// Where the guest's processors write: its code, and pages of their own.
 const CODE: u64 = 0x100;
 const FIRST: [u64; 8] = [0x200, 0x203, 0x206, 0x209, 0x20c, 0x20f, 0x212, 0x215];
 const SECOND: [u64; 4] = [0x30, 0x32, 0x34, 0x36];
-
-#[derive(Clone, Default)]
-struct Output(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Output {
-    fn len(&self) -> usize {
-        self.0.lock().unwrap().len()
-    }
-
-    fn wait_for(&self, what: impl Fn(&[u8]) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !what(&self.0.lock().unwrap()) {
-            assert!(Instant::now() < deadline, "no output");
-            std::thread::sleep(Duration::from_micros(100));
-        }
-    }
-}
 
 fn config(command_line: &str, cpus: u32) -> MachineConfig {
     MachineConfig {
@@ -174,42 +140,6 @@ impl Guest {
             assert!(Instant::now() < deadline, "the guest stands");
             std::thread::sleep(Duration::from_micros(100));
         }
-    }
-}
-
-fn all(remote: &MachineRemote, bytes: u64) -> Vec<u8> {
-    let mut memory = vec![0; bytes as usize];
-    remote.read_memory(0, &mut memory).unwrap();
-    memory
-}
-
-/// `pages` as a layer: each at its own place of a sparse file.
-fn layer(remote: &MachineRemote, pages: &PageSet) -> (File, Vec<SavedRun>) {
-    let file = tempfile::tempfile().unwrap();
-    remote
-        .for_each_page_run(pages, |at, bytes| -> Result<(), MachineError> {
-            file.write_all_at(bytes, at).unwrap();
-            Ok(())
-        })
-        .unwrap();
-    let runs = pages.runs().map(|run| SavedRun {
-        at: run.start * PAGE,
-        len: (run.end - run.start) * PAGE,
-        offset: run.start * PAGE,
-    });
-    (file, runs.collect())
-}
-
-/// Makes what was written the machine's base.
-fn rebase(remote: &MachineRemote) -> SavedMemory {
-    let written = remote.written().unwrap();
-    let wider = written.coalesce(PageSet::GAP, PageSet::RUNS);
-    let (file, runs) = layer(remote, &wider);
-    let copy = file.try_clone().unwrap();
-    remote.rebase(file, runs.clone()).unwrap();
-    assert_eq!(remote.written_count().unwrap(), 0);
-    SavedMemory {
-        layers: vec![(copy, runs)],
     }
 }
 
@@ -383,69 +313,3 @@ macro_rules! on {
 
 on!(kvm, super::Kvm, 50);
 on!(soft, super::Soft, 1000);
-
-/// Linux's boot, taken back again and again: paging, interrupts, timers, DMA of virtio devices, code
-/// that patches itself.
-#[test]
-fn linux_goes_back_while_it_boots() {
-    const MEMORY: u64 = 128 << 20;
-    let found = Soft::probe().unwrap();
-    let kernel = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../guest/kernel/bzImage-x86_64"
-    );
-    let mut image = tempfile::NamedTempFile::new().unwrap();
-    image.write_all(&vec![0x5a; 1 << 20]).unwrap();
-    let disk = RawDisk::open(image.path(), Access::ReadWrite).unwrap();
-    let config = MachineConfig {
-        memory: MEMORY,
-        cpus: 2,
-        kernel: kernel.into(),
-        rng: true,
-        console: true,
-        vsock: Some(3),
-        disks: vec![DiskConfig {
-            name: "disk".into(),
-            read_only: false,
-        }],
-        ..MachineConfig::default()
-    };
-    let output = Output::default();
-    let mut attachments = Attachments {
-        disks: vec![Arc::new(disk)],
-        ..Attachments::default()
-    };
-    attachments.serial[0] = Some(Box::new(output.clone()));
-    let model = CpuModel::best(&found);
-    let tables = [0, 1].map(|id| model.cpuid(&found, 2, id).unwrap());
-    let machine = Machine::new(&Soft::open().unwrap(), config, attachments, |id| {
-        tables[id as usize].clone()
-    });
-    let handle = machine.unwrap().start(Some(PATIENCE * 5)).unwrap();
-    let remote = handle.remote();
-    let has = |text: &'static [u8]| {
-        move |output: &[u8]| output.windows(text.len()).any(|window| window == text)
-    };
-    output.wait_for(has(b"Brought up 1 node, 2 CPUs"));
-    remote.pause().unwrap();
-    remote.track_writes().unwrap();
-    let state = remote.save_state().unwrap();
-    rebase(remote);
-    let memory = all(remote, MEMORY);
-    for round in 1..10_u32 {
-        remote.resume();
-        std::thread::sleep(Duration::from_millis(4) * round);
-        remote.pause().unwrap();
-        let rewound = remote.rewind(&state).unwrap();
-        assert!(rewound.pages > 0);
-        let now = all(remote, MEMORY);
-        let differs = (0..MEMORY as usize)
-            .step_by(PAGE as usize)
-            .find(|at| now[*at..][..PAGE as usize] != memory[*at..][..PAGE as usize]);
-        assert_eq!(differs, None, "round {round}: {rewound:?}");
-    }
-    output.0.lock().unwrap().clear();
-    remote.resume();
-    output.wait_for(has(b"Kernel panic - not syncing"));
-    drop(handle);
-}
