@@ -5,6 +5,7 @@ use serde::de::IgnoredAny;
 use crate::manifest::{self, Manifest};
 use crate::pages::{FOOTER_BYTES, Footer, PAGE_SIZE};
 use crate::seal::Seal;
+use crate::working_set::WorkingSet;
 
 /// Any bytes as the table of a page image, with its footer as it is and one that fits.
 pub fn page_table(bytes: &[u8]) {
@@ -47,7 +48,11 @@ pub fn page_table(bytes: &[u8]) {
 /// Any bytes as each of the JSON documents.
 pub fn documents(bytes: &[u8]) {
     let _ = manifest::check_layout("fuzz", bytes);
-    let _ = manifest::manifest_of_index("fuzz", bytes);
+    if let Ok(found) = manifest::manifests_of_index("fuzz", bytes) {
+        assert!(!found.is_empty() && found.len() <= crate::CHAIN_MAX);
+        let one = manifest::manifest_of_index("fuzz", bytes);
+        assert_eq!(one.is_ok(), found.len() == 1);
+    }
     let _ = manifest::envelope::<IgnoredAny>("fuzz", bytes);
     if let Ok(manifest) = Manifest::decode("fuzz", bytes) {
         let again = manifest
@@ -64,6 +69,22 @@ pub fn seal(bytes: &[u8]) {
             .ok()
             .and_then(|b| Seal::decode(&b));
         assert_eq!(again, Some(seal));
+    }
+}
+
+/// Any bytes as a working set.
+pub fn working_set(bytes: &[u8]) {
+    for pages in [0, 1000, u64::MAX] {
+        if let Ok(set) = WorkingSet::decode(bytes, pages) {
+            assert_eq!(set.encode(), bytes);
+            assert!(set.ranges().iter().all(|range| !range.is_empty()));
+            assert!(
+                set.ranges()
+                    .windows(2)
+                    .all(|pair| pair[0].end < pair[1].start)
+            );
+            assert!(set.ranges().last().is_none_or(|range| range.end <= pages));
+        }
     }
 }
 
@@ -171,7 +192,7 @@ mod tests {
         };
         let seeds = [
             manifest::LAYOUT.to_vec(),
-            manifest::index(Digest::of(b"m"), 7).unwrap(),
+            manifest::index([(Digest::of(b"m"), 7), (Digest::of(b"n"), 8)].into_iter()).unwrap(),
             manifest.encode().unwrap(),
             serde_json::to_vec(&envelope).unwrap(),
         ];
@@ -193,5 +214,12 @@ mod tests {
                 .covers(Digest::of(b"m"), &blobs)
         );
         run(&seeds, super::seal);
+    }
+    #[test]
+    fn working_sets_briefly() {
+        let ranges = [1..4, 200..900, 901..902, 100_000..200_000];
+        let seeds = [&ranges[..0], &ranges[..3], &ranges[..]]
+            .map(|ranges| WorkingSet::new(ranges.to_vec()).unwrap().encode());
+        run(&seeds, working_set);
     }
 }
