@@ -123,7 +123,7 @@ impl Kvm {
         Ok(Capabilities {
             name: "kvm",
             description: format!("{DEVICE}, API version {API_VERSION}"),
-            measured_mips: mips,
+            measured_mips: Some(mips),
             max_vcpus: u32::try_from(self.device.get_max_vcpus())
                 .unwrap_or(1)
                 .min(64),

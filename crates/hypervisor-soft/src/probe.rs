@@ -38,6 +38,27 @@ pub(crate) fn accepted() -> CpuidTable {
         .clone()
 }
 
+impl Soft {
+    fn capabilities(self, measured_mips: Option<f64>) -> Capabilities {
+        let physical_address_bits = self
+            .supported_cpuid
+            .get(0x8000_0008, 0)
+            .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
+        Capabilities {
+            name: "soft",
+            description: "software processor, any x86-64 host".into(),
+            measured_mips,
+            max_vcpus: MAX_VCPUS,
+            supported_cpuid: self.supported_cpuid,
+            accepted_cpuid: self.accepted_cpuid,
+            tsc_khz: TSC_KHZ,
+            tsc_scaling: true,
+            native: false,
+            physical_address_bits,
+        }
+    }
+}
+
 impl Hypervisor for Soft {
     type Vm = SoftVm;
 
@@ -54,25 +75,20 @@ impl Hypervisor for Soft {
         if let Some(why) = sse {
             return Err(broken(why));
         }
-        let physical_address_bits = soft
-            .supported_cpuid
-            .get(0x8000_0008, 0)
-            .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
-        Ok(Capabilities {
-            name: "soft",
-            description: "software processor, any x86-64 host".into(),
-            measured_mips: mips,
-            max_vcpus: MAX_VCPUS,
-            supported_cpuid: soft.supported_cpuid,
-            accepted_cpuid: soft.accepted_cpuid,
-            tsc_khz: TSC_KHZ,
-            tsc_scaling: true,
-            native: false,
-            physical_address_bits,
-        })
+        Ok(soft.capabilities(Some(mips)))
+    }
+
+    fn usable() -> Result<Capabilities, Unusable> {
+        Ok(Self::open()?.capabilities(None))
     }
 
     fn open() -> Result<Self, Unusable> {
+        skerry_x86cpu::prepare_executable_memory().map_err(|error| Unusable {
+            reason: format!("The software processor gets no memory for code of its own: {error}"),
+            remedy: "Let this program map executable memory: a policy of the host forbids it"
+                .into(),
+            measured_mips: None,
+        })?;
         Ok(Self {
             supported_cpuid: supported(),
             accepted_cpuid: accepted(),

@@ -18,8 +18,8 @@ pub struct Capabilities {
     pub name: &'static str,
     /// One line for a person: device, version, processor.
     pub description: String,
-    /// Guest instructions a second, in millions, as the probe's guest measured.
-    pub measured_mips: f64,
+    /// Guest instructions a second, in millions, where the probe's guest was run.
+    pub measured_mips: Option<f64>,
     /// Virtual processors a VM can have.
     pub max_vcpus: u32,
     /// Every CPUID bit that a guest may be shown.
@@ -64,6 +64,12 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     ///
     /// A device that opens but can't run a few dozen instructions with SSE at speed is unusable.
     fn probe() -> Result<Capabilities, Unusable>;
+
+    /// Says the same to whoever is about to use the backend. One that is part of this program has
+    /// no device to distrust, and needn't run the guest.
+    fn usable() -> Result<Capabilities, Unusable> {
+        Self::probe()
+    }
 
     /// Opens the backend without probing it.
     fn open() -> Result<Self, Unusable>;

@@ -17,8 +17,9 @@ use crate::config::MachineConfig;
 use crate::control::Control;
 use crate::handle::{MachineHandle, Supervisor};
 use crate::interrupts::{MsiToVm, PicToVcpu};
-use crate::memory::{SavedMemory, SavedRun};
+use crate::memory::SavedMemory;
 use crate::state::MachineState;
+use crate::tracking::TrackedMemory;
 use crate::vcpu::{ExitPath, VcpuThread, enter};
 use crate::virtio::{VirtioParts, VirtioSet};
 use crate::{MachineError, layout, memory};
@@ -36,6 +37,9 @@ pub struct Attachments {
     pub disks: Vec<Arc<dyn skerry_storage::Disk>>,
     /// What memory holds from the start: for [`Machine::restore`].
     pub memory: Option<SavedMemory>,
+    /// Writes to memory are logged from the start, as
+    /// [`MachineRemote::track_writes`](crate::MachineRemote::track_writes) does later.
+    pub track: bool,
 }
 
 impl fmt::Debug for Attachments {
@@ -57,11 +61,6 @@ pub(crate) struct BootSource {
 }
 
 impl BootSource {
-    /// Guest memory.
-    pub(crate) fn ram(&self) -> &GuestRam {
-        &self.ram
-    }
-
     /// Loads the tables, the kernel and the initrd into guest memory.
     pub(crate) fn load(&self) -> Result<Entry, MachineError> {
         let kernel_name = self.config.kernel.display().to_string();
@@ -123,7 +122,7 @@ pub struct Machine<H: Hypervisor> {
     virtio: Arc<VirtioSet>,
     boot: BootSource,
     no_reboot: bool,
-    saved: Vec<SavedRun>,
+    memory: Arc<TrackedMemory>,
 }
 
 impl<H: Hypervisor> fmt::Debug for Machine<H> {
@@ -153,7 +152,8 @@ impl<H: Hypervisor> Machine<H> {
         if !(1..=layout::MAX_CPUS).contains(&config.cpus) {
             return Err(MachineError::BadCpuCount(config.cpus));
         }
-        let ram = memory::allocate(&map, attachments.memory.as_ref()).map_err(|source| {
+        let Attachments { memory, track, .. } = attachments;
+        let ram = memory::allocate(&map, memory.as_ref(), track).map_err(|source| {
             MachineError::Memory {
                 mib: map.size() >> 20,
                 source,
@@ -166,6 +166,7 @@ impl<H: Hypervisor> Machine<H> {
         for slot in ram.slots {
             vm.map(slot)?;
         }
+        let memory = TrackedMemory::new(ram.memory.clone(), vm.clone(), memory, track);
         let control = Arc::new(Control::new(config.cpus as usize, config.no_reboot));
         let extint = Arc::new(PicToVcpu::default());
         let mut ports = PortBusBuilder::new();
@@ -218,12 +219,7 @@ impl<H: Hypervisor> Machine<H> {
                 platform,
             },
             no_reboot,
-            saved: attachments
-                .memory
-                .into_iter()
-                .flat_map(|saved| saved.layers)
-                .flat_map(|(_, runs)| runs)
-                .collect(),
+            memory: Arc::new(memory),
         })
     }
 
@@ -286,7 +282,7 @@ impl<H: Hypervisor> Machine<H> {
             boot: self.boot,
             vm: self.vm,
             cpus: threads.len(),
-            saved: self.saved.into(),
+            memory: self.memory,
         };
         let handle = MachineHandle::start(supervisor, threads, deadline)?;
         stop_all.disarm();

@@ -183,6 +183,30 @@ pub enum Error {
         /// The size of that.
         parent_size: u64,
     },
+    /// A diff whose disk doesn't fit its parent's.
+    #[error(
+        "The {part} of snapshot '{snapshot}' doesn't fit its parent {parent}: {problem}; take or import the snapshot again"
+    )]
+    BrokenChain {
+        /// The diff.
+        snapshot: String,
+        /// The part.
+        part: String,
+        /// What it is a difference to.
+        parent: SnapshotId,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// A page image that can't be laid over others.
+    #[error("The {part} of snapshot '{snapshot}' can't be used")]
+    Layer {
+        /// The snapshot.
+        snapshot: String,
+        /// The part.
+        part: String,
+        /// Why.
+        source: Box<skerry_storage::DiskError>,
+    },
     /// A diff of a diff of a diff, too many times.
     #[error(
         "Snapshot '{snapshot}' has more than {limit} parents; take a full snapshot in place of one more difference"
@@ -292,6 +316,9 @@ pub enum PagesError {
     /// A page written beyond the end.
     #[error("Page {0} was written beyond the end; a snapshot's memory has a fixed size")]
     BeyondEnd(u64),
+    /// Bytes at a place where no page begins.
+    #[error("Bytes were written at offset {0}, where no page begins")]
+    NotAtAPage(u64),
     /// Bytes that don't make whole pages.
     #[error("{0} bytes were written, which isn't a number of whole pages")]
     NotWholePages(usize),
@@ -335,6 +362,8 @@ impl Error {
                 | Error::NotASnapshot { .. }
                 | Error::Pages { .. }
                 | Error::WrongId { .. }
+                | Error::BrokenChain { .. }
+                | Error::Layer { .. }
                 | Error::NotAnArchive { .. }
         )
     }

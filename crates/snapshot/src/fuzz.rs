@@ -22,16 +22,23 @@ pub fn page_table(bytes: &[u8]) {
             continue;
         };
         assert!(table_bytes(&footer).is_some_and(|data| data <= file_size));
-        let Ok(runs) = footer.runs(bytes) else {
+        let Ok(table) = footer.table(bytes) else {
             continue;
         };
         // What is accepted is what would be written, and lies within bounds.
-        assert_eq!(footer.encode(&runs), bytes);
-        let (mut guest, mut file) = (0, 0);
-        for run in &runs {
-            assert!(run.pages > 0 && run.guest_page >= guest && run.file_page == file);
-            guest = run.end();
+        assert_eq!(footer.encode(&table), bytes);
+        let mut file = 0;
+        let mut places = table.zeros.clone();
+        for run in &table.runs {
+            assert_eq!(run.file_page, file);
             file += run.pages;
+            places.push(run.guest_page..run.end());
+        }
+        places.sort_by_key(|place| place.start);
+        let mut guest = 0;
+        for place in places {
+            assert!(place.start >= guest && place.end > place.start);
+            guest = place.end;
         }
         assert!(guest <= footer.size.div_ceil(PAGE_SIZE) && file == footer.data_pages);
     }
@@ -70,7 +77,7 @@ mod tests {
 
     use super::*;
     use crate::manifest::{Descriptor, Envelope};
-    use crate::pages::{Content, Run};
+    use crate::pages::{Content, Run, Table};
     use crate::{Digest, seal};
 
     /// xorshift64*: the same changes each time.
@@ -121,14 +128,24 @@ mod tests {
             pages: 2,
             file_page,
         };
-        let seeds = [vec![], vec![run_at(1, 0), run_at(4, 2), run_at(7, 4)]].map(|runs| {
+        let three = [run_at(1, 0), run_at(4, 2), run_at(7, 4)];
+        let kinds = [
+            (Content::Full, vec![], vec![]),
+            (Content::Full, three.to_vec(), vec![]),
+            (Content::Diff, three.to_vec(), vec![0..1, 3..4]),
+        ];
+        let seeds = kinds.map(|(content, runs, zeros)| {
+            let table = Table { runs, zeros };
             let footer = Footer {
-                content: Content::Full,
-                runs: runs.len() as u64,
+                content,
+                zeros: !table.zeros.is_empty(),
+                runs: table.len(),
                 size: 9 * PAGE_SIZE,
-                data_pages: 2 * runs.len() as u64,
+                data_pages: 2 * table.runs.len() as u64,
             };
-            footer.encode(&runs)
+            let bytes = footer.encode(&table);
+            assert_eq!(footer.table(&bytes), Ok(table));
+            bytes
         });
         run(&seeds, page_table);
     }

@@ -22,8 +22,10 @@
 mod error;
 #[doc(hidden)]
 pub mod fuzz;
+mod hashing;
 mod layout;
 mod manifest;
+mod merge;
 mod packing;
 mod pages;
 mod seal;
@@ -34,6 +36,7 @@ mod transfer;
 mod writer;
 
 pub use error::{Error, PagesError};
+pub use merge::{Merged, merged_disks, merged_memory};
 pub use packing::{Packed, PageWriter};
 pub use pages::{Content, PAGE_SIZE, PageImage, Run};
 pub use skerry_oci::Digest;

@@ -93,7 +93,7 @@ impl SnapshotWriter {
     /// Names a finished blob by its content.
     fn place(&self, sink: BlobSink, media_type: &str) -> Result<Descriptor, Error> {
         let from = sink.path.clone();
-        let (digest, size) = sink.finish();
+        let (digest, size) = sink.finish()?;
         let descriptor = Descriptor::new(media_type, digest, size);
         let to = blob_path(self.staging.path(), &descriptor);
         std::fs::rename(&from, &to).map_err(|error| Error::io("make", &to, error))?;

@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod images;
 pub mod run;
 pub mod snapshot;
+pub mod vms;
 
 use skerry_engine::MachineOptions;
 use skerry_engine::hypervisor::{Backend, Choice};

@@ -27,7 +27,7 @@ fn table<H: Hypervisor>(hypervisor: &H) -> CpuidTable {
     let capabilities = Capabilities {
         name: "",
         description: String::new(),
-        measured_mips: 0.0,
+        measured_mips: None,
         max_vcpus: 1,
         supported_cpuid,
         accepted_cpuid,

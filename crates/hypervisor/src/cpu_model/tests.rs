@@ -45,7 +45,7 @@ pub(crate) fn capabilities(vendor: [u32; 3]) -> Capabilities {
     Capabilities {
         name: "test",
         description: String::new(),
-        measured_mips: 1000.0,
+        measured_mips: None,
         max_vcpus: 64,
         supported_cpuid: CpuidTable {
             entries: entries.clone(),
