@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use skerry_hypervisor::cpu_model::CpuModel;
+use skerry_hypervisor::cpu_model::{CpuChoice, CpuModel};
 use skerry_hypervisor::{CpuidTable, Hypervisor};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
@@ -23,7 +23,8 @@ pub struct MachineOptions {
     pub cpus: u32,
     /// Which backend.
     pub hypervisor: Choice,
-    /// The processor model, by name; `None` is the best that the backend can have.
+    /// The processor model, by name and with changes ([`CpuChoice`]); `None` is the best that the
+    /// backend can have.
     pub cpu_model: Option<String>,
     /// The longest that it may run.
     pub time_limit: Option<Duration>,
@@ -82,8 +83,8 @@ fn cpuid_tables(
 ) -> Result<Vec<CpuidTable>, EngineError> {
     let capabilities = &selected.capabilities;
     let model = match &options.cpu_model {
-        Some(name) => CpuModel::from_str(name)?,
-        None => CpuModel::best(capabilities),
+        Some(name) => CpuChoice::from_str(name)?,
+        None => CpuModel::best(capabilities).into(),
     };
     Ok((0..options.cpus)
         .map(|id| model.cpuid(capabilities, options.cpus, id))
