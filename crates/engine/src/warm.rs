@@ -154,7 +154,10 @@ impl Warm {
         }
         // It can be made again: no need to wait for the disk.
         let writing = Writing::default();
-        let id = vm.capture()?.frozen.write(&self.store, &paths.scratch(), writing)?;
+        let id = vm
+            .capture()?
+            .frozen
+            .write(&self.store, &paths.scratch(), writing)?;
         if self.store.resolve(&self.name).is_ok() {
             // Another run was faster after all.
             return Ok(self.store.remove(&id)?);

@@ -6,9 +6,9 @@ use std::sync::mpsc::{self, Receiver};
 use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use skerry_engine::command::CommandSpec;
+use skerry_engine::frozen::Frozen;
 use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
-use skerry_engine::frozen::Frozen;
 use skerry_engine::vms::{self, Begin, Detached, Job, Launch, Source};
 use skerry_engine::{Paths, WinSize, images};
 

@@ -35,7 +35,7 @@ impl Clones {
     ) -> Result<Self, EngineError> {
         let selected = select(spec.hypervisor)?;
         selected.notes.iter().for_each(|text| note(text));
-        frozen.check(&selected)?;
+        frozen.check(&selected)?.iter().for_each(|text| note(text));
         Ok(Self {
             paths: paths.clone(),
             frozen: Arc::new(frozen),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
 use skerry_hypervisor::probe::chain;
-use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle};
+use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
 use skerry_oci::Image;
 use skerry_protocol::host::{Control, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, Setup};
@@ -112,7 +112,9 @@ impl Vm {
                 .and_then(|()| warm.keep(paths, &vm));
             if let Err(error) = kept {
                 let why = chain(&error);
-                note(&format!("the next run of this image will boot again: {why}"));
+                note(&format!(
+                    "the next run of this image will boot again: {why}"
+                ));
             }
         }
         Ok(vm)
@@ -141,7 +143,10 @@ impl Vm {
             track: spec.rewindable,
             begun,
         };
-        frozen.check(&prepared.selected)?;
+        frozen
+            .check(&prepared.selected)?
+            .iter()
+            .for_each(|text| note(text));
         place.go_on(place.paused(frozen)?)
     }
 }
@@ -176,7 +181,11 @@ impl Place<'_> {
         Ok(folder)
     }
 
-    fn attachments(&self, root: &File, scratch: Option<&Arc<Overlay>>) -> Result<Attachments, EngineError> {
+    fn attachments(
+        &self,
+        root: &File,
+        scratch: Option<&Arc<Overlay>>,
+    ) -> Result<Attachments, EngineError> {
         // By way of the descriptor: the file may have no name any more.
         let path = format!("/proc/self/fd/{}", root.as_raw_fd());
         let root: Arc<dyn Disk> = Arc::new(RawDisk::open(path, Access::ReadOnly)?);
@@ -245,6 +254,7 @@ impl Place<'_> {
 
     /// Lets a machine in another one's state go on, as one of its own.
     fn go_on(&self, paused: Paused) -> Result<Vm, EngineError> {
+        new_generation(&paused.about, paused.handle.remote())?;
         self.meet(paused, |handle| handle.remote().resume())
     }
 
@@ -298,6 +308,20 @@ impl Place<'_> {
             shared: Arc::new(shared),
         })
     }
+}
+
+/// Tells the guest's kernel, before its first instruction, that it is a copy: it draws new random
+/// numbers then, whatever the agent does.
+pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(), EngineError> {
+    if !about.machine.generation_id {
+        return Ok(());
+    }
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| EngineError::Host {
+        what: "get random numbers",
+        source: std::io::Error::other(error.to_string()),
+    })?;
+    Ok(machine.new_generation(&id)?)
 }
 
 fn greet(
@@ -362,6 +386,7 @@ fn machine_config(spec: &VmSpec) -> MachineConfig {
         disks,
         rng: true,
         vsock: Some(GUEST_CID),
+        generation_id: true,
         no_reboot: true,
         ..MachineConfig::default()
     }
