@@ -312,6 +312,11 @@ impl MachineRemote {
         Ok(Rewound { pages })
     }
 
+    /// Whether the machine stands still because it was paused.
+    pub fn is_paused(&self) -> bool {
+        self.control.is_paused()
+    }
+
     /// Gives the machine a new generation id and tells its guest, which then knows that it is a copy
     /// and draws new random numbers. For a clone before its first instruction. The id is memory
     /// that the host writes: it counts as written.

@@ -69,6 +69,11 @@ pub fn lay_over(image: &PageImage, memory: &mut Vec<u8>) {
             .read_exact_at(&mut memory[at..at + len], from)
             .unwrap();
     }
+    for pages in &image.zeros {
+        let at = (pages.start * PAGE_SIZE) as usize;
+        let end = ((pages.end * PAGE_SIZE) as usize).min(memory.len());
+        memory[at..end].fill(0);
+    }
 }
 
 /// A small snapshot with everything in it.
