@@ -233,7 +233,10 @@ mod tests {
         assert_eq!(refused(&bytes(&[1, 0, 1, 0])), Long);
         let whole = WorkingSet::decode(&bytes(&[1, 0, 100]), 100).unwrap();
         assert_eq!((whole.ranges().len(), whole.pages()), (1, 100));
-        assert_eq!(WorkingSet::new([1..2, 3..PAGES_MAX + 1]).unwrap_err(), BeyondEnd);
+        assert_eq!(
+            WorkingSet::new([1..2, 3..PAGES_MAX + 1]).unwrap_err(),
+            BeyondEnd
+        );
     }
 
     proptest! {
