@@ -36,6 +36,18 @@ fn main() -> ExitCode {
     start_log(cli.verbose);
     let result = match cli.command {
         Command::Run(args) => commands::run::execute(args, cli.verbose),
+        Command::Restore(args) => commands::run::restore(args, cli.verbose),
+        Command::Fork(args) => commands::vms::fork(&args),
+        Command::Exec(args) => commands::vms::exec(args),
+        Command::Ps(args) => commands::vms::list(&args),
+        Command::Logs(args) => commands::vms::logs(&args),
+        Command::Pause(args) => commands::vms::pause(&args),
+        Command::Unpause(args) => commands::vms::unpause(&args),
+        Command::Stop(args) => commands::vms::stop(&args),
+        Command::Kill(args) => commands::vms::kill(&args),
+        Command::Wait(args) => commands::vms::wait(&args),
+        Command::Rm(args) => commands::vms::remove(&args),
+        Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),
         Command::Images(args) => commands::images::list(&args),
         Command::Rmi(args) => commands::images::remove(&args),

@@ -8,38 +8,25 @@
 //! ```
 //! What is kept is named by all that it depends on, so that a change of any finds nothing.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use skerry_hypervisor::CpuidTable;
-use skerry_machine::{
-    MACHINE_STATE_VERSION, MachineConfig, MachineRemote, MachineState, SavedMemory, SavedRun,
-};
+use skerry_machine::{MACHINE_STATE_VERSION, MachineConfig};
 use skerry_oci::{Digest, Image};
-use skerry_snapshot::{
-    PAGE_SIZE, PageImage, Snapshot, SnapshotId, SnapshotStore, Trust, WriteOptions,
-};
-use skerry_storage::RawDisk;
+use skerry_snapshot::{SnapshotId, SnapshotStore};
 
 use crate::builtin;
 use crate::error::EngineError;
+use crate::frozen::{FORMAT, Frozen, Writing};
 use crate::machine::Prepared;
 use crate::paths::Paths;
 use crate::snapshots::START_PREFIX;
-
-/// Name of the writable disk in a snapshot.
-const SCRATCH: &str = "scratch";
-
-/// What a snapshot says of the machine that it is of.
-#[derive(Debug, Serialize, Deserialize)]
-struct SavedConfig {
-    backend: String,
-    machine: MachineConfig,
-    cpuid: Vec<CpuidTable>,
-}
+use crate::vm::Vm;
 
 /// What Skerry puts into the guest: a start that was kept with another is of no more use.
 #[derive(Serialize)]
 struct Build {
     version: &'static str,
+    format: u32,
     state_version: u32,
     kernel: &'static str,
     agent: &'static str,
@@ -109,14 +96,6 @@ pub(crate) struct Warm {
     /// What the names of starts of this image and build begin with.
     prefix: String,
     name: String,
-    config: SavedConfig,
-}
-
-/// A kept start that was found and checked.
-pub(crate) struct Found {
-    pub(crate) memory: SavedMemory,
-    pub(crate) state: MachineState,
-    pub(crate) scratch: Option<PageImage>,
 }
 
 impl Warm {
@@ -129,6 +108,7 @@ impl Warm {
         let backend = prepared.selected.backend.name();
         let build = Build {
             version: env!("CARGO_PKG_VERSION"),
+            format: FORMAT,
             state_version: MACHINE_STATE_VERSION,
             kernel: builtin::KERNEL_MANIFEST,
             agent: builtin::AGENT_SOURCES,
@@ -145,32 +125,16 @@ impl Warm {
             image: image.digest,
             name: format!("{prefix}{}", digest(&kind, 32)?),
             prefix,
-            config: SavedConfig {
-                backend: backend.to_owned(),
-                machine: machine.clone(),
-                cpuid: prepared.tables.clone(),
-            },
         })
     }
 
     /// The kept start, if there is one.
-    pub(crate) fn find(&self) -> Result<Option<Found>, EngineError> {
-        let id = match self.store.resolve(&self.name) {
-            Ok(id) => id,
-            Err(skerry_snapshot::Error::NoSuchSnapshot { .. }) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let mut snapshot = self.store.get(&id, Trust::Seal)?;
-        let state = serde_json::from_slice(snapshot.state()).map_err(|source| {
-            let snapshot = self.name.clone();
-            EngineError::SavedState { snapshot, source }
-        })?;
-        let scratch = snapshot.disks.remove(SCRATCH);
-        Ok(Some(Found {
-            memory: saved_memory(snapshot),
-            state,
-            scratch,
-        }))
+    pub(crate) fn find(&self, paths: &Paths, image: &Image) -> Result<Option<Frozen>, EngineError> {
+        match self.store.resolve(&self.name) {
+            Ok(id) => Frozen::of_store(paths, &self.store, &id, Some(image)).map(Some),
+            Err(skerry_snapshot::Error::NoSuchSnapshot { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Removes a start that can't be used.
@@ -182,40 +146,15 @@ impl Warm {
         }
     }
 
-    /// Keeps the machine as it is now; it stands still meanwhile.
-    pub(crate) fn keep(
-        &self,
-        remote: &MachineRemote,
-        scratch: Option<&RawDisk>,
-    ) -> Result<(), EngineError> {
+    /// Keeps the machine as it is now.
+    pub(crate) fn keep(&self, paths: &Paths, vm: &Vm) -> Result<(), EngineError> {
         if self.store.resolve(&self.name).is_ok() {
             // Another run was faster.
             return Ok(());
         }
-        remote.pause()?;
-        let result = self.write(remote, scratch);
-        remote.resume();
-        result
-    }
-
-    fn write(&self, remote: &MachineRemote, scratch: Option<&RawDisk>) -> Result<(), EngineError> {
-        let state = serde_json::to_vec(&remote.save_state()?).map_err(|e| unwritable(&e))?;
         // It can be made again: no need to wait for the disk.
-        let options = WriteOptions {
-            durable: false,
-            ..WriteOptions::default()
-        };
-        let mut writer = self.store.writer(options)?;
-        writer.memory(self.config.machine.memory, |pages| {
-            remote.for_each_used_memory(|at, bytes| -> Result<(), EngineError> {
-                Ok(pages.write(at / PAGE_SIZE, bytes)?)
-            })
-        })?;
-        writer.state(&state)?;
-        if let Some(disk) = scratch {
-            writer.disk_file(SCRATCH, disk.file())?;
-        }
-        let id = writer.commit(&self.config)?;
+        let writing = Writing::default();
+        let id = vm.capture()?.frozen.write(&self.store, &paths.scratch(), writing)?;
         if self.store.resolve(&self.name).is_ok() {
             // Another run was faster after all.
             return Ok(self.store.remove(&id)?);
@@ -226,18 +165,6 @@ impl Warm {
         })?;
         self.store.sweep()?;
         Ok(())
-    }
-}
-
-fn saved_memory(snapshot: Snapshot) -> SavedMemory {
-    let runs = snapshot.memory.runs.iter().map(|run| SavedRun {
-        at: run.guest_page * PAGE_SIZE,
-        len: run.pages * PAGE_SIZE,
-        offset: run.file_page * PAGE_SIZE,
-    });
-    let runs = runs.collect();
-    SavedMemory {
-        layers: vec![(snapshot.memory.file, runs)],
     }
 }
 

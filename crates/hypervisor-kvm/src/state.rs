@@ -101,7 +101,7 @@ impl KvmVcpu {
             .take(xcrs.nr_xcrs as usize)
             .find(|xcr| xcr.xcr == 0)
             .map_or(1, |xcr| xcr.value);
-        let mut values = msrs::read(&self.fd, &self.vm.msr_indices)
+        let mut values = msrs::read(&self.fd, &self.vm.host.msr_indices)
             .map_err(self.backend("read the model-specific registers"))?;
         let find = |index| {
             values
@@ -129,7 +129,7 @@ impl KvmVcpu {
             system,
             debug: convert::debug_from(&debug),
             xcr0,
-            xsave: xsave.to_bytes(self.limits.xsave_size),
+            xsave: convert::xsave_from(xsave.to_bytes(self.limits.xsave_size), self.limits.xcr0),
             msrs: values,
             lapic,
             mp_state: convert::mp_state_from(mp, &events),
@@ -140,13 +140,15 @@ impl KvmVcpu {
 
     pub(crate) fn write_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         self.limits.check(state)?;
+        let system = convert::system_for(&state.system, &self.vm.host.supported_cpuid)?;
+        self.check_msrs(&state.msrs)?;
         // A pending access would be finished into the new registers.
         self.abandon_instruction()
             .map_err(self.backend("leave an instruction"))?;
         let CpuState {
             version: _,
             general,
-            system,
+            system: _,
             debug,
             xcr0,
             xsave,
@@ -162,7 +164,7 @@ impl KvmVcpu {
                 .map_err(self.backend("set the activity state"))?;
         }
         self.fd
-            .set_sregs(&convert::system_to(system))
+            .set_sregs(&convert::system_to(&system))
             .map_err(self.backend("set the system registers"))?;
         self.fd
             .set_regs(&convert::general_to(general))
@@ -198,8 +200,12 @@ impl KvmVcpu {
 
     fn write_tsc(&self, tsc: u64) -> io::Result<()> {
         if self.tsc_offset {
-            let offset = tsc.wrapping_sub(sys::host_tsc());
-            let offset = self.vm.shared_tsc_offset(offset, self.tsc_khz);
+            let now = msrs::read(&self.fd, &[msr::IA32_TSC])?;
+            let now = now.first().map_or(0, |msr| msr.1);
+            // The host's counter in the guest's ticks.
+            let host = now.wrapping_sub(sys::tsc_offset(&self.fd)?);
+            let offset = tsc.wrapping_sub(host);
+            let offset = self.vm.tsc_offset.common(self.id, offset, self.tsc_khz);
             return sys::set_tsc_offset(&self.fd, offset);
         }
         // A value within a second of what the kernel expects is taken for an attempt to keep
@@ -212,6 +218,23 @@ impl KvmVcpu {
             })?;
         }
         Ok(())
+    }
+
+    /// Registers that this kernel doesn't have, or not for this CPU model, and that the guest needs.
+    fn check_msrs(&self, values: &[(u32, u64)]) -> Result<(), StateError> {
+        let indices: Vec<u32> = values.iter().map(|(index, _)| *index).collect();
+        let here = msrs::read(&self.fd, &indices)
+            .map_err(self.backend("read the model-specific registers"))?;
+        let missing = values.iter().find(|(index, value)| {
+            !here.iter().any(|msr| msr.0 == *index) && msr::dispensable(*index, *value).is_none()
+        });
+        match missing {
+            None => Ok(()),
+            Some((index, value)) => Err(StateError::Invalid {
+                field: "MSR list",
+                reason: format!("KVM here has no register {index:#x}, which holds {value:#x}"),
+            }),
+        }
     }
 
     fn write_msrs(&self, values: &[(u32, u64)]) -> Result<(), StateError> {

@@ -195,19 +195,21 @@ fn events_to(events: &contract::Events) -> own::Events {
     } = events;
     own::Events {
         // Whether its delivery had begun makes no difference: it is delivered from the start.
-        exception: exception.map(|event| {
-            let ExceptionEvent {
-                vector,
-                error_code,
-                payload,
-                injected: _,
-            } = event;
-            PendingException {
-                vector,
-                error_code,
-                payload,
-            }
-        }),
+        exception: exception
+            .filter(|event| !event.is_unfinished_trap())
+            .map(|event| {
+                let ExceptionEvent {
+                    vector,
+                    error_code,
+                    payload,
+                    injected: _,
+                } = event;
+                PendingException {
+                    vector,
+                    error_code,
+                    payload,
+                }
+            }),
         interrupt: interrupt.map(|event| (event.vector, event.soft)),
         sti_shadow,
         mov_ss_shadow,

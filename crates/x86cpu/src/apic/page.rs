@@ -136,7 +136,8 @@ impl LocalApic {
         if self.timer.initial == 0 || self.deadline_mode() {
             return;
         }
-        self.timer.expired = current == 0;
+        // A periodic count-down at 0 is due, and a one-shot one is over.
+        self.timer.expired = current == 0 && !self.periodic_mode();
         let current = current.min(self.timer.initial);
         let per_count = self.period_of_one();
         let gone = u64::from(self.timer.initial - current) * per_count;

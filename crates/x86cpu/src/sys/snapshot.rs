@@ -250,6 +250,8 @@ impl Cpu {
         let time = [
             index::TSC_ADJUST,
             index::SPEC_CTRL,
+            index::VIRT_SPEC_CTRL,
+            index::ARCH_CAPABILITIES,
             index::DEBUGCTL,
             index::XSS,
             kvm_msr::WALL_CLOCK_NEW,
@@ -303,6 +305,7 @@ impl Cpu {
         self.set_general(&state.general);
         self.restore_tsc(state.tsc);
         self.commit_loaded();
+        self.publish_system_time();
         if let MpState::SipiReceived(vector) = state.mp_state {
             use std::sync::atomic::Ordering;
             let posted = 0x100 | u32::from(vector);
@@ -572,10 +575,10 @@ fn checked_events(events: &Events) -> Result<EventState, InvalidState> {
         }
         state.exception = Some(exception);
     }
-    match events.interrupt {
-        Some((vector, true)) => return Err(InvalidState::Event(vector)),
-        Some((vector, false)) => state.external = Some(vector),
-        None => {}
+    // A software interrupt whose delivery was broken off stands before its instruction, which
+    // raises it again.
+    if let Some((vector, false)) = events.interrupt {
+        state.external = Some(vector);
     }
     Ok(state)
 }

@@ -1,0 +1,135 @@
+//! Clean virtual machines, kept ready.
+
+use std::sync::Arc;
+
+use skerry_oci::Image;
+use skerry_protocol::host::HostError;
+use skerry_protocol::message::ExitStatus;
+
+use super::{ResumeSpec, Vm, VmSpec};
+use crate::command::{self, CommandSpec, Surroundings};
+use crate::error::EngineError;
+use crate::frozen::Frozen;
+use crate::hypervisor::select;
+use crate::paths::Paths;
+use crate::pool::{Pool, PoolOptions, Template};
+
+/// Makes a pool's machines: clones of one state.
+#[derive(Debug)]
+pub struct Clones {
+    paths: Paths,
+    frozen: Arc<Frozen>,
+    spec: ResumeSpec,
+}
+
+/// A pool of virtual machines.
+pub type VmPool = Pool<Clones>;
+
+impl Clones {
+    /// Machines that begin where `frozen` is. `note` is told what the user should know once.
+    pub fn of(
+        paths: &Paths,
+        frozen: Frozen,
+        spec: ResumeSpec,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, EngineError> {
+        let selected = select(spec.hypervisor)?;
+        selected.notes.iter().for_each(|text| note(text));
+        frozen.check(&selected)?;
+        Ok(Self {
+            paths: paths.clone(),
+            frozen: Arc::new(frozen),
+            spec: ResumeSpec {
+                hypervisor: selected.backend.into(),
+                rewindable: true,
+                ..spec
+            },
+        })
+    }
+
+    /// Machines that begin where one from `image`, which the user calls `name`, is ready and has
+    /// run `prewarm`, which must succeed.
+    pub fn of_image(
+        paths: &Paths,
+        (image, name): (&Image, &str),
+        spec: &VmSpec,
+        prewarm: Option<&CommandSpec>,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, EngineError> {
+        let vm = Vm::start(paths, image, name, spec, note)?;
+        if let Some(command) = prewarm {
+            vm.prewarm(command)?;
+        }
+        let frozen = vm.capture()?.frozen;
+        vm.kill();
+        let resume = ResumeSpec {
+            hypervisor: frozen.about.backend.into(),
+            time_limit: None,
+            hostname: spec.hostname.clone(),
+            show_console: spec.show_console,
+            rewindable: true,
+        };
+        Self::of(paths, frozen, resume, note)
+    }
+
+    /// What commands in the machines find.
+    #[must_use]
+    pub fn surroundings(&self) -> &Surroundings {
+        &self.frozen.about.surroundings
+    }
+}
+
+impl Template for Clones {
+    type Member = Vm;
+    type Error = EngineError;
+
+    fn make(&self) -> Result<Vm, EngineError> {
+        let note = &mut |text: &str| tracing::debug!(text);
+        Vm::resume(&self.paths, &self.frozen, &self.spec, note)
+    }
+
+    fn reset(&self, vm: &mut Vm) -> Result<(), EngineError> {
+        vm.rewind().map(drop)
+    }
+
+    fn is_good(&self, vm: &Vm) -> bool {
+        !vm.machine().is_ending()
+    }
+}
+
+impl VmPool {
+    /// Opens a pool of machines.
+    pub fn of_machines(clones: Clones, options: PoolOptions) -> Result<Self, EngineError> {
+        Ok(Self::open(clones, options)?)
+    }
+}
+
+impl Vm {
+    /// Runs a command to its end, which must be a success, so that what it leaves in memory is there
+    /// for those who go on from here.
+    pub fn prewarm(&self, spec: &CommandSpec) -> Result<(), EngineError> {
+        let surroundings = &self.shared.about.surroundings;
+        let request = command::request(spec.command.clone(), surroundings, spec);
+        let mut output = Vec::new();
+        let mut errors = Vec::new();
+        let ended = self
+            .exec(request)
+            .and_then(|session| session.wait(&mut output, &mut errors));
+        let why = match ended {
+            Ok(ExitStatus::Code(0)) => return Ok(()),
+            Ok(status) => {
+                output.extend(errors);
+                let text = String::from_utf8_lossy(&output);
+                let tail: Vec<&str> = text.lines().rev().take(10).collect();
+                let tail: Vec<&str> = tail.into_iter().rev().collect();
+                format!("exit status {}\n{}", status.shell_code(), tail.join("\n"))
+            }
+            Err(HostError::NotStarted(failure)) => failure.message,
+            Err(error) => return Err(self.explain(error)),
+        };
+        Err(EngineError::Prewarm {
+            command: spec.command.join(" "),
+            why: why.trim_end().to_owned(),
+        })
+    }
+}
