@@ -147,7 +147,10 @@ fn reset(bench: &Bench) -> Result<()> {
         let vm = Vm::resume(&bench.paths, &frozen, &resume(true), &mut |_| {})?;
         let (mut resets, mut ready, mut pages) = (Times::default(), Times::default(), Vec::new());
         for _ in 0..bench.options.runs {
-            exec(&vm, &["dd", "if=/dev/zero", "of=/dev/shm/x", "bs=1M", "count=1"])?;
+            exec(
+                &vm,
+                &["dd", "if=/dev/zero", "of=/dev/shm/x", "bs=1M", "count=1"],
+            )?;
             let rewound = vm.rewind()?;
             resets.add(rewound.reset);
             ready.add(rewound.ready);
@@ -159,7 +162,11 @@ fn reset(bench: &Bench) -> Result<()> {
             resets,
             1.0,
         );
-        bench.report(&format!("reset, {name}: until the agent answers"), ready, 12.0);
+        bench.report(
+            &format!("reset, {name}: until the agent answers"),
+            ready,
+            12.0,
+        );
     }
     Ok(())
 }
@@ -190,7 +197,11 @@ fn fork(bench: &Bench) -> Result<()> {
         weigh(bench, &ids)?;
         bench.skerry(&[&["rm", "-f"], &ids[..]].concat())?;
     }
-    bench.report(&format!("fork, {count} children, each a process"), times, 1500.0);
+    bench.report(
+        &format!("fork, {count} children, each a process"),
+        times,
+        1500.0,
+    );
     bench.skerry(&["rm", "-f", &name])?;
     Ok(())
 }
@@ -208,7 +219,11 @@ fn weigh(bench: &Bench, ids: &[&str]) -> Result<()> {
         }
     }
     let clones = sizes.len();
-    println!("{:<52} {:>8.2} MiB (at most 6 MiB; {clones} clones)", "memory of an idle clone (PSS)", median(&mut sizes));
+    println!(
+        "{:<52} {:>8.2} MiB (at most 6 MiB; {clones} clones)",
+        "memory of an idle clone (PSS)",
+        median(&mut sizes)
+    );
     Ok(())
 }
 
@@ -252,7 +267,17 @@ fn pool(bench: &Bench) -> Result<()> {
 }
 
 fn snapshot(bench: &Bench) -> Result<()> {
-    let name = bench.skerry(&["run", "-d", "-m", "1G", "--hypervisor", "soft", "demo", "sleep", "1000"])?;
+    let name = bench.skerry(&[
+        "run",
+        "-d",
+        "-m",
+        "1G",
+        "--hypervisor",
+        "soft",
+        "demo",
+        "sleep",
+        "1000",
+    ])?;
     let mut pauses = Times::default();
     for number in 0..(bench.options.runs / 5).max(1) {
         let label = format!("bench-{number}");

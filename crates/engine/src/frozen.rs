@@ -13,12 +13,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use skerry_hypervisor::CpuidTable;
+use skerry_hypervisor::{CpuidTable, portability};
 use skerry_machine::{MachineConfig, MachineState, SavedMemory, SavedRun};
 use skerry_oci::Image;
 use skerry_snapshot::{
-    Content, PAGE_SIZE, SnapshotId, SnapshotStore, Trust, WriteOptions, merged_disks,
-    merged_memory,
+    Content, PAGE_SIZE, SnapshotId, SnapshotStore, Trust, WriteOptions, merged_disks, merged_memory,
 };
 use skerry_storage::{Access, Layer, Overlay, Part, RawDisk, flatten};
 
@@ -139,7 +138,9 @@ impl Frozen {
         let memory = merged_memory(&chain)?.layers;
         let scratch = merged_disks(&chain)?.remove(SCRATCH);
         let extras = chain.iter_mut().rev();
-        let carried = extras.filter_map(|snapshot| snapshot.extras.remove(ROOT)).next();
+        let carried = extras
+            .filter_map(|snapshot| snapshot.extras.remove(ROOT))
+            .next();
         let Some(last) = chain.last() else {
             unreachable!("a chain holds the snapshot that it was asked for");
         };
@@ -186,7 +187,10 @@ impl Frozen {
             parent: base.map(|base| base.id),
         })?;
         let (layers, content) = match base {
-            Some(base) => (self.memory.get(base.layers..).unwrap_or_default(), Content::Diff),
+            Some(base) => (
+                self.memory.get(base.layers..).unwrap_or_default(),
+                Content::Diff,
+            ),
             None => (self.memory.as_slice(), Content::Full),
         };
         let size = self.about.machine.memory;
@@ -218,24 +222,12 @@ impl Frozen {
         Ok(writer.commit(&self.about)?)
     }
 
-    /// Whether it can go on here, before anything is touched.
-    pub(crate) fn check(&self, selected: &Selected) -> Result<(), EngineError> {
-        if self.about.backend != selected.backend {
-            return Err(EngineError::OtherBackend {
-                taken: self.about.backend,
-                here: selected.backend,
-            });
-        }
-        let supported = &selected.capabilities.supported_cpuid;
-        let tables = self.about.cpuid.iter();
-        let mut missing: Vec<String> =
-            tables.flat_map(|table| table.missing_from(supported)).collect();
-        missing.sort();
-        missing.dedup();
-        match missing.is_empty() {
-            true => Ok(()),
-            false => Err(EngineError::SnapshotFeatures { missing }),
-        }
+    /// Whether it can go on with a backend, before anything is made for it; gives what the user
+    /// should be told if it does.
+    pub(crate) fn check(&self, selected: &Selected) -> Result<Vec<String>, EngineError> {
+        let About { cpuid, machine, .. } = &self.about;
+        let losses = portability::check(cpuid, machine.memory, &selected.capabilities)?;
+        Ok(losses.iter().map(ToString::to_string).collect())
     }
 
     /// Guest memory as a machine maps it: each page once.
@@ -249,7 +241,10 @@ impl Frozen {
                 len: run.len,
                 offset: run.offset,
             });
-            layers.push((file.map_err(failed("share a machine's memory"))?, runs.collect()));
+            layers.push((
+                file.map_err(failed("share a machine's memory"))?,
+                runs.collect(),
+            ));
         }
         Ok(SavedMemory { layers })
     }

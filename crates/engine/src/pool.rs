@@ -111,7 +111,9 @@ pub struct PoolStats {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PoolError {
     /// The limits contradict each other.
-    #[error("A pool of {min} to {max} members can't be: use at least 1 at most, and no more at least")]
+    #[error(
+        "A pool of {min} to {max} members can't be: use at least 1 at most, and no more at least"
+    )]
     Limits {
         /// At least.
         min: usize,
@@ -153,7 +155,9 @@ impl<T: Template> Clone for Pool<T> {
 
 impl<T: Template> fmt::Debug for Pool<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("Pool")
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
     }
 }
 
@@ -651,7 +655,10 @@ mod tests {
         }
         until("full again", || pool.stats().ready == 2);
         assert_eq!(pool.stats().discarded, 10);
-        let replacing = PoolOptions { reset: ResetPolicy::Replace, ..options(1, 1) };
+        let replacing = PoolOptions {
+            reset: ResetPolicy::Replace,
+            ..options(1, 1)
+        };
         let pool = Pool::open(Arc::new(Things::default()), replacing).expect("pool");
         let first = pool.acquire().expect("thing").number;
         assert_ne!(pool.acquire().expect("thing").number, first);
@@ -674,7 +681,10 @@ mod tests {
         let held: Vec<_> = (0..3).map(|_| pool.acquire().expect("thing")).collect();
         let short = Duration::from_millis(20);
         let refused = pool.acquire_within(short).map(drop);
-        assert!(matches!(refused, Err(PoolError::TimedOut { .. })), "{refused:?}");
+        assert!(
+            matches!(refused, Err(PoolError::TimedOut { .. })),
+            "{refused:?}"
+        );
         assert_eq!((pool.stats().timeouts, pool.stats().waiting), (1, 0));
         drop(held);
         pool.acquire().expect("again");
@@ -707,7 +717,10 @@ mod tests {
 
     #[test]
     fn idle_ones_go_down_to_the_minimum() {
-        let fading = PoolOptions { idle_timeout: Some(Duration::from_millis(20)), ..options(1, 4) };
+        let fading = PoolOptions {
+            idle_timeout: Some(Duration::from_millis(20)),
+            ..options(1, 4)
+        };
         let things = Arc::new(Things::default());
         let pool = Pool::open(things.clone(), fading).expect("pool");
         let held: Vec<_> = (0..4).map(|_| pool.acquire().expect("thing")).collect();

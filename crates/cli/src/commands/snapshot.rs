@@ -7,13 +7,13 @@ use std::time::SystemTime;
 use anyhow::Result;
 use serde::Serialize;
 use skerry_engine::Paths;
-use skerry_engine::vms::{self, Registry};
 use skerry_engine::snapshots::{self, Details, Pages, Removed, START_PREFIX, SnapshotInfo};
+use skerry_engine::vms::{self, Registry};
 
 use super::mib;
 use crate::args::{
-    Format, SnapshotArgs, SnapshotCreateArgs, SnapshotExportArgs, SnapshotImportArgs, SnapshotInspectArgs,
-    SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
+    Format, SnapshotArgs, SnapshotCreateArgs, SnapshotExportArgs, SnapshotImportArgs,
+    SnapshotInspectArgs, SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
 };
 use crate::{dates, output, status};
 

@@ -8,7 +8,9 @@ use skerry_engine::Paths;
 use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
 
 use super::run::{Attached, command, finish};
-use crate::args::{ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs};
+use crate::args::{
+    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs,
+};
 use crate::{dates, output, status};
 
 /// Digits of an ID that a table shows.

@@ -11,8 +11,8 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skerry_machine::{MachineRemote, PageSet, SavedRun};
@@ -141,19 +141,34 @@ impl Vm {
         written.union(&machine.harvest()?);
         let pages = written.count();
         copy.take(machine, &written)?;
-        let Copy { file, pages: copied } = copy;
+        let Copy {
+            file,
+            pages: copied,
+        } = copy;
         // Few mappings are worth some pages more.
         let all = copied.coalesce(PageSet::GAP, PageSet::RUNS);
         let mut gaps = all.clone();
         gaps.subtract(&copied);
-        machine.for_each_page_run(&gaps, |at, bytes| file.write_all_at(bytes, at).map_err(failed))?;
+        machine.for_each_page_run(&gaps, |at, bytes| {
+            file.write_all_at(bytes, at).map_err(failed)
+        })?;
         books.captures += 1;
-        let runs = all.runs().map(|run| (run.start * PAGE, (run.end - run.start) * PAGE));
+        let runs = all
+            .runs()
+            .map(|run| (run.start * PAGE, (run.end - run.start) * PAGE));
         let runs: Vec<_> = runs.collect();
-        let saved = runs.iter().map(|&(at, len)| SavedRun { at, len, offset: at });
+        let saved = runs.iter().map(|&(at, len)| SavedRun {
+            at,
+            len,
+            offset: at,
+        });
         let mapped = file.try_clone().map_err(failed)?;
         machine.rebase(mapped, saved.collect())?;
-        let layered = runs.iter().map(|&(at, len)| LayerRun { at, len, offset: at });
+        let layered = runs.iter().map(|&(at, len)| LayerRun {
+            at,
+            len,
+            offset: at,
+        });
         let layer = Layer::new(file, layered.collect::<Vec<_>>())?;
         if !layer.is_empty() {
             books.memory.push(layer);
@@ -179,7 +194,11 @@ impl Vm {
             scratch,
             root: self.shared.root.clone(),
             base: books.base.clone().map(|base| Base {
-                disk: merged(base.disk.iter().chain(books.disk.iter().flat_map(|(_, disk)| disk))),
+                disk: merged(
+                    base.disk
+                        .iter()
+                        .chain(books.disk.iter().flat_map(|(_, disk)| disk)),
+                ),
                 ..base
             }),
             capture: books.captures,
@@ -214,4 +233,3 @@ impl Vm {
         Ok(self.shared.agent.lock().thaw()?)
     }
 }
-

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use skerry_protocol::host::Control;
 
+use super::start::new_generation;
 use super::{GuestStream, Vm, lost, root, setup};
 use crate::error::EngineError;
 
@@ -33,6 +34,7 @@ impl Vm {
             disk.rewind()?;
         }
         let pages = machine.rewind(&origin)?.pages;
+        new_generation(&self.shared.about, machine)?;
         machine.resume();
         let reset = begun.elapsed();
         let mut agent = self.shared.agent.lock();

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
 use skerry_hypervisor::probe::chain;
-use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle};
+use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
 use skerry_oci::Image;
-use skerry_protocol::host::{Control, ExecSession, HostError};
+use skerry_protocol::CONTROL_PORT;
+use skerry_protocol::host::{Control, HostError};
 use skerry_protocol::message::{ExecRequest, Setup};
-use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
 use skerry_storage::{Access, Disk, Overlay, RawDisk, scratch};
 
 use super::{Books, GuestStream, Shared, Timing, Vm, VmSpec, ended, lost, root, setup};
@@ -107,15 +107,33 @@ impl Vm {
         };
         let vm = place.boot(image, spec, about)?;
         if let Some(warm) = warm {
-            let kept = warm_up(&vm.shared.vsock)
-                .map_err(EngineError::from)
-                .and_then(|()| warm.keep(paths, &vm));
+            let kept = vm.run_first_programs().and_then(|()| warm.keep(paths, &vm));
             if let Err(error) = kept {
                 let why = chain(&error);
-                note(&format!("the next run of this image will boot again: {why}"));
+                note(&format!(
+                    "the next run of this image will boot again: {why}"
+                ));
             }
         }
         Ok(vm)
+    }
+
+    /// Has the guest run programs once, so that what the first ones take longer for is behind it when
+    /// its state is kept: the agent itself, which every guest has, and which does nothing when it
+    /// isn't process 1; then, where the image has one, a shell with nothing to do, for what most
+    /// programs share.
+    pub(crate) fn run_first_programs(&self) -> Result<(), EngineError> {
+        for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
+            let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
+            let ended = self
+                .exec(ExecRequest::new(argv))
+                .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
+            match ended {
+                Ok(_) | Err(HostError::NotStarted(_)) => {}
+                Err(error) => return Err(self.explain(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Starts a machine from where another one was kept; returns when its agent takes commands.
@@ -141,7 +159,10 @@ impl Vm {
             track: spec.rewindable,
             begun,
         };
-        frozen.check(&prepared.selected)?;
+        frozen
+            .check(&prepared.selected)?
+            .iter()
+            .for_each(|text| note(text));
         place.go_on(place.paused(frozen)?)
     }
 }
@@ -176,7 +197,11 @@ impl Place<'_> {
         Ok(folder)
     }
 
-    fn attachments(&self, root: &File, scratch: Option<&Arc<Overlay>>) -> Result<Attachments, EngineError> {
+    fn attachments(
+        &self,
+        root: &File,
+        scratch: Option<&Arc<Overlay>>,
+    ) -> Result<Attachments, EngineError> {
         // By way of the descriptor: the file may have no name any more.
         let path = format!("/proc/self/fd/{}", root.as_raw_fd());
         let root: Arc<dyn Disk> = Arc::new(RawDisk::open(path, Access::ReadOnly)?);
@@ -245,6 +270,7 @@ impl Place<'_> {
 
     /// Lets a machine in another one's state go on, as one of its own.
     fn go_on(&self, paused: Paused) -> Result<Vm, EngineError> {
+        new_generation(&paused.about, paused.handle.remote())?;
         self.meet(paused, |handle| handle.remote().resume())
     }
 
@@ -300,6 +326,20 @@ impl Place<'_> {
     }
 }
 
+/// Tells the guest's kernel, before its first instruction, that it is a copy: it draws new random
+/// numbers then, whatever the agent does.
+pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(), EngineError> {
+    if !about.machine.generation_id {
+        return Ok(());
+    }
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| EngineError::Host {
+        what: "get random numbers",
+        source: std::io::Error::other(error.to_string()),
+    })?;
+    Ok(machine.new_generation(&id)?)
+}
+
 fn greet(
     vsock: &VsockHost,
     setup: &Setup,
@@ -316,23 +356,6 @@ fn greet(
     agent.set_up(setup)?;
     tracing::debug!("guest is ready");
     Ok((listener, agent))
-}
-
-/// Has the guest run programs once, so that what the first ones take longer for is behind it when its
-/// start is kept: the agent itself, which every guest has, and which does nothing when it isn't process
-/// 1; then, where the image has one, a shell with nothing to do, for what most programs share.
-fn warm_up(vsock: &VsockHost) -> Result<(), HostError> {
-    for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
-        let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
-        let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
-        let ended = ExecSession::start(stream, ExecRequest::new(argv))
-            .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
-        match ended {
-            Ok(_) | Err(HostError::NotStarted(_)) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 fn machine_config(spec: &VmSpec) -> MachineConfig {
@@ -362,6 +385,7 @@ fn machine_config(spec: &VmSpec) -> MachineConfig {
         disks,
         rng: true,
         vsock: Some(GUEST_CID),
+        generation_id: true,
         no_reboot: true,
         ..MachineConfig::default()
     }
