@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::thread::{Builder, JoinHandle};
 
+use serde::{Deserialize, Serialize};
 use skerry_hypervisor::probe::ProbeReport;
 use skerry_hypervisor::{Capabilities, Hypervisor, Unusable};
 use skerry_hypervisor_kvm::Kvm;
@@ -12,7 +13,8 @@ use skerry_hypervisor_soft::Soft;
 use crate::error::EngineError;
 
 /// The backends of this build, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// Linux KVM.
     Kvm,
@@ -56,7 +58,8 @@ impl fmt::Display for Backend {
 }
 
 /// What the user asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Choice {
     /// The first backend that works.
     #[default]
@@ -72,6 +75,12 @@ impl Choice {
             Self::Auto => &Backend::ALL,
             Self::Only(backend) => std::slice::from_ref(backend),
         }
+    }
+}
+
+impl From<Backend> for Choice {
+    fn from(backend: Backend) -> Self {
+        Self::Only(backend)
     }
 }
 

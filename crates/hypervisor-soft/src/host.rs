@@ -36,6 +36,8 @@ pub(crate) struct SoftHost {
     start: Instant,
     /// Guest clock minus time since `start` (wrapping).
     offset: AtomicU64,
+    /// What the guest clock was last set to.
+    base: AtomicU64,
     parking: Box<[Parking]>,
     timers: Mutex<Timers>,
     timer_wake: Condvar,
@@ -46,6 +48,7 @@ impl SoftHost {
         Self {
             start: Instant::now(),
             offset: AtomicU64::new(0),
+            base: AtomicU64::new(0),
             parking: (0..processors).map(|_| Parking::default()).collect(),
             timers: Mutex::new(Timers {
                 deadlines: vec![None; processors],
@@ -117,6 +120,7 @@ impl SoftHost {
     pub(crate) fn set_clock_ns(&self, ns: u64) {
         let offset = ns.wrapping_sub(self.start.elapsed().as_nanos() as u64);
         self.offset.store(offset, Ordering::SeqCst);
+        self.base.store(ns, Ordering::SeqCst);
         // Deadlines are times of this clock.
         drop(lock(&self.timers));
         self.timer_wake.notify_all();
@@ -216,6 +220,10 @@ impl Host for SoftHost {
     fn clock_ns(&self) -> u64 {
         let elapsed = self.start.elapsed().as_nanos() as u64;
         elapsed.wrapping_add(self.offset.load(Ordering::Relaxed))
+    }
+
+    fn clock_base_ns(&self) -> u64 {
+        self.base.load(Ordering::Relaxed)
     }
 
     fn wall_clock_base_ns(&self) -> u64 {

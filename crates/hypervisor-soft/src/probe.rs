@@ -10,7 +10,7 @@ use skerry_x86cpu::{HostFeatures, TSC_HZ};
 use crate::state;
 use crate::vm::{MAX_VCPUS, SoftVm};
 
-/// The time-stamp counter counts nanoseconds on every host, so that snapshots travel.
+/// The time-stamp counter counts nanoseconds, unless a guest was told another frequency.
 pub(crate) const TSC_KHZ: u32 = TSC_HZ / 1000;
 
 /// Nothing here can hang; this only bounds a measurement on a host that is overloaded.
@@ -19,6 +19,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// The software processor.
 pub struct Soft {
     supported_cpuid: CpuidTable,
+    accepted_cpuid: CpuidTable,
 }
 
 /// Every CPUID bit that a guest may be shown.
@@ -26,6 +27,14 @@ pub(crate) fn supported() -> CpuidTable {
     static TABLE: OnceLock<CpuidTable> = OnceLock::new();
     TABLE
         .get_or_init(|| state::cpuid_from(&skerry_x86cpu::supported(&HostFeatures::detect())))
+        .clone()
+}
+
+/// Every CPUID bit that a guest from elsewhere may have been shown.
+pub(crate) fn accepted() -> CpuidTable {
+    static TABLE: OnceLock<CpuidTable> = OnceLock::new();
+    TABLE
+        .get_or_init(|| state::cpuid_from(&skerry_x86cpu::accepted(&HostFeatures::detect())))
         .clone()
 }
 
@@ -41,7 +50,10 @@ impl Soft {
             measured_mips,
             max_vcpus: MAX_VCPUS,
             supported_cpuid: self.supported_cpuid,
+            accepted_cpuid: self.accepted_cpuid,
             tsc_khz: TSC_KHZ,
+            tsc_scaling: true,
+            native: false,
             physical_address_bits,
         }
     }
@@ -79,11 +91,16 @@ impl Hypervisor for Soft {
         })?;
         Ok(Self {
             supported_cpuid: supported(),
+            accepted_cpuid: accepted(),
         })
     }
 
     fn supported_cpuid(&self) -> &CpuidTable {
         &self.supported_cpuid
+    }
+
+    fn accepted_cpuid(&self) -> &CpuidTable {
+        &self.accepted_cpuid
     }
 
     fn create_vm(&self, spec: &VmSpec) -> Result<SoftVm, CreateVmError> {

@@ -56,22 +56,20 @@ impl SoftVcpu {
         if slot.get().is_some() {
             return Err(bad("there is one with this id"));
         }
+        let unsupported = |feature| CreateVcpuError::Unsupported { id, feature };
         if let Some(feature) = cpuid
-            .missing_from(&crate::probe::supported())
+            .missing_from(&crate::probe::accepted())
             .into_iter()
             .next()
         {
-            return Err(CreateVcpuError::Unsupported { id, feature });
-        }
-        let khz = crate::probe::TSC_KHZ;
-        if let Some(asked) = cpuid.tsc_khz().filter(|asked| *asked != khz) {
-            return Err(CreateVcpuError::Unsupported {
-                id,
-                feature: format!("a time-stamp counter of {asked} kHz: it runs at {khz}"),
-            });
+            return Err(unsupported(feature));
         }
         let mut cpu = Cpu::new(&vm.machine, id, state::cpuid_to(cpuid))
             .ok_or(bad("there is one with this id"))?;
+        let khz = cpuid.tsc_khz().unwrap_or(crate::probe::TSC_KHZ);
+        if !cpu.set_tsc_khz(khz) {
+            return Err(unsupported(format!("a time-stamp counter of {khz} kHz")));
+        }
         if id != 0 && vm.irqchip == Irqchip::Split {
             cpu.sys.activity = Activity::WaitForInit;
         }
@@ -243,6 +241,12 @@ impl Vcpu for SoftVcpu {
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         self.limits.check(state)?;
         state::load(&mut self.cpu, state)?;
+        let offset = self.cpu.tsc_offset();
+        let khz = self.cpu.sys.time.scale.khz();
+        let common = self.vm.tsc_offset.common(self.cpu.id, offset, khz);
+        if common != offset {
+            self.cpu.set_tsc_offset(common);
+        }
         self.queued = None;
         Ok(())
     }

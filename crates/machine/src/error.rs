@@ -88,6 +88,21 @@ pub enum MachineError {
         /// Its processors.
         cpus: usize,
     },
+    /// The backend can't tell what the guest wrote.
+    #[error(transparent)]
+    DirtyLog(#[from] hv::DirtyLogError),
+    /// Nobody asked for the log of writes.
+    #[error("The machine's writes are not tracked: track them from its start, or save all of it")]
+    NotTracked,
+    /// Memory was neither restored nor rebased.
+    #[error("The machine has nothing to go back to: save it first")]
+    NoBase,
+    /// The machine was configured without.
+    #[error("The machine has no VM generation id: it was made without one")]
+    NoGenerationId,
+    /// A processor may be running.
+    #[error("The machine is not paused: pause it first")]
+    NotPaused,
     /// The run is over.
     #[error("The machine has ended: start a new one")]
     Ended,

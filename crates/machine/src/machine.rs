@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::rand::{GetRandomFlags, getrandom};
+use skerry_boot::layout::GENERATION_ID;
 use skerry_boot::{BootInputs, Entry, Kernel, MemoryMap, NamedBytes, Platform, acpi, mptable};
 use skerry_devices::bus::{MmioBusBuilder, PortBusBuilder};
 use skerry_hypervisor::{CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};
@@ -17,8 +19,9 @@ use crate::config::MachineConfig;
 use crate::control::Control;
 use crate::handle::{MachineHandle, Supervisor};
 use crate::interrupts::{MsiToVm, PicToVcpu};
-use crate::memory::{SavedMemory, SavedRun};
+use crate::memory::SavedMemory;
 use crate::state::MachineState;
+use crate::tracking::TrackedMemory;
 use crate::vcpu::{ExitPath, VcpuThread, enter};
 use crate::virtio::{VirtioParts, VirtioSet};
 use crate::{MachineError, layout, memory};
@@ -36,6 +39,9 @@ pub struct Attachments {
     pub disks: Vec<Arc<dyn skerry_storage::Disk>>,
     /// What memory holds from the start: for [`Machine::restore`].
     pub memory: Option<SavedMemory>,
+    /// Writes to memory are logged from the start, as
+    /// [`MachineRemote::track_writes`](crate::MachineRemote::track_writes) does later.
+    pub track: bool,
 }
 
 impl fmt::Debug for Attachments {
@@ -57,11 +63,6 @@ pub(crate) struct BootSource {
 }
 
 impl BootSource {
-    /// Guest memory.
-    pub(crate) fn ram(&self) -> &GuestRam {
-        &self.ram
-    }
-
     /// Loads the tables, the kernel and the initrd into guest memory.
     pub(crate) fn load(&self) -> Result<Entry, MachineError> {
         let kernel_name = self.config.kernel.display().to_string();
@@ -123,7 +124,8 @@ pub struct Machine<H: Hypervisor> {
     virtio: Arc<VirtioSet>,
     boot: BootSource,
     no_reboot: bool,
-    saved: Vec<SavedRun>,
+    memory: Arc<TrackedMemory>,
+    generation_id: bool,
 }
 
 impl<H: Hypervisor> fmt::Debug for Machine<H> {
@@ -153,7 +155,8 @@ impl<H: Hypervisor> Machine<H> {
         if !(1..=layout::MAX_CPUS).contains(&config.cpus) {
             return Err(MachineError::BadCpuCount(config.cpus));
         }
-        let ram = memory::allocate(&map, attachments.memory.as_ref()).map_err(|source| {
+        let Attachments { memory, track, .. } = attachments;
+        let ram = memory::allocate(&map, memory.as_ref(), track).map_err(|source| {
             MachineError::Memory {
                 mib: map.size() >> 20,
                 source,
@@ -166,6 +169,7 @@ impl<H: Hypervisor> Machine<H> {
         for slot in ram.slots {
             vm.map(slot)?;
         }
+        let memory = TrackedMemory::new(ram.memory.clone(), vm.clone(), memory, track);
         let control = Arc::new(Control::new(config.cpus as usize, config.no_reboot));
         let extint = Arc::new(PicToVcpu::default());
         let mut ports = PortBusBuilder::new();
@@ -200,8 +204,8 @@ impl<H: Hypervisor> Machine<H> {
             ioapic: chipset.ioapic.clone(),
             pic: chipset.pic.clone(),
         };
-        let no_reboot = config.no_reboot;
-        let platform = layout::platform(config.cpus, config.serial, virtio.len());
+        let (no_reboot, generation_id) = (config.no_reboot, config.generation_id);
+        let platform = layout::platform(&config, virtio.len());
         Ok(Self {
             vcpus,
             vm,
@@ -218,12 +222,8 @@ impl<H: Hypervisor> Machine<H> {
                 platform,
             },
             no_reboot,
-            saved: attachments
-                .memory
-                .into_iter()
-                .flat_map(|saved| saved.layers)
-                .flat_map(|(_, runs)| runs)
-                .collect(),
+            memory: Arc::new(memory),
+            generation_id,
         })
     }
 
@@ -231,6 +231,13 @@ impl<H: Hypervisor> Machine<H> {
     pub fn start(self, limit: Option<Duration>) -> Result<MachineHandle, MachineError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let entry = self.boot.load()?;
+        if self.generation_id {
+            let mut id = [0; 16];
+            getrandom(&mut id, GetRandomFlags::empty())
+                .map_err(io::Error::from)
+                .map_err(resource("VM generation id"))?;
+            self.memory.write_physical(GENERATION_ID, &id)?;
+        }
         self.launch(Some(entry), deadline)
     }
 
@@ -286,7 +293,8 @@ impl<H: Hypervisor> Machine<H> {
             boot: self.boot,
             vm: self.vm,
             cpus: threads.len(),
-            saved: self.saved.into(),
+            memory: self.memory,
+            generation_id: self.generation_id,
         };
         let handle = MachineHandle::start(supervisor, threads, deadline)?;
         stop_all.disarm();

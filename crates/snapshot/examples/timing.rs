@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use skerry_snapshot::{Error, PAGE_SIZE, SnapshotStore, Trust, WriteOptions};
 
-fn median(mut times: Vec<Duration>) -> Duration {
+/// The shortest and the median.
+fn figures(mut times: Vec<Duration>) -> String {
     times.sort();
-    times[times.len() / 2]
+    format!("{:.1?} ({:.1?})", times[0], times[times.len() / 2])
 }
 
 fn main() -> Result<(), Error> {
@@ -25,7 +26,7 @@ fn main() -> Result<(), Error> {
     for durable in [false, true] {
         let (mut writes, mut trusted, mut verified) = (Vec::new(), Vec::new(), Vec::new());
         let mut pages_only = Vec::new();
-        for _ in 0..5 {
+        for _ in 0..9 {
             let parent = None;
             let start = Instant::now();
             let mut writer = store.writer(WriteOptions { durable, parent })?;
@@ -50,11 +51,11 @@ fn main() -> Result<(), Error> {
             store.remove(&id)?;
         }
         println!(
-            "{mib} MiB of data, durable {durable}: pages {:?}, all {:?}, open sealed {:?}, open verifying {:?}",
-            median(pages_only),
-            median(writes),
-            median(trusted),
-            median(verified)
+            "{mib} MiB of data, durable {durable}: pages {}, all {}, open sealed {}, open verifying {}",
+            figures(pages_only),
+            figures(writes),
+            figures(trusted),
+            figures(verified)
         );
     }
     Ok(())

@@ -23,12 +23,16 @@ const INTERRUPT: u32 = u32::MAX;
 /// backends' own differ.
 fn table<H: Hypervisor>(hypervisor: &H) -> CpuidTable {
     let supported_cpuid = hypervisor.supported_cpuid().clone();
+    let accepted_cpuid = hypervisor.accepted_cpuid().clone();
     let capabilities = Capabilities {
         name: "",
         description: String::new(),
         measured_mips: None,
         max_vcpus: 1,
         supported_cpuid,
+        accepted_cpuid,
+        tsc_scaling: true,
+        native: true,
         tsc_khz: 1_000_000,
         physical_address_bits: 40,
     };
