@@ -34,6 +34,12 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new virtual machine made from an image
     Run(RunArgs),
+    /// Boot an image, warm it up, and have later runs start from there
+    Warm(WarmArgs),
+    /// Let a virtual machine go on from a snapshot of it
+    Restore(RestoreArgs),
+    /// Make more virtual machines that go on from where a running one is
+    Fork(ForkArgs),
     /// Run one more command in a running virtual machine
     Exec(ExecArgs),
     /// List virtual machines
@@ -189,21 +195,119 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
 
+    /// Go on from a snapshot instead of an image: all that follows is the command
+    #[arg(
+        long,
+        value_name = "SNAPSHOT",
+        conflicts_with_all = ["memory", "cpus", "cpu_model", "kernel", "read_only", "entrypoint", "fresh"]
+    )]
+    pub from_snapshot: Option<String>,
+
     /// What names the image.
     #[arg(
         value_name = "IMAGE",
+        required_unless_present = "from_snapshot",
         help = "demo, the name of an image in the store, oci:DIR[:TAG], oci-archive:TAR, \
                 docker-archive:TAR, or dir:ROOTFS"
     )]
-    pub image: String,
+    pub image: Option<String>,
 
-    /// The command and its arguments [default: the image's own]
+    /// The command and its arguments [default: the image's own, or what runs in the snapshot]
     #[arg(
         value_name = "CMD",
         trailing_var_arg = true,
         allow_hyphen_values = true
     )]
     pub command: Vec<String>,
+}
+
+/// `skerry warm`.
+#[derive(Debug, Args)]
+pub struct WarmArgs {
+    /// The surroundings of the command that warms it up
+    #[command(flatten)]
+    pub io: CommandArgs,
+
+    /// The command goes on in every later run, and is ready when it has written TEXT [default: it has
+    /// to end, with status 0]
+    #[arg(long, value_name = "TEXT", requires = "exec")]
+    pub ready: Option<String>,
+
+    /// Name the snapshot too, for run --from-snapshot and restore
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Keep the root file system as it is: writes fail
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// The machine, which later runs have to ask for too
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// What names the image, as for run
+    #[arg(value_name = "IMAGE")]
+    pub image: String,
+
+    /// Run this first: a command and, up to the end of the line, its arguments
+    #[arg(long, value_name = "CMD", num_args = 1.., allow_hyphen_values = true)]
+    pub exec: Vec<String>,
+}
+
+/// `skerry restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Run it in the background and print its ID
+    #[arg(short = 'd', long)]
+    pub detach: bool,
+
+    /// Name of the virtual machine [default: one is made up]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Forget a machine in the background when it ends, as one in the foreground always is
+    #[arg(long)]
+    pub rm: bool,
+
+    /// Host name inside
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+
+    /// What runs the machine
+    #[arg(long, value_enum, value_name = "NAME", default_value_t)]
+    pub hypervisor: HypervisorArg,
+
+    /// Stop the machine after this time and exit with 124: a number of seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Span>,
+
+    /// Name of the snapshot, its ID or the ID's first digits
+    #[arg(value_name = "SNAPSHOT")]
+    pub snapshot: String,
+}
+
+/// `skerry fork`.
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// How many
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+
+    /// Their name; of several, with -1, -2 … behind it [default: names are made up]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Forget them when they end
+    #[arg(long)]
+    pub rm: bool,
+
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
 }
 
 /// `skerry exec`.
@@ -369,6 +473,8 @@ pub struct SnapshotArgs {
 /// The verbs of `skerry snapshot`. A snapshot is called by a name, its ID or the ID's first digits.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotVerb {
+    /// Take a snapshot of a running virtual machine, which goes on meanwhile
+    Create(SnapshotCreateArgs),
     /// List the snapshots in the store
     Ls(SnapshotLsArgs),
     /// Verify a snapshot and print everything about it as JSON
@@ -382,6 +488,26 @@ pub enum SnapshotVerb {
     /// Remove the kept starts of images, which the next run makes again, and what killed processes
     /// left
     Prune,
+}
+
+/// `skerry snapshot create`.
+#[derive(Debug, Args)]
+pub struct SnapshotCreateArgs {
+    /// Only what differs from the snapshot that the machine goes on from, or that was taken of it last
+    #[arg(long)]
+    pub diff: bool,
+    /// Put the image's root file system into it, so that it can go where the image is not
+    #[arg(long)]
+    pub with_image: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+    /// Name it, taking the name from another that has it
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
 }
 
 /// `skerry snapshot ls`.

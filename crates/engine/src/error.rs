@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use skerry_hypervisor::Unusable;
 use skerry_hypervisor::cpu_model::CpuModelError;
+use skerry_hypervisor::{NotPortable, Unusable};
 use skerry_machine::MachineError;
 use skerry_protocol::host::HostError;
 use skerry_storage::DiskError;
@@ -78,24 +78,9 @@ pub enum EngineError {
         /// Its digest.
         digest: String,
     },
-    /// A snapshot of a machine on another backend.
-    #[error("The snapshot was taken on {taken} and can't go on on {here}: use --hypervisor {taken}")]
-    OtherBackend {
-        /// Where it was taken.
-        taken: Backend,
-        /// Where it was to be used.
-        here: Backend,
-    },
-    /// A snapshot's guest has seen features that there are none of here.
-    #[error(
-        "The snapshot's guest uses what the processor here doesn't have: {}; take it with a smaller \
-         --cpu-model",
-        .missing.join(", ")
-    )]
-    SnapshotFeatures {
-        /// The features.
-        missing: Vec<String>,
-    },
+    /// A snapshot's guest can't go on here.
+    #[error(transparent)]
+    NotPortable(#[from] NotPortable),
     /// A name that is not the user's to give.
     #[error(
         "A snapshot can't be named {name:?}: names with {prefix:?} in front are those of kept starts of images"
@@ -215,8 +200,24 @@ pub enum EngineError {
     /// It stands still, and its agent can't prepare it.
     #[error("It is paused: let it go on first")]
     CapturePaused,
+    /// The command that was to prepare a machine failed.
+    #[error("The command that was to warm the machine up failed: {command}: {why}")]
+    Prewarm {
+        /// The command.
+        command: String,
+        /// How it ended.
+        why: String,
+    },
+    /// A pool gave nothing.
+    #[error(transparent)]
+    Pool(#[from] crate::pool::PoolError),
+    /// It was booted, and never resumed or taken.
+    #[error("The machine has no beginning to be taken back to: resume it from a snapshot")]
+    NoOrigin,
     /// No snapshot for a difference.
-    #[error("{name} goes on from no snapshot: take a full one, and later ones can be differences to it")]
+    #[error(
+        "{name} goes on from no snapshot: take a full one, and later ones can be differences to it"
+    )]
     NoParent {
         /// The machine.
         name: String,

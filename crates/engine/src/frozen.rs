@@ -7,20 +7,19 @@
 //!  another process: receive ─┘         └─► another process: send
 //! ```
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Seek};
 use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use skerry_hypervisor::CpuidTable;
+use skerry_hypervisor::{CpuidTable, portability};
 use skerry_machine::{MachineConfig, MachineState, SavedMemory, SavedRun};
 use skerry_oci::Image;
 use skerry_snapshot::{
-    Content, PAGE_SIZE, PageImage, Snapshot, SnapshotId, SnapshotStore, Trust, WriteOptions,
+    Content, PAGE_SIZE, SnapshotId, SnapshotStore, Trust, WriteOptions, merged_disks, merged_memory,
 };
-use skerry_storage::{Access, Layer, LayerRun, Overlay, RawDisk, flatten};
+use skerry_storage::{Access, Layer, Overlay, Part, RawDisk, flatten};
 
 use crate::command::Surroundings;
 use crate::error::EngineError;
@@ -83,7 +82,7 @@ pub struct About {
 pub struct Frozen {
     /// What machine it is.
     pub about: About,
-    pub(crate) state: MachineState,
+    pub(crate) state: Arc<MachineState>,
     /// Guest memory, counted without the holes in its address space.
     pub(crate) memory: Vec<Layer>,
     /// The writable disk, and its size.
@@ -120,17 +119,6 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> EngineError {
     move |source| EngineError::Host { what, source }
 }
 
-/// The layer that a page image is.
-fn layer(image: PageImage) -> Result<Layer, EngineError> {
-    let runs = image.runs.iter().map(|run| LayerRun {
-        at: run.guest_page * PAGE_SIZE,
-        len: run.pages * PAGE_SIZE,
-        offset: run.file_page * PAGE_SIZE,
-    });
-    let runs: Vec<_> = runs.collect();
-    Ok(Layer::new(image.file, runs)?)
-}
-
 impl Frozen {
     /// Opens and verifies a snapshot of the store, and finds the image that it needs.
     pub fn open(paths: &Paths, name: &str) -> Result<Self, EngineError> {
@@ -146,41 +134,25 @@ impl Frozen {
         id: &SnapshotId,
         image: Option<&Image>,
     ) -> Result<Self, EngineError> {
-        let chain = store.open_chain(id, Trust::Seal)?;
+        let mut chain = store.open_chain(id, Trust::Seal)?;
+        let memory = merged_memory(&chain)?.layers;
+        let scratch = merged_disks(&chain)?.remove(SCRATCH);
+        let extras = chain.iter_mut().rev();
+        let carried = extras
+            .filter_map(|snapshot| snapshot.extras.remove(ROOT))
+            .next();
         let Some(last) = chain.last() else {
             unreachable!("a chain holds the snapshot that it was asked for");
         };
-        let unreadable = |source| EngineError::SavedState {
+        let about: About = last.config()?;
+        let state: Result<MachineState, _> = serde_json::from_slice(last.state());
+        let state = state.map_err(|source| EngineError::SavedState {
             snapshot: id.to_string(),
             source,
-        };
-        let about: About = last.config()?;
-        let state = serde_json::from_slice(last.state()).map_err(unreadable)?;
-        let mut memory = Vec::with_capacity(chain.len());
-        let mut carried = None;
-        let mut disks: BTreeMap<String, (u64, Vec<Layer>)> = BTreeMap::new();
-        for snapshot in chain {
-            let Snapshot {
-                memory: pages,
-                disks: parts,
-                mut extras,
-                ..
-            } = snapshot;
-            carried = extras.remove(ROOT).map(|extra| extra.file).or(carried);
-            memory.push(layer(pages)?);
-            for (name, pages) in parts {
-                let (size, whole) = (pages.size, pages.content == Content::Full);
-                let disk = disks.entry(name).or_insert((size, Vec::new()));
-                disk.0 = size;
-                if whole {
-                    disk.1.clear();
-                }
-                disk.1.push(layer(pages)?);
-            }
-        }
+        })?;
         let root = match (image, carried) {
             (Some(image), _) => open_root(image)?,
-            (None, Some(file)) => file,
+            (None, Some(carried)) => carried.file,
             (None, None) => open_root(&image_of(paths, &about.image)?)?,
         };
         let base = Base {
@@ -190,9 +162,9 @@ impl Frozen {
         };
         Ok(Self {
             about,
-            state,
+            state: Arc::new(state),
             memory,
-            scratch: disks.remove(SCRATCH),
+            scratch: scratch.map(|disk| (disk.size, disk.layers)),
             root: Arc::new(root),
             base: Some(base),
             capture: 0,
@@ -207,7 +179,7 @@ impl Frozen {
         writing: Writing,
     ) -> Result<SnapshotId, EngineError> {
         let base = self.base.as_ref().filter(|_| writing.difference);
-        let state = serde_json::to_vec(&self.state).map_err(|error| {
+        let state = serde_json::to_vec(&*self.state).map_err(|error| {
             failed("write down a machine's state")(io::Error::other(error.to_string()))
         })?;
         let mut writer = store.writer(WriteOptions {
@@ -215,7 +187,10 @@ impl Frozen {
             parent: base.map(|base| base.id),
         })?;
         let (layers, content) = match base {
-            Some(base) => (self.memory.get(base.layers..).unwrap_or_default(), Content::Diff),
+            Some(base) => (
+                self.memory.get(base.layers..).unwrap_or_default(),
+                Content::Diff,
+            ),
             None => (self.memory.as_slice(), Content::Full),
         };
         let size = self.about.machine.memory;
@@ -247,37 +222,29 @@ impl Frozen {
         Ok(writer.commit(&self.about)?)
     }
 
-    /// Whether it can go on here, before anything is touched.
-    pub(crate) fn check(&self, selected: &Selected) -> Result<(), EngineError> {
-        if self.about.backend != selected.backend {
-            return Err(EngineError::OtherBackend {
-                taken: self.about.backend,
-                here: selected.backend,
-            });
-        }
-        let supported = &selected.capabilities.supported_cpuid;
-        let tables = self.about.cpuid.iter();
-        let mut missing: Vec<String> =
-            tables.flat_map(|table| table.missing_from(supported)).collect();
-        missing.sort();
-        missing.dedup();
-        match missing.is_empty() {
-            true => Ok(()),
-            false => Err(EngineError::SnapshotFeatures { missing }),
-        }
+    /// Whether it can go on with a backend, before anything is made for it; gives what the user
+    /// should be told if it does.
+    pub(crate) fn check(&self, selected: &Selected) -> Result<Vec<String>, EngineError> {
+        let About { cpuid, machine, .. } = &self.about;
+        let losses = portability::check(cpuid, machine.memory, &selected.capabilities)?;
+        Ok(losses.iter().map(ToString::to_string).collect())
     }
 
     /// Guest memory as a machine maps it: each page once.
     pub(crate) fn saved_memory(&self) -> Result<SavedMemory, EngineError> {
         let mut layers = Vec::with_capacity(self.memory.len());
-        for layer in flatten(&self.memory) {
+        let parts: Vec<_> = self.memory.iter().cloned().map(Part::Layer).collect();
+        for layer in flatten(&parts) {
             let file = layer.file().try_clone();
             let runs = layer.runs().iter().map(|run| SavedRun {
                 at: run.at,
                 len: run.len,
                 offset: run.offset,
             });
-            layers.push((file.map_err(failed("share a machine's memory"))?, runs.collect()));
+            layers.push((
+                file.map_err(failed("share a machine's memory"))?,
+                runs.collect(),
+            ));
         }
         Ok(SavedMemory { layers })
     }

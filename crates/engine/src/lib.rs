@@ -22,12 +22,13 @@ mod log;
 mod machine;
 mod parcel;
 mod paths;
+pub mod pool;
 pub mod run;
 pub mod snapshots;
 mod transport;
 pub mod vm;
 pub mod vms;
-mod warm;
+pub mod warm;
 
 pub use error::EngineError;
 pub use machine::MachineOptions;

@@ -49,7 +49,10 @@ fn failed(source: io::Error) -> EngineError {
 }
 
 fn broken() -> EngineError {
-    failed(io::Error::new(io::ErrorKind::InvalidData, "it is incomplete"))
+    failed(io::Error::new(
+        io::ErrorKind::InvalidData,
+        "it is incomplete",
+    ))
 }
 
 /// Files, each once.
@@ -77,7 +80,9 @@ impl Files {
 fn unpack(files: &[Arc<File>], layers: Vec<PackedLayer>) -> Result<Vec<Layer>, EngineError> {
     let unpacked = layers.into_iter().map(|PackedLayer(file, runs)| {
         let file = files.get(file).ok_or_else(broken)?.clone();
-        let runs = runs.into_iter().map(|(at, len, offset)| LayerRun { at, len, offset });
+        let runs = runs
+            .into_iter()
+            .map(|(at, len, offset)| LayerRun { at, len, offset });
         Ok(Layer::new(file, runs.collect::<Vec<_>>())?)
     });
     unpacked.collect()
@@ -90,7 +95,7 @@ pub(crate) fn hand_over(stream: &mut UnixStream, frozen: &Frozen) -> Result<(), 
     let scratch = frozen.scratch.as_ref();
     let packed = Packed {
         about: frozen.about.clone(),
-        state: frozen.state.clone(),
+        state: (*frozen.state).clone(),
         memory: files.pack(&frozen.memory),
         scratch: scratch.map(|(size, layers)| (*size, files.pack(layers))),
         base: frozen
@@ -131,7 +136,7 @@ pub(crate) fn take_over(stream: &mut UnixStream) -> Result<Frozen, EngineError> 
     };
     Ok(Frozen {
         about: packed.about,
-        state: packed.state,
+        state: Arc::new(packed.state),
         memory: unpack(&files, packed.memory)?,
         scratch,
         root: files.first().ok_or_else(broken)?.clone(),
@@ -165,7 +170,10 @@ fn receive_files(stream: &UnixStream, count: usize, files: &mut Vec<Arc<File>>) 
         }
     }
     if received.len() != count {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "descriptors are missing"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "descriptors are missing",
+        ));
     }
     files.extend(received.into_iter().map(|fd| Arc::new(File::from(fd))));
     Ok(())

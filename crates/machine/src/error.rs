@@ -97,6 +97,9 @@ pub enum MachineError {
     /// Memory was neither restored nor rebased.
     #[error("The machine has nothing to go back to: save it first")]
     NoBase,
+    /// The machine was configured without.
+    #[error("The machine has no VM generation id: it was made without one")]
+    NoGenerationId,
     /// A processor may be running.
     #[error("The machine is not paused: pause it first")]
     NotPaused,

@@ -7,11 +7,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use skerry_boot::layout::GENERATION_ID;
 use skerry_devices::serial::SerialInput;
 use skerry_hypervisor::Vm;
 use skerry_hypervisor::probe::chain;
 
-use crate::MachineError;
 use crate::chipset::Chipset;
 use crate::control::{Command, Control, Reply, Task};
 use crate::machine::BootSource;
@@ -21,6 +21,7 @@ use crate::pages::PageSet;
 use crate::state::{MACHINE_STATE_VERSION, MachineState};
 use crate::tracking::{AnyVm, TrackedMemory};
 use crate::virtio::VirtioSet;
+use crate::{MachineError, layout};
 
 /// How long the output of serial ports may take to reach its sinks when a run ends.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
@@ -34,6 +35,7 @@ pub(crate) struct Supervisor<V> {
     pub(crate) vm: Arc<V>,
     pub(crate) cpus: usize,
     pub(crate) memory: Arc<TrackedMemory>,
+    pub(crate) generation_id: bool,
 }
 
 impl<V: Vm> Supervisor<V> {
@@ -157,6 +159,7 @@ pub struct MachineRemote {
     chipset: Arc<Chipset>,
     virtio: Arc<VirtioSet>,
     memory: Arc<TrackedMemory>,
+    generation_id: bool,
 }
 
 impl std::fmt::Debug for MachineRemote {
@@ -191,6 +194,7 @@ impl MachineRemote {
     /// The state of a machine that is paused: processors first, so that what they had in hand is
     /// finished, then devices, sources of interrupts before the controllers.
     pub fn save_state(&self) -> Result<MachineState, MachineError> {
+        self.paused()?;
         let mut cpus = Vec::with_capacity(self.cpus);
         for cpu in 0..self.cpus {
             match self.command(cpu, Command::Save)? {
@@ -217,6 +221,7 @@ impl MachineRemote {
             virtio,
             chipset,
         } = saved;
+        self.paused()?;
         if version != MACHINE_STATE_VERSION || cpus.len() != self.cpus {
             return Err(MachineError::OtherMachine {
                 version,
@@ -307,9 +312,28 @@ impl MachineRemote {
         Ok(Rewound { pages })
     }
 
+    /// Whether the machine stands still because it was paused.
+    pub fn is_paused(&self) -> bool {
+        self.control.is_paused()
+    }
+
+    /// Gives the machine a new generation id and tells its guest, which then knows that it is a copy
+    /// and draws new random numbers. For a clone before its first instruction. The id is memory
+    /// that the host writes: it counts as written.
+    pub fn new_generation(&self, id: &[u8; 16]) -> Result<(), MachineError> {
+        if !self.generation_id {
+            return Err(MachineError::NoGenerationId);
+        }
+        self.memory.write_physical(GENERATION_ID, id)?;
+        self.chipset.acpi.raise_gpe(layout::GENERATION_EVENT);
+        Ok(())
+    }
+
     fn paused(&self) -> Result<(), MachineError> {
         if self.control.is_paused() {
             Ok(())
+        } else if self.control.is_ending() {
+            Err(MachineError::Ended)
         } else {
             Err(MachineError::NotPaused)
         }
@@ -374,6 +398,7 @@ impl MachineHandle {
             chipset: supervisor.chipset.clone(),
             virtio: supervisor.virtio.clone(),
             memory: supervisor.memory.clone(),
+            generation_id: supervisor.generation_id,
         };
         let thread = std::thread::Builder::new()
             .name("machine".into())

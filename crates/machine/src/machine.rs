@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::rand::{GetRandomFlags, getrandom};
+use skerry_boot::layout::GENERATION_ID;
 use skerry_boot::{BootInputs, Entry, Kernel, MemoryMap, NamedBytes, Platform, acpi, mptable};
 use skerry_devices::bus::{MmioBusBuilder, PortBusBuilder};
 use skerry_hypervisor::{CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};
@@ -123,6 +125,7 @@ pub struct Machine<H: Hypervisor> {
     boot: BootSource,
     no_reboot: bool,
     memory: Arc<TrackedMemory>,
+    generation_id: bool,
 }
 
 impl<H: Hypervisor> fmt::Debug for Machine<H> {
@@ -201,8 +204,8 @@ impl<H: Hypervisor> Machine<H> {
             ioapic: chipset.ioapic.clone(),
             pic: chipset.pic.clone(),
         };
-        let no_reboot = config.no_reboot;
-        let platform = layout::platform(config.cpus, config.serial, virtio.len());
+        let (no_reboot, generation_id) = (config.no_reboot, config.generation_id);
+        let platform = layout::platform(&config, virtio.len());
         Ok(Self {
             vcpus,
             vm,
@@ -220,6 +223,7 @@ impl<H: Hypervisor> Machine<H> {
             },
             no_reboot,
             memory: Arc::new(memory),
+            generation_id,
         })
     }
 
@@ -227,6 +231,13 @@ impl<H: Hypervisor> Machine<H> {
     pub fn start(self, limit: Option<Duration>) -> Result<MachineHandle, MachineError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let entry = self.boot.load()?;
+        if self.generation_id {
+            let mut id = [0; 16];
+            getrandom(&mut id, GetRandomFlags::empty())
+                .map_err(io::Error::from)
+                .map_err(resource("VM generation id"))?;
+            self.memory.write_physical(GENERATION_ID, &id)?;
+        }
         self.launch(Some(entry), deadline)
     }
 
@@ -283,6 +294,7 @@ impl<H: Hypervisor> Machine<H> {
             vm: self.vm,
             cpus: threads.len(),
             memory: self.memory,
+            generation_id: self.generation_id,
         };
         let handle = MachineHandle::start(supervisor, threads, deadline)?;
         stop_all.disarm();

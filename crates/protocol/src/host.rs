@@ -34,6 +34,21 @@ pub enum HostError {
         /// Newest protocol version that it speaks.
         newest: u16,
     },
+    /// The agent of a guest that an older Skerry started lacks something.
+    #[error(
+        "Guest's agent {agent} cannot {asked}: it speaks protocol version {speaks} and that takes \
+         {needs}; start the guest anew, not from a snapshot of an older version of Skerry"
+    )]
+    TooOld {
+        /// Version of the agent.
+        agent: String,
+        /// What it was to do.
+        asked: &'static str,
+        /// Protocol version that both sides speak.
+        speaks: u16,
+        /// Protocol version that has it.
+        needs: u16,
+    },
     /// The agent tried and failed; the words are its own.
     #[error("Guest's agent could not {asked}: {reason}")]
     Agent {

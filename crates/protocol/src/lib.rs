@@ -6,7 +6,7 @@
 //!   vsock listen 1025  <-- control connection ------------  connect to CID 2 at start
 //!       host::Control       Hello  ->  <- Setup                mounts the root, sets names
 //!                           Ready  ->                          (the host never polls)
-//!                           <- ControlRequest   Reply ->       clock, entropy, shutdown
+//!                           <- ControlRequest   Reply ->       clock, entropy, freeze, shutdown
 //!
 //!   vsock connect 1024 --- one connection for each exec ->  accept
 //!       host::ExecSession   <- ExecRequest, Stdin, Resize, Signal ...
@@ -21,6 +21,8 @@
 //! Where a guest has no vsock, [`mux`] carries the same connections over one byte stream.
 //!
 //! The wire format is versioned by [`message::Hello`]; new message kinds go at the end of their enum.
+//! A guest that is restored may be older than its host: what its agent can't do is an error that says
+//! so ([`host::HostError::TooOld`]), and all else works.
 #![forbid(unsafe_code)]
 
 pub mod frame;
@@ -40,10 +42,13 @@ pub const EXEC_PORT: u32 = 1024;
 pub const CONTROL_PORT: u32 = 1025;
 
 /// Newest protocol version that this crate speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Oldest protocol version that this crate speaks.
 pub const OLDEST_VERSION: u16 = 1;
+
+/// First version with kept sessions, freeze and thaw, sync and compact.
+pub const SNAPSHOT_VERSION: u16 = 2;
 
 /// Bytes of standard input that the host may send before the agent grants more with
 /// [`message::ExecEvent::StdinCredit`].

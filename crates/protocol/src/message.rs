@@ -125,6 +125,16 @@ pub enum ControlRequest {
     Reseed(Vec<u8>),
     /// Stop every process, write everything back, end the guest. Answered before the end.
     Shutdown(ShutdownMode),
+    /// Stop every process that an exec started, and their descendants, where they are. Answered when
+    /// all stand still; execs that come later stand still from their first instruction.
+    Freeze,
+    /// Let them go on.
+    Thaw,
+    /// Write everything back to the disks.
+    Sync,
+    /// Sync, drop what the kernel keeps only to be faster, and tell the disks which blocks are free: what a
+    /// snapshot has to hold gets smaller.
+    Compact,
 }
 
 /// Host to agent on the control connection.
@@ -202,6 +212,21 @@ pub enum ExecCommand<'a> {
     Resize(WinSize),
     /// Send this signal: to the process, or with a terminal to its foreground group.
     Signal(u8),
+    /// Like [`Self::Start`], but the command outlives its connection: it goes on, its output waits, and
+    /// so does its status, until a connection takes it up again.
+    StartKept {
+        /// The host's name for it; none that is in use.
+        id: u32,
+        /// What to run.
+        request: ExecRequest,
+    },
+    /// Take up a kept command: answered by [`ExecEvent::Started`], then [`ExecEvent::StdinCredit`] (all
+    /// that there is now) or [`ExecEvent::StdinClosed`], then what the command wrote. The connection that
+    /// had it before, if there is one still, is closed.
+    Attach {
+        /// The name that it was started under.
+        id: u32,
+    },
 }
 
 /// Agent to host on an exec connection.
@@ -272,6 +297,8 @@ pub enum FailureKind {
     BadRequest,
     /// The guest lacks what it takes: memory, processes, terminals.
     Resources,
+    /// No kept command has that name: it never was, or its status has been collected.
+    NoSession,
 }
 
 impl FailureKind {
@@ -281,7 +308,7 @@ impl FailureKind {
         match self {
             Self::NotFound => 127,
             Self::NotExecutable | Self::BadCwd => 126,
-            Self::BadUser | Self::BadRequest | Self::Resources => 125,
+            Self::BadUser | Self::BadRequest | Self::Resources | Self::NoSession => 125,
         }
     }
 }
@@ -369,6 +396,33 @@ mod tests {
         );
     }
 
+    #[test]
+    fn the_messages_of_version_two_keep_their_bytes() {
+        let request = ExecRequest {
+            user: "u".to_owned(),
+            stdin: true,
+            ..ExecRequest::new(["a"])
+        };
+        assert_eq!(
+            round_trip(&ExecCommand::StartKept { id: 300, request }),
+            [5, 0xac, 2, 1, 1, b'a', 0, 0, 1, b'u', 0, 1]
+        );
+        assert_eq!(round_trip(&ExecCommand::Attach { id: 7 }), [6, 7]);
+        for (number, request) in [
+            (4, ControlRequest::Freeze),
+            (5, ControlRequest::Thaw),
+            (6, ControlRequest::Sync),
+            (7, ControlRequest::Compact),
+        ] {
+            assert_eq!(round_trip(&ToAgent::Request(request)), [2, number]);
+        }
+        let failure = ExecFailure {
+            kind: FailureKind::NoSession,
+            message: String::new(),
+        };
+        assert_eq!(round_trip(&ExecEvent::Failed(failure)), [5, 6, 0]);
+    }
+
     fn string() -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(any::<u8>(), 0..40)
     }
@@ -396,7 +450,10 @@ mod tests {
             credit in any::<u32>(), message in ".{0,40}",
         ) {
             for command in [
-                ExecCommand::Start(request),
+                ExecCommand::Start(request.clone()),
+                ExecCommand::StartKept { id: credit, request },
+                ExecCommand::Attach { id: credit },
+                ExecCommand::Resize(WinSize { rows: 1, cols: 2, x_pixels: 3, y_pixels: 4 }),
                 ExecCommand::Stdin(&bytes),
                 ExecCommand::StdinEof,
                 ExecCommand::Signal(number),
@@ -447,6 +504,10 @@ mod tests {
                 ToAgent::Request(ControlRequest::SetClock(size)),
                 ToAgent::Request(ControlRequest::Reseed(entropy.clone())),
                 ToAgent::Request(ControlRequest::Shutdown(ShutdownMode::Reboot)),
+                ToAgent::Request(ControlRequest::Freeze),
+                ToAgent::Request(ControlRequest::Thaw),
+                ToAgent::Request(ControlRequest::Sync),
+                ToAgent::Request(ControlRequest::Compact),
             ] {
                 let payload = round_trip(&message);
                 prop_assert_eq!(decode::<ToAgent>(&payload).unwrap(), message);

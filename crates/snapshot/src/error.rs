@@ -254,6 +254,16 @@ pub enum Error {
         /// What is wrong.
         problem: &'static str,
     },
+    /// A name that another snapshot has.
+    #[error(
+        "The name '{name}' is that of snapshot {id}; take another name, or take it from that one with `skerry snapshot rm`"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// What has it.
+        id: SnapshotId,
+    },
     /// Something in the way of an export.
     #[error("'{}' exists already; name another place or remove it first", path.display())]
     Exists {
@@ -333,6 +343,39 @@ pub enum PagesError {
         /// By the configuration.
         expected: u64,
     },
+}
+
+/// What is wrong with a working set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkingSetError {
+    /// Another kind of file.
+    #[error("It doesn't begin as a working set does")]
+    Magic,
+    /// A version that this program doesn't know.
+    #[error("Its version is {0} and this program reads 1; have it recorded again")]
+    Version(u8),
+    /// It ends too early.
+    #[error("It is cut short")]
+    Short,
+    /// It goes on after its end.
+    #[error("There is more after its end")]
+    Long,
+    /// A number that isn't one.
+    #[error("A number in it is too large or not in its shortest form")]
+    Number,
+    /// More ranges than are allowed, or than there can be.
+    #[error("It has more than {limit} ranges, or more than it has bytes for")]
+    TooMany {
+        /// The limit.
+        limit: u64,
+    },
+    /// A range without pages, or one that is a part of the one before.
+    #[error("A range in it is empty or touches the one before")]
+    Empty,
+    /// A page that the machine doesn't have.
+    #[error("It goes beyond the end of the memory")]
+    BeyondEnd,
 }
 
 impl Error {

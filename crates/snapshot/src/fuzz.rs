@@ -5,6 +5,7 @@ use serde::de::IgnoredAny;
 use crate::manifest::{self, Manifest};
 use crate::pages::{FOOTER_BYTES, Footer, PAGE_SIZE};
 use crate::seal::Seal;
+use crate::working_set::WorkingSet;
 
 /// Any bytes as the table of a page image, with its footer as it is and one that fits.
 pub fn page_table(bytes: &[u8]) {
@@ -47,7 +48,11 @@ pub fn page_table(bytes: &[u8]) {
 /// Any bytes as each of the JSON documents.
 pub fn documents(bytes: &[u8]) {
     let _ = manifest::check_layout("fuzz", bytes);
-    let _ = manifest::manifest_of_index("fuzz", bytes);
+    if let Ok(found) = manifest::manifests_of_index("fuzz", bytes) {
+        assert!(!found.is_empty() && found.len() <= crate::CHAIN_MAX);
+        let one = manifest::manifest_of_index("fuzz", bytes);
+        assert_eq!(one.is_ok(), found.len() == 1);
+    }
     let _ = manifest::envelope::<IgnoredAny>("fuzz", bytes);
     if let Ok(manifest) = Manifest::decode("fuzz", bytes) {
         let again = manifest
@@ -67,58 +72,39 @@ pub fn seal(bytes: &[u8]) {
     }
 }
 
+/// Any bytes as a working set.
+pub fn working_set(bytes: &[u8]) {
+    for pages in [0, 1000, u64::MAX] {
+        if let Ok(set) = WorkingSet::decode(bytes, pages) {
+            assert_eq!(set.encode(), bytes);
+            assert!(set.ranges().iter().all(|range| !range.is_empty()));
+            assert!(
+                set.ranges()
+                    .windows(2)
+                    .all(|pair| pair[0].end < pair[1].start)
+            );
+            assert!(set.ranges().last().is_none_or(|range| range.end <= pages));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     //! The short form of fuzzing: seeds and random changes of them, for a moment on each run of
     //! the tests. `fuzz/` has the long form.
 
     use std::collections::BTreeMap;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use super::*;
     use crate::manifest::{Descriptor, Envelope};
     use crate::pages::{Content, Run, Table};
     use crate::{Digest, seal};
-
-    /// xorshift64*: the same changes each time.
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self, below: usize) -> usize {
-            self.0 ^= self.0 >> 12;
-            self.0 ^= self.0 << 25;
-            self.0 ^= self.0 >> 27;
-            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
-        }
-    }
-
-    fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
-        for _ in 0..=random.next(4) {
-            let (len, at) = (bytes.len(), random.next(bytes.len()));
-            match random.next(5) {
-                0 if len > 0 => bytes[at] = random.next(256) as u8,
-                1 if len > 0 => bytes[at] ^= 1 << random.next(8),
-                2 if random.next(4) == 0 => bytes.truncate(at),
-                3 => {
-                    let part: Vec<u8> = bytes[at..].iter().take(300).copied().collect();
-                    let to = random.next(len);
-                    bytes.splice(to..to, part);
-                }
-                _ if len > 0 => bytes[at] = b"0123456789{}[]\",:\0\xff"[random.next(19)],
-                _ => {}
-            }
-        }
-    }
+    use skerry_test_support::fuzz_briefly;
 
     fn run(seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
-        let mut random = Random(0x5eed);
-        let start = Instant::now();
-        seeds.iter().for_each(|seed| target(seed));
-        while start.elapsed() < Duration::from_secs(1) {
-            let mut bytes = seeds[random.next(seeds.len())].clone();
-            mutate(&mut random, &mut bytes);
-            target(&bytes);
-        }
+        let tokens = b"0123456789{}[]\",:\0\xff";
+        fuzz_briefly(seeds, tokens, Duration::from_secs(1), target);
     }
 
     #[test]
@@ -171,7 +157,7 @@ mod tests {
         };
         let seeds = [
             manifest::LAYOUT.to_vec(),
-            manifest::index(Digest::of(b"m"), 7).unwrap(),
+            manifest::index([(Digest::of(b"m"), 7), (Digest::of(b"n"), 8)].into_iter()).unwrap(),
             manifest.encode().unwrap(),
             serde_json::to_vec(&envelope).unwrap(),
         ];
@@ -193,5 +179,12 @@ mod tests {
                 .covers(Digest::of(b"m"), &blobs)
         );
         run(&seeds, super::seal);
+    }
+    #[test]
+    fn working_sets_briefly() {
+        let ranges = [1..4, 200..900, 901..902, 100_000..200_000];
+        let seeds = [&ranges[..0], &ranges[..3], &ranges[..]]
+            .map(|ranges| WorkingSet::new(ranges.to_vec()).unwrap().encode());
+        run(&seeds, working_set);
     }
 }

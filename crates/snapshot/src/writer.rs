@@ -268,7 +268,7 @@ pub(crate) fn finish(
     how: Finish,
 ) -> Result<SnapshotId, Error> {
     let id = descriptor.digest;
-    let index = manifest::index(id, descriptor.size)?;
+    let index = manifest::index(std::iter::once((id, descriptor.size)))?;
     for (name, bytes) in [("oci-layout", manifest::LAYOUT), ("index.json", &index)] {
         let path = staging.path().join(name);
         std::fs::write(&path, bytes).map_err(|error| Error::io("write", &path, error))?;

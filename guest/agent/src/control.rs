@@ -1,7 +1,9 @@
 //! The guest's side of the control connection.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -10,6 +12,8 @@ use rustix::time::{ClockId, Timespec};
 use skerry_protocol::frame::{self, FrameDecoder, FrameError};
 use skerry_protocol::message::{ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent};
 
+use crate::cgroup::Cgroup;
+use crate::clone_event::{self, CloneEvents};
 use crate::{files, log, sys};
 
 /// A control connection.
@@ -55,23 +59,24 @@ impl Control {
         frame::write(&mut self.stream, &FromAgent::Ready(result))
     }
 
-    /// Does what the host asks until it hangs up.
-    pub fn serve(&mut self) -> FrameError {
+    /// Does what the host asks until it hangs up; returns whether it asked for anything.
+    pub fn serve(&mut self, guest: &mut Guest) -> bool {
+        let mut asked = false;
         loop {
             let result = match self.receive() {
-                Ok(ToAgent::Request(request)) => self.obey(request),
+                Ok(ToAgent::Request(request)) => self.obey(request, guest),
                 // The host of a restored guest greets an agent that has been set up already.
                 Ok(ToAgent::Setup(setup)) => {
-                    refresh(&setup);
-                    files::become_clone(&setup);
-                    self.ready(Ok(()))
+                    let result = guest.become_clone(&setup);
+                    self.ready(result.map_err(|error| error.to_string()))
                 }
                 Ok(ToAgent::Refused) => Err(FrameError::Closed),
                 Err(error) => Err(error),
             };
-            if let Err(error) = result {
-                return error;
+            if result.is_err() {
+                return asked;
             }
+            asked = true;
         }
     }
 
@@ -79,7 +84,7 @@ impl Control {
         frame::decode(self.decoder.read_frame(&mut self.stream)?)
     }
 
-    fn obey(&mut self, request: ControlRequest) -> Result<(), FrameError> {
+    fn obey(&mut self, request: ControlRequest, guest: &mut Guest) -> Result<(), FrameError> {
         let result = match request {
             ControlRequest::Ping => Ok(()),
             ControlRequest::SetClock(nanoseconds) => set_clock(nanoseconds),
@@ -88,9 +93,69 @@ impl Control {
                 frame::write(&mut self.stream, &FromAgent::Reply(Ok(())))?;
                 shut_down(mode);
             }
+            ControlRequest::Freeze => guest.freeze(),
+            ControlRequest::Thaw => guest.thaw(),
+            ControlRequest::Sync => {
+                rustix::fs::sync();
+                Ok(())
+            }
+            ControlRequest::Compact => guest.compact(),
         };
         let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
         frame::write(&mut self.stream, &reply)
+    }
+}
+
+/// What the host's requests are about, from set-up on.
+#[derive(Debug, Default)]
+pub struct Guest {
+    /// The cgroup of the user's processes, where the kernel has such.
+    pub cgroup: Option<Arc<Cgroup>>,
+    /// Where programs learn of a clone, if that could be made.
+    pub clones: Option<CloneEvents>,
+    /// The file system that takes the root's writes, where it is on a disk.
+    pub disk: Option<OwnedFd>,
+}
+
+impl Guest {
+    fn cgroup(&self) -> io::Result<&Cgroup> {
+        let none = || io::Error::other("this guest's kernel has no version 2 cgroups");
+        self.cgroup.as_deref().ok_or_else(none)
+    }
+
+    fn freeze(&self) -> io::Result<()> {
+        self.cgroup()?.freeze()
+    }
+
+    fn thaw(&self) -> io::Result<()> {
+        self.cgroup()?.thaw()
+    }
+
+    /// Makes this guest one of its own, after it was restored from a state that others share. The
+    /// user's processes, if they were stopped, go on when nothing is left that they could mistake
+    /// for another guest's.
+    fn become_clone(&mut self, setup: &Setup) -> io::Result<()> {
+        refresh(setup);
+        files::become_clone(setup);
+        if let Some(clones) = &mut self.clones
+            && let Err(error) = clones.record()
+        {
+            log::error(format_args!("{}: {error}", clone_event::PATH));
+        }
+        match &self.cgroup {
+            Some(cgroup) => cgroup.thaw(),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives up what a snapshot need not hold.
+    fn compact(&self) -> io::Result<()> {
+        rustix::fs::sync();
+        std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+        match &self.disk {
+            Some(disk) => sys::trim(disk.as_fd()),
+            None => Ok(()),
+        }
     }
 }
 

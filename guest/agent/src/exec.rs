@@ -1,10 +1,14 @@
-//! Running commands: one session for each connection.
+//! Running commands: one session for each.
 //!
-//! [`session`] speaks the protocol; [`user`], [`lookup`] and [`environment`] turn a request into
-//! what `execve` takes, and [`spawn`] makes the process.
+//! [`session`] speaks the protocol with [`output`] and [`kept`]; [`user`], [`lookup`] and
+//! [`environment`] turn a request into what `execve` takes, and [`spawn`] and [`child`] make the
+//! process.
 
+pub mod child;
 pub mod environment;
+pub mod kept;
 pub mod lookup;
+pub mod output;
 pub mod session;
 pub mod spawn;
 pub mod user;
@@ -15,8 +19,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use skerry_protocol::message::{ExecFailure, FailureKind, GuestString};
 
+use self::kept::Kept;
+use crate::cgroup::Cgroup;
 use crate::log;
-use crate::reap::Reaper;
 
 /// Execs at one time; more connections are closed at once.
 const MAX_SESSIONS: usize = 4096;
@@ -24,18 +29,21 @@ const MAX_SESSIONS: usize = 4096;
 /// What all exec sessions of a guest share.
 #[derive(Debug)]
 pub struct ExecServer {
-    reaper: Arc<Reaper>,
     env: Vec<(GuestString, GuestString)>,
+    cgroup: Option<Arc<Cgroup>>,
+    kept: Arc<Kept>,
     sessions: AtomicUsize,
 }
 
 impl ExecServer {
-    /// A server whose commands have `env` unless they name a variable themselves.
+    /// A server whose commands have `env` unless they name a variable themselves, and live in
+    /// `cgroup`.
     #[must_use]
-    pub fn new(reaper: Arc<Reaper>, env: Vec<(GuestString, GuestString)>) -> Arc<Self> {
+    pub fn new(env: Vec<(GuestString, GuestString)>, cgroup: Option<Arc<Cgroup>>) -> Arc<Self> {
         Arc::new(Self {
-            reaper,
             env,
+            cgroup,
+            kept: Arc::default(),
             sessions: AtomicUsize::new(0),
         })
     }
@@ -62,7 +70,7 @@ impl ExecServer {
 
     /// Serves one connection in this thread.
     pub fn serve_here(&self, connection: UnixStream) {
-        if let Err(error) = session::run(connection, &self.reaper, &self.env) {
+        if let Err(error) = session::run(connection, self) {
             log::error(format_args!("exec session: {error}"));
         }
     }

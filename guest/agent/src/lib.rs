@@ -7,17 +7,20 @@
 //!                 |  control::Control         Hello ->, <- Setup
 //!                 |  root::switch             image + overlay becomes /
 //!                 |  mounts::standard, files  /proc /sys /dev ..., /etc/hostname ..., `lo` up
+//!                 |  cgroup, clone_event      for the day of a snapshot
 //!                 |  transport::listen        port 1024
 //!                 |  Ready ->
-//!                 +- control::serve           clock, entropy, shutdown
-//!
-//!   accept --> exec::session (one thread each) --> exec::spawn --> the command
-//!   reap::Reaper: orphans, never an exec's own child
+//!                 |
+//!    first thread +- sys::wait_for_notice     orphans, the power button
+//!    "control"    +- control::serve           clock, entropy, freeze, clones, shutdown
+//!    "accept"     +- accept --> exec::session (one thread each) --> exec::child --> the command
 //! ```
 //!
 //! It is a library so that tests run the exec service as an ordinary process over a socket pair.
 //! The program is one static binary; the host puts it alone into the initial RAM file system.
 
+pub mod cgroup;
+pub mod clone_event;
 pub mod console;
 pub mod control;
 pub mod exec;
@@ -26,7 +29,6 @@ pub mod init;
 pub mod log;
 pub mod mounts;
 pub mod network;
-pub mod reap;
 pub mod root;
 pub mod sys;
 pub mod transport;

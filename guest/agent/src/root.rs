@@ -9,6 +9,7 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,15 +25,16 @@ const ROOT: &str = "/skerry/root";
 /// How long a block device may take to appear.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Makes `spec` the root. Afterwards `/proc`, `/sys` and `/dev` are to be mounted anew.
-pub fn switch(spec: &RootSpec) -> io::Result<()> {
+/// Makes `spec` the root. Afterwards `/proc`, `/sys` and `/dev` are to be mounted anew. Returns the
+/// file system that takes writes, where that is a disk's.
+pub fn switch(spec: &RootSpec) -> io::Result<Option<OwnedFd>> {
     let RootSpec::Image {
         device,
         fs_type,
         upper,
     } = spec
     else {
-        return Ok(());
+        return Ok(None);
     };
     for directory in [LOWER, WRITABLE, ROOT] {
         fs::create_dir_all(directory)?;
@@ -68,7 +70,12 @@ pub fn switch(spec: &RootSpec) -> io::Result<()> {
         MountFlags::empty(),
         &options,
     )?;
-    enter(Path::new(ROOT))
+    let disk = match upper {
+        Upper::Ext4(_) => Some(fs::File::open(WRITABLE)?.into()),
+        Upper::ReadOnly | Upper::Tmpfs { .. } => None,
+    };
+    enter(Path::new(ROOT))?;
+    Ok(disk)
 }
 
 /// Closes a root that is to be read-only, when the agent has put its files there.

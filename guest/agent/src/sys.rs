@@ -1,5 +1,5 @@
-//! System calls that have no safe wrapper: the whole of the agent's `unsafe` but the child's side
-//! of an exec (`exec::spawn`) and the entry point.
+//! System calls that have no safe wrapper: the whole of the agent's `unsafe` but the making of an
+//! exec's process (`exec::child`) and the entry point.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper in rustix")]
 
 use std::fs::File;
@@ -104,23 +104,26 @@ pub fn vsock_peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(address.cid)
 }
 
-/// Waits for any child to end and says which, leaving its status to be collected.
-pub fn peek_ended_child() -> io::Result<i32> {
-    // SAFETY: all-zero bytes are a valid `siginfo_t`.
-    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    let options = libc::WEXITED | libc::WNOWAIT;
-    // SAFETY: `info` is writable.
-    if unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, options) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a successful waitid fills in the fields of SIGCHLD, `si_pid` among them.
-    Ok(unsafe { info.si_pid() })
+/// Collects the orphans that have ended: children of the calling thread, which is to be the first,
+/// to whom the kernel gives them, and to start none itself. Other threads' children are their own.
+pub fn collect_orphans() {
+    let options = libc::WNOHANG | libc::__WNOTHREAD;
+    // SAFETY: a null status pointer is allowed (POSIX waitpid).
+    while unsafe { libc::waitpid(-1, std::ptr::null_mut(), options) } > 0 {}
 }
 
-/// Collects the status of a child that has ended.
-pub fn collect_child(pid: i32) {
-    // SAFETY: a null status pointer is allowed (POSIX waitpid).
-    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };
+/// Waits for the end of a child and collects it.
+pub fn wait_for_child(pid: i32) {
+    // SAFETY: as above.
+    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } < 0
+        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+    {}
+}
+
+/// Gives the calling process a cgroup namespace with its own cgroup as the root.
+pub fn unshare_cgroup_namespace() -> rustix::io::Result<()> {
+    // SAFETY: descriptors and memory stay as they are.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWCGROUP) }
 }
 
 /// The signal of a number from 1 to 64, real-time signals included.
@@ -143,32 +146,48 @@ pub fn ignore_sigpipe() {
 /// systemd has it (`CONFIG_ACPI_TINY_POWER_BUTTON_SIGNAL` of our kernel).
 const POWER_SIGNAL: libc::c_int = 38;
 
-/// A set of the power signal alone.
-fn power_signal() -> libc::sigset_t {
+/// What the first thread waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A child has ended, or several.
+    Child,
+    /// The power button was pressed.
+    Power,
+}
+
+/// The signals of [`Notice`].
+fn notices() -> libc::sigset_t {
     // SAFETY: all-zero bytes are a valid set, which sigemptyset overwrites.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `set` is writable and the number is a signal's.
+    // SAFETY: `set` is writable and the numbers are signals'.
     unsafe {
         libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
         libc::sigaddset(&raw mut set, POWER_SIGNAL);
     }
     set
 }
 
-/// Keeps the power signal from this thread and from those that it will start, so that
-/// [`wait_for_power_button`] gets it.
-pub fn block_power_signal() {
-    let set = power_signal();
+/// Keeps the signals of [`Notice`] from this thread and from those that it will start, so that
+/// [`wait_for_notice`] gets them: a blocked signal waits, also one that is ignored by default.
+pub fn block_notices() {
+    let set = notices();
     // SAFETY: `set` is valid, and the old mask isn't asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
 }
 
-/// Blocks until the power button is pressed.
-pub fn wait_for_power_button() {
-    let set = power_signal();
+/// Blocks until there is something to do.
+#[must_use]
+pub fn wait_for_notice() -> Notice {
+    let set = notices();
     let mut signal = 0;
     // SAFETY: both pointers are valid.
     while unsafe { libc::sigwait(&raw const set, &raw mut signal) } != 0 {}
+    if signal == POWER_SIGNAL {
+        Notice::Power
+    } else {
+        Notice::Child
+    }
 }
 
 /// Credits bytes to the kernel's entropy pool and has its generator take them now.
@@ -200,6 +219,25 @@ pub fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     // SAFETY: the request takes no argument.
     if unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) } < 0 {
         return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Tells the disk below a file system which of its blocks are free, if it wants to know.
+pub fn trim(file_system: BorrowedFd<'_>) -> io::Result<()> {
+    /// `struct fstrim_range` of Linux's `fs.h`: start, length, least length of a piece.
+    type Range = [u64; 3];
+    // _IOWR('X', 121, struct fstrim_range).
+    const FITRIM: libc::c_ulong = 0xc018_5879;
+    let mut range: Range = [0, u64::MAX, 0];
+    // SAFETY: `range` has the layout that the request reads and writes.
+    if unsafe { libc::ioctl(file_system.as_raw_fd(), FITRIM, &raw mut range) } < 0 {
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            // Neither the file system nor the disk has to have that.
+            Some(libc::EOPNOTSUPP | libc::ENOTTY) => Ok(()),
+            _ => Err(error),
+        };
     }
     Ok(())
 }

@@ -3,15 +3,11 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
 
 use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
 
 use crate::console::Console;
 use crate::sys;
-
-/// How long the host's port may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How the guest reaches its host.
 #[derive(Debug)]
@@ -48,10 +44,10 @@ impl Transport {
 
     /// Connects to the host's control port.
     pub fn connect(&self) -> io::Result<UnixStream> {
-        let Self::Console(console) = self else {
-            return connect_vsock();
-        };
-        console.connect(CONTROL_PORT)
+        match self {
+            Self::Vsock => sys::vsock_connect(CONTROL_PORT).map(UnixStream::from),
+            Self::Console(console) => console.connect(CONTROL_PORT),
+        }
     }
 
     /// Begins to accept exec connections.
@@ -82,19 +78,6 @@ impl Listener<'_> {
                 Ok(_) | Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
                 Err(error) => return Err(error.into()),
             }
-        }
-    }
-}
-
-/// The host listens before it starts the guest, so the first attempt succeeds unless the guest was
-/// faster than its own driver.
-fn connect_vsock() -> io::Result<UnixStream> {
-    let started = Instant::now();
-    loop {
-        match sys::vsock_connect(CONTROL_PORT) {
-            Ok(socket) => return Ok(socket.into()),
-            Err(error) if started.elapsed() >= PATIENCE => return Err(error),
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
 }

@@ -2,11 +2,9 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skerry_agent::exec::ExecServer;
-use skerry_agent::reap::Reaper;
 use skerry_protocol::frame;
 use skerry_protocol::host::{ExecSession, HostError};
 use skerry_protocol::message::{
@@ -30,7 +28,7 @@ impl Outcome {
 fn connect() -> UnixStream {
     let (host, guest) = UnixStream::pair().unwrap();
     let env = vec![(b"FROM_SETUP".to_vec(), b"yes".to_vec())];
-    ExecServer::new(Reaper::new(), env).serve(guest);
+    ExecServer::new(env, None).serve(guest);
     host
 }
 
@@ -477,8 +475,7 @@ fn what_is_not_the_protocol_closes_the_session() {
 
 #[test]
 fn many_commands_at_once_get_their_own_statuses() {
-    let reaper = Reaper::new();
-    let server = ExecServer::new(Arc::clone(&reaper), Vec::new());
+    let server = ExecServer::new(Vec::new(), None);
     let threads: Vec<_> = (0..40u8)
         .map(|number| {
             let (host, guest) = UnixStream::pair().unwrap();

@@ -381,6 +381,97 @@ fn a_read_only_root_takes_no_writes() {
     drop(guest.power_off());
 }
 
+/// What a workload that counts has counted to.
+fn count(guest: &Guest) -> u64 {
+    let text = guest.sh("cat /tmp/count").1;
+    text.trim().parse().unwrap()
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64, mkfs.erofs and mkfs.ext4"]
+fn processes_stand_still_between_freeze_and_thaw_and_clones_learn_of_it_first() {
+    let mut guest = Guest::start(Upper::Tmpfs { size: 0 }, &[]);
+    // All live in a cgroup that they see as the root, and may make others below it.
+    assert_eq!(guest.sh("cat /proc/self/cgroup").1, "0::/\n");
+    let script = "cd /sys/fs/cgroup; mkdir a && echo $$ > a/cgroup.procs && cat /proc/self/cgroup; \
+                  setsid sh -c 'i=0; while :; do i=$((i+1)); echo $i > /tmp/.c; mv /tmp/.c /tmp/count; \
+                  done' < /dev/null > /dev/null 2>&1 &";
+    assert_eq!(guest.sh(script).1, "0::/a\n");
+    assert_eq!(guest.sh("ls /run/skerry").1, "");
+
+    let ticks = ExecRequest::new(["sh", "-c", "while :; do date +%s%N; sleep 0.02; done"]);
+    let session = guest.exec(ticks);
+    let (sender, ticks) = std::sync::mpsc::channel();
+    std::thread::spawn(move || session.wait(&mut Lines(sender), &mut io::sink()));
+    ticks.recv().unwrap();
+    guest.control.freeze().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    while ticks.try_recv().is_ok() {}
+    assert!(ticks.recv_timeout(Duration::from_millis(700)).is_err());
+    // A command that comes meanwhile stands still as well, and the agent does not.
+    let late = guest.mux.connect(EXEC_PORT).unwrap();
+    let late = std::thread::spawn(move || {
+        let session = ExecSession::start(late, ExecRequest::new(["true"])).unwrap();
+        session.wait(&mut io::sink(), &mut io::sink()).unwrap()
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    guest.control.ping().unwrap();
+    assert!(!late.is_finished());
+    guest.control.thaw().unwrap();
+    ticks.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(late.join().unwrap(), ExitStatus::Code(0));
+    let first = count(&guest);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(count(&guest) > first);
+
+    // A host that meets the guest anew makes it another, and only then do its processes go on.
+    let watch = "while ! [ -e /run/skerry/clone ]; do :; done; hostname; date -u +%Y; \
+                 cat /run/skerry/clone";
+    let watcher = guest.exec(ExecRequest::new(["sh", "-c", watch]));
+    for generation in 1..3u32 {
+        guest.control.freeze().unwrap();
+        let setup = Setup {
+            hostname: format!("clone{generation}"),
+            entropy: vec![0xa5; 64],
+            wall_clock: 2_500_000_000_000_000_000,
+            ..Setup::default()
+        };
+        guest.control.set_up(&setup).unwrap();
+    }
+    let mut text = Vec::new();
+    watcher.wait(&mut text, &mut io::sink()).unwrap();
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.starts_with("clone"), "{text}");
+    assert!(text.contains("\n2049\ngeneration "), "{text}");
+    let text = guest.sh("hostname; cat /run/skerry/clone").1;
+    assert!(text.starts_with("clone2\ngeneration 2\nid "), "{text}");
+
+    // A workload that shares out resources leaves no room for commands beside its cgroups.
+    let script = "cd /sys/fs/cgroup; mkdir -p b; for p in $(cat cgroup.procs); do \
+                  echo $p > b/cgroup.procs; done; echo +memory > cgroup.subtree_control; \
+                  cat cgroup.subtree_control";
+    assert_eq!(guest.sh(script).1, "memory\n");
+    assert_eq!(guest.sh("cat /proc/self/cgroup").1, "0::/exec\n");
+    guest.control.sync().unwrap();
+    guest.control.compact().unwrap();
+    drop(guest.power_off());
+}
+
+/// Tells of each write.
+struct Lines(std::sync::mpsc::Sender<()>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Whoever asked may be gone.
+        let _ = self.0.send(());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[test]
 #[ignore = "needs qemu-system-x86_64, mkfs.erofs and mkfs.ext4"]
 fn the_power_button_powers_off() {

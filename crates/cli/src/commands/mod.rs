@@ -18,6 +18,15 @@ fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
+/// What the user asks for.
+fn choice(hypervisor: HypervisorArg) -> Choice {
+    match hypervisor {
+        HypervisorArg::Auto => Choice::Auto,
+        HypervisorArg::Kvm => Choice::Only(Backend::Kvm),
+        HypervisorArg::Soft => Choice::Only(Backend::Soft),
+    }
+}
+
 /// The machine that the options describe.
 fn machine_options(args: MachineArgs) -> MachineOptions {
     let MachineArgs {
@@ -30,11 +39,7 @@ fn machine_options(args: MachineArgs) -> MachineOptions {
     MachineOptions {
         memory: memory.0,
         cpus,
-        hypervisor: match hypervisor {
-            HypervisorArg::Auto => Choice::Auto,
-            HypervisorArg::Kvm => Choice::Only(Backend::Kvm),
-            HypervisorArg::Soft => Choice::Only(Backend::Soft),
-        },
+        hypervisor: choice(hypervisor),
         cpu_model,
         time_limit: timeout.map(|span| span.0),
     }

@@ -1,32 +1,48 @@
 //! `skerry run`.
 
 use std::io::{self, Write};
-use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
 
 use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use skerry_engine::command::CommandSpec;
+use skerry_engine::frozen::Frozen;
 use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
-use skerry_engine::vms::{self, Detached, Job, Launch, Source};
-use skerry_engine::{Paths, WinSize, images};
+use skerry_engine::vms::{self, Begin, Detached, Job, Launch, Source};
+use skerry_engine::warm::WarmSpec;
+use skerry_engine::{Image, Paths, WinSize, images};
 
-use super::machine_options;
-use crate::args::{CommandArgs, RunArgs};
+use super::{choice, machine_options};
+use crate::args::{CommandArgs, RestoreArgs, RunArgs, WarmArgs};
 use crate::output;
 use crate::terminal::{self, Raw};
 
 /// Signals that are passed on to the command.
 const PASSED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
 
+/// How a machine is run, whatever it begins with.
+struct How {
+    detach: bool,
+    name: Option<String>,
+    rm: bool,
+}
+
 /// Runs a command and returns its status.
 pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
-    let paths = Paths::of_user()?;
-    let (tty, interactive) = (args.io.tty, args.io.interactive);
+    let mut words = args.command;
+    let begin = match (args.from_snapshot, args.image) {
+        (Some(snapshot), first) => {
+            // There is no image: what stands in its place is the command.
+            words.splice(0..0, first);
+            Begin::Snapshot(snapshot)
+        }
+        (None, Some(image)) => Begin::Image(image),
+        (None, None) => bail!("Neither an image nor a snapshot was named"),
+    };
     let command = CommandSpec {
         entrypoint: args.entrypoint,
-        ..command(args.io, args.command)
+        ..command(args.io, words)
     };
     let spec = RunSpec {
         vm: VmSpec {
@@ -39,29 +55,109 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
         },
         command,
     };
-    let name = args.name.unwrap_or_default();
-    if args.detach {
-        let launch = Launch {
-            root: paths.root().to_owned(),
-            image: from_here(args.image)?,
-            spec,
-            name,
-            auto_remove: args.rm,
-        };
-        return detach(&launch);
-    }
-    let image = images::resolve(&paths, &args.image, &mut |progress| {
-        if let Some(text) = vms::told_of(&args.image, progress) {
+    let how = How {
+        detach: args.detach,
+        name: args.name,
+        rm: args.rm,
+    };
+    start(begin, spec, how)
+}
+
+/// Lets a machine go on from a snapshot, with the command that runs in it.
+pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
+    let mut spec = RunSpec::default();
+    spec.vm.options.hypervisor = choice(args.hypervisor);
+    spec.vm.options.time_limit = args.timeout.map(|span| span.0);
+    spec.vm.hostname = args.hostname;
+    spec.vm.show_console = verbose > 0;
+    let how = How {
+        detach: args.detach,
+        name: args.name,
+        rm: args.rm,
+    };
+    start(Begin::Snapshot(args.snapshot), spec, how)
+}
+
+/// Keeps a warm start of an image.
+pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
+    let paths = Paths::of_user()?;
+    let image = resolve(&paths, &args.image)?;
+    let spec = WarmSpec {
+        vm: VmSpec {
+            options: machine_options(args.machine),
+            read_only: args.read_only,
+            show_console: verbose > 0,
+            ..VmSpec::default()
+        },
+        command: match args.exec.is_empty() {
+            true => None,
+            false => Some(command(args.io, args.exec)),
+        },
+        ready: args.ready,
+        name: args.name,
+    };
+    let id = skerry_engine::warm::warm(&paths, &image, &args.image, &spec, &mut output::note)?;
+    writeln!(io::stdout(), "{}", id.hex())?;
+    Ok(0)
+}
+
+/// Finds an image, importing it where that has not been done.
+fn resolve(paths: &Paths, name: &str) -> Result<Image> {
+    let image = images::resolve(paths, name, &mut |progress| {
+        if let Some(text) = vms::told_of(name, progress) {
             output::note(&text);
         }
-    })?;
+    });
+    Ok(image?)
+}
+
+fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
+    let paths = Paths::of_user()?;
+    let name = how.name.unwrap_or_default();
+    if how.detach {
+        let begin = match begin {
+            Begin::Image(image) => Begin::Image(from_here(image)?),
+            begin => begin,
+        };
+        return detach(&Launch {
+            root: paths.root().to_owned(),
+            begin,
+            spec,
+            name,
+            auto_remove: how.rm,
+        });
+    }
+    let (image, frozen);
+    let (mut tty, mut interactive) = (spec.command.tty.is_some(), spec.command.stdin);
+    let source = match &begin {
+        Begin::Image(name) => {
+            image = resolve(&paths, name)?;
+            Source::Image {
+                image: &image,
+                name,
+            }
+        }
+        Begin::Snapshot(parent) | Begin::Machine(parent) => {
+            frozen = Frozen::open(&paths, parent)?;
+            if spec.command.command.is_empty()
+                && let Some(running) = &frozen.about.command
+            {
+                (tty, interactive) = (running.tty, running.stdin);
+            }
+            Source::Frozen {
+                frozen: &frozen,
+                parent,
+            }
+        }
+    };
+    let program = std::env::current_exe().ok();
     let job = Job {
-        source: Source::Image(&image),
-        image: &args.image,
+        source,
         spec: &spec,
         name: &name,
         auto_remove: true,
         detached: false,
+        program: program.as_deref(),
     };
     let attached = Attached::new(tty, interactive)?;
     let outcome = vms::host(&paths, job, |_| Ok(attached.io), |_| {}, &mut output::note);
@@ -72,7 +168,7 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
 /// Has another process run the machine.
 fn detach(launch: &Launch) -> Result<u8> {
     let program = std::env::current_exe().context("Can't tell where skerry itself is")?;
-    match vms::detach(Command::new(program), launch, &mut output::note)? {
+    match vms::detach(&program, launch, &mut output::note)? {
         Detached::Runs(id) => {
             writeln!(io::stdout(), "{id}")?;
             Ok(0)

@@ -8,7 +8,9 @@ use skerry_engine::Paths;
 use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
 
 use super::run::{Attached, command, finish};
-use crate::args::{ExecArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs};
+use crate::args::{
+    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs,
+};
 use crate::{dates, output, status};
 
 /// Digits of an ID that a table shows.
@@ -90,6 +92,22 @@ pub fn wait(args: &NamesArgs) -> Result<u8> {
     each(&args.vms, |registry, name| {
         Ok(vms::wait(registry, name)?.to_string())
     })
+}
+
+/// Makes more machines from a running one.
+pub fn fork(args: &ForkArgs) -> Result<u8> {
+    let names = (1..=args.count).map(|number| match &args.name {
+        None => String::new(),
+        Some(name) if args.count == 1 => name.clone(),
+        Some(name) => format!("{name}-{number}"),
+    });
+    let forked = vms::fork(&registry()?, &args.vm, names.collect(), args.rm)?;
+    let mut out = io::stdout().lock();
+    match args.format {
+        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&forked)?)?,
+        Format::Text => forked.ids.iter().try_for_each(|id| writeln!(out, "{id}"))?,
+    }
+    Ok(0)
 }
 
 /// Removes machines.

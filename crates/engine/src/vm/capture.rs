@@ -12,11 +12,12 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skerry_machine::{MachineRemote, PageSet, SavedRun};
 use skerry_snapshot::SnapshotId;
-use skerry_storage::{Layer, LayerRun};
+use skerry_storage::{Disk, Layer, LayerRun};
 
 use super::{Base, Vm};
 use crate::error::EngineError;
@@ -140,20 +141,34 @@ impl Vm {
         written.union(&machine.harvest()?);
         let pages = written.count();
         copy.take(machine, &written)?;
-        let Copy { file, mut pages: all } = copy;
+        let Copy {
+            file,
+            pages: copied,
+        } = copy;
         // Few mappings are worth some pages more.
-        let coalesced = all.coalesce(PageSet::GAP, PageSet::RUNS);
-        let mut gaps = coalesced.clone();
-        gaps.subtract(&all);
-        machine.for_each_page_run(&gaps, |at, bytes| file.write_all_at(bytes, at).map_err(failed))?;
-        all = coalesced;
+        let all = copied.coalesce(PageSet::GAP, PageSet::RUNS);
+        let mut gaps = all.clone();
+        gaps.subtract(&copied);
+        machine.for_each_page_run(&gaps, |at, bytes| {
+            file.write_all_at(bytes, at).map_err(failed)
+        })?;
         books.captures += 1;
-        let runs = all.runs().map(|run| (run.start * PAGE, (run.end - run.start) * PAGE));
+        let runs = all
+            .runs()
+            .map(|run| (run.start * PAGE, (run.end - run.start) * PAGE));
         let runs: Vec<_> = runs.collect();
-        let saved = runs.iter().map(|&(at, len)| SavedRun { at, len, offset: at });
+        let saved = runs.iter().map(|&(at, len)| SavedRun {
+            at,
+            len,
+            offset: at,
+        });
         let mapped = file.try_clone().map_err(failed)?;
         machine.rebase(mapped, saved.collect())?;
-        let layered = runs.iter().map(|&(at, len)| LayerRun { at, len, offset: at });
+        let layered = runs.iter().map(|&(at, len)| LayerRun {
+            at,
+            len,
+            offset: at,
+        });
         let layer = Layer::new(file, layered.collect::<Vec<_>>())?;
         if !layer.is_empty() {
             books.memory.push(layer);
@@ -164,9 +179,11 @@ impl Vm {
                 disk.freeze()?;
                 books.disk.push((books.captures, disk.written()));
                 disk.rebase();
-                Some((skerry_storage::Disk::len(&**disk), disk.layers()))
+                Some((disk.size(), disk.layers()))
             }
         };
+        let state = Arc::new(state);
+        books.origin = Some(state.clone());
         let frozen = Frozen {
             about: About {
                 command: self.shared.command.lock().clone(),
@@ -177,7 +194,11 @@ impl Vm {
             scratch,
             root: self.shared.root.clone(),
             base: books.base.clone().map(|base| Base {
-                disk: merged(base.disk.iter().chain(books.disk.iter().flat_map(|(_, disk)| disk))),
+                disk: merged(
+                    base.disk
+                        .iter()
+                        .chain(books.disk.iter().flat_map(|(_, disk)| disk)),
+                ),
                 ..base
             }),
             capture: books.captures,
@@ -212,4 +233,3 @@ impl Vm {
         Ok(self.shared.agent.lock().thaw()?)
     }
 }
-

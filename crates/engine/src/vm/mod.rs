@@ -6,17 +6,21 @@
 //! ```
 
 mod capture;
+mod pooled;
+mod prewarm;
+mod rewind;
 mod start;
 
 use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
-use skerry_machine::{MachineHandle, MachineRemote, Outcome};
+use skerry_machine::{MachineHandle, MachineRemote, MachineState, Outcome};
 use skerry_protocol::EXEC_PORT;
 use skerry_protocol::host::{Control, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, RootSpec, Setup, Upper};
@@ -27,6 +31,9 @@ use crate::frozen::{About, Base, CommandAbout, Frozen};
 use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
 pub use crate::transport::GuestStream;
+pub use capture::Captured;
+pub use pooled::{Clones, VmPool};
+pub use rewind::Rewound;
 pub use start::ResumeSpec;
 
 /// What a virtual machine is made with, its image apart.
@@ -65,10 +72,21 @@ struct Shared {
     /// Its image's root file system.
     root: Arc<File>,
     about: About,
+    hostname: Option<String>,
+    timing: Timing,
     /// The command that goes on where the machine does.
     command: Mutex<Option<CommandAbout>>,
     books: Mutex<Books>,
     console: ConsoleLog,
+}
+
+/// How long a machine took to come to life, from the call on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timing {
+    /// To its first instruction.
+    pub running: Duration,
+    /// Until its agent took commands.
+    pub ready: Duration,
 }
 
 /// What a machine's memory and disk are made of, apart from what was written since.
@@ -82,6 +100,8 @@ struct Books {
     captures: u64,
     /// What was written to its disk before each of these, since the base.
     disk: Vec<(u64, Vec<Range<u64>>)>,
+    /// The state that belongs to the memory's layers and the disk's.
+    origin: Option<Arc<MachineState>>,
 }
 
 impl Books {
@@ -89,6 +109,7 @@ impl Books {
         Self {
             memory: frozen.memory.clone(),
             base: frozen.base.clone(),
+            origin: Some(frozen.state.clone()),
             ..Self::default()
         }
     }
@@ -106,6 +127,18 @@ impl Vm {
     #[must_use]
     pub fn machine(&self) -> &MachineRemote {
         self.shared.handle.remote()
+    }
+
+    /// What machine it is.
+    #[must_use]
+    pub fn about(&self) -> &About {
+        &self.shared.about
+    }
+
+    /// How long it took to come to life.
+    #[must_use]
+    pub fn timing(&self) -> Timing {
+        self.shared.timing
     }
 
     /// A connection to the agent for one command.
@@ -148,7 +181,7 @@ impl Vm {
     }
 
     /// Lets a machine that was paused go on.
-    pub fn resume(&self) {
+    pub fn unpause(&self) {
         self.machine().resume();
     }
 

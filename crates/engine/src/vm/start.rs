@@ -5,19 +5,19 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
 use skerry_hypervisor::probe::chain;
-use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle};
+use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
 use skerry_oci::Image;
-use skerry_protocol::host::{Control, ExecSession, HostError};
+use skerry_protocol::CONTROL_PORT;
+use skerry_protocol::host::{Control, HostError};
 use skerry_protocol::message::{ExecRequest, Setup};
-use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
 use skerry_storage::{Access, Disk, Overlay, RawDisk, scratch};
 
-use super::{Books, GuestStream, Shared, Vm, VmSpec, ended, lost, root, setup};
+use super::{Books, GuestStream, Shared, Timing, Vm, VmSpec, ended, lost, root, setup};
 use crate::command::Surroundings;
 use crate::error::EngineError;
 use crate::frozen::{About, Frozen, ImageAbout};
@@ -45,6 +45,9 @@ pub struct ResumeSpec {
     pub hostname: Option<String>,
     /// The guest's console goes to stderr.
     pub show_console: bool,
+    /// It is to be taken back to where it began again and again: what it writes is noted from the
+    /// start.
+    pub rewindable: bool,
 }
 
 impl Vm {
@@ -57,6 +60,7 @@ impl Vm {
         spec: &VmSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
+        let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
         // What the user's own kernel does when it is started is the user's to see.
@@ -71,6 +75,8 @@ impl Vm {
             time_limit: spec.options.time_limit,
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
+            track: false,
+            begun,
         };
         if let Some(kept) = &warm {
             let found = kept.find(paths, image);
@@ -101,15 +107,33 @@ impl Vm {
         };
         let vm = place.boot(image, spec, about)?;
         if let Some(warm) = warm {
-            let kept = warm_up(&vm.shared.vsock)
-                .map_err(EngineError::from)
-                .and_then(|()| warm.keep(paths, &vm));
+            let kept = vm.run_first_programs().and_then(|()| warm.keep(paths, &vm));
             if let Err(error) = kept {
                 let why = chain(&error);
-                note(&format!("the next run of this image will boot again: {why}"));
+                note(&format!(
+                    "the next run of this image will boot again: {why}"
+                ));
             }
         }
         Ok(vm)
+    }
+
+    /// Has the guest run programs once, so that what the first ones take longer for is behind it when
+    /// its state is kept: the agent itself, which every guest has, and which does nothing when it
+    /// isn't process 1; then, where the image has one, a shell with nothing to do, for what most
+    /// programs share.
+    pub(crate) fn run_first_programs(&self) -> Result<(), EngineError> {
+        for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
+            let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
+            let ended = self
+                .exec(ExecRequest::new(argv))
+                .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
+            match ended {
+                Ok(_) | Err(HostError::NotStarted(_)) => {}
+                Err(error) => return Err(self.explain(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Starts a machine from where another one was kept; returns when its agent takes commands.
@@ -119,6 +143,7 @@ impl Vm {
         spec: &ResumeSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
+        let begun = Instant::now();
         let selected = select(spec.hypervisor)?;
         selected.notes.iter().for_each(|text| note(text));
         let prepared = Prepared {
@@ -131,8 +156,13 @@ impl Vm {
             time_limit: spec.time_limit,
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
+            track: spec.rewindable,
+            begun,
         };
-        frozen.check(&prepared.selected)?;
+        frozen
+            .check(&prepared.selected)?
+            .iter()
+            .for_each(|text| note(text));
         place.go_on(place.paused(frozen)?)
     }
 }
@@ -144,6 +174,10 @@ struct Place<'a> {
     time_limit: Option<Duration>,
     hostname: Option<&'a str>,
     console: ConsoleLog,
+    /// Writes to memory are noted from the start.
+    track: bool,
+    /// When it was asked for.
+    begun: Instant,
 }
 
 /// A machine that stands still, in the state of another one.
@@ -163,7 +197,11 @@ impl Place<'_> {
         Ok(folder)
     }
 
-    fn attachments(&self, root: &File, scratch: Option<&Arc<Overlay>>) -> Result<Attachments, EngineError> {
+    fn attachments(
+        &self,
+        root: &File,
+        scratch: Option<&Arc<Overlay>>,
+    ) -> Result<Attachments, EngineError> {
         // By way of the descriptor: the file may have no name any more.
         let path = format!("/proc/self/fd/{}", root.as_raw_fd());
         let root: Arc<dyn Disk> = Arc::new(RawDisk::open(path, Access::ReadOnly)?);
@@ -213,8 +251,9 @@ impl Place<'_> {
         };
         let mut attachments = self.attachments(&frozen.root, scratch.as_ref())?;
         attachments.memory = Some(frozen.saved_memory()?);
+        attachments.track = self.track;
         let config = frozen.about.machine.clone();
-        let state = Some(frozen.state.clone());
+        let state = Some((*frozen.state).clone());
         let handle = start(self.prepared, config, attachments, state, self.time_limit)?;
         let about = About {
             backend: self.prepared.selected.backend,
@@ -231,6 +270,7 @@ impl Place<'_> {
 
     /// Lets a machine in another one's state go on, as one of its own.
     fn go_on(&self, paused: Paused) -> Result<Vm, EngineError> {
+        new_generation(&paused.about, paused.handle.remote())?;
         self.meet(paused, |handle| handle.remote().resume())
     }
 
@@ -251,7 +291,11 @@ impl Place<'_> {
         let vsock =
             vsock.ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
         let setup = setup(root(about.read_only), self.hostname);
-        let met = greet(&vsock, &setup, || listening(&handle));
+        let mut running = Duration::ZERO;
+        let met = greet(&vsock, &setup, || {
+            listening(&handle);
+            running = self.begun.elapsed();
+        });
         let (listener, agent) = match met {
             Ok(met) => met,
             Err(_) if handle.remote().is_ending() => {
@@ -267,6 +311,11 @@ impl Place<'_> {
             scratch,
             root: image,
             about,
+            hostname: self.hostname.map(str::to_owned),
+            timing: Timing {
+                running,
+                ready: self.begun.elapsed(),
+            },
             command: Mutex::new(None),
             books: Mutex::new(books),
             console: self.console.clone(),
@@ -275,6 +324,20 @@ impl Place<'_> {
             shared: Arc::new(shared),
         })
     }
+}
+
+/// Tells the guest's kernel, before its first instruction, that it is a copy: it draws new random
+/// numbers then, whatever the agent does.
+pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(), EngineError> {
+    if !about.machine.generation_id {
+        return Ok(());
+    }
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| EngineError::Host {
+        what: "get random numbers",
+        source: std::io::Error::other(error.to_string()),
+    })?;
+    Ok(machine.new_generation(&id)?)
 }
 
 fn greet(
@@ -293,23 +356,6 @@ fn greet(
     agent.set_up(setup)?;
     tracing::debug!("guest is ready");
     Ok((listener, agent))
-}
-
-/// Has the guest run programs once, so that what the first ones take longer for is behind it when its
-/// start is kept: the agent itself, which every guest has, and which does nothing when it isn't process
-/// 1; then, where the image has one, a shell with nothing to do, for what most programs share.
-fn warm_up(vsock: &VsockHost) -> Result<(), HostError> {
-    for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
-        let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
-        let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
-        let ended = ExecSession::start(stream, ExecRequest::new(argv))
-            .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
-        match ended {
-            Ok(_) | Err(HostError::NotStarted(_)) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 fn machine_config(spec: &VmSpec) -> MachineConfig {
@@ -339,6 +385,7 @@ fn machine_config(spec: &VmSpec) -> MachineConfig {
         disks,
         rng: true,
         vsock: Some(GUEST_CID),
+        generation_id: true,
         no_reboot: true,
         ..MachineConfig::default()
     }

@@ -106,7 +106,11 @@ impl Plan {
                     running => {
                         let session = running.as_ref().map_or(0, |command| command.session);
                         let argv = spec.command.clone();
-                        (argv, about.surroundings.clone(), session.wrapping_add(FIRST_SESSION))
+                        (
+                            argv,
+                            about.surroundings.clone(),
+                            session.wrapping_add(FIRST_SESSION),
+                        )
                     }
                 }
             }
@@ -138,7 +142,12 @@ fn config(job: &Job<'_>, plan: &Plan) -> VmConfig {
         Source::Image { name, .. } => (name, options.memory, options.cpus, None),
         Source::Frozen { frozen, parent } => {
             let About { machine, image, .. } = &frozen.about;
-            (image.name.as_str(), machine.memory, machine.cpus, Some(parent))
+            (
+                image.name.as_str(),
+                machine.memory,
+                machine.cpus,
+                Some(parent),
+            )
         }
     };
     VmConfig {
@@ -221,6 +230,7 @@ fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm,
                 time_limit: spec.options.time_limit,
                 hostname: spec.hostname.clone(),
                 show_console: spec.show_console,
+                rewindable: false,
             };
             Vm::resume(paths, frozen, &spec, note)
         }
@@ -353,7 +363,10 @@ impl Hosted {
     /// The machine's name.
     pub(super) fn name(&self) -> String {
         let entry = self.entry.lock();
-        entry.as_ref().map(|entry| entry.config.name.clone()).unwrap_or_default()
+        entry
+            .as_ref()
+            .map(|entry| entry.config.name.clone())
+            .unwrap_or_default()
     }
 
     /// Changes the entry, unless the end has been noted.

@@ -158,14 +158,20 @@ fn run(launch: &Launch, maker: &mut UnixStream) -> Result<(), EngineError> {
                     tell(Told::Note(text));
                 }
             })?;
-            Source::Image { image: &image, name }
+            Source::Image {
+                image: &image,
+                name,
+            }
         }
         (Begin::Snapshot(parent) | Begin::Machine(parent), taken) => {
             frozen = match taken {
                 Some(taken) => taken,
                 None => Frozen::open(&paths, parent)?,
             };
-            Source::Frozen { frozen: &frozen, parent }
+            Source::Frozen {
+                frozen: &frozen,
+                parent,
+            }
         }
     };
     let program = std::env::current_exe().ok();

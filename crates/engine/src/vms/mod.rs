@@ -19,12 +19,10 @@ mod registry;
 mod serve;
 
 pub use control::{Client, Reply, Request};
+pub use control::{Forked, Snapshotted};
 pub(crate) use control::{receive, send};
 pub use host::{Job, Source, host};
 pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
-pub use operations::{
-    exec, fork, kill, log, pause, remove, signal, snapshot, stop, unpause, wait,
-};
-pub use control::{Forked, Snapshotted};
+pub use operations::{exec, fork, kill, log, pause, remove, signal, snapshot, stop, unpause, wait};
 pub use output::{Line, LogReader, Stream};
 pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};

@@ -124,7 +124,7 @@ fn pause(hosted: &Hosted) -> Result<(), EngineError> {
 }
 
 fn unpause(hosted: &Hosted) -> Result<(), EngineError> {
-    hosted.vm.resume();
+    hosted.vm.unpause();
     hosted.update(|entry| entry.update(|state| state.status = Status::Running))
 }
 

@@ -1,5 +1,6 @@
 //! The control connection.
 
+use crate::SNAPSHOT_VERSION;
 use crate::frame::{self, FrameDecoder};
 use crate::message::{ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent};
 use crate::transport::Transport;
@@ -49,6 +50,18 @@ impl<T: Transport> Control<T> {
         &self.hello
     }
 
+    /// The protocol version that both sides speak.
+    #[must_use]
+    pub fn version(&self) -> u16 {
+        self.version
+    }
+
+    /// Whether the agent knows [`super::ExecSession::start_kept`] and
+    /// [`super::ExecSession::attach`]; an older one ends a connection that asks for them.
+    pub fn require_kept_sessions(&self) -> Result<(), HostError> {
+        self.require(SNAPSHOT_VERSION, "keep commands without a host")
+    }
+
     /// Has the guest set up; returns when the agent accepts execs.
     pub fn set_up(&mut self, setup: &Setup) -> Result<(), HostError> {
         let setup = Setup {
@@ -90,9 +103,51 @@ impl<T: Transport> Control<T> {
         self.request(ControlRequest::Shutdown(mode), "shut down")
     }
 
+    /// Stops all of the user's processes where they are. They go on with [`Self::thaw`], or in a
+    /// restored copy of this guest when [`Self::set_up`] has made it one of its own.
+    pub fn freeze(&mut self) -> Result<(), HostError> {
+        self.newer_request(ControlRequest::Freeze, "stop the guest's processes")
+    }
+
+    /// Lets the user's processes go on.
+    pub fn thaw(&mut self) -> Result<(), HostError> {
+        self.newer_request(ControlRequest::Thaw, "let the guest's processes go on")
+    }
+
+    /// Has everything written back to the disks.
+    pub fn sync(&mut self) -> Result<(), HostError> {
+        self.newer_request(ControlRequest::Sync, "write its disks back")
+    }
+
+    /// Has the guest give up what a snapshot need not hold: clean caches, freed blocks.
+    pub fn compact(&mut self) -> Result<(), HostError> {
+        self.newer_request(ControlRequest::Compact, "give up caches and free blocks")
+    }
+
     /// A second handle of the stream, to shut it down from another thread.
     pub fn stream(&self) -> std::io::Result<T> {
         self.stream.try_clone()
+    }
+
+    fn require(&self, needs: u16, asked: &'static str) -> Result<(), HostError> {
+        if self.version >= needs {
+            return Ok(());
+        }
+        Err(HostError::TooOld {
+            agent: self.hello.agent.clone(),
+            asked,
+            speaks: self.version,
+            needs,
+        })
+    }
+
+    fn newer_request(
+        &mut self,
+        request: ControlRequest,
+        asked: &'static str,
+    ) -> Result<(), HostError> {
+        self.require(SNAPSHOT_VERSION, asked)?;
+        self.request(request, asked)
     }
 
     fn request(&mut self, request: ControlRequest, asked: &'static str) -> Result<(), HostError> {
@@ -109,5 +164,56 @@ impl<T: Transport> Control<T> {
     fn receive(&mut self) -> Result<FromAgent, HostError> {
         let payload = self.decoder.read_frame(&mut self.stream)?;
         Ok(frame::decode(payload)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn an_older_agent_is_told_from_one_that_fails() {
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        let hello = Hello {
+            magic: Hello::MAGIC,
+            oldest: 1,
+            newest: 1,
+            agent: "0.0.9".to_owned(),
+            kernel: String::new(),
+        };
+        frame::write(&mut guest, &FromAgent::Hello(hello)).unwrap();
+        let mut control = Control::accept(host).unwrap();
+        assert_eq!(control.version(), 1);
+        let error = control.freeze().unwrap_err();
+        assert!(matches!(error, HostError::TooOld { needs: 2, .. }));
+        assert!(error.to_string().contains("0.0.9"), "{error}");
+        assert!(control.require_kept_sessions().is_err());
+        // Nothing of it went to the agent, and what it does know still works.
+        frame::write(&mut guest, &FromAgent::Reply(Ok(()))).unwrap();
+        control.ping().unwrap();
+        drop(control);
+        let mut sent = Vec::new();
+        guest.read_to_end(&mut sent).unwrap();
+        assert_eq!(sent, [2, 0, 0, 0, 2, 0]);
+    }
+
+    #[test]
+    fn a_failed_freeze_says_why() {
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        let hello = Hello {
+            magic: Hello::MAGIC,
+            oldest: 1,
+            newest: 2,
+            agent: String::new(),
+            kernel: String::new(),
+        };
+        frame::write(&mut guest, &FromAgent::Hello(hello)).unwrap();
+        frame::write(&mut guest, &FromAgent::Reply(Err("it is late".to_owned()))).unwrap();
+        let mut control = Control::accept(host).unwrap();
+        let error = control.freeze().unwrap_err();
+        assert!(matches!(error, HostError::Agent { .. }));
+        assert!(error.to_string().contains("it is late"), "{error}");
     }
 }

@@ -78,6 +78,13 @@ impl<T: Transport> Shared<T> {
         self.credit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn grant(&self, bytes: u32) {
+        let mut credit = self.credit();
+        credit.bytes = credit.bytes.saturating_add(u64::from(bytes));
+        drop(credit);
+        self.credit_changed.notify_all();
+    }
+
     fn close_stdin(&self) {
         self.credit().closed = true;
         self.credit_changed.notify_all();
@@ -105,9 +112,47 @@ impl<T: Transport> Shared<T> {
 impl<T: Transport> ExecSession<T> {
     /// Starts `request` over a fresh connection to [`crate::EXEC_PORT`]; returns when the command
     /// runs or the agent said why it can't.
-    pub fn start(mut stream: T, request: ExecRequest) -> Result<Self, HostError> {
+    pub fn start(stream: T, request: ExecRequest) -> Result<Self, HostError> {
         let wants_stdin = request.stdin;
-        frame::write(&mut stream, &ExecCommand::Start(request))?;
+        let command = ExecCommand::Start(request);
+        Self::begin(stream, &command, STDIN_WINDOW, wants_stdin)
+    }
+
+    /// Starts `request` as the kept command `id`: it goes on when this session is gone, and
+    /// [`Self::attach`] takes it up, here or in a restored copy of the guest.
+    ///
+    /// Check [`super::Control::require_kept_sessions`] first.
+    pub fn start_kept(stream: T, id: u32, request: ExecRequest) -> Result<Self, HostError> {
+        let wants_stdin = request.stdin;
+        let command = ExecCommand::StartKept { id, request };
+        Self::begin(stream, &command, STDIN_WINDOW, wants_stdin)
+    }
+
+    /// Takes the kept command `id` up over a fresh connection to [`crate::EXEC_PORT`], from whoever
+    /// had it. What it wrote since then comes now.
+    pub fn attach(stream: T, id: u32) -> Result<Self, HostError> {
+        let mut session = Self::begin(stream, &ExecCommand::Attach { id }, 0, true)?;
+        // The second event says how much input the agent has room for, and whether it takes any.
+        let payload = session.decoder.read_frame(&mut session.stream)?;
+        match frame::decode(payload)? {
+            ExecEvent::StdinCredit(bytes) => session.shared.grant(bytes),
+            ExecEvent::StdinClosed => session.shared.close_stdin(),
+            _ => {
+                return Err(HostError::Protocol(
+                    "a command that was taken up came without word of its input",
+                ));
+            }
+        }
+        Ok(session)
+    }
+
+    fn begin(
+        mut stream: T,
+        command: &ExecCommand<'_>,
+        credit: u32,
+        wants_stdin: bool,
+    ) -> Result<Self, HostError> {
+        frame::write(&mut stream, command)?;
         let mut decoder = FrameDecoder::new();
         let pid = match frame::decode(decoder.read_frame(&mut stream)?)? {
             ExecEvent::Started(pid) => pid,
@@ -123,7 +168,7 @@ impl<T: Transport> ExecSession<T> {
             sender: clone()?,
             closer: clone()?,
             credit: Mutex::new(Credit {
-                bytes: u64::from(STDIN_WINDOW),
+                bytes: u64::from(credit),
                 closed: false,
             }),
             credit_changed: Condvar::new(),
@@ -151,7 +196,8 @@ impl<T: Transport> ExecSession<T> {
         }
     }
 
-    /// The command's standard input, where the request asked for one. Two writers interleave.
+    /// The command's standard input, where the request asked for one. Two writers interleave. That
+    /// a command which was taken up has none shows at the first write.
     #[must_use]
     pub fn stdin(&self) -> Option<StdinWriter<T>> {
         self.wants_stdin.then(|| StdinWriter {
@@ -212,12 +258,7 @@ impl<T: Transport> ExecSession<T> {
             match frame::decode(payload)? {
                 ExecEvent::Stdout(bytes) => stdout.write(bytes)?,
                 ExecEvent::Stderr(bytes) => stderr.write(bytes)?,
-                ExecEvent::StdinCredit(bytes) => {
-                    let mut credit = self.shared.credit();
-                    credit.bytes = credit.bytes.saturating_add(u64::from(bytes));
-                    drop(credit);
-                    self.shared.credit_changed.notify_all();
-                }
+                ExecEvent::StdinCredit(bytes) => self.shared.grant(bytes),
                 ExecEvent::StdinClosed => self.shared.close_stdin(),
                 ExecEvent::Ended(status) => return Ok(status),
                 ExecEvent::Failed(failure) => return Err(HostError::NotStarted(failure)),
@@ -278,7 +319,7 @@ impl<T: Transport> ExecHandle<T> {
         Ok(self.shared.send(&ExecCommand::Signal(signal))?)
     }
 
-    /// Closes the connection; the agent then kills the command.
+    /// Closes the connection; the agent then kills the command, unless it is a kept one.
     pub fn abort(&self) -> io::Result<()> {
         let stream = self
             .shared

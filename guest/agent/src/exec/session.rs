@@ -1,4 +1,4 @@
-//! One exec connection from its first frame to its last, in one poll loop.
+//! One command from its first frame to its last, in one poll loop.
 //!
 //! ```text
 //!   connection --> decoder --> input buffer (<= STDIN_WINDOW) --> pipe or terminal
@@ -8,8 +8,11 @@
 //!
 //! Nothing in the loop blocks but `poll`. A slow host stops the reading of output, and so the
 //! command; a command that doesn't read stops the granting of credit, and so the host.
+//!
+//! A command ends with its connection, but for a kept one: that goes on without, like under a host
+//! that is slow for ever, until another connection comes in through [`super::kept`].
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -24,10 +27,11 @@ use skerry_protocol::message::{
 use skerry_protocol::{MAX_DATA, STDIN_WINDOW};
 
 use super::environment::{DEFAULT_PATH, Environment};
+use super::kept::{Lease, Link};
+use super::output::Output;
 use super::spawn::{self, Launch, Running};
 use super::user::Accounts;
-use super::{failure, lookup, show};
-use crate::reap::Reaper;
+use super::{ExecServer, failure, lookup, show};
 use crate::sys;
 
 /// Output that may wait for the host before the command has to.
@@ -40,38 +44,47 @@ const QUIET: Duration = Duration::from_millis(300);
 /// ... and for a descendant that never falls silent so long in all.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// How long the host has to take the last frame and hang up.
-const LINGER: Duration = Duration::from_secs(10);
-
 /// Serves one exec connection.
-pub fn run(
-    mut connection: UnixStream,
-    reaper: &Reaper,
-    env: &[(GuestString, GuestString)],
-) -> Result<(), FrameError> {
+pub fn run(mut connection: UnixStream, server: &ExecServer) -> Result<(), FrameError> {
     let mut decoder = FrameDecoder::new();
-    let request = match frame::decode(decoder.read_frame(&mut connection)?)? {
-        ExecCommand::Start(request) => request,
+    let (request, id) = match frame::decode(decoder.read_frame(&mut connection)?)? {
+        ExecCommand::Start(request) => (request, None),
+        ExecCommand::StartKept { id, request } => (request, Some(id)),
+        ExecCommand::Attach { id } => {
+            let link = Link {
+                connection,
+                decoder,
+            };
+            let Err(mut link) = server.kept.attach(id, link) else {
+                return Ok(());
+            };
+            let text = format!("No kept command {id}");
+            let failure = failure(FailureKind::NoSession, text);
+            return frame::write(&mut link.connection, &ExecEvent::Failed(failure));
+        }
         _ => return Err(FrameError::Malformed),
     };
     let stdin = request.stdin;
-    match prepare(request, env).and_then(|launch| launch.start(reaper)) {
-        Ok(running) => {
-            let mut session = Session::new(connection, decoder, running, stdin)?;
-            let result = session.serve();
+    let started = id.map(|id| server.kept.lease(id)).transpose();
+    let started = started.and_then(|lease| {
+        let launch = prepare(request, &server.env)?;
+        Ok((launch.start(server.cgroup.as_deref())?, lease))
+    });
+    match started {
+        Ok((process, lease)) => {
+            let link = Link {
+                connection,
+                decoder,
+            };
+            let mut session = Session::new(process, stdin, lease);
+            let result = session.adopt(link, true).and_then(|()| session.serve());
             if session.status.is_none() {
                 session.kill();
             }
-            reaper.release(session.process.pid);
-            result?;
-            session.finish();
+            result
         }
-        Err(failure) => {
-            frame::write(&mut connection, &ExecEvent::Failed(failure))?;
-            linger(&mut connection);
-        }
+        Err(failure) => frame::write(&mut connection, &ExecEvent::Failed(failure)),
     }
-    Ok(())
 }
 
 /// Turns a request into what the kernel takes.
@@ -126,6 +139,7 @@ struct Ready {
     stdout: PollFlags,
     stderr: PollFlags,
     process: PollFlags,
+    bell: PollFlags,
 }
 
 /// Field of [`Ready`] that belongs to a descriptor.
@@ -156,6 +170,7 @@ impl<'a> Watch<'a> {
             stdout: none,
             stderr: none,
             process: none,
+            bell: none,
         };
         for (fd, slot) in self.fds.iter().zip(&self.slots) {
             *slot(&mut ready) = fd.revents();
@@ -175,8 +190,10 @@ struct End {
 }
 
 struct Session {
-    connection: UnixStream,
-    decoder: FrameDecoder,
+    /// The host; a kept command may be without.
+    link: Option<Link>,
+    /// The name of a kept command.
+    lease: Option<Lease>,
     process: Running,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
@@ -184,49 +201,106 @@ struct Session {
     /// Input that the command hasn't taken.
     input: Vec<u8>,
     input_ended: bool,
-    /// Frames that the host hasn't taken, from `sent` on.
-    output: Vec<u8>,
-    sent: usize,
+    output: Output,
     status: Option<ExitStatus>,
     ended: Option<End>,
+    /// The status is in the output buffer, or with the host.
+    told: bool,
     scratch: Vec<u8>,
 }
 
 impl Session {
-    fn new(
-        connection: UnixStream,
-        decoder: FrameDecoder,
-        mut process: Running,
-        wants_stdin: bool,
-    ) -> Result<Self, FrameError> {
-        connection.set_nonblocking(true)?;
-        let mut session = Self {
-            connection,
-            decoder,
+    fn new(mut process: Running, wants_stdin: bool, lease: Option<Lease>) -> Self {
+        Self {
+            link: None,
+            lease,
             stdout: process.stdout.take(),
             stderr: process.stderr.take(),
             stdin: process.stdin.take().filter(|_| wants_stdin),
             process,
             input: Vec::new(),
             input_ended: false,
-            output: Vec::new(),
-            sent: 0,
+            output: Output::default(),
             status: None,
             ended: None,
+            told: false,
             scratch: vec![0; MAX_DATA],
-        };
-        let pid = u32::try_from(session.process.pid).unwrap_or(0);
-        session.emit(&ExecEvent::Started(pid))?;
-        Ok(session)
+        }
     }
 
-    /// Runs until the status is known and the output is in the output buffer or given up.
+    /// Goes on with another host, which knows nothing yet unless it is the `first`.
+    fn adopt(&mut self, link: Link, first: bool) -> Result<(), FrameError> {
+        self.hang_up();
+        let pid = ExecEvent::Started(u32::try_from(self.process.pid).unwrap_or(0));
+        if first {
+            self.output.push(&pid)?;
+        } else {
+            let input = if self.stdin.is_some() && !self.input_ended {
+                // Exact: the buffer never exceeds the window by more than the terminal's end.
+                let held = self.input.len().min(STDIN_WINDOW as usize) as u32;
+                ExecEvent::StdinCredit(STDIN_WINDOW - held)
+            } else {
+                ExecEvent::StdinClosed
+            };
+            self.output.restart(&[pid, input])?;
+            self.told = false;
+        }
+        let kept = link.connection.set_nonblocking(true);
+        self.link = Some(link);
+        // The first frame may have come with others behind it.
+        let result = kept
+            .map_err(FrameError::from)
+            .and_then(|()| self.take_frames());
+        result.or_else(|error| self.lost(error))
+    }
+
+    /// Serves whoever waits for a kept command.
+    fn meet(&mut self) -> Result<(), FrameError> {
+        match self.lease.as_ref().and_then(Lease::newcomer) {
+            Some(link) => self.adopt(link, false),
+            None => Ok(()),
+        }
+    }
+
+    fn hang_up(&mut self) {
+        if let Some(link) = self.link.take() {
+            // Fails when the host was first.
+            let _ = link.connection.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// The connection is of no more use: the end of a session, unless its command is a kept one.
+    fn lost(&mut self, error: FrameError) -> Result<(), FrameError> {
+        if self.lease.is_none() {
+            return Err(error);
+        }
+        self.hang_up();
+        Ok(())
+    }
+
+    /// Runs until the host has the status.
     fn serve(&mut self) -> Result<(), FrameError> {
-        // The request may have come with the first bytes of input behind it.
-        self.take_frames()?;
-        while !self.is_drained() {
+        loop {
+            if let Some(status) = self.status
+                && !self.told
+                && self.is_drained()
+            {
+                self.told = true;
+                // What a descendant writes from here on is nobody's.
+                self.stdout = None;
+                self.stderr = None;
+                self.output.push(&ExecEvent::Ended(status))?;
+            }
+            if let Err(error) = self.flush() {
+                self.lost(error)?;
+            }
+            // Who started a kept command may be gone without having read: its status stays until
+            // the host hangs up in order.
+            if self.told && self.output.pending() == 0 && self.lease.is_none() {
+                return Ok(());
+            }
             if let Some(end) = &mut self.ended
-                && self.output.len() - self.sent >= OUTPUT_LIMIT
+                && self.output.pending() >= OUTPUT_LIMIT
             {
                 end.last_output = Instant::now();
             }
@@ -243,17 +317,32 @@ impl Session {
             if !ready.stdin.is_empty() {
                 self.write_input(ready.stdin)?;
             }
-            if ready.connection.intersects(PollFlags::OUT | PollFlags::ERR) {
-                self.flush()?;
-            }
-            if ready
-                .connection
-                .intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR)
-            {
-                self.receive()?;
+            let connection = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
+            if ready.connection.intersects(connection) {
+                if self.hear()? {
+                    return Ok(());
+                }
+            } else if !ready.bell.is_empty() {
+                // Only when the last host has been heard out.
+                self.meet()?;
             }
         }
-        Ok(())
+    }
+
+    /// Reads what the host sent; returns whether it has hung up with the status in its hands.
+    fn hear(&mut self) -> Result<bool, FrameError> {
+        let Err(error) = self.receive() else {
+            return Ok(false);
+        };
+        let content = self.told && self.output.pending() == 0;
+        if !(content && matches!(error, FrameError::Closed)) {
+            self.lost(error)?;
+            return Ok(false);
+        }
+        match self.lease.as_ref().and_then(Lease::end) {
+            Some(link) => self.adopt(link, false).map(|()| false),
+            None => Ok(true),
+        }
     }
 
     fn is_drained(&self) -> bool {
@@ -264,16 +353,22 @@ impl Session {
             return true;
         }
         // While the host is slow nothing is read, and silence means nothing.
-        let idle = self.pending() < OUTPUT_LIMIT;
+        let idle = self.output.pending() < OUTPUT_LIMIT;
         let silent = end.last_output.elapsed() >= QUIET || end.since.elapsed() >= GRACE;
         idle && silent && end.owed == [0, 0]
     }
 
     fn poll(&self) -> Result<Ready, FrameError> {
         let mut watch = Watch::default();
-        let mut wanted = PollFlags::IN;
-        wanted.set(PollFlags::OUT, self.pending() > 0);
-        watch.add(&self.connection, wanted, |ready| &mut ready.connection);
+        if let Some(link) = &self.link {
+            let mut wanted = PollFlags::IN;
+            wanted.set(PollFlags::OUT, self.output.pending() > 0);
+            watch.add(&link.connection, wanted, |ready| &mut ready.connection);
+        }
+        let bell = self.lease.as_ref().map(Lease::bell);
+        if let Some(bell) = &bell {
+            watch.add(bell, PollFlags::IN, |ready| &mut ready.bell);
+        }
         if let Some(stdin) = &self.stdin {
             // Without input to write, only the end of the reader is of interest.
             let flags = if self.input.is_empty() {
@@ -286,7 +381,8 @@ impl Session {
                 watch.add(stdin, flags, |ready| &mut ready.stdin);
             }
         }
-        if self.pending() < OUTPUT_LIMIT {
+        let reading = self.output.pending() < OUTPUT_LIMIT;
+        if reading {
             if let Some(stdout) = &self.stdout {
                 watch.add(stdout, PollFlags::IN, |ready| &mut ready.stdout);
             }
@@ -299,8 +395,7 @@ impl Session {
                 &mut ready.process
             });
         }
-        let reading = self.pending() < OUTPUT_LIMIT;
-        let timeout = self.ended.filter(|_| reading).map(|end| {
+        let timeout = self.ended.filter(|_| reading && !self.told).map(|end| {
             let until = (end.last_output + QUIET).min(end.since + GRACE);
             // Rounded up by a little, so that the time is over when poll returns.
             let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -368,7 +463,7 @@ impl Session {
                     *owed = owed.saturating_sub(length as u64);
                 }
                 let bytes = scratch.get(..length).unwrap_or_default();
-                self.emit(&if errors {
+                self.output.push(&if errors {
                     ExecEvent::Stderr(bytes)
                 } else {
                     ExecEvent::Stdout(bytes)
@@ -417,7 +512,7 @@ impl Session {
             Ok(length) => {
                 self.input.drain(..length);
                 // Exact: the buffer never exceeds the window.
-                self.emit(&ExecEvent::StdinCredit(length as u32))?;
+                self.output.push(&ExecEvent::StdinCredit(length as u32))?;
                 if self.input.is_empty() && self.input_ended {
                     self.stdin = None;
                 }
@@ -431,27 +526,31 @@ impl Session {
     fn close_input(&mut self) -> Result<(), FrameError> {
         self.stdin = None;
         self.input.clear();
-        self.emit(&ExecEvent::StdinClosed)
+        self.output.push(&ExecEvent::StdinClosed)
     }
 
     /// Reads what the host sent.
     fn receive(&mut self) -> Result<(), FrameError> {
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let result = self.connection.read(&mut scratch);
-        if let Ok(length) = result {
-            self.decoder.push(scratch.get(..length).unwrap_or_default());
-        }
-        self.scratch = scratch;
-        match result {
+        let Some(link) = &mut self.link else {
+            return Ok(());
+        };
+        match link.connection.read(&mut self.scratch) {
             Ok(0) => Err(FrameError::Closed),
-            Ok(_) => self.take_frames(),
+            Ok(length) => {
+                let bytes = self.scratch.get(..length).unwrap_or_default();
+                link.decoder.push(bytes);
+                self.take_frames()
+            }
             Err(error) if is_transient(&error) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
     fn take_frames(&mut self) -> Result<(), FrameError> {
-        let mut decoder = std::mem::take(&mut self.decoder);
+        let Some(link) = &mut self.link else {
+            return Ok(());
+        };
+        let mut decoder = std::mem::take(&mut link.decoder);
         let result = loop {
             match decoder.next_frame() {
                 Ok(Some(payload)) => {
@@ -463,7 +562,9 @@ impl Session {
                 Err(error) => break Err(error),
             }
         };
-        self.decoder = decoder;
+        if let Some(link) = &mut self.link {
+            link.decoder = decoder;
+        }
         result
     }
 
@@ -498,7 +599,9 @@ impl Session {
                 let signal = sys::signal(number).ok_or(FrameError::Malformed)?;
                 self.signal(signal);
             }
-            ExecCommand::Start(_) => return Err(FrameError::Malformed),
+            ExecCommand::Start(_) | ExecCommand::StartKept { .. } | ExecCommand::Attach { .. } => {
+                return Err(FrameError::Malformed);
+            }
         }
         Ok(())
     }
@@ -532,76 +635,17 @@ impl Session {
         {}
     }
 
-    fn pending(&self) -> usize {
-        self.output.len() - self.sent
-    }
-
-    fn emit(&mut self, event: &ExecEvent<'_>) -> Result<(), FrameError> {
-        if self.sent > OUTPUT_LIMIT {
-            self.output.drain(..self.sent);
-            self.sent = 0;
-        }
-        frame::encode_into(event, &mut self.output)?;
-        self.flush()
-    }
-
-    /// Sends what the connection takes.
+    /// Sends what the host takes.
     fn flush(&mut self) -> Result<(), FrameError> {
-        while self.pending() > 0 {
-            match self
-                .connection
-                .write(self.output.get(self.sent..).unwrap_or_default())
-            {
-                Ok(0) => return Err(FrameError::Closed),
-                Ok(length) => self.sent += length,
-                Err(error) if is_transient(&error) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.output.clear();
-        self.sent = 0;
-        Ok(())
-    }
-
-    /// Sends what is left and the status, then waits for the host to hang up.
-    fn finish(mut self) {
-        let Some(status) = self.status else {
-            return;
-        };
-        let sent = self.emit(&ExecEvent::Ended(status)).and_then(|()| {
-            self.connection.set_nonblocking(false)?;
-            Ok(self
-                .connection
-                .write_all(self.output.get(self.sent..).unwrap_or_default())?)
-        });
-        if sent.is_ok() {
-            linger(&mut self.connection);
+        match &mut self.link {
+            Some(link) if self.output.pending() > 0 => self.output.flush(&mut link.connection),
+            _ => Ok(()),
         }
     }
 }
 
 /// The terminal's end-of-file character (`VEOF`, termios(3)).
 const END_OF_TRANSMISSION: u8 = 4;
-
-/// Closing a stream with unread input may throw away output that is under way: says that nothing
-/// more comes, and reads until the host has hung up.
-fn linger(connection: &mut UnixStream) {
-    let started = Instant::now();
-    let mut waste = [0; 4096];
-    if connection.shutdown(Shutdown::Write).is_err()
-        || connection.set_read_timeout(Some(LINGER)).is_err()
-    {
-        return;
-    }
-    while started.elapsed() < LINGER {
-        match connection.read(&mut waste) {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return,
-        }
-    }
-}
 
 fn is_transient(error: &io::Error) -> bool {
     matches!(

@@ -1,24 +1,21 @@
-//! Making the process of an exec.
-#![expect(unsafe_code, reason = "code between fork and exec")]
+//! What an exec's process is made of: its streams, its identity, and what a failure means.
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::fs::{Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
-use rustix::process::{Pid, PidfdFlags};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 use skerry_protocol::message::{ExecFailure, FailureKind, WinSize};
 
+use super::child::{self, Child, Step};
 use super::user::User;
 use super::{failure, lookup, show};
-use crate::reap::Reaper;
+use crate::cgroup::Cgroup;
 
 /// What `execve` and the steps before it take.
 #[derive(Debug)]
@@ -56,110 +53,91 @@ pub struct Running {
     pub terminal: Option<OwnedFd>,
 }
 
-/// Steps of the child; the number of the one that failed travels above the error number.
-#[derive(Clone, Copy)]
-enum Step {
-    Session = 1,
-    Directory = 2,
-    Identity = 3,
-    Program = 4,
-}
-
-const STEP_SHIFT: u32 = 16;
-
-/// The child's ends of the streams.
-struct ChildEnds {
-    stdin: Stdio,
-    stdout: Stdio,
-    stderr: Stdio,
+/// The agent's ends of the streams.
+struct Ends {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
 }
 
 impl Launch {
-    /// Starts the command. The child belongs to the caller, who releases it from `reaper`.
-    pub fn start(self, reaper: &Reaper) -> Result<Running, ExecFailure> {
+    /// Starts the command. The child belongs to the calling thread, which has to collect it.
+    pub fn start(self, cgroup: Option<&Cgroup>) -> Result<Running, ExecFailure> {
         let resources = |what: &str, error: io::Error| {
             failure(
                 FailureKind::Resources,
                 format!("No {what} for the command: {error}"),
             )
         };
-        let (ends, mut running) = match self.tty {
+        let (streams, ends) = match self.tty {
             Some(size) => self
                 .terminal(size)
                 .map_err(|error| resources("terminal", error))?,
             None => self.pipes().map_err(|error| resources("pipes", error))?,
         };
-        let pid = reaper
-            .spawn(|| self.fork(ends))
-            .map_err(|error| self.explain(&error))?;
-        let opened = Pid::from_raw(pid)
-            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
-            .and_then(|pid| Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?));
-        match opened {
-            Ok(pidfd) => running.pidfd = pidfd,
-            Err(error) => {
-                reaper.release(pid);
-                return Err(resources("process handle", error));
-            }
-        }
-        running.pid = pid;
-        Ok(running)
+        let (pid, pidfd) = self
+            .spawn(&streams, cgroup)
+            .map_err(|(step, error)| self.explain(step, &error))?;
+        Ok(Running {
+            pid,
+            pidfd,
+            stdin: ends.stdin,
+            stdout: ends.stdout,
+            stderr: ends.stderr,
+            terminal: ends.terminal,
+        })
     }
 
-    fn pipes(&self) -> io::Result<(ChildEnds, Running)> {
+    /// Pipes for output and errors, and for input where it is wanted: the child's ends and ours.
+    fn pipes(&self) -> io::Result<([OwnedFd; 3], Ends)> {
         let (out_read, out_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let (err_read, err_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let (stdin, in_write) = if self.stdin {
             let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
             self.give(&read)?;
             set_nonblocking(&write)?;
-            (Stdio::from(read), Some(write))
+            (read, Some(write))
         } else {
-            (Stdio::null(), None)
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let null = rustix::fs::open("/dev/null", flags, Mode::empty())?;
+            (null, None)
         };
         self.give(&out_write)?;
         self.give(&err_write)?;
         set_nonblocking(&out_read)?;
         set_nonblocking(&err_read)?;
-        let ends = ChildEnds {
-            stdin,
-            stdout: out_write.into(),
-            stderr: err_write.into(),
-        };
-        let running = Running {
-            pid: 0,
-            pidfd: out_read.try_clone()?,
+        let ends = Ends {
             stdin: in_write,
             stdout: Some(out_read),
             stderr: Some(err_read),
             terminal: None,
         };
-        Ok((ends, running))
+        Ok(([above(stdin)?, above(out_write)?, above(err_write)?], ends))
     }
 
-    fn terminal(&self, size: WinSize) -> io::Result<(ChildEnds, Running)> {
+    fn terminal(&self, size: WinSize) -> io::Result<([OwnedFd; 3], Ends)> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = rustix::pty::openpt(flags)?;
         rustix::pty::unlockpt(&master)?;
-        let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
+        let slave = above(rustix::pty::ioctl_tiocgptpeer(&master, flags)?)?;
         rustix::termios::tcsetwinsize(&master, winsize(size))?;
         self.give(&slave)?;
         rustix::fs::fchmod(&slave, Mode::from_raw_mode(0o620))?;
-        set_nonblocking(&master)?;
-        let ends = ChildEnds {
-            stdin: slave.try_clone()?.into(),
-            stdout: slave.try_clone()?.into(),
-            stderr: slave.into(),
-        };
-        let running = Running {
-            pid: 0,
-            pidfd: master.try_clone()?,
+        let master_flags = OFlags::RDWR | OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(&master, master_flags)?;
+        let ends = Ends {
             stdin: self.stdin.then(|| master.try_clone()).transpose()?,
             stdout: Some(master.try_clone()?),
             stderr: None,
             terminal: Some(master),
         };
-        Ok((ends, running))
+        let streams = [
+            above(slave.try_clone()?)?,
+            above(slave.try_clone()?)?,
+            slave,
+        ];
+        Ok((streams, ends))
     }
 
     /// Makes the command's user the owner of a stream, so that it can open `/dev/stdout` anew.
@@ -174,62 +152,61 @@ impl Launch {
         )?)
     }
 
-    fn fork(&self, ends: ChildEnds) -> io::Result<i32> {
-        let program = CString::new(self.program.as_os_str().as_bytes())?;
-        let cwd = CString::new(self.cwd.as_os_str().as_bytes())?;
-        let argv = pointers(&self.argv);
-        let envp = pointers(&self.envp);
-        let groups: Vec<Gid> = self
-            .user
-            .groups
-            .iter()
-            .map(|&gid| Gid::from_raw(gid))
-            .collect();
-        let (uid, gid) = (Uid::from_raw(self.user.uid), Gid::from_raw(self.user.gid));
-        let tty = self.tty.is_some();
-
-        let child_side = move || {
-            at(Step::Session, prepare_session(tty))?;
-            at(
-                Step::Directory,
-                rustix::process::chdir(&cwd).map_err(io::Error::from),
-            )?;
-            at(Step::Identity, take_identity(uid, gid, &groups))?;
-            // SAFETY: both arrays end with a null pointer, and their strings live in `self`,
-            // which outlives the fork.
-            unsafe { libc::execve(program.as_ptr(), argv.first(), envp.first()) };
-            at(Step::Program, Err(io::Error::last_os_error()))
+    fn spawn(
+        &self,
+        streams: &[OwnedFd; 3],
+        cgroup: Option<&Cgroup>,
+    ) -> Result<(i32, OwnedFd), child::Failure> {
+        let no_nul = |_| (Step::Program, io::Error::from_raw_os_error(libc::ENOENT));
+        let program = CString::new(self.program.as_os_str().as_bytes()).map_err(no_nul)?;
+        let cwd = CString::new(self.cwd.as_os_str().as_bytes()).map_err(no_nul)?;
+        let start = |directory: Option<BorrowedFd<'_>>| {
+            let child = Child {
+                program: &program,
+                argv: &self.argv,
+                envp: &self.envp,
+                cwd: &cwd,
+                uid: self.user.uid,
+                gid: self.user.gid,
+                groups: &self.user.groups,
+                streams: [streams[0].as_fd(), streams[1].as_fd(), streams[2].as_fd()],
+                tty: self.tty.is_some(),
+                cgroup: directory,
+                namespace: cgroup.map(Cgroup::namespace),
+            };
+            child.start()
         };
-        let mut command = Command::new(&self.program);
-        command
-            .stdin(ends.stdin)
-            .stdout(ends.stdout)
-            .stderr(ends.stderr);
-        // SAFETY: the closure allocates nothing and takes no lock: system calls on data made above.
-        unsafe { command.pre_exec(child_side) };
-        let child = command.spawn()?;
-        i32::try_from(child.id()).map_err(|_| io::ErrorKind::InvalidData.into())
+        let Some(cgroup) = cgroup else {
+            return start(None);
+        };
+        match start(Some(cgroup.directory())) {
+            // A workload that shares resources out among cgroups of its own leaves none for processes
+            // beside them (Linux, admin-guide/cgroup-v2, "No Internal Process Constraint").
+            Err((Step::Clone, error)) if error.raw_os_error() == Some(libc::EBUSY) => {
+                let leaf = cgroup.leaf().map_err(|error| (Step::Clone, error))?;
+                start(Some(leaf.as_fd()))
+            }
+            result => result,
+        }
     }
 
-    /// What a failed fork or child step means.
-    fn explain(&self, error: &io::Error) -> ExecFailure {
-        let code = error.raw_os_error().unwrap_or(0);
-        let inner = io::Error::from_raw_os_error(code & ((1 << STEP_SHIFT) - 1));
+    /// What a failed step of the child means.
+    fn explain(&self, step: Step, error: &io::Error) -> ExecFailure {
         let name = self
             .argv
             .first()
             .map(|name| name.to_bytes())
             .unwrap_or_default();
-        match code >> STEP_SHIFT {
-            step if step == Step::Program as i32 => lookup::exec_failure(name, &inner),
-            step if step == Step::Directory as i32 => bad_cwd(&self.cwd, &inner),
-            step if step == Step::Identity as i32 => {
+        match step {
+            Step::Program => lookup::exec_failure(name, error),
+            Step::Directory => bad_cwd(&self.cwd, error),
+            Step::Identity => {
                 let (uid, gid) = (self.user.uid, self.user.gid);
-                let text = format!("Command cannot run as user {uid}, group {gid}: {inner}");
+                let text = format!("Command cannot run as user {uid}, group {gid}: {error}");
                 failure(FailureKind::BadUser, text)
             }
-            _ => {
-                let text = format!("No process for command \"{}\": {inner}", show(name));
+            Step::Clone | Step::Session => {
+                let text = format!("No process for command \"{}\": {error}", show(name));
                 failure(FailureKind::Resources, text)
             }
         }
@@ -256,71 +233,15 @@ pub fn winsize(size: WinSize) -> Winsize {
     }
 }
 
-/// Pointers to C strings with the null pointer that ends them.
-struct Pointers(Vec<*const libc::c_char>);
-
-// SAFETY: the pointers are only read, by one process after a fork.
-unsafe impl Send for Pointers {}
-// SAFETY: as above.
-unsafe impl Sync for Pointers {}
-
-impl Pointers {
-    fn first(&self) -> *const *const libc::c_char {
-        self.0.as_ptr()
+/// The stream under a number that the standard streams don't have: the child gives it theirs.
+fn above(stream: OwnedFd) -> io::Result<OwnedFd> {
+    if stream.as_raw_fd() > 2 {
+        return Ok(stream);
     }
+    Ok(rustix::io::fcntl_dupfd_cloexec(&stream, 3)?)
 }
 
-fn pointers(strings: &[CString]) -> Pointers {
-    Pointers(
-        strings
-            .iter()
-            .map(|s| s.as_ptr())
-            .chain([std::ptr::null()])
-            .collect(),
-    )
-}
-
-/// Marks an error with the step that it happened in. Runs between fork and exec.
-fn at<T>(step: Step, result: io::Result<T>) -> io::Result<T> {
-    result.map_err(|error| {
-        let code = error.raw_os_error().unwrap_or(libc::EIO);
-        io::Error::from_raw_os_error((step as i32) << STEP_SHIFT | code)
-    })
-}
-
-/// Own session, terminal, default signal dispositions. Runs between fork and exec.
-fn prepare_session(tty: bool) -> io::Result<()> {
-    rustix::process::setsid()?;
-    if tty {
-        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-    }
-    for signal in 1..=64 {
-        // SAFETY: "default" involves no handler. Refused for SIGKILL, SIGSTOP and the C library's
-        // own signals, which are never altered.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
-    // SAFETY: all-zero bytes are the empty set of Linux.
-    let none: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `none` is valid, and the old mask isn't asked for.
-    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) };
-    rustix::process::umask(Mode::from_raw_mode(0o022));
-    Ok(())
-}
-
-/// Groups first, user last: after that the right to change groups is gone. Runs between fork and
-/// exec, where the process has one thread.
-fn take_identity(uid: Uid, gid: Gid, groups: &[Gid]) -> io::Result<()> {
-    // A test's ordinary process may only keep the identity that it has.
-    if !rustix::process::geteuid().is_root() && rustix::process::geteuid() == uid {
-        return Ok(());
-    }
-    rustix::thread::set_thread_groups(groups)?;
-    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-    Ok(())
-}
-
+/// For our end of a pipe, which has no other flags.
 fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    Ok(rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?)
+    Ok(rustix::fs::fcntl_setfl(&fd, OFlags::NONBLOCK)?)
 }

@@ -190,16 +190,20 @@ impl Shared {
         found
     }
 
-    /// Ends every connection.
+    /// Ends every connection, those included that nobody has accepted yet.
     fn kill_all(&self, error: io::ErrorKind) {
         let mut table = self.table.lock();
         let connections = std::mem::take(&mut table.connections);
+        let listeners: Vec<_> = table.listeners.values().cloned().collect();
         table.control.clear();
         table.ready.clear();
         table.transmit_stalled = false;
         drop(table);
         for connection in connections.values() {
             connection.kill(error);
+        }
+        for queue in listeners {
+            queue.forget_waiting();
         }
     }
 
