@@ -5,6 +5,8 @@
     reason = "each test file uses its part"
 )]
 
+pub mod home;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
