@@ -34,6 +34,8 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new virtual machine made from an image
     Run(RunArgs),
+    /// Boot an image, warm it up, and have later runs start from there
+    Warm(WarmArgs),
     /// Let a virtual machine go on from a snapshot of it
     Restore(RestoreArgs),
     /// Make more virtual machines that go on from where a running one is
@@ -217,6 +219,39 @@ pub struct RunArgs {
         allow_hyphen_values = true
     )]
     pub command: Vec<String>,
+}
+
+/// `skerry warm`.
+#[derive(Debug, Args)]
+pub struct WarmArgs {
+    /// The surroundings of the command that warms it up
+    #[command(flatten)]
+    pub io: CommandArgs,
+
+    /// The command goes on in every later run, and is ready when it has written TEXT [default: it has
+    /// to end, with status 0]
+    #[arg(long, value_name = "TEXT", requires = "exec")]
+    pub ready: Option<String>,
+
+    /// Name the snapshot too, for run --from-snapshot and restore
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Keep the root file system as it is: writes fail
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// The machine, which later runs have to ask for too
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// What names the image, as for run
+    #[arg(value_name = "IMAGE")]
+    pub image: String,
+
+    /// Run this first: a command and, up to the end of the line, its arguments
+    #[arg(long, value_name = "CMD", num_args = 1.., allow_hyphen_values = true)]
+    pub exec: Vec<String>,
 }
 
 /// `skerry restore`.

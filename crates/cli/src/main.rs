@@ -36,6 +36,7 @@ fn main() -> ExitCode {
     start_log(cli.verbose);
     let result = match cli.command {
         Command::Run(args) => commands::run::execute(args, cli.verbose),
+        Command::Warm(args) => commands::run::warm(args, cli.verbose),
         Command::Restore(args) => commands::run::restore(args, cli.verbose),
         Command::Fork(args) => commands::vms::fork(&args),
         Command::Exec(args) => commands::vms::exec(args),

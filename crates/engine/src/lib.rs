@@ -28,7 +28,7 @@ pub mod snapshots;
 mod transport;
 pub mod vm;
 pub mod vms;
-mod warm;
+pub mod warm;
 
 pub use error::EngineError;
 pub use machine::MachineOptions;

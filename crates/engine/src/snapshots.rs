@@ -137,17 +137,23 @@ pub fn export(paths: &Paths, name: &str, target: &Path) -> Result<Option<Snapsho
     Ok(parent)
 }
 
+/// Refuses a name that a user can't give.
+pub(crate) fn check_name(name: &str) -> Result<(), EngineError> {
+    SnapshotStore::check_name(name)?;
+    if name.starts_with(START_PREFIX) {
+        return Err(EngineError::ReservedName {
+            name: name.to_owned(),
+            prefix: START_PREFIX,
+        });
+    }
+    Ok(())
+}
+
 /// Takes a snapshot from a directory or archive into the store, and gives it a name.
 pub fn import(paths: &Paths, source: &Path, name: Option<&str>) -> Result<SnapshotId, EngineError> {
     // Before gigabytes are copied.
     if let Some(name) = name {
-        SnapshotStore::check_name(name)?;
-        if name.starts_with(START_PREFIX) {
-            return Err(EngineError::ReservedName {
-                name: name.to_owned(),
-                prefix: START_PREFIX,
-            });
-        }
+        check_name(name)?;
     }
     let store = open(paths)?;
     let id = store.import(source)?;

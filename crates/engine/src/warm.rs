@@ -15,12 +15,14 @@ use skerry_oci::{Digest, Image};
 use skerry_snapshot::{SnapshotId, SnapshotStore};
 
 use crate::builtin;
+use crate::command::CommandSpec;
 use crate::error::EngineError;
 use crate::frozen::{FORMAT, Frozen, Writing};
+use crate::hypervisor::Backend;
 use crate::machine::Prepared;
 use crate::paths::Paths;
-use crate::snapshots::START_PREFIX;
-use crate::vm::Vm;
+use crate::snapshots::{self, START_PREFIX};
+use crate::vm::{Vm, VmSpec};
 
 /// What Skerry puts into the guest: a start that was kept with another is of no more use.
 #[derive(Serialize)]
@@ -54,13 +56,17 @@ fn image_prefix(image: &Digest) -> String {
     format!("{START_PREFIX}{}-", &image.hex()[..32])
 }
 
-/// Takes the name of a kept start away; the snapshot goes unless the user has named it too.
+/// Takes the name of a kept start away; the snapshot goes unless the user has named it too, or has
+/// snapshots that are differences to it. Of those `snapshots::prune` finds the last to go by its name.
 fn drop_start(store: &SnapshotStore, id: &SnapshotId, name: &str) -> Result<(), EngineError> {
-    store.untag(name)?;
-    match store.info(id) {
-        Ok(info) if !info.names.is_empty() => Ok(()),
-        // A damaged one can't say what else it is called, and is of no use by any name.
-        Ok(_) | Err(_) => Ok(store.remove(id)?),
+    if store.info(id).is_ok_and(|info| info.names.len() > 1) {
+        store.untag(name)?;
+        return Ok(());
+    }
+    // A damaged one can't say what else it is called, and is of no use by any name.
+    match store.remove(id) {
+        Err(skerry_snapshot::Error::HasChildren { .. }) => Ok(()),
+        result => Ok(result?),
     }
 }
 
@@ -105,7 +111,17 @@ impl Warm {
         prepared: &Prepared,
         machine: &MachineConfig,
     ) -> Result<Self, EngineError> {
-        let backend = prepared.selected.backend.name();
+        let backend = prepared.selected.backend;
+        Self::named(paths, image, backend, &prepared.tables, machine)
+    }
+
+    fn named(
+        paths: &Paths,
+        image: &Image,
+        backend: Backend,
+        cpuid: &[CpuidTable],
+        machine: &MachineConfig,
+    ) -> Result<Self, EngineError> {
         let build = Build {
             version: env!("CARGO_PKG_VERSION"),
             format: FORMAT,
@@ -115,8 +131,8 @@ impl Warm {
         };
         let kind = Kind {
             root: image.rootfs_digest().hex(),
-            backend,
-            cpuid: &prepared.tables,
+            backend: backend.name(),
+            cpuid,
             machine,
         };
         let prefix = format!("{}{}-", image_prefix(&image.digest), digest(&build, 12)?);
@@ -153,22 +169,99 @@ impl Warm {
             return Ok(());
         }
         // It can be made again: no need to wait for the disk.
-        let writing = Writing::default();
-        let id = vm
-            .capture()?
-            .frozen
-            .write(&self.store, &paths.scratch(), writing)?;
+        let id = self.write(paths, vm, Writing::default())?;
         if self.store.resolve(&self.name).is_ok() {
             // Another run was faster after all.
             return Ok(self.store.remove(&id)?);
         }
         self.store.tag(&id, &self.name)?;
+        self.tidy()
+    }
+
+    fn write(&self, paths: &Paths, vm: &Vm, writing: Writing) -> Result<SnapshotId, EngineError> {
+        let frozen = vm.capture()?.frozen;
+        frozen.write(&self.store, &paths.scratch(), writing)
+    }
+
+    /// Removes what was kept by other builds, and what killed processes left.
+    fn tidy(&self) -> Result<(), EngineError> {
         drop_starts(&self.store, &self.image, |name| {
             !name.starts_with(&self.prefix)
         })?;
         self.store.sweep()?;
         Ok(())
     }
+
+    /// Keeps the machine as it is now in place of what was kept before.
+    fn replace(&self, paths: &Paths, vm: &Vm) -> Result<SnapshotId, EngineError> {
+        let writing = Writing {
+            durable: true,
+            ..Writing::default()
+        };
+        let id = self.write(paths, vm, writing)?;
+        let before = self.store.resolve(&self.name).ok();
+        self.store.tag(&id, &self.name)?;
+        if let Some(before) = before.filter(|before| *before != id)
+            && self
+                .store
+                .info(&before)
+                .is_ok_and(|info| info.names.is_empty())
+        {
+            match self.store.remove(&before) {
+                Ok(()) | Err(skerry_snapshot::Error::HasChildren { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.tidy()?;
+        Ok(id)
+    }
+}
+
+/// How an image is warmed up.
+#[derive(Clone, Debug, Default)]
+pub struct WarmSpec {
+    /// The machine, which later runs must ask for too.
+    pub vm: VmSpec,
+    /// A command to run before the start is kept.
+    pub command: Option<CommandSpec>,
+    /// The command goes on in every run; it is ready when it has written this. Without it, it has to
+    /// end, with success.
+    pub ready: Option<String>,
+    /// A name for the snapshot, besides that of the image's kept start.
+    pub name: Option<String>,
+}
+
+/// Boots a machine from `image`, which the user calls `name`, warms it up, and keeps it as the start of
+/// later runs.
+pub fn warm(
+    paths: &Paths,
+    image: &Image,
+    name: &str,
+    spec: &WarmSpec,
+    note: &mut dyn FnMut(&str),
+) -> Result<SnapshotId, EngineError> {
+    if let Some(name) = &spec.name {
+        snapshots::check_name(name)?;
+    }
+    let fresh = VmSpec {
+        fresh: true,
+        ..spec.vm.clone()
+    };
+    let vm = Vm::start(paths, image, name, &fresh, note)?;
+    vm.run_first_programs()?;
+    match (&spec.command, &spec.ready) {
+        (None, _) => {}
+        (Some(command), None) => vm.prewarm(command)?,
+        (Some(command), Some(ready)) => vm.leave_running(command, ready)?,
+    }
+    let about = vm.about();
+    let kept = Warm::named(paths, image, about.backend, &about.cpuid, &about.machine)?;
+    let id = kept.replace(paths, &vm)?;
+    vm.kill();
+    if let Some(name) = &spec.name {
+        kept.store.tag(&id, name)?;
+    }
+    Ok(id)
 }
 
 fn unwritable(source: &serde_json::Error) -> EngineError {

@@ -273,6 +273,7 @@ pub(crate) fn state_from(
         mp_state,
         events,
         tsc,
+        clock_ns,
     } = saved;
     msrs.retain(|(index, _)| !msr::has_own_field(*index));
     trim_xsave(&mut xsave, xsave_size);
@@ -295,6 +296,7 @@ pub(crate) fn state_from(
         mp_state: mp_state_from(mp_state),
         events: events_from(&events),
         tsc,
+        clock_ns,
     }
 }
 
@@ -321,6 +323,7 @@ fn state_to(state: &contract::CpuState) -> own::CpuState {
         mp_state,
         events,
         tsc,
+        clock_ns,
     } = state;
     let mut xsave = xsave.clone();
     xsave.resize(XSAVE_LEN, 0);
@@ -345,6 +348,7 @@ fn state_to(state: &contract::CpuState) -> own::CpuState {
         mp_state: mp_state_to(*mp_state),
         events: events_to(events),
         tsc: *tsc,
+        clock_ns: *clock_ns,
     }
 }
 

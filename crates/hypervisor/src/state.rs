@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 /// The version of [`CpuState`]'s fields; raised with every change of them.
-pub const CPU_STATE_VERSION: u32 = 1;
+pub const CPU_STATE_VERSION: u32 = 2;
 
 /// One segment register with its hidden part (Intel SDM 3A §3.4.3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -187,6 +187,9 @@ pub struct CpuState {
     pub events: Events,
     /// The time-stamp counter when the state was read. Its frequency is told by the CPUID table.
     pub tsc: u64,
+    /// The guest's clock at that moment ([`crate::Vm::clock_ns`]). Counter and clock go on together in
+    /// a machine whose clock was set: a guest compares them.
+    pub clock_ns: u64,
 }
 
 /// What a boot loader sets before the first instruction.

@@ -127,7 +127,7 @@ pub trait Vm: Send + Sync + 'static {
     fn clock_ns(&self) -> Result<u64, StateError>;
 
     /// Sets the guest's clock. To restore a machine set it first: the time-stamp counters of the
-    /// processors' states that follow are kept in step.
+    /// processors' states that follow go on with it, and in step.
     fn set_clock_ns(&self, ns: u64) -> Result<(), StateError>;
 }
 

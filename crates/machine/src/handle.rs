@@ -194,6 +194,7 @@ impl MachineRemote {
     /// The state of a machine that is paused: processors first, so that what they had in hand is
     /// finished, then devices, sources of interrupts before the controllers.
     pub fn save_state(&self) -> Result<MachineState, MachineError> {
+        self.paused()?;
         let mut cpus = Vec::with_capacity(self.cpus);
         for cpu in 0..self.cpus {
             match self.command(cpu, Command::Save)? {
@@ -220,6 +221,7 @@ impl MachineRemote {
             virtio,
             chipset,
         } = saved;
+        self.paused()?;
         if version != MACHINE_STATE_VERSION || cpus.len() != self.cpus {
             return Err(MachineError::OtherMachine {
                 version,
@@ -330,6 +332,8 @@ impl MachineRemote {
     fn paused(&self) -> Result<(), MachineError> {
         if self.control.is_paused() {
             Ok(())
+        } else if self.control.is_ending() {
+            Err(MachineError::Ended)
         } else {
             Err(MachineError::NotPaused)
         }

@@ -11,11 +11,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
 use skerry_boot::MemoryMap;
 use skerry_hypervisor::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
@@ -126,6 +128,29 @@ fn map_file(region: &Region, at: u64, len: u64, file: &File, offset: u64) -> io:
         )
     };
     mapped.map(drop).map_err(io::Error::from)
+}
+
+/// Gives the private pages of `range` of `region` back to the host: what is read there next is the
+/// file that is mapped there, or zero.
+pub(crate) fn discard(region: &Region, range: Range<u64>) -> io::Result<()> {
+    let len = (range.end - range.start) as usize;
+    let slice = region
+        .get_slice(MemoryRegionAddress(range.start), len)
+        .map_err(io::Error::other)?;
+    // SAFETY: the range was just found to lie within the region's mapping, which is private memory
+    // of the guest's that nothing holds a reference into; its content may change as by a write.
+    unsafe {
+        madvise(
+            slice.ptr_guard_mut().as_ptr().cast(),
+            len,
+            Advice::LinuxDontNeed,
+        )?;
+    }
+    region
+        .get_mmap()
+        .bitmap()
+        .mark_dirty(range.start as usize, len);
+    Ok(())
 }
 
 fn reserve(len: usize, huge: bool) -> io::Result<RamRegion> {

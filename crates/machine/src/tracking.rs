@@ -6,10 +6,6 @@
 //!  base: layers of files, zero elsewhere ◄── rebase: what was written becomes a layer, mapped
 //! ```
 //! Nothing is logged, and nothing here costs anything, until it is asked for.
-#![expect(
-    unsafe_code,
-    reason = "giving private pages back to the host takes their addresses"
-)]
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -18,9 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
-use rustix::mm::{Advice, madvise};
 use skerry_hypervisor::{DirtyLogError, Gpa, GuestRam, MapError, PAGE_SIZE, StateError, Vm};
-use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::MachineError;
@@ -29,8 +23,10 @@ use crate::memory::{self, Region, SavedMemory, SavedRun};
 use crate::pages::PageSet;
 
 const PAGE: u64 = PAGE_SIZE as u64;
-/// Bytes that are copied at a time.
+/// Bytes that are read at a time where there may be many.
 const CHUNK: usize = 256 << 10;
+/// Bytes that are copied back at a time: what is written lies scattered.
+const PIECE: usize = 32 << 10;
 /// Bits of a page's entry in the host's pagemap: in memory, or swapped out.
 const PRESENT: u64 = 1 << 63 | 1 << 62;
 /// Bit of a page's entry in the host's pagemap: a page of a file, not a private copy.
@@ -316,11 +312,14 @@ impl TrackedMemory {
         }
         let pages = written.count();
         let discard = pages >= DISCARD_PAGES;
-        let mut buffer = vec![0; if discard { 0 } else { CHUNK }];
+        let mut buffer = vec![0; if discard { 0 } else { PIECE }];
         for run in written.runs() {
             let range = run.start * PAGE..run.end * PAGE;
             if discard {
-                self.discard(range)?;
+                // Given back, it is read from the base's files, which are mapped there, or zero.
+                for (_, region, part) in self.parts(range) {
+                    memory::discard(region, part).map_err(failed)?;
+                }
             } else {
                 self.copy_back(base, range, &mut buffer)?;
             }
@@ -344,7 +343,7 @@ impl TrackedMemory {
         base.find(range, |part, source| {
             let mut at = part.start;
             while at < part.end {
-                let bytes = &mut buffer[..(part.end - at).min(CHUNK as u64) as usize];
+                let bytes = &mut buffer[..(part.end - at).min(PIECE as u64) as usize];
                 match &source {
                     None => bytes.fill(0),
                     Some((file, offset)) => file
@@ -363,25 +362,6 @@ impl TrackedMemory {
             }
             Ok(())
         })
-    }
-
-    /// Gives `range` back to the host: what is read there next comes from the base's files, which
-    /// are mapped there, or is zero.
-    fn discard(&self, range: Range<u64>) -> Result<(), MachineError> {
-        for (_, region, part) in self.parts(range) {
-            let len = (part.end - part.start) as usize;
-            let slice = region
-                .get_slice(MemoryRegionAddress(part.start), len)
-                .map_err(other)?;
-            let address = slice.ptr_guard_mut().as_ptr();
-            // SAFETY: the range was just found to lie within the region's mapping, which is private
-            // memory of the guest's that nobody has a reference into; its content may change as by
-            // any write of the guest's.
-            unsafe { madvise(address.cast(), len, Advice::LinuxDontNeed) }
-                .map_err(|error| failed(error.into()))?;
-            region.bitmap().mark_dirty(part.start as usize, len);
-        }
-        Ok(())
     }
 }
 

@@ -14,7 +14,8 @@ use skerry_hypervisor::Hypervisor;
 use skerry_hypervisor::cpu_model::CpuModel;
 use skerry_hypervisor_soft::Soft;
 use skerry_machine::{
-    Attachments, DiskConfig, Machine, MachineConfig, MachineError, MachineRemote, SavedMemory,
+    Attachments, DiskConfig, Machine, MachineConfig, MachineError, MachineRemote, PageSet,
+    SavedMemory,
 };
 use skerry_storage::{Access, RawDisk};
 
@@ -148,6 +149,60 @@ fn much_goes_back() {
     }
     remote.resume();
     wait_rounds(&output);
+}
+
+/// Bytes of `pages`, one run after the other.
+fn contents(remote: &MachineRemote, pages: &PageSet) -> Vec<u8> {
+    let mut contents = Vec::new();
+    remote
+        .for_each_page_run(pages, |_, bytes| -> Result<(), MachineError> {
+            contents.extend_from_slice(bytes);
+            Ok(())
+        })
+        .unwrap();
+    contents
+}
+
+/// Memory on both sides of the hole for devices, and a clone of it.
+#[test]
+fn memory_above_four_gib_goes_back() {
+    const MEMORY: u64 = 3584 << 20;
+    let program = Some((1000, 1_000_000));
+    let config = config(MEMORY, program);
+    let (parent, output) = machine(config.clone(), program, Attachments::default());
+    let handle = parent.start(Some(PATIENCE)).unwrap();
+    let remote = handle.remote();
+    wait_for(&output, "as init process");
+    wait_rounds(&output);
+    remote.pause().unwrap();
+    remote.track_writes().unwrap();
+    let used = remote.written().unwrap();
+    let high = (3 << 30) / PAGE;
+    assert!(used.runs().any(|run| run.end < high) && used.runs().any(|run| run.start >= high));
+    let state = remote.save_state().unwrap();
+    let layers = rebase(remote);
+    let memory = contents(remote, &used);
+    let attachments = Attachments {
+        memory: Some(layers),
+        track: true,
+        ..Attachments::default()
+    };
+    let (clone, cloned) = machine(config, program, attachments);
+    let clone = clone.restore(state.clone(), Some(PATIENCE)).unwrap();
+    for (remote, output) in [(remote, &output), (clone.remote(), &cloned)] {
+        assert!(contents(remote, &used) == memory);
+        for _ in 0..5 {
+            remote.resume();
+            wait_rounds(output);
+            remote.pause().unwrap();
+            let mut fresh = remote.written().unwrap();
+            assert!(fresh.runs().any(|run| run.start >= high));
+            fresh.subtract(&used);
+            remote.rewind(&state).unwrap();
+            assert!(contents(remote, &used) == memory);
+            assert!(contents(remote, &fresh).iter().all(|byte| *byte == 0));
+        }
+    }
 }
 
 /// What a live copy does: everything once, then what was written meanwhile, in rounds that become

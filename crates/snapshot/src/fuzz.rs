@@ -94,52 +94,17 @@ mod tests {
     //! the tests. `fuzz/` has the long form.
 
     use std::collections::BTreeMap;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use super::*;
     use crate::manifest::{Descriptor, Envelope};
     use crate::pages::{Content, Run, Table};
     use crate::{Digest, seal};
-
-    /// xorshift64*: the same changes each time.
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self, below: usize) -> usize {
-            self.0 ^= self.0 >> 12;
-            self.0 ^= self.0 << 25;
-            self.0 ^= self.0 >> 27;
-            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
-        }
-    }
-
-    fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
-        for _ in 0..=random.next(4) {
-            let (len, at) = (bytes.len(), random.next(bytes.len()));
-            match random.next(5) {
-                0 if len > 0 => bytes[at] = random.next(256) as u8,
-                1 if len > 0 => bytes[at] ^= 1 << random.next(8),
-                2 if random.next(4) == 0 => bytes.truncate(at),
-                3 => {
-                    let part: Vec<u8> = bytes[at..].iter().take(300).copied().collect();
-                    let to = random.next(len);
-                    bytes.splice(to..to, part);
-                }
-                _ if len > 0 => bytes[at] = b"0123456789{}[]\",:\0\xff"[random.next(19)],
-                _ => {}
-            }
-        }
-    }
+    use skerry_test_support::fuzz_briefly;
 
     fn run(seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
-        let mut random = Random(0x5eed);
-        let start = Instant::now();
-        seeds.iter().for_each(|seed| target(seed));
-        while start.elapsed() < Duration::from_secs(1) {
-            let mut bytes = seeds[random.next(seeds.len())].clone();
-            mutate(&mut random, &mut bytes);
-            target(&bytes);
-        }
+        let tokens = b"0123456789{}[]\",:\0\xff";
+        fuzz_briefly(seeds, tokens, Duration::from_secs(1), target);
     }
 
     #[test]

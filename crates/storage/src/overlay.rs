@@ -33,6 +33,9 @@ use present::{Present, ZONE_SIZE, Zone};
 /// The largest overlay: a file of this size is possible on the usual file systems.
 pub const OVERLAY_MAX: u64 = 8 << 40;
 
+/// So much is freed while the machine waits: some milliseconds.
+const IN_PLACE_MAX: u64 = 16 << 20;
+
 /// A disk whose changes lie apart from what it began with.
 ///
 /// Nothing of it outlives the process, except for the layers that it gives away; so
@@ -117,24 +120,32 @@ impl Overlay {
         Ok(layer)
     }
 
-    /// Forgets what was written since the last [`freeze`](Self::freeze), or since the beginning,
-    /// and frees its space. Takes as long as there is something to free.
+    /// Forgets what was written since the last [`freeze`](Self::freeze), or since the beginning.
+    /// Its space is freed, which for much of it goes on for a while after the return.
     pub fn rewind(&self) -> Result<(), DiskError> {
         let mut stack = self.stack.write();
-        if stack.present.is_empty() {
-            return Ok(());
+        let written = stack.present.ranges();
+        let bytes: u64 = written.iter().map(|range| range.end - range.start).sum();
+        if bytes > IN_PLACE_MAX {
+            let top = new_top(&self.folder, self.size)?;
+            let old = std::mem::replace(&mut stack.top, top);
+            stack.present.reset();
+            drop(stack);
+            free_beside(old);
+        } else if bytes > 0 {
+            let failed = |source| DiskError::Io {
+                disk: self.name.clone(),
+                operation: Operation::Discard,
+                offset: 0,
+                source,
+            };
+            // Emptied and made long again: the quickest way to free all of a file.
+            stack.top.set_len(0).map_err(failed)?;
+            stack.present.reset();
+            let len = self.size.next_multiple_of(CLUSTER_SIZE);
+            stack.top.set_len(len).map_err(failed)?;
         }
-        let failed = |source| DiskError::Io {
-            disk: self.name.clone(),
-            operation: Operation::Discard,
-            offset: 0,
-            source,
-        };
-        // Emptied and made long again: the quickest way to free all of a file.
-        stack.top.set_len(0).map_err(failed)?;
-        stack.present.reset();
-        let len = self.size.next_multiple_of(CLUSTER_SIZE);
-        stack.top.set_len(len).map_err(failed)
+        Ok(())
     }
 
     /// What is [`written`](Self::written) is counted from the last [`freeze`](Self::freeze) on:
@@ -341,6 +352,13 @@ fn new_top(folder: &Path, size: u64) -> Result<Arc<File>, DiskError> {
         dir: folder.to_owned(),
         source,
     })
+}
+
+/// Closes a file on another thread: what it takes is freed by that, and waits for what is on its
+/// way to the disk. Here, if there can be no thread.
+fn free_beside(file: Arc<File>) {
+    let thread = std::thread::Builder::new().name("scratch free".to_owned());
+    let _ = thread.spawn(move || drop(file));
 }
 
 /// Cuts a range at the ends of zones.

@@ -200,11 +200,11 @@ impl Cpu {
         self.publish_system_time();
     }
 
-    /// Sets the counter as a snapshot has it: no adjustment follows.
-    pub(crate) fn restore_tsc(&mut self, value: u64) {
+    /// Sets the counter as a snapshot has it, at that reading of the guest clock: no adjustment
+    /// follows.
+    pub(crate) fn restore_tsc(&mut self, value: u64, clock_ns: u64) {
         let time = &mut self.sys.time;
-        let now = time.scale.ticks(self.machine.host.clock_ns());
-        time.tsc_offset = value.wrapping_sub(now);
+        time.tsc_offset = value.wrapping_sub(time.scale.ticks(clock_ns));
     }
 
     /// WRMSR of a wall clock MSR: writes the boot time at the address (version, seconds,

@@ -10,10 +10,11 @@ use skerry_engine::frozen::Frozen;
 use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::{self, Begin, Detached, Job, Launch, Source};
-use skerry_engine::{Paths, WinSize, images};
+use skerry_engine::warm::WarmSpec;
+use skerry_engine::{Image, Paths, WinSize, images};
 
 use super::{choice, machine_options};
-use crate::args::{CommandArgs, RestoreArgs, RunArgs};
+use crate::args::{CommandArgs, RestoreArgs, RunArgs, WarmArgs};
 use crate::output;
 use crate::terminal::{self, Raw};
 
@@ -77,6 +78,39 @@ pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
     start(Begin::Snapshot(args.snapshot), spec, how)
 }
 
+/// Keeps a warm start of an image.
+pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
+    let paths = Paths::of_user()?;
+    let image = resolve(&paths, &args.image)?;
+    let spec = WarmSpec {
+        vm: VmSpec {
+            options: machine_options(args.machine),
+            read_only: args.read_only,
+            show_console: verbose > 0,
+            ..VmSpec::default()
+        },
+        command: match args.exec.is_empty() {
+            true => None,
+            false => Some(command(args.io, args.exec)),
+        },
+        ready: args.ready,
+        name: args.name,
+    };
+    let id = skerry_engine::warm::warm(&paths, &image, &args.image, &spec, &mut output::note)?;
+    writeln!(io::stdout(), "{}", id.hex())?;
+    Ok(0)
+}
+
+/// Finds an image, importing it where that has not been done.
+fn resolve(paths: &Paths, name: &str) -> Result<Image> {
+    let image = images::resolve(paths, name, &mut |progress| {
+        if let Some(text) = vms::told_of(name, progress) {
+            output::note(&text);
+        }
+    });
+    Ok(image?)
+}
+
 fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
     let paths = Paths::of_user()?;
     let name = how.name.unwrap_or_default();
@@ -97,11 +131,7 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
     let (mut tty, mut interactive) = (spec.command.tty.is_some(), spec.command.stdin);
     let source = match &begin {
         Begin::Image(name) => {
-            image = images::resolve(&paths, name, &mut |progress| {
-                if let Some(text) = vms::told_of(name, progress) {
-                    output::note(&text);
-                }
-            })?;
+            image = resolve(&paths, name)?;
             Source::Image {
                 image: &image,
                 name,

@@ -7,6 +7,7 @@
 
 mod capture;
 mod pooled;
+mod prewarm;
 mod rewind;
 mod start;
 
@@ -126,6 +127,12 @@ impl Vm {
     #[must_use]
     pub fn machine(&self) -> &MachineRemote {
         self.shared.handle.remote()
+    }
+
+    /// What machine it is.
+    #[must_use]
+    pub fn about(&self) -> &About {
+        &self.shared.about
     }
 
     /// How long it took to come to life.

@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use skerry_oci::Image;
-use skerry_protocol::host::HostError;
-use skerry_protocol::message::ExitStatus;
 
 use super::{ResumeSpec, Vm, VmSpec};
-use crate::command::{self, CommandSpec, Surroundings};
+use crate::command::{CommandSpec, Surroundings};
 use crate::error::EngineError;
 use crate::frozen::Frozen;
 use crate::hypervisor::select;
@@ -101,35 +99,5 @@ impl VmPool {
     /// Opens a pool of machines.
     pub fn of_machines(clones: Clones, options: PoolOptions) -> Result<Self, EngineError> {
         Ok(Self::open(clones, options)?)
-    }
-}
-
-impl Vm {
-    /// Runs a command to its end, which must be a success, so that what it leaves in memory is there
-    /// for those who go on from here.
-    pub fn prewarm(&self, spec: &CommandSpec) -> Result<(), EngineError> {
-        let surroundings = &self.shared.about.surroundings;
-        let request = command::request(spec.command.clone(), surroundings, spec);
-        let mut output = Vec::new();
-        let mut errors = Vec::new();
-        let ended = self
-            .exec(request)
-            .and_then(|session| session.wait(&mut output, &mut errors));
-        let why = match ended {
-            Ok(ExitStatus::Code(0)) => return Ok(()),
-            Ok(status) => {
-                output.extend(errors);
-                let text = String::from_utf8_lossy(&output);
-                let tail: Vec<&str> = text.lines().rev().take(10).collect();
-                let tail: Vec<&str> = tail.into_iter().rev().collect();
-                format!("exit status {}\n{}", status.shell_code(), tail.join("\n"))
-            }
-            Err(HostError::NotStarted(failure)) => failure.message,
-            Err(error) => return Err(self.explain(error)),
-        };
-        Err(EngineError::Prewarm {
-            command: spec.command.join(" "),
-            why: why.trim_end().to_owned(),
-        })
     }
 }

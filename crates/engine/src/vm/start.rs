@@ -12,9 +12,9 @@ use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
 use skerry_hypervisor::probe::chain;
 use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
 use skerry_oci::Image;
-use skerry_protocol::host::{Control, ExecSession, HostError};
+use skerry_protocol::CONTROL_PORT;
+use skerry_protocol::host::{Control, HostError};
 use skerry_protocol::message::{ExecRequest, Setup};
-use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
 use skerry_storage::{Access, Disk, Overlay, RawDisk, scratch};
 
 use super::{Books, GuestStream, Shared, Timing, Vm, VmSpec, ended, lost, root, setup};
@@ -107,9 +107,7 @@ impl Vm {
         };
         let vm = place.boot(image, spec, about)?;
         if let Some(warm) = warm {
-            let kept = warm_up(&vm.shared.vsock)
-                .map_err(EngineError::from)
-                .and_then(|()| warm.keep(paths, &vm));
+            let kept = vm.run_first_programs().and_then(|()| warm.keep(paths, &vm));
             if let Err(error) = kept {
                 let why = chain(&error);
                 note(&format!(
@@ -118,6 +116,24 @@ impl Vm {
             }
         }
         Ok(vm)
+    }
+
+    /// Has the guest run programs once, so that what the first ones take longer for is behind it when
+    /// its state is kept: the agent itself, which every guest has, and which does nothing when it
+    /// isn't process 1; then, where the image has one, a shell with nothing to do, for what most
+    /// programs share.
+    pub(crate) fn run_first_programs(&self) -> Result<(), EngineError> {
+        for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
+            let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
+            let ended = self
+                .exec(ExecRequest::new(argv))
+                .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
+            match ended {
+                Ok(_) | Err(HostError::NotStarted(_)) => {}
+                Err(error) => return Err(self.explain(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Starts a machine from where another one was kept; returns when its agent takes commands.
@@ -340,23 +356,6 @@ fn greet(
     agent.set_up(setup)?;
     tracing::debug!("guest is ready");
     Ok((listener, agent))
-}
-
-/// Has the guest run programs once, so that what the first ones take longer for is behind it when its
-/// start is kept: the agent itself, which every guest has, and which does nothing when it isn't process
-/// 1; then, where the image has one, a shell with nothing to do, for what most programs share.
-fn warm_up(vsock: &VsockHost) -> Result<(), HostError> {
-    for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
-        let stream = GuestStream(vsock.connect(EXEC_PORT).map_err(lost)?);
-        let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
-        let ended = ExecSession::start(stream, ExecRequest::new(argv))
-            .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
-        match ended {
-            Ok(_) | Err(HostError::NotStarted(_)) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 fn machine_config(spec: &VmSpec) -> MachineConfig {

@@ -14,7 +14,7 @@ use crate::error::EngineError;
 use crate::frozen::Writing;
 use crate::paths::Paths;
 use crate::run::RunSpec;
-use crate::snapshots::START_PREFIX;
+use crate::snapshots;
 
 /// Children that are started at a time.
 const AT_ONCE: usize = 4;
@@ -32,13 +32,7 @@ pub(super) fn snapshot(
     writing: Writing,
 ) -> Result<Snapshotted, EngineError> {
     if let Some(name) = name {
-        SnapshotStore::check_name(name)?;
-        if name.starts_with(START_PREFIX) {
-            return Err(EngineError::ReservedName {
-                name: name.to_owned(),
-                prefix: START_PREFIX,
-            });
-        }
+        snapshots::check_name(name)?;
     }
     if writing.difference && !hosted.vm.has_base() {
         return Err(EngineError::NoParent {

@@ -29,6 +29,7 @@ const APIC_IRR: usize = 0x20;
 pub(super) fn comparable(state: &CpuState) -> CpuState {
     let mut state = state.clone();
     state.tsc = 0;
+    state.clock_ns = 0;
     state.msrs.retain(|(index, value)| {
         msr::dispensable(*index, *value).is_none() && *index != msr::IA32_TSC_ADJUST
     });

@@ -41,6 +41,7 @@ pub(super) fn tsc_is_monotonic_after_restore<H: Hypervisor>(hypervisor: &H) {
         let fresh = guest.twin(hypervisor);
         let start = Instant::now();
         let mut vcpu = fresh.vcpu(0);
+        fresh.vm.set_clock_ns(state.clock_ns).expect("a clock");
         vcpu.set_state(&state)
             .unwrap_or_else(|e| panic!("{}", chain(&e)));
         let khz = u64::from(fresh.cpuid.tsc_khz().unwrap_or(8_000_000));

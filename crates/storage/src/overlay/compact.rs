@@ -12,6 +12,10 @@ use crate::sys;
 
 /// Files that lie under an overlay before some are made one.
 pub(super) const FILES_MAX: usize = 64;
+/// As many are too many whatever it costs to make them fewer.
+const FILES_LIMIT: usize = 4 * FILES_MAX;
+/// Bytes that are copied for it at a time; a machine may be waiting.
+const COPY_MAX: u64 = 64 << 20;
 
 impl Stack {
     /// Lets go of files that show nothing, and makes one of those that show the least if there are
@@ -26,8 +30,19 @@ impl Stack {
         let mut order: Vec<_> = (0..self.files.len()).collect();
         order.sort_by_key(|file| bytes.get(*file));
         let mut merge = vec![false; self.files.len()];
-        for file in order.iter().take(self.files.len() - FILES_MAX / 2) {
-            merge[*file] = true;
+        let mut room = match self.files.len() {
+            ..=FILES_LIMIT => COPY_MAX,
+            _ => u64::MAX,
+        };
+        for file in order.into_iter().take(self.files.len() - FILES_MAX / 2) {
+            match room.checked_sub(bytes[file]) {
+                Some(rest) => room = rest,
+                None => break,
+            }
+            merge[file] = true;
+        }
+        if merge.iter().filter(|merge| **merge).count() < 2 {
+            return;
         }
         let Ok(merged) = self.merge(&merge, folder) else {
             return;

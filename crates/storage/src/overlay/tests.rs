@@ -110,14 +110,17 @@ fn rewinding_frees_what_was_written() {
     let (_dir, disk) = overlay(1 << 30);
     disk.write_at(&[1; 4096], 0).unwrap();
     disk.freeze().unwrap();
-    disk.write_at(&vec![2; 16 << 20], 100).unwrap();
-    disk.discard(0, 4096).unwrap();
-    assert!(spent(&disk) >= 16 << 20);
-    disk.rewind().unwrap();
-    assert_eq!(spent(&disk), 0);
-    let mut back = [9; 8192];
-    disk.read_at(&mut back, 0).unwrap();
-    assert!(back[..4096] == [1; 4096] && back[4096..] == [0; 4096]);
+    // In place, and with another file.
+    for len in [IN_PLACE_MAX / 2, IN_PLACE_MAX + C] {
+        disk.write_at(&vec![2; len as usize], 100).unwrap();
+        disk.discard(0, 4096).unwrap();
+        assert!(spent(&disk) >= len);
+        disk.rewind().unwrap();
+        assert_eq!(spent(&disk), 0);
+        let mut back = [9; 8192];
+        disk.read_at(&mut back, 0).unwrap();
+        assert!(back[..4096] == [1; 4096] && back[4096..] == [0; 4096]);
+    }
     assert!(covers(&disk.written(), 0..4096));
     disk.rebase();
     assert!(disk.written().is_empty());

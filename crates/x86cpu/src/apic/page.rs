@@ -1,7 +1,6 @@
 //! The registers as a page, for snapshots.
 
 use super::{LocalApic, base, error};
-use crate::cpu::Cpu;
 
 /// Registers of the page: one every 16 bytes of its first KiB.
 pub const PAGE_REGISTERS: usize = 64;
@@ -163,11 +162,4 @@ pub(crate) fn check_base(value: u64, address_bits: u32) -> Result<(), InvalidPag
         return Err(InvalidPage::Base(value));
     }
     Ok(())
-}
-
-impl Cpu {
-    /// The local APIC's page as it stands.
-    pub(crate) fn apic_page(&self) -> Vec<u32> {
-        self.apic.page(self.machine.host.clock_ns())
-    }
 }

@@ -159,7 +159,7 @@ fn counts_go_on_from_a_page() {
     ] {
         let (host, mut cpu) = one();
         host.clock.store(1000, Ordering::SeqCst);
-        let mut page = cpu.apic_page();
+        let mut page = cpu.apic.page(1000);
         page[0x32] = entry;
         page[0x38] = 1000;
         page[0x39] = current;
@@ -326,7 +326,7 @@ fn page_comes_back() {
     cpu.apic_mmio_write(0x380, 4, 1000);
     cpu.apic_mmio_write(0x350, 4, 0x700);
     host.clock.store(500, Ordering::SeqCst);
-    let page = cpu.apic_page();
+    let page = cpu.apic.page(host.clock_ns());
     let (_, fresh) = one();
     let apic = fresh
         .apic

@@ -1,5 +1,7 @@
-//! How long it takes to take a Linux guest back to its base: `rewind [--memory MIB] [--pages N]
-//! [--rounds N] [--cpus N]`, on the software processor.
+//! How long a Linux guest on the software processor stands while it is copied, and how long it takes
+//! to take it back to its base: `memory [--memory MIB] [--pages N] [--sleep µs] [--rounds N] [--cpus N]`.
+//!
+//! The guest writes to so many pages and sleeps so long, again and again.
 
 #[path = "../tests/common/linux.rs"]
 mod linux;
@@ -50,6 +52,7 @@ impl Dots {
 struct Options {
     memory: u64,
     pages: u64,
+    sleep: u64,
     rounds: usize,
     cpus: u32,
 }
@@ -58,6 +61,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
     let mut options = Options {
         memory: 512,
         pages: 256,
+        sleep: 1000,
         rounds: 200,
         cpus: 1,
     };
@@ -67,6 +71,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         match arg.as_str() {
             "--memory" => options.memory = value,
             "--pages" => options.pages = value,
+            "--sleep" => options.sleep = value,
             "--rounds" => options.rounds = value as usize,
             "--cpus" => options.cpus = value as u32,
             other => return Err(format!("no option {other}").into()),
@@ -88,7 +93,7 @@ fn start(options: &Options, dots: &Dots) -> Result<MachineHandle, Box<dyn Error>
         ..MachineConfig::default()
     };
     let mut attachments = Attachments {
-        initrd: Some(linux::initrd(options.pages, 1_000_000).into()),
+        initrd: Some(linux::initrd(options.pages, options.sleep * 1000).into()),
         ..Attachments::default()
     };
     attachments.serial[0] = Some(Box::new(dots.clone()));
@@ -122,6 +127,56 @@ fn rebase(remote: &MachineRemote) -> Result<(), Box<dyn Error>> {
     Ok(remote.rebase(file, runs.collect())?)
 }
 
+/// Copies memory while the machine runs, then what is left while it stands.
+fn live_copy(remote: &MachineRemote) -> Result<(), Box<dyn Error>> {
+    let file = File::from(rustix::fs::memfd_create(
+        "copy",
+        rustix::fs::MemfdFlags::CLOEXEC,
+    )?);
+    let copy = |pages: &PageSet| {
+        remote.for_each_page_run(pages, |at, bytes| -> Result<(), MachineError> {
+            file.write_all_at(bytes, at)
+                .map_err(|source| MachineError::Resource {
+                    what: "copy",
+                    source,
+                })
+        })
+    };
+    let begun = Instant::now();
+    remote.track_writes()?;
+    let tracked = begun.elapsed();
+    let mut rounds = Vec::new();
+    for _ in 0..8 {
+        let pages = remote.harvest()?;
+        rounds.push(pages.count());
+        copy(&pages)?;
+        if pages.count() < 64 {
+            break;
+        }
+    }
+    let running = begun.elapsed();
+    let timed = Instant::now();
+    remote.pause()?;
+    let paused = timed.elapsed();
+    let pages = remote.harvest()?;
+    let harvested = timed.elapsed();
+    copy(&pages)?;
+    let copied = timed.elapsed();
+    let state = remote.save_state()?;
+    let saved = timed.elapsed();
+    remote.resume();
+    let stood = timed.elapsed();
+    println!(
+        "live copy: {running:?} for rounds of {rounds:?} pages, of it the log's start {tracked:?}; then it stood {stood:?} for {} pages: pause {paused:?}, harvest {:?}, copy {:?}, state of {} CPUs {:?}",
+        pages.count(),
+        harvested - paused,
+        copied - harvested,
+        state.cpus.len(),
+        saved - copied,
+    );
+    Ok(())
+}
+
 fn show(what: &str, mut times: Vec<Duration>) {
     times.sort_unstable();
     let at = |share: usize| times[(times.len() - 1) * share / 100].as_secs_f64() * 1e3;
@@ -139,16 +194,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let handle = start(&options, &dots)?;
     let remote = handle.remote();
     dots.wait(20);
+    std::thread::sleep(Duration::from_millis(500));
+    live_copy(remote)?;
     let timed = Instant::now();
     remote.pause()?;
     let paused = timed.elapsed();
-    remote.track_writes()?;
-    let tracked = timed.elapsed() - paused;
     let state = remote.save_state()?;
-    let saved = timed.elapsed() - paused - tracked;
+    let saved = timed.elapsed() - paused;
     let pages = remote.written()?;
     println!(
-        "{} MiB: pause {paused:?}, track {tracked:?}, save state {saved:?}; {} pages in {} runs are used, {} runs when coalesced",
+        "{} MiB: pause {paused:?}, save state {saved:?}; {} pages in {} runs are used, {} runs when coalesced",
         options.memory,
         pages.count(),
         pages.runs().count(),
