@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use common::home::Home;
-use common::{eventually, run_with};
+use common::{eventually, golden, run_with};
 
 /// Goes on until `/go` is there, and ends with 7.
 const UNTIL_TOLD: &str = "while [ ! -e /go ]; do sleep 0.05; done; exit 7";
@@ -684,4 +684,50 @@ fn a_detached_machine_needs_no_terminal_or_parent() {
     eventually("progress", || count() > before);
     let last = home.done(&["logs", "-n", "1", "vm"]);
     assert!(last.parse::<u64>().is_ok(), "{last}");
+}
+
+#[test]
+fn the_table_of_machines() {
+    let home = Home::new();
+    let states: [(&str, &str); 6] = [
+        ("runs", "sleep 1000"),
+        ("paused", "sleep 1000"),
+        ("ended", "exit 3"),
+        ("killed", "sleep 1000"),
+        ("gone", "sleep 1000"),
+        ("long", "echo a very long command\twith\ttabs; sleep 1000"),
+    ];
+    for (name, script) in states {
+        home.start(name, script);
+    }
+    home.done(&["pause", "paused"]);
+    home.done(&["wait", "ended"]);
+    home.done(&["kill", "killed"]);
+    home.kill_process("gone");
+    home.done(&["wait", "gone"]);
+    let table = |options: &[&str]| {
+        let text = home.done(&[&["ps"], options].concat());
+        let mut rows = vec![];
+        for (number, line) in text.lines().enumerate() {
+            // Columns are as wide as their longest cells, ages among them.
+            let cells = line
+                .split("  ")
+                .map(str::trim)
+                .filter(|cell| !cell.is_empty());
+            let mut cells: Vec<_> = cells.map(str::to_owned).collect();
+            if number > 0 {
+                assert!(cells[0].bytes().all(|b| b.is_ascii_hexdigit()), "{line}");
+                cells[0] = "0".repeat(cells[0].len());
+                assert!(
+                    cells[4] == "just now" || cells[4].ends_with(" ago"),
+                    "{line}"
+                );
+                cells[4] = "just now".to_owned();
+            }
+            rows.push(cells.join(" | ") + "\n");
+        }
+        rows.concat()
+    };
+    let text = format!("{}{}{}", table(&[]), table(&["-a"]), table(&["--no-trunc"]));
+    golden("ps.txt", &text);
 }

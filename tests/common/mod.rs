@@ -108,6 +108,20 @@ pub fn demo_command(options: &[&str], command: &[&str]) -> Command {
     skerry(&args)
 }
 
+/// Compares with a file in `tests/golden`; `SKERRY_BLESS=1` writes it.
+#[track_caller]
+pub fn golden(name: &str, text: &str) {
+    let path = format!("{}/../../tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    if std::env::var_os("SKERRY_BLESS").is_some() {
+        std::fs::write(&path, text).expect("golden file");
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        text == expected,
+        "{name} is not what skerry prints now; look, then run with SKERRY_BLESS=1.\n{text}"
+    );
+}
+
 /// Waits for something that another thread or process does.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     for _ in 0..600 {

@@ -73,7 +73,7 @@ pub fn exec(
     match session.wait(&mut stdout, &mut stderr) {
         Ok(status) => Ok(RunOutcome::Ended(status)),
         Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
-        Err(HostError::Connection(_)) if !is_alive(registry, &info) => {
+        Err(HostError::Connection(_)) if ends(registry, &info) => {
             Err(EngineError::GuestEnded("it was stopped".to_owned()))
         }
         Err(error) => Err(error.into()),
@@ -83,6 +83,17 @@ pub fn exec(
 fn is_alive(registry: &Registry, info: &VmInfo) -> bool {
     let found = registry.find(&info.config.id);
     found.is_ok_and(|info| info.state.status.is_alive())
+}
+
+/// Whether a machine whose process has closed a connection is about to end: its lock goes soon after.
+fn ends(registry: &Registry, info: &VmInfo) -> bool {
+    const LOOKS: u32 = 50;
+    (0..LOOKS).any(|look| {
+        if look > 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        !is_alive(registry, info)
+    })
 }
 
 /// The output of a machine's command, where it is kept.
