@@ -203,6 +203,7 @@ impl Vm {
         let frozen = Frozen {
             about: About {
                 command: self.shared.command.lock().clone(),
+                surroundings: self.shared.surroundings.lock().clone(),
                 ..self.shared.about.clone()
             },
             state,

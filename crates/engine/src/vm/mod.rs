@@ -25,6 +25,7 @@ use skerry_protocol::host::{Control, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, RootSpec, Setup, Upper};
 use skerry_storage::{Layer, Overlay};
 
+use crate::command::Surroundings;
 use crate::error::EngineError;
 use crate::frozen::{About, Base, CommandAbout, Frozen};
 use crate::log::ConsoleLog;
@@ -74,6 +75,8 @@ struct Shared {
     timing: Timing,
     /// The command that goes on where the machine does.
     command: Mutex<Option<CommandAbout>>,
+    /// What further commands find: the image's, as the user changed it for the first.
+    surroundings: Mutex<Surroundings>,
     books: Mutex<Books>,
     console: ConsoleLog,
 }
@@ -158,10 +161,11 @@ impl Vm {
     }
 
     /// Starts the command that goes on where the machine does; or, without a request, takes up the
-    /// one that runs.
+    /// one that runs. Further commands find `surroundings`.
     pub(crate) fn command(
         &self,
         about: CommandAbout,
+        surroundings: &Surroundings,
         request: Option<ExecRequest>,
     ) -> Result<ExecSession<GuestStream>, HostError> {
         let stream = self.connect()?;
@@ -171,6 +175,7 @@ impl Vm {
         };
         let session = session?;
         *self.shared.command.lock() = Some(about);
+        self.shared.surroundings.lock().clone_from(surroundings);
         Ok(session)
     }
 

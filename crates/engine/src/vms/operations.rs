@@ -48,7 +48,7 @@ pub fn exec(
     }
     let (_, stream) = reach(registry, &info)?.ask(&Request::Exec)?;
     let surroundings = &info.config.surroundings;
-    command_over(stream, surroundings, spec, io, || is_alive(registry, &info))
+    command_over(stream, surroundings, spec, io, || !ends(registry, &info))
 }
 
 /// Runs a command over a connection that has become one to a guest's agent. `alive` tells whether the
@@ -97,6 +97,17 @@ pub(crate) fn command_over(
 fn is_alive(registry: &Registry, info: &VmInfo) -> bool {
     let found = registry.find(&info.config.id);
     found.is_ok_and(|info| info.state.status.is_alive())
+}
+
+/// Whether a machine whose process has closed a connection is about to end: its lock goes soon after.
+fn ends(registry: &Registry, info: &VmInfo) -> bool {
+    const LOOKS: u32 = 50;
+    (0..LOOKS).any(|look| {
+        if look > 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        !is_alive(registry, info)
+    })
 }
 
 /// The output of a machine's command, where it is kept.
