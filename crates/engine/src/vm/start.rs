@@ -310,6 +310,7 @@ impl Place<'_> {
             agent: Mutex::new(agent),
             scratch,
             root: image,
+            surroundings: Mutex::new(about.surroundings.clone()),
             about,
             hostname: self.hostname.map(str::to_owned),
             timing: Timing {

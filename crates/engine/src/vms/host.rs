@@ -314,7 +314,9 @@ impl Hosted {
 
     /// Starts the command, or takes up the one that runs, with threads for its streams.
     fn start(&self, plan: Plan, io: RunIo, ended: Sender<Ended>) -> Result<(), HostError> {
-        let session = self.vm.command(plan.about(), plan.request)?;
+        let session = self
+            .vm
+            .command(plan.about(), &plan.surroundings, plan.request)?;
         let _ = self.command.set(session.handle());
         let vm = self.vm.clone();
         attach(session, io, move |result| {
