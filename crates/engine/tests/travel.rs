@@ -1,7 +1,7 @@
 //! Guests go from one backend to another: states, clocks, timers, events.
 //!
 //! Where `/dev/kvm` can't be opened there is no second backend; the test says so. Where it only
-//! emulates, the case with vectors is left out.
+//! emulates, the cases that need more are left out.
 
 use skerry_hypervisor::Hypervisor;
 use skerry_hypervisor::conformance::travel::{Journey, everything};
@@ -12,7 +12,7 @@ fn soft() -> Soft {
     Soft::open().expect("a processor in software works anywhere")
 }
 
-/// KVM, the frequency of its time-stamp counter, and whether it runs SSE.
+/// KVM, the frequency of its time-stamp counter, and whether it does more than emulate.
 fn kvm() -> Option<(Kvm, u32, bool)> {
     match Kvm::open() {
         Ok(kvm) => {
@@ -28,39 +28,39 @@ fn kvm() -> Option<(Kvm, u32, bool)> {
 
 #[test]
 fn guests_travel_from_kvm_to_soft() {
-    if let Some((kvm, tsc_khz, vectors)) = kvm() {
+    if let Some((kvm, tsc_khz, real)) = kvm() {
         let (from, to) = (&kvm, &soft());
         everything(&Journey {
             from,
             to,
             tsc_khz,
-            vectors,
+            real,
         });
     }
 }
 
 #[test]
 fn guests_travel_from_soft_to_kvm() {
-    if let Some((kvm, tsc_khz, vectors)) = kvm() {
+    if let Some((kvm, tsc_khz, real)) = kvm() {
         let (from, to) = (&soft(), &kvm);
         everything(&Journey {
             from,
             to,
             tsc_khz,
-            vectors,
+            real,
         });
     }
 }
 
 #[test]
 fn guests_travel_between_machines_of_kvm() {
-    if let Some((kvm, tsc_khz, vectors)) = kvm() {
+    if let Some((kvm, tsc_khz, real)) = kvm() {
         let (from, to) = (&kvm, &kvm);
         everything(&Journey {
             from,
             to,
             tsc_khz,
-            vectors,
+            real,
         });
     }
 }
@@ -68,12 +68,12 @@ fn guests_travel_between_machines_of_kvm() {
 #[test]
 fn guests_travel_between_machines_of_the_software_processor() {
     for tsc_khz in [1_000_000, 2_400_123] {
-        let (from, to, vectors) = (&soft(), &soft(), true);
+        let (from, to, real) = (&soft(), &soft(), true);
         everything(&Journey {
             from,
             to,
             tsc_khz,
-            vectors,
+            real,
         });
     }
 }

@@ -14,7 +14,7 @@ const MXCSR: u32 = 0x5f80;
 pub(super) fn registers_arrive<A: Hypervisor, B: Hypervisor>(journey: &Journey<'_, A, B>) {
     let home = journey.home();
     let avx = home.cpuid.get(1, 0).unwrap_or_default().ecx & (1 << 28) != 0;
-    if !journey.vectors || !avx {
+    if !avx {
         return;
     }
     for at in 0..64 {
