@@ -138,6 +138,14 @@ impl Home {
         number.unwrap_or_else(|_| panic!("{script}: {text:?} is no number"))
     }
 
+    /// The names of the pools.
+    fn pools(&self) -> Vec<String> {
+        let text = self.run(&["pool", "ls", "--format", "json"]).text();
+        let listed: Vec<Value> = serde_json::from_str(&text).unwrap_or_default();
+        let names = listed.iter().filter_map(|pool| pool["name"].as_str());
+        names.map(str::to_owned).collect()
+    }
+
     /// What `ps` says.
     #[track_caller]
     pub fn listed(&self, options: &[&str]) -> Vec<Value> {
@@ -205,6 +213,9 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
+        for pool in self.pools() {
+            self.run(&["pool", "rm", &pool]);
+        }
         let ids = self.run(&["ps", "-q", "--no-trunc"]).text();
         let ids: Vec<&str> = ids.lines().collect();
         if !ids.is_empty() {
