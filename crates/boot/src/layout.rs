@@ -5,6 +5,7 @@
 //!  0x0000_7000  zero page (Linux)       0x0000_9000  page tables, 6 pages
 //!  0x0002_0000  command line (Linux)    0x0009_fc00  EBDA, 1 KiB
 //!  0x000a_0000  video hole              0x000e_0000  ACPI tables, then MP table at 0xf_0000
+//!  0x000f_f000  VM generation id
 //!  0x0010_0000  RAM up to 3 GiB         0xc000_0000  hole for devices
 //!  0x1_0000_0000  the rest of RAM
 //! ```
@@ -17,6 +18,9 @@ pub const VIDEO_START: u64 = 0xa_0000;
 pub const ACPI_START: u64 = 0xe_0000;
 /// Where the MP floating pointer is; a guest looks for it from here to 1 MiB (MP spec 1.4 §4).
 pub const MP_TABLE_START: u64 = 0xf_0000;
+/// The page of the VM generation id, which nothing else shares: in memory that the guest does not use,
+/// and at one place in every machine, so that a restored one finds it.
+pub const GENERATION_ID: u64 = 0xf_f000;
 /// Where extended memory starts.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 /// Where RAM below 4 GiB ends at the latest.

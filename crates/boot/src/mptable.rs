@@ -8,7 +8,7 @@ use crate::platform::Platform;
 
 const POINTER_SIZE: usize = 16;
 const HEADER_SIZE: usize = 44;
-const ROOM: usize = (layout::HIGH_MEMORY_START - layout::MP_TABLE_START) as usize;
+const ROOM: usize = (layout::GENERATION_ID - layout::MP_TABLE_START) as usize;
 const SPEC_REVISION: u8 = 4;
 /// Version register of an integrated xAPIC.
 const APIC_VERSION: u8 = 0x14;

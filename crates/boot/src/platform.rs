@@ -68,6 +68,9 @@ pub struct Platform {
     pub panic_port: Option<u16>,
     /// Virtio devices in the order in which a guest should find them.
     pub virtio: Vec<VirtioMmio>,
+    /// General-purpose event that tells of a new VM generation id at
+    /// [`layout::GENERATION_ID`](crate::layout::GENERATION_ID), if the machine has one.
+    pub generation_event: Option<u8>,
 }
 
 #[cfg(test)]
@@ -109,5 +112,6 @@ pub(crate) fn sample(cpus: u32) -> Platform {
                 gsi: 16 + n % 8,
             })
             .collect(),
+        generation_event: Some(5),
     }
 }

@@ -34,6 +34,32 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new virtual machine made from an image
     Run(RunArgs),
+    /// Boot an image, warm it up, and have later runs start from there
+    Warm(WarmArgs),
+    /// Let a virtual machine go on from a snapshot of it
+    Restore(RestoreArgs),
+    /// Make more virtual machines that go on from where a running one is
+    Fork(ForkArgs),
+    /// Run one more command in a running virtual machine
+    Exec(ExecArgs),
+    /// List virtual machines
+    Ps(PsArgs),
+    /// Print what the command of a detached virtual machine wrote
+    Logs(LogsArgs),
+    /// Have virtual machines stand still
+    Pause(NamesArgs),
+    /// Let paused virtual machines go on
+    Unpause(NamesArgs),
+    /// Ask the commands of virtual machines to end, and end those that don't
+    Stop(StopArgs),
+    /// End virtual machines at once, or send their commands a signal
+    Kill(KillArgs),
+    /// Wait until the commands of virtual machines have ended, and print their exit statuses
+    Wait(NamesArgs),
+    /// Remove virtual machines that have ended
+    Rm(RmArgs),
+    /// Keep clean virtual machines ready
+    Pool(PoolArgs),
     /// Boot a kernel
     Boot(BootArgs),
     /// List the images in the store
@@ -51,6 +77,12 @@ pub enum Command {
     /// Write the man pages
     #[command(hide = true)]
     Man(ManArgs),
+    /// Run a virtual machine for `run -d`, which tells it which over a socket
+    #[command(hide = true)]
+    VmHost,
+    /// Keep a pool for `pool create`, which tells it which over a socket
+    #[command(hide = true)]
+    PoolHost,
 }
 
 /// Which hypervisor runs the machine.
@@ -101,9 +133,9 @@ pub struct MachineArgs {
     pub timeout: Option<Span>,
 }
 
-/// `skerry run`.
-#[derive(Debug, Args)]
-pub struct RunArgs {
+/// How a command is run, in a new machine or in one that runs.
+#[derive(Debug, Default, Args)]
+pub struct CommandArgs {
     /// Set a variable of the command's environment; KEY alone passes it on
     #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
@@ -123,6 +155,26 @@ pub struct RunArgs {
     /// Pass stdin to the command
     #[arg(short = 'i', long)]
     pub interactive: bool,
+}
+
+/// `skerry run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The command's surroundings
+    #[command(flatten)]
+    pub io: CommandArgs,
+
+    /// Run it in the background and print its ID
+    #[arg(short = 'd', long, conflicts_with = "interactive")]
+    pub detach: bool,
+
+    /// Name of the virtual machine [default: one is made up]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Forget a machine in the background when it ends, as one in the foreground always is
+    #[arg(long)]
+    pub rm: bool,
 
     /// Replace the image's entry point
     #[arg(long, value_name = "COMMAND")]
@@ -148,21 +200,379 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
 
+    /// Go on from a snapshot instead of an image: all that follows is the command
+    #[arg(
+        long,
+        value_name = "SNAPSHOT",
+        conflicts_with_all = ["memory", "cpus", "cpu_model", "kernel", "read_only", "entrypoint", "fresh"]
+    )]
+    pub from_snapshot: Option<String>,
+
     /// What names the image.
     #[arg(
         value_name = "IMAGE",
+        required_unless_present = "from_snapshot",
         help = "demo, the name of an image in the store, oci:DIR[:TAG], oci-archive:TAR, \
                 docker-archive:TAR, or dir:ROOTFS"
     )]
-    pub image: String,
+    pub image: Option<String>,
 
-    /// The command and its arguments [default: the image's own]
+    /// The command and its arguments [default: the image's own, or what runs in the snapshot]
     #[arg(
         value_name = "CMD",
         trailing_var_arg = true,
         allow_hyphen_values = true
     )]
     pub command: Vec<String>,
+}
+
+/// `skerry warm`.
+#[derive(Debug, Args)]
+pub struct WarmArgs {
+    /// The surroundings of the command that warms it up
+    #[command(flatten)]
+    pub io: CommandArgs,
+
+    /// The command goes on in every later run, and is ready when it has written TEXT [default: it has
+    /// to end, with status 0]
+    #[arg(long, value_name = "TEXT", requires = "exec")]
+    pub ready: Option<String>,
+
+    /// Name the snapshot too, for run --from-snapshot and restore
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Keep the root file system as it is: writes fail
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// The machine, which later runs have to ask for too
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// What names the image, as for run
+    #[arg(value_name = "IMAGE")]
+    pub image: String,
+
+    /// Run this first: a command and, up to the end of the line, its arguments
+    #[arg(long, value_name = "CMD", num_args = 1.., allow_hyphen_values = true)]
+    pub exec: Vec<String>,
+}
+
+/// `skerry restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Run it in the background and print its ID
+    #[arg(short = 'd', long)]
+    pub detach: bool,
+
+    /// Name of the virtual machine [default: one is made up]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Forget a machine in the background when it ends, as one in the foreground always is
+    #[arg(long)]
+    pub rm: bool,
+
+    /// Host name inside
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+
+    /// What runs the machine
+    #[arg(long, value_enum, value_name = "NAME", default_value_t)]
+    pub hypervisor: HypervisorArg,
+
+    /// Stop the machine after this time and exit with 124: a number of seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Span>,
+
+    /// Name of the snapshot, its ID or the ID's first digits
+    #[arg(value_name = "SNAPSHOT")]
+    pub snapshot: String,
+}
+
+/// `skerry fork`.
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// How many
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+
+    /// Their name; of several, with -1, -2 … behind it [default: names are made up]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Forget them when they end
+    #[arg(long)]
+    pub rm: bool,
+
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+}
+
+/// `skerry exec`.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// The command's surroundings
+    #[command(flatten)]
+    pub io: CommandArgs,
+
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+
+    /// The command and its arguments
+    #[arg(
+        value_name = "CMD",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<String>,
+}
+
+/// `skerry ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Also those that have ended
+    #[arg(short, long)]
+    pub all: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Only the IDs
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Whole IDs and commands
+    #[arg(long)]
+    pub no_trunc: bool,
+}
+
+/// `skerry logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Go on with what is written from now on, until the command ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Put the time in front of each line
+    #[arg(short, long)]
+    pub timestamps: bool,
+    /// Only the last N lines
+    #[arg(short = 'n', long, value_name = "N")]
+    pub tail: Option<usize>,
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+}
+
+/// Virtual machines, for verbs that need nothing else.
+#[derive(Debug, Args)]
+pub struct NamesArgs {
+    /// Names of virtual machines, their IDs or the IDs' first digits
+    #[arg(required = true, value_name = "VM")]
+    pub vms: Vec<String>,
+}
+
+/// `skerry stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// How long a command may take to end after SIGTERM: a number of seconds, or with ms, s, m, h
+    #[arg(short, long, value_name = "TIME", default_value = "10")]
+    pub time: Span,
+    /// Names of virtual machines, their IDs or the IDs' first digits
+    #[arg(required = true, value_name = "VM")]
+    pub vms: Vec<String>,
+}
+
+/// `skerry kill`.
+#[derive(Debug, Args)]
+pub struct KillArgs {
+    /// What to send to the command, by name or number; KILL ends the machine
+    #[arg(short, long, value_name = "SIGNAL", default_value = "KILL")]
+    pub signal: SignalArg,
+    /// Names of virtual machines, their IDs or the IDs' first digits
+    #[arg(required = true, value_name = "VM")]
+    pub vms: Vec<String>,
+}
+
+/// `skerry rm`.
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    /// End those that run
+    #[arg(short, long)]
+    pub force: bool,
+    /// Names of virtual machines, their IDs or the IDs' first digits
+    #[arg(required = true, value_name = "VM")]
+    pub vms: Vec<String>,
+}
+
+/// `skerry pool`.
+#[derive(Debug, Args)]
+#[command(disable_help_subcommand = true)]
+pub struct PoolArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: PoolVerb,
+}
+
+/// The verbs of `skerry pool`.
+#[derive(Debug, Subcommand)]
+pub enum PoolVerb {
+    /// Make a pool; it lives in the background until it is removed
+    Create(PoolCreateArgs),
+    /// Run a command in a clean machine, which is given back when the command ends
+    Exec(PoolExecArgs),
+    /// Take a clean machine for several commands, and print its number
+    Acquire(PoolNameArgs),
+    /// Give a machine back
+    Release(PoolReleaseArgs),
+    /// List the pools
+    Ls(PoolLsArgs),
+    /// Print what a pool has and has done
+    Stats(PoolStatsArgs),
+    /// End pools, with the machines in use
+    Rm(PoolRmArgs),
+}
+
+/// `skerry pool create`.
+#[derive(Debug, Args)]
+pub struct PoolCreateArgs {
+    /// Machines that there are at least
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub min: usize,
+
+    /// Machines that there are at most
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub max: usize,
+
+    /// Remove machines beyond the least number when nobody wanted them for so long: a number of
+    /// seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME")]
+    pub idle_timeout: Option<Span>,
+
+    /// How long to wait for a machine when all are in use
+    #[arg(long, value_name = "TIME", default_value = "30")]
+    pub acquire_timeout: Span,
+
+    /// What becomes of used machines: rewind takes them back to where they began, replace makes new
+    /// ones
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
+    pub reset: ResetArg,
+
+    /// Clone a snapshot instead of a start of an image
+    #[arg(
+        long,
+        value_name = "SNAPSHOT",
+        conflicts_with_all = ["memory", "cpus", "cpu_model", "read_only", "image"]
+    )]
+    pub from_snapshot: Option<String>,
+
+    /// Keep the root file system as it is: writes fail
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// The machines
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// Name of the pool
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// What names the image, as for run
+    #[arg(value_name = "IMAGE", required_unless_present = "from_snapshot")]
+    pub image: Option<String>,
+
+    /// Run this before the first machine is cloned: a command and, up to the end of the line, its
+    /// arguments
+    #[arg(long, value_name = "CMD", num_args = 1.., allow_hyphen_values = true)]
+    pub exec: Vec<String>,
+}
+
+/// What becomes of a pool's used machines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ResetArg {
+    /// They go back to where they began
+    #[default]
+    Rewind,
+    /// New ones are made
+    Replace,
+}
+
+/// `skerry pool exec`.
+#[derive(Debug, Args)]
+pub struct PoolExecArgs {
+    /// The command's surroundings
+    #[command(flatten)]
+    pub io: CommandArgs,
+
+    /// In the machine that was acquired under this number, instead of a clean one
+    #[arg(long, value_name = "NUMBER")]
+    pub lease: Option<u64>,
+
+    /// Name of the pool
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// The command and its arguments
+    #[arg(
+        value_name = "CMD",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<String>,
+}
+
+/// A pool, for verbs that need nothing else.
+#[derive(Debug, Args)]
+pub struct PoolNameArgs {
+    /// Name of the pool
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+/// `skerry pool release`.
+#[derive(Debug, Args)]
+pub struct PoolReleaseArgs {
+    /// Name of the pool
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// The number that acquire printed
+    #[arg(value_name = "NUMBER")]
+    pub lease: u64,
+}
+
+/// `skerry pool ls`.
+#[derive(Debug, Args)]
+pub struct PoolLsArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+}
+
+/// `skerry pool stats`.
+#[derive(Debug, Args)]
+pub struct PoolStatsArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Name of the pool
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+/// `skerry pool rm`.
+#[derive(Debug, Args)]
+pub struct PoolRmArgs {
+    /// Names of pools
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
 }
 
 /// `skerry boot`.
@@ -232,6 +642,8 @@ pub struct SnapshotArgs {
 /// The verbs of `skerry snapshot`. A snapshot is called by a name, its ID or the ID's first digits.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotVerb {
+    /// Take a snapshot of a running virtual machine, which goes on meanwhile
+    Create(SnapshotCreateArgs),
     /// List the snapshots in the store
     Ls(SnapshotLsArgs),
     /// Verify a snapshot and print everything about it as JSON
@@ -245,6 +657,26 @@ pub enum SnapshotVerb {
     /// Remove the kept starts of images, which the next run makes again, and what killed processes
     /// left
     Prune,
+}
+
+/// `skerry snapshot create`.
+#[derive(Debug, Args)]
+pub struct SnapshotCreateArgs {
+    /// Only what differs from the snapshot that the machine goes on from, or that was taken of it last
+    #[arg(long)]
+    pub diff: bool,
+    /// Put the image's root file system into it, so that it can go where the image is not
+    #[arg(long)]
+    pub with_image: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+    /// Name it, taking the name from another that has it
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
 }
 
 /// `skerry snapshot ls`.
@@ -277,6 +709,9 @@ pub struct SnapshotRmArgs {
 /// `skerry snapshot export`.
 #[derive(Debug, Args)]
 pub struct SnapshotExportArgs {
+    /// With all that the snapshot is a difference to
+    #[arg(long)]
+    pub with_parents: bool,
     /// Name, ID or its first digits
     #[arg(value_name = "NAME")]
     pub name: String,
@@ -377,6 +812,35 @@ impl FromStr for Span {
         Duration::try_from_secs_f64(number * scale)
             .map(Span)
             .map_err(|_| "out of range".to_owned())
+    }
+}
+
+/// A signal of Linux on x86-64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SignalArg(pub u8);
+
+/// Signals by name; their numbers are their places from 1 on (signal(7)).
+const SIGNALS: [&str; 31] = [
+    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
+    "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
+    "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+];
+
+impl FromStr for SignalArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const LAST: u8 = 64;
+        if let Ok(number @ 1..=LAST) = text.parse() {
+            return Ok(Self(number));
+        }
+        let upper = text.to_ascii_uppercase();
+        let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+        let place = SIGNALS.iter().position(|signal| *signal == name);
+        let number = place.and_then(|place| u8::try_from(place + 1).ok());
+        number
+            .map(Self)
+            .ok_or_else(|| format!("no signal {text:?}: use a name such as TERM, or 1 to 64"))
     }
 }
 
@@ -481,6 +945,18 @@ mod tests {
         assert_eq!("2m".parse(), Ok(Span(Duration::from_secs(120))));
         assert!("-1s".parse::<Span>().is_err());
         assert!("soon".parse::<Span>().is_err());
+    }
+
+    #[test]
+    fn signals() {
+        let signal = |text: &str| text.parse::<SignalArg>().ok().map(|signal| signal.0);
+        assert_eq!(signal("KILL"), Some(9));
+        assert_eq!(signal("sigterm"), Some(15));
+        assert_eq!(signal("SYS"), Some(31));
+        assert_eq!(signal("64"), Some(64));
+        assert_eq!(signal("0"), None);
+        assert_eq!(signal("65"), None);
+        assert_eq!(signal("NONE"), None);
     }
 
     #[test]

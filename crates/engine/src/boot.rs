@@ -97,7 +97,8 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<MachineHandle,
         ..MachineConfig::default()
     };
     let prepared = prepare(&spec.options, note)?;
-    let handle = start(&spec.options, &prepared, config, attachments, None)?;
+    let limit = spec.options.time_limit;
+    let handle = start(&prepared, config, attachments, None, limit)?;
     if let Some(input) = input {
         feed_serial(handle.remote(), input)?;
     }

@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use skerry_hypervisor::Unusable;
 use skerry_hypervisor::cpu_model::CpuModelError;
+use skerry_hypervisor::{NotPortable, Unusable};
 use skerry_machine::MachineError;
 use skerry_protocol::host::HostError;
 use skerry_storage::DiskError;
@@ -67,6 +67,20 @@ pub enum EngineError {
         /// The cause.
         source: serde_json::Error,
     },
+    /// A snapshot's image is not here.
+    #[error(
+        "The snapshot needs the image {name} ({digest}), which isn't in the store: import it, or export \
+         the snapshot with its image"
+    )]
+    SnapshotImage {
+        /// As the user named it.
+        name: String,
+        /// Its digest.
+        digest: String,
+    },
+    /// A snapshot's guest can't go on here.
+    #[error(transparent)]
+    NotPortable(#[from] NotPortable),
     /// A name that is not the user's to give.
     #[error(
         "A snapshot can't be named {name:?}: names with {prefix:?} in front are those of kept starts of images"
@@ -96,6 +110,178 @@ pub enum EngineError {
     /// The guest ended before the command did.
     #[error("The virtual machine ended before the command did: {0}")]
     GuestEnded(String),
+    /// The machine's time limit passed.
+    #[error("The time limit passed")]
+    TimedOut,
+    /// The registry of virtual machines can't be used.
+    #[error("Can't {what} in {}: check the folder's permissions and free space", path.display())]
+    Registry {
+        /// What was tried.
+        what: &'static str,
+        /// The registry's folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// What can't be a name of a virtual machine.
+    #[error(
+        "{name:?} can't be a virtual machine's name: use letters, digits, '_', '.' and '-', a letter or \
+         digit first, 64 at most"
+    )]
+    BadVmName {
+        /// The name.
+        name: String,
+    },
+    /// A name that another virtual machine has.
+    #[error(
+        "There is a virtual machine {name} already: remove it with skerry rm, or use another name"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// Nothing has that name.
+    #[error("There is no virtual machine {name}: skerry ps -a lists them")]
+    NoSuchVm {
+        /// The name.
+        name: String,
+    },
+    /// The first digits of several.
+    #[error("{count} virtual machines have identities that begin with {name}: give more digits")]
+    AmbiguousVm {
+        /// The digits.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+    /// It can't be removed.
+    #[error("The virtual machine {name} runs: stop it first, or use --force")]
+    VmRuns {
+        /// Its name.
+        name: String,
+    },
+    /// It takes no requests.
+    #[error("The virtual machine {name} is not running")]
+    VmStopped {
+        /// Its name.
+        name: String,
+    },
+    /// It stands still.
+    #[error("The virtual machine {name} is paused: let it go on with skerry unpause first")]
+    VmPaused {
+        /// Its name.
+        name: String,
+    },
+    /// It doesn't stand still.
+    #[error("The virtual machine {name} is not paused")]
+    VmNotPaused {
+        /// Its name.
+        name: String,
+    },
+    /// Its process gives no answer.
+    #[error("The process of the virtual machine {name} doesn't answer: skerry kill {name} ends it")]
+    VmSilent {
+        /// Its name.
+        name: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Its process said no.
+    #[error("The virtual machine {name} refused: {reason}")]
+    VmRefused {
+        /// Its name.
+        name: String,
+        /// In its words.
+        reason: String,
+    },
+    /// A snapshot of a machine without a command.
+    #[error("No command runs in {0}: give one after it")]
+    NothingRuns(String),
+    /// It stands still, and its agent can't prepare it.
+    #[error("It is paused: let it go on first")]
+    CapturePaused,
+    /// The command that was to prepare a machine failed.
+    #[error("The command that was to warm the machine up failed: {command}: {why}")]
+    Prewarm {
+        /// The command.
+        command: String,
+        /// How it ended.
+        why: String,
+    },
+    /// Nothing has that name.
+    #[error("There is no pool {name}: skerry pool ls lists them")]
+    NoSuchPool {
+        /// The name.
+        name: String,
+    },
+    /// A name that another pool has.
+    #[error("There is a pool {name} already: remove it with skerry pool rm, or use another name")]
+    PoolTaken {
+        /// The name.
+        name: String,
+    },
+    /// Its process gives no answer.
+    #[error(
+        "The process of the pool {name} doesn't answer: end it by its pid, which skerry pool ls --format json tells"
+    )]
+    PoolSilent {
+        /// Its name.
+        name: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Its process said no.
+    #[error("The pool {name} refused: {reason}")]
+    PoolRefused {
+        /// Its name.
+        name: String,
+        /// In its words.
+        reason: String,
+    },
+    /// No machine was given out under this number.
+    #[error("No machine {lease} is out of the pool {pool}: it was given back, or never given out")]
+    NoSuchLease {
+        /// The pool.
+        pool: String,
+        /// The number.
+        lease: u64,
+    },
+    /// A pool gave nothing.
+    #[error(transparent)]
+    Pool(#[from] crate::pools::PoolError),
+    /// It was booted, and never resumed or taken.
+    #[error("The machine has no beginning to be taken back to: resume it from a snapshot")]
+    NoOrigin,
+    /// No snapshot for a difference.
+    #[error(
+        "{name} goes on from no snapshot: take a full one, and later ones can be differences to it"
+    )]
+    NoParent {
+        /// The machine.
+        name: String,
+    },
+    /// This process is not one of skerry's own.
+    #[error("The process that runs it can't start others: run the machine with skerry run")]
+    CantFork,
+    /// None, or too many.
+    #[error("One fork makes at least one machine and at most {most}")]
+    ForkCount {
+        /// How many.
+        most: usize,
+    },
+    /// Not all children could be made.
+    #[error("Only {made} of {wanted} machines were made, and run")]
+    ForkedSome {
+        /// How many were.
+        made: usize,
+        /// How many were asked for.
+        wanted: usize,
+        /// Why not all.
+        source: Box<EngineError>,
+    },
+    /// The process that was to run a machine said no.
+    #[error("{0}")]
+    Detached(String),
     /// A thread or channel of the host failed.
     #[error("Can't {what} on this host")]
     Host {

@@ -2,26 +2,34 @@
 //! them.
 //!
 //! ```text
-//!  Paths ── Store ── Image ─┐
-//!  Choice ── select ── Backend ├─ run(Image, RunSpec, RunIo) ─► RunOutcome
+//!  Paths ── Store ── Image ─┬─ Vm::start(Image, VmSpec) ─► exec, pause, kill
+//!  Choice ── select ── Backend ├─ run, vms::host (Image, RunSpec, RunIo) ─► RunOutcome
 //!                           └─ boot(BootSpec) ─► MachineHandle ─► Outcome
+//!  Clones ─► pools::Pool ── acquire ─► Lease of a Vm ── dropped ─► reset
+//!  Paths ── vms::Registry ── find, list ─► vms::exec, pause, stop, kill, wait, remove
 //! ```
 //!
 //! Called by `crates/cli` and by programs that embed virtual machines.
 
 pub mod boot;
 mod builtin;
+pub mod command;
 mod error;
+pub mod frozen;
 pub mod hypervisor;
 pub mod images;
 pub mod initrd;
 mod log;
 mod machine;
+mod parcel;
 mod paths;
+pub mod pools;
 pub mod run;
 pub mod snapshots;
 mod transport;
-mod warm;
+pub mod vm;
+pub mod vms;
+pub mod warm;
 
 pub use error::EngineError;
 pub use machine::MachineOptions;

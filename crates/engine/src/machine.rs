@@ -3,7 +3,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use skerry_hypervisor::cpu_model::CpuModel;
+use serde::{Deserialize, Serialize};
+use skerry_hypervisor::cpu_model::{CpuChoice, CpuModel};
 use skerry_hypervisor::{CpuidTable, Hypervisor};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
@@ -13,7 +14,8 @@ use crate::error::EngineError;
 use crate::hypervisor::{Backend, Choice, Selected, open, select};
 
 /// What every machine needs to be told.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct MachineOptions {
     /// Bytes of RAM.
     pub memory: u64,
@@ -21,7 +23,8 @@ pub struct MachineOptions {
     pub cpus: u32,
     /// Which backend.
     pub hypervisor: Choice,
-    /// The processor model, by name; `None` is the best that the backend can have.
+    /// The processor model, by name and with changes ([`CpuChoice`]); `None` is the best that the
+    /// backend can have.
     pub cpu_model: Option<String>,
     /// The longest that it may run.
     pub time_limit: Option<Duration>,
@@ -62,15 +65,15 @@ pub(crate) fn prepare(
 
 /// Builds a machine and starts it: from its kernel, or, paused, from a saved state.
 pub(crate) fn start(
-    options: &MachineOptions,
     prepared: &Prepared,
     config: MachineConfig,
     attachments: Attachments,
     saved: Option<MachineState>,
+    time_limit: Option<Duration>,
 ) -> Result<MachineHandle, EngineError> {
     match prepared.selected.backend {
-        Backend::Kvm => start_on::<Kvm>(options, prepared, config, attachments, saved),
-        Backend::Soft => start_on::<Soft>(options, prepared, config, attachments, saved),
+        Backend::Kvm => start_on::<Kvm>(prepared, config, attachments, saved, time_limit),
+        Backend::Soft => start_on::<Soft>(prepared, config, attachments, saved, time_limit),
     }
 }
 
@@ -80,8 +83,8 @@ fn cpuid_tables(
 ) -> Result<Vec<CpuidTable>, EngineError> {
     let capabilities = &selected.capabilities;
     let model = match &options.cpu_model {
-        Some(name) => CpuModel::from_str(name)?,
-        None => CpuModel::best(capabilities),
+        Some(name) => CpuChoice::from_str(name)?,
+        None => CpuModel::best(capabilities).into(),
     };
     Ok((0..options.cpus)
         .map(|id| model.cpuid(capabilities, options.cpus, id))
@@ -89,11 +92,11 @@ fn cpuid_tables(
 }
 
 fn start_on<H: Hypervisor>(
-    options: &MachineOptions,
     prepared: &Prepared,
     config: MachineConfig,
     attachments: Attachments,
     saved: Option<MachineState>,
+    time_limit: Option<Duration>,
 ) -> Result<MachineHandle, EngineError> {
     let hypervisor: H = open(prepared.selected.backend)?;
     let cpuid = |id: u32| {
@@ -102,7 +105,7 @@ fn start_on<H: Hypervisor>(
     };
     let machine = Machine::<H>::new(&hypervisor, config, attachments, cpuid)?;
     Ok(match saved {
-        None => machine.start(options.time_limit)?,
-        Some(state) => machine.restore(state, options.time_limit)?,
+        None => machine.start(time_limit)?,
+        Some(state) => machine.restore(state, time_limit)?,
     })
 }

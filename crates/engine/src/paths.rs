@@ -45,6 +45,21 @@ impl Paths {
         self.root.join("snapshots")
     }
 
+    /// A folder for each virtual machine.
+    pub fn vms(&self) -> PathBuf {
+        self.root.join("vms")
+    }
+
+    /// A folder for each pool.
+    pub fn pools(&self) -> PathBuf {
+        self.root.join("pools")
+    }
+
+    /// The folder that everything is in.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Makes a folder and its parents, private to the user.
     pub fn ensure(path: &Path) -> Result<(), EngineError> {
         use std::os::unix::fs::DirBuilderExt;

@@ -8,7 +8,7 @@ use skerry_protocol::Transport;
 
 /// A connection between the host and a program in the guest.
 #[derive(Debug)]
-pub(crate) struct GuestStream(pub(crate) VsockStream);
+pub struct GuestStream(pub(crate) VsockStream);
 
 impl Read for GuestStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -8,38 +8,27 @@
 //! ```
 //! What is kept is named by all that it depends on, so that a change of any finds nothing.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use skerry_hypervisor::CpuidTable;
-use skerry_machine::{
-    MACHINE_STATE_VERSION, MachineConfig, MachineRemote, MachineState, SavedMemory, SavedRun,
-};
+use skerry_machine::{MACHINE_STATE_VERSION, MachineConfig};
 use skerry_oci::{Digest, Image};
-use skerry_snapshot::{
-    PAGE_SIZE, PageImage, Snapshot, SnapshotId, SnapshotStore, Trust, WriteOptions,
-};
-use skerry_storage::RawDisk;
+use skerry_snapshot::{SnapshotId, SnapshotStore};
 
 use crate::builtin;
+use crate::command::CommandSpec;
 use crate::error::EngineError;
+use crate::frozen::{FORMAT, Frozen, Writing};
+use crate::hypervisor::Backend;
 use crate::machine::Prepared;
 use crate::paths::Paths;
-use crate::snapshots::START_PREFIX;
-
-/// Name of the writable disk in a snapshot.
-const SCRATCH: &str = "scratch";
-
-/// What a snapshot says of the machine that it is of.
-#[derive(Debug, Serialize, Deserialize)]
-struct SavedConfig {
-    backend: String,
-    machine: MachineConfig,
-    cpuid: Vec<CpuidTable>,
-}
+use crate::snapshots::{self, START_PREFIX};
+use crate::vm::{Vm, VmSpec};
 
 /// What Skerry puts into the guest: a start that was kept with another is of no more use.
 #[derive(Serialize)]
 struct Build {
     version: &'static str,
+    format: u32,
     state_version: u32,
     kernel: &'static str,
     agent: &'static str,
@@ -67,13 +56,17 @@ fn image_prefix(image: &Digest) -> String {
     format!("{START_PREFIX}{}-", &image.hex()[..32])
 }
 
-/// Takes the name of a kept start away; the snapshot goes unless the user has named it too.
+/// Takes the name of a kept start away; the snapshot goes unless the user has named it too, or has
+/// snapshots that are differences to it. Of those `snapshots::prune` finds the last to go by its name.
 fn drop_start(store: &SnapshotStore, id: &SnapshotId, name: &str) -> Result<(), EngineError> {
-    store.untag(name)?;
-    match store.info(id) {
-        Ok(info) if !info.names.is_empty() => Ok(()),
-        // A damaged one can't say what else it is called, and is of no use by any name.
-        Ok(_) | Err(_) => Ok(store.remove(id)?),
+    if store.info(id).is_ok_and(|info| info.names.len() > 1) {
+        store.untag(name)?;
+        return Ok(());
+    }
+    // A damaged one can't say what else it is called, and is of no use by any name.
+    match store.remove(id) {
+        Err(skerry_snapshot::Error::HasChildren { .. }) => Ok(()),
+        result => Ok(result?),
     }
 }
 
@@ -109,14 +102,6 @@ pub(crate) struct Warm {
     /// What the names of starts of this image and build begin with.
     prefix: String,
     name: String,
-    config: SavedConfig,
-}
-
-/// A kept start that was found and checked.
-pub(crate) struct Found {
-    pub(crate) memory: SavedMemory,
-    pub(crate) state: MachineState,
-    pub(crate) scratch: Option<PageImage>,
 }
 
 impl Warm {
@@ -126,17 +111,28 @@ impl Warm {
         prepared: &Prepared,
         machine: &MachineConfig,
     ) -> Result<Self, EngineError> {
-        let backend = prepared.selected.backend.name();
+        let backend = prepared.selected.backend;
+        Self::named(paths, image, backend, &prepared.tables, machine)
+    }
+
+    fn named(
+        paths: &Paths,
+        image: &Image,
+        backend: Backend,
+        cpuid: &[CpuidTable],
+        machine: &MachineConfig,
+    ) -> Result<Self, EngineError> {
         let build = Build {
             version: env!("CARGO_PKG_VERSION"),
+            format: FORMAT,
             state_version: MACHINE_STATE_VERSION,
             kernel: builtin::KERNEL_MANIFEST,
             agent: builtin::AGENT_SOURCES,
         };
         let kind = Kind {
             root: image.rootfs_digest().hex(),
-            backend,
-            cpuid: &prepared.tables,
+            backend: backend.name(),
+            cpuid,
             machine,
         };
         let prefix = format!("{}{}-", image_prefix(&image.digest), digest(&build, 12)?);
@@ -145,32 +141,16 @@ impl Warm {
             image: image.digest,
             name: format!("{prefix}{}", digest(&kind, 32)?),
             prefix,
-            config: SavedConfig {
-                backend: backend.to_owned(),
-                machine: machine.clone(),
-                cpuid: prepared.tables.clone(),
-            },
         })
     }
 
     /// The kept start, if there is one.
-    pub(crate) fn find(&self) -> Result<Option<Found>, EngineError> {
-        let id = match self.store.resolve(&self.name) {
-            Ok(id) => id,
-            Err(skerry_snapshot::Error::NoSuchSnapshot { .. }) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let mut snapshot = self.store.get(&id, Trust::Seal)?;
-        let state = serde_json::from_slice(snapshot.state()).map_err(|source| {
-            let snapshot = self.name.clone();
-            EngineError::SavedState { snapshot, source }
-        })?;
-        let scratch = snapshot.disks.remove(SCRATCH);
-        Ok(Some(Found {
-            memory: saved_memory(snapshot),
-            state,
-            scratch,
-        }))
+    pub(crate) fn find(&self, paths: &Paths, image: &Image) -> Result<Option<Frozen>, EngineError> {
+        match self.store.resolve(&self.name) {
+            Ok(id) => Frozen::of_store(paths, &self.store, &id, Some(image)).map(Some),
+            Err(skerry_snapshot::Error::NoSuchSnapshot { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Removes a start that can't be used.
@@ -182,63 +162,106 @@ impl Warm {
         }
     }
 
-    /// Keeps the machine as it is now; it stands still meanwhile.
-    pub(crate) fn keep(
-        &self,
-        remote: &MachineRemote,
-        scratch: Option<&RawDisk>,
-    ) -> Result<(), EngineError> {
+    /// Keeps the machine as it is now.
+    pub(crate) fn keep(&self, paths: &Paths, vm: &Vm) -> Result<(), EngineError> {
         if self.store.resolve(&self.name).is_ok() {
             // Another run was faster.
             return Ok(());
         }
-        remote.pause()?;
-        let result = self.write(remote, scratch);
-        remote.resume();
-        result
-    }
-
-    fn write(&self, remote: &MachineRemote, scratch: Option<&RawDisk>) -> Result<(), EngineError> {
-        let state = serde_json::to_vec(&remote.save_state()?).map_err(|e| unwritable(&e))?;
         // It can be made again: no need to wait for the disk.
-        let options = WriteOptions {
-            durable: false,
-            ..WriteOptions::default()
-        };
-        let mut writer = self.store.writer(options)?;
-        writer.memory(self.config.machine.memory, |pages| {
-            remote.for_each_used_memory(|at, bytes| -> Result<(), EngineError> {
-                Ok(pages.write(at / PAGE_SIZE, bytes)?)
-            })
-        })?;
-        writer.state(&state)?;
-        if let Some(disk) = scratch {
-            writer.disk_file(SCRATCH, disk.file())?;
-        }
-        let id = writer.commit(&self.config)?;
+        let id = self.write(paths, vm, Writing::default())?;
         if self.store.resolve(&self.name).is_ok() {
             // Another run was faster after all.
             return Ok(self.store.remove(&id)?);
         }
         self.store.tag(&id, &self.name)?;
+        self.tidy()
+    }
+
+    fn write(&self, paths: &Paths, vm: &Vm, writing: Writing) -> Result<SnapshotId, EngineError> {
+        let frozen = vm.capture()?.frozen;
+        frozen.write(&self.store, &paths.scratch(), writing)
+    }
+
+    /// Removes what was kept by other builds, and what killed processes left.
+    fn tidy(&self) -> Result<(), EngineError> {
         drop_starts(&self.store, &self.image, |name| {
             !name.starts_with(&self.prefix)
         })?;
         self.store.sweep()?;
         Ok(())
     }
+
+    /// Keeps the machine as it is now in place of what was kept before.
+    fn replace(&self, paths: &Paths, vm: &Vm) -> Result<SnapshotId, EngineError> {
+        let writing = Writing {
+            durable: true,
+            ..Writing::default()
+        };
+        let id = self.write(paths, vm, writing)?;
+        let before = self.store.resolve(&self.name).ok();
+        self.store.tag(&id, &self.name)?;
+        if let Some(before) = before.filter(|before| *before != id)
+            && self
+                .store
+                .info(&before)
+                .is_ok_and(|info| info.names.is_empty())
+        {
+            match self.store.remove(&before) {
+                Ok(()) | Err(skerry_snapshot::Error::HasChildren { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.tidy()?;
+        Ok(id)
+    }
 }
 
-fn saved_memory(snapshot: Snapshot) -> SavedMemory {
-    let runs = snapshot.memory.runs.iter().map(|run| SavedRun {
-        at: run.guest_page * PAGE_SIZE,
-        len: run.pages * PAGE_SIZE,
-        offset: run.file_page * PAGE_SIZE,
-    });
-    let runs = runs.collect();
-    SavedMemory {
-        layers: vec![(snapshot.memory.file, runs)],
+/// How an image is warmed up.
+#[derive(Clone, Debug, Default)]
+pub struct WarmSpec {
+    /// The machine, which later runs must ask for too.
+    pub vm: VmSpec,
+    /// A command to run before the start is kept.
+    pub command: Option<CommandSpec>,
+    /// The command goes on in every run; it is ready when it has written this. Without it, it has to
+    /// end, with success.
+    pub ready: Option<String>,
+    /// A name for the snapshot, besides that of the image's kept start.
+    pub name: Option<String>,
+}
+
+/// Boots a machine from `image`, which the user calls `name`, warms it up, and keeps it as the start of
+/// later runs.
+pub fn warm(
+    paths: &Paths,
+    image: &Image,
+    name: &str,
+    spec: &WarmSpec,
+    note: &mut dyn FnMut(&str),
+) -> Result<SnapshotId, EngineError> {
+    if let Some(name) = &spec.name {
+        snapshots::check_name(name)?;
     }
+    let fresh = VmSpec {
+        fresh: true,
+        ..spec.vm.clone()
+    };
+    let vm = Vm::start(paths, image, name, &fresh, note)?;
+    vm.run_first_programs()?;
+    match (&spec.command, &spec.ready) {
+        (None, _) => {}
+        (Some(command), None) => vm.prewarm(command)?,
+        (Some(command), Some(ready)) => vm.leave_running(command, ready)?,
+    }
+    let about = vm.about();
+    let kept = Warm::named(paths, image, about.backend, &about.cpuid, &about.machine)?;
+    let id = kept.replace(paths, &vm)?;
+    vm.kill();
+    if let Some(name) = &spec.name {
+        kept.store.tag(&id, name)?;
+    }
+    Ok(id)
 }
 
 fn unwritable(source: &serde_json::Error) -> EngineError {

@@ -6,7 +6,7 @@ use skerry_hypervisor::state::{
     LocalApicState, MpState, Segment, SystemRegisters,
 };
 use skerry_hypervisor::validate::LAPIC_REGISTERS;
-use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable};
+use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, StateError};
 
 pub(crate) fn general_from(regs: &kvm_regs) -> GeneralRegisters {
     let &kvm_regs {
@@ -223,6 +223,49 @@ pub(crate) fn system_to(system: &SystemRegisters) -> kvm_sregs {
     }
 }
 
+/// SCE, LME, LMA, NXE.
+const EFER_BASE: u64 = 0xd01;
+/// Automatic IBRS: bit 8 in EAX of leaf 0x8000_0021.
+const EFER_AUTOMATIC_IBRS: u64 = 1 << 21;
+
+/// The registers as this host's processor can have them. It refuses to enter a guest with a bit of EFER
+/// that it doesn't know. One that only asks for a defence is left out instead: whoever lets the guest
+/// travel has told so.
+pub(crate) fn system_for(
+    system: &SystemRegisters,
+    host: &CpuidTable,
+) -> Result<SystemRegisters, StateError> {
+    // Fast FXSAVE and the extension of translation caches (AMD APM 2 §3.1.7).
+    let leaf = host.get(0x8000_0001, 0).unwrap_or_default();
+    let known =
+        EFER_BASE | u64::from(leaf.edx >> 25 & 1) << 14 | u64::from(leaf.ecx >> 17 & 1) << 15;
+    let has_ibrs = host
+        .get(0x8000_0021, 0)
+        .is_some_and(|leaf| leaf.eax & (1 << 8) != 0);
+    let mut system = *system;
+    if !has_ibrs {
+        system.efer &= !EFER_AUTOMATIC_IBRS;
+    }
+    if system.efer & !(known | EFER_AUTOMATIC_IBRS) != 0 {
+        return Err(StateError::Invalid {
+            field: "efer",
+            reason: format!("this host's processor can't have {:#x}", system.efer),
+        });
+    }
+    Ok(system)
+}
+
+/// The area without what the CPU model doesn't have: the kernel keeps protection keys' rights for every
+/// guest.
+pub(crate) fn xsave_from(mut area: Vec<u8>, xcr0: u64) -> Vec<u8> {
+    if let Some(present) = area.get_mut(512..520) {
+        for (byte, allowed) in present.iter_mut().zip(xcr0.to_le_bytes()) {
+            *byte &= allowed;
+        }
+    }
+    area
+}
+
 pub(crate) fn debug_from(debug: &kvm_debugregs) -> DebugRegisters {
     DebugRegisters {
         address: debug.db,
@@ -338,13 +381,45 @@ pub(crate) fn events_to(events: &Events, mp: MpState) -> kvm_vcpu_events {
     to
 }
 
+const APIC_TIMER_ENTRY: usize = 0x32;
+const APIC_INITIAL_COUNT: usize = 0x38;
+const APIC_CURRENT_COUNT: usize = 0x39;
+
+/// Whether a page's timer is a one-shot one with an interrupt to raise, and its count is at 0.
+fn at_zero(registers: &[u32]) -> bool {
+    const MASKED_OR_OTHER_MODE: u32 = 7 << 16;
+    let register = |at: usize| registers.get(at).copied().unwrap_or(0);
+    register(APIC_TIMER_ENTRY) & MASKED_OR_OTHER_MODE == 0
+        && register(APIC_INITIAL_COUNT) != 0
+        && register(APIC_CURRENT_COUNT) == 0
+}
+
+/// Whether the timer's vector is requested or in service.
+fn timer_raised(registers: &[u32]) -> bool {
+    let vector = registers.get(APIC_TIMER_ENTRY).copied().unwrap_or(0) & 0xff;
+    let (word, bit) = ((vector / 32) as usize, vector % 32);
+    [0x10, 0x20].iter().any(|from| {
+        registers
+            .get(from + word)
+            .is_some_and(|w| w & (1 << bit) != 0)
+    })
+}
+
 pub(crate) fn lapic_from(lapic: &kvm_lapic_state, tsc_deadline: u64) -> LocalApicState {
-    let registers = lapic
+    let mut registers: Vec<u32> = lapic
         .regs
         .chunks_exact(16)
         .take(LAPIC_REGISTERS)
         .map(|r| u32::from_le_bytes([r[0] as u8, r[1] as u8, r[2] as u8, r[3] as u8]))
         .collect();
+    // The kernel raises the interrupt of a timer that is over at the next entry, and doesn't tell
+    // whether it has. One that comes twice does less harm than one that never comes.
+    if at_zero(&registers)
+        && !timer_raised(&registers)
+        && let Some(count) = registers.get_mut(APIC_CURRENT_COUNT)
+    {
+        *count = 1;
+    }
     LocalApicState {
         registers,
         tsc_deadline,
@@ -352,8 +427,15 @@ pub(crate) fn lapic_from(lapic: &kvm_lapic_state, tsc_deadline: u64) -> LocalApi
 }
 
 pub(crate) fn lapic_to(lapic: &LocalApicState) -> kvm_lapic_state {
+    let mut registers = lapic.registers.clone();
+    // Over, its interrupt raised: the kernel would raise it again.
+    if at_zero(&registers)
+        && let Some(count) = registers.get_mut(APIC_INITIAL_COUNT)
+    {
+        *count = 0;
+    }
     let mut to = kvm_lapic_state::default();
-    for (register, value) in to.regs.chunks_exact_mut(16).zip(&lapic.registers) {
+    for (register, value) in to.regs.chunks_exact_mut(16).zip(&registers) {
         for (byte, value) in register.iter_mut().zip(value.to_le_bytes()) {
             *byte = value as _;
         }
@@ -417,5 +499,70 @@ mod tests {
         assert_eq!(events_from(&raw), events);
         let mp = mp_state_to(MpState::SipiReceived(9));
         assert_eq!(mp_state_from(mp, &raw), MpState::SipiReceived(9));
+    }
+
+    #[test]
+    fn a_one_shot_timer_at_zero_fires_unless_it_has() {
+        let page = |entry: u32, requested: u32| {
+            let mut registers = vec![0; LAPIC_REGISTERS];
+            registers[APIC_TIMER_ENTRY] = entry;
+            registers[APIC_INITIAL_COUNT] = 1000;
+            registers[0x22] = requested;
+            LocalApicState {
+                registers,
+                tsc_deadline: 0,
+            }
+        };
+        let counts = |state: &LocalApicState| {
+            (
+                state.registers[APIC_INITIAL_COUNT],
+                state.registers[APIC_CURRENT_COUNT],
+            )
+        };
+        let raw = |state: &LocalApicState| {
+            let mut to = kvm_lapic_state::default();
+            for (register, value) in to.regs.chunks_exact_mut(16).zip(&state.registers) {
+                for (byte, value) in register.iter_mut().zip(value.to_le_bytes()) {
+                    *byte = value as _;
+                }
+            }
+            to
+        };
+        let (one_shot, periodic, masked) = (0x40, 0x2_0040, 0x1_0040);
+        let read = |entry, requested| lapic_from(&raw(&page(entry, requested)), 0);
+        assert_eq!(counts(&read(one_shot, 0)), (1000, 1));
+        assert_eq!(counts(&read(one_shot, 1)), (1000, 0), "requested");
+        assert_eq!(counts(&read(periodic, 0)), (1000, 0));
+        assert_eq!(counts(&read(masked, 0)), (1000, 0));
+        let written = |entry| lapic_from(&lapic_to(&page(entry, 0)), 0);
+        assert_eq!(counts(&written(one_shot)), (0, 0), "disarmed");
+        assert_eq!(counts(&written(periodic)), (1000, 0));
+    }
+
+    #[test]
+    fn only_defences_are_left_out_of_efer() {
+        let system = skerry_hypervisor::BootRegisters::long_mode(0x1000, 0, 0).system;
+        let with = |bits: u64| SystemRegisters {
+            efer: system.efer | bits,
+            ..system
+        };
+        let host = CpuidTable::default();
+        let plain = system_for(&with(EFER_AUTOMATIC_IBRS), &host).expect("can be done without");
+        assert_eq!(plain.efer, system.efer);
+        assert!(system_for(&with(1 << 14), &host).is_err());
+        let leaf = |leaf, eax, edx| CpuidEntry {
+            leaf,
+            subleaf: None,
+            result: CpuidResult {
+                eax,
+                edx,
+                ..CpuidResult::default()
+            },
+        };
+        let host = CpuidTable {
+            entries: vec![leaf(0x8000_0021, 1 << 8, 0), leaf(0x8000_0001, 0, 1 << 25)],
+        };
+        let both = with(EFER_AUTOMATIC_IBRS | 1 << 14);
+        assert_eq!(system_for(&both, &host).expect("known"), both);
     }
 }

@@ -16,11 +16,28 @@ const API_VERSION: i32 = 12;
 /// CPUID leaves to make room for; the kernel has at most 256.
 const MAX_LEAVES: usize = 256;
 
+/// Memory type range registers, variable and fixed, and their default: older kernels have them and
+/// don't list them.
+const MTRRS: [u32; 28] = [
+    0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c,
+    0x20d, 0x20e, 0x20f, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e,
+    0x26f, 0x2ff,
+];
+
+/// What the host has, for its virtual machines.
+pub(crate) struct HostFacts {
+    pub(crate) supported_cpuid: CpuidTable,
+    /// Registers that belong to a processor's state.
+    pub(crate) msr_indices: Vec<u32>,
+    /// Whether a guest's time-stamp counter can have another frequency than the host's. Without, the
+    /// kernel would accept a higher one and have the counter stand and jump.
+    pub(crate) tsc_scaling: bool,
+}
+
 /// The KVM of this host.
 pub struct Kvm {
     device: KvmDevice,
-    supported_cpuid: CpuidTable,
-    msr_indices: Arc<[u32]>,
+    facts: Arc<HostFacts>,
 }
 
 fn unusable(reason: impl Into<String>, remedy: impl Into<String>) -> Unusable {
@@ -77,6 +94,12 @@ fn supported_cpuid(device: &KvmDevice) -> Result<CpuidTable, kvm_ioctls::Error> 
 }
 
 impl Kvm {
+    /// Frequency of the host's time-stamp counter as guests see it, in kHz.
+    pub fn tsc_khz(&self) -> std::io::Result<u32> {
+        let vm = self.device.create_vm()?;
+        Ok(vm.create_vcpu(0)?.get_tsc_khz()?)
+    }
+
     fn measure(&self) -> Result<Capabilities, Unusable> {
         let failed = |what: &str, error: &dyn std::error::Error| {
             unusable(
@@ -85,29 +108,34 @@ impl Kvm {
             )
         };
         let GuestSpeed { mips, sse } =
-            probe::measure_guest(self, &self.supported_cpuid, probe::DEVICE_TIME_LIMIT)
+            probe::measure_guest(self, &self.facts.supported_cpuid, probe::DEVICE_TIME_LIMIT)
                 .map_err(|e| failed("running a guest", &e))?;
         if let Some(unusable) = probe::judge(DEVICE, mips, sse.as_deref()) {
             return Err(unusable);
         }
         let tsc_khz = self
-            .device
-            .create_vm()
-            .and_then(|vm| vm.create_vcpu(0)?.get_tsc_khz())
+            .tsc_khz()
             .map_err(|e| failed("reading the time-stamp counter's frequency", &e))?;
-        let physical_address_bits = self
-            .supported_cpuid
+        let HostFacts {
+            supported_cpuid,
+            tsc_scaling,
+            ..
+        } = &*self.facts;
+        let physical_address_bits = supported_cpuid
             .get(0x8000_0008, 0)
             .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
         Ok(Capabilities {
             name: "kvm",
             description: format!("{DEVICE}, API version {API_VERSION}"),
-            measured_mips: mips,
+            measured_mips: Some(mips),
             max_vcpus: u32::try_from(self.device.get_max_vcpus())
                 .unwrap_or(1)
                 .min(64),
-            supported_cpuid: self.supported_cpuid.clone(),
+            supported_cpuid: supported_cpuid.clone(),
+            accepted_cpuid: supported_cpuid.clone(),
             tsc_khz,
+            tsc_scaling: *tsc_scaling,
+            native: true,
             physical_address_bits,
         })
     }
@@ -137,18 +165,28 @@ impl Hypervisor for Kvm {
         };
         let list = device.get_msr_index_list().map_err(silent)?;
         let supported_cpuid = supported_cpuid(&device).map_err(silent)?;
-        Ok(Self {
-            msr_indices: list.as_slice().into(),
-            device,
+        let mut msr_indices = list.as_slice().to_vec();
+        msr_indices.extend(
+            MTRRS
+                .iter()
+                .filter(|index| !list.as_slice().contains(index)),
+        );
+        let facts = HostFacts {
             supported_cpuid,
+            msr_indices,
+            tsc_scaling: device.check_extension(Cap::TscControl),
+        };
+        Ok(Self {
+            device,
+            facts: Arc::new(facts),
         })
     }
 
     fn supported_cpuid(&self) -> &CpuidTable {
-        &self.supported_cpuid
+        &self.facts.supported_cpuid
     }
 
     fn create_vm(&self, spec: &VmSpec) -> Result<KvmVm, CreateVmError> {
-        KvmVm::new(&self.device, self.msr_indices.clone(), spec)
+        KvmVm::new(&self.device, self.facts.clone(), spec)
     }
 }

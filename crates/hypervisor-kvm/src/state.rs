@@ -10,6 +10,13 @@ use crate::sys::{self, XsaveBuffer};
 use crate::vcpu::KvmVcpu;
 use crate::{convert, msrs};
 
+/// A time-stamp counter and the guest's clock at the same time.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    tsc: u64,
+    clock_ns: u64,
+}
+
 impl KvmVcpu {
     fn backend<E>(&self, what: &'static str) -> impl FnOnce(E) -> StateError + use<E>
     where
@@ -101,7 +108,7 @@ impl KvmVcpu {
             .take(xcrs.nr_xcrs as usize)
             .find(|xcr| xcr.xcr == 0)
             .map_or(1, |xcr| xcr.value);
-        let mut values = msrs::read(&self.fd, &self.vm.msr_indices)
+        let mut values = msrs::read(&self.fd, &self.vm.host.msr_indices)
             .map_err(self.backend("read the model-specific registers"))?;
         let find = |index| {
             values
@@ -109,7 +116,6 @@ impl KvmVcpu {
                 .find(|msr| msr.0 == index)
                 .map_or(0, |msr| msr.1)
         };
-        let tsc = find(msr::IA32_TSC);
         let tsc_deadline = find(msr::IA32_TSC_DEADLINE);
         values.retain(|(index, _)| !msr::has_own_field(*index));
         values.sort_unstable_by_key(|(index, _)| *index);
@@ -123,30 +129,34 @@ impl KvmVcpu {
         } else {
             None
         };
+        let Moment { tsc, clock_ns } = self.moment().map_err(self.backend("read the clock"))?;
         Ok(CpuState {
             version: CPU_STATE_VERSION,
             general,
             system,
             debug: convert::debug_from(&debug),
             xcr0,
-            xsave: xsave.to_bytes(self.limits.xsave_size),
+            xsave: convert::xsave_from(xsave.to_bytes(self.limits.xsave_size), self.limits.xcr0),
             msrs: values,
             lapic,
             mp_state: convert::mp_state_from(mp, &events),
             events: convert::events_from(&events),
             tsc,
+            clock_ns,
         })
     }
 
     pub(crate) fn write_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         self.limits.check(state)?;
+        let system = convert::system_for(&state.system, &self.vm.host.supported_cpuid)?;
+        self.check_msrs(&state.msrs)?;
         // A pending access would be finished into the new registers.
         self.abandon_instruction()
             .map_err(self.backend("leave an instruction"))?;
         let CpuState {
             version: _,
             general,
-            system,
+            system: _,
             debug,
             xcr0,
             xsave,
@@ -155,6 +165,7 @@ impl KvmVcpu {
             mp_state,
             events,
             tsc,
+            clock_ns,
         } = state;
         if self.has_apic() {
             self.fd
@@ -162,7 +173,7 @@ impl KvmVcpu {
                 .map_err(self.backend("set the activity state"))?;
         }
         self.fd
-            .set_sregs(&convert::system_to(system))
+            .set_sregs(&convert::system_to(&system))
             .map_err(self.backend("set the system registers"))?;
         self.fd
             .set_regs(&convert::general_to(general))
@@ -172,7 +183,7 @@ impl KvmVcpu {
         self.fd
             .set_debug_regs(&convert::debug_to(debug))
             .map_err(self.backend("set the debug registers"))?;
-        self.write_tsc(*tsc)
+        self.write_tsc(*tsc, *clock_ns)
             .map_err(self.backend("set the time-stamp counter"))?;
         self.write_msrs(msrs)?;
         if let Some(lapic) = lapic {
@@ -196,22 +207,70 @@ impl KvmVcpu {
             .map_err(self.backend("set the XSAVE area"))
     }
 
-    fn write_tsc(&self, tsc: u64) -> io::Result<()> {
+    fn tsc(&self) -> io::Result<u64> {
+        let tsc = msrs::read(&self.fd, &[msr::IA32_TSC])?;
+        let tsc = tsc.first().ok_or(io::ErrorKind::Unsupported)?;
+        Ok(tsc.1)
+    }
+
+    /// Time-stamp counter and clock at one moment: the counter is read before the clock and after it,
+    /// and the tries that were interrupted are dropped.
+    fn moment(&self) -> io::Result<Moment> {
+        const TRIES: usize = 4;
+        let mut best: Option<(u64, Moment)> = None;
+        for _ in 0..TRIES {
+            let before = self.tsc()?;
+            let clock_ns = self.vm.fd.get_clock()?.clock;
+            let took = self.tsc()?.wrapping_sub(before);
+            if best.is_none_or(|(least, _)| took < least) {
+                let tsc = before.wrapping_add(took / 2);
+                best = Some((took, Moment { tsc, clock_ns }));
+            }
+        }
+        best.map(|(_, moment)| moment)
+            .ok_or_else(|| io::ErrorKind::Unsupported.into())
+    }
+
+    /// Sets the counter so that it stands at `tsc` when the clock stands at `clock_ns`; where the clock
+    /// was not set and has not come to that, now.
+    fn write_tsc(&self, tsc: u64, clock_ns: u64) -> io::Result<()> {
+        let now = self.moment()?;
+        let since = now.clock_ns.saturating_sub(clock_ns);
+        let ticks = u128::from(since) * u128::from(self.tsc_khz) / 1_000_000;
+        let wanted = tsc.wrapping_add(ticks as u64);
         if self.tsc_offset {
-            let offset = tsc.wrapping_sub(sys::host_tsc());
-            let offset = self.vm.shared_tsc_offset(offset, self.tsc_khz);
+            let offset = sys::tsc_offset(&self.fd)?;
+            let offset = offset.wrapping_add(wanted.wrapping_sub(now.tsc));
+            let offset = self.vm.tsc_offset.common(self.id, offset, self.tsc_khz);
             return sys::set_tsc_offset(&self.fd, offset);
         }
         // A value within a second of what the kernel expects is taken for an attempt to keep
         // counters in step and rounded; one that is far off is not, so that the value after it
         // becomes exact to the moment of the call.
-        let far = tsc.wrapping_add(u64::from(self.tsc_khz) * 10_000);
-        for value in [far, tsc] {
+        let far = wanted.wrapping_add(u64::from(self.tsc_khz) * 10_000);
+        for value in [far, wanted] {
             msrs::write(&self.fd, &[(msr::IA32_TSC, value)], |_, _| {
                 Err(io::Error::from(io::ErrorKind::InvalidInput))
             })?;
         }
         Ok(())
+    }
+
+    /// Registers that this kernel doesn't have, or not for this CPU model, and that the guest needs.
+    fn check_msrs(&self, values: &[(u32, u64)]) -> Result<(), StateError> {
+        let indices: Vec<u32> = values.iter().map(|(index, _)| *index).collect();
+        let here = msrs::read(&self.fd, &indices)
+            .map_err(self.backend("read the model-specific registers"))?;
+        let missing = values.iter().find(|(index, value)| {
+            !here.iter().any(|msr| msr.0 == *index) && msr::dispensable(*index, *value).is_none()
+        });
+        match missing {
+            None => Ok(()),
+            Some((index, value)) => Err(StateError::Invalid {
+                field: "MSR list",
+                reason: format!("KVM here has no register {index:#x}, which holds {value:#x}"),
+            }),
+        }
     }
 
     fn write_msrs(&self, values: &[(u32, u64)]) -> Result<(), StateError> {

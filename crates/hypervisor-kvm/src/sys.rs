@@ -17,6 +17,7 @@ use vmm_sys_util::ioctl_iow_nr;
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
 
 /// Where a slot lies and how; `len` zero removes it.
@@ -85,10 +86,19 @@ pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> io::Result<()> {
     }
 }
 
-/// The host's time-stamp counter.
-pub(crate) fn host_tsc() -> u64 {
-    // SAFETY: every x86-64 processor has the instruction, and no kernel that offers KVM traps it.
-    unsafe { core::arch::x86_64::_rdtsc() }
+/// The difference between the guest's time-stamp counter and the host's, scaled.
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
+    let mut offset = 0;
+    let attribute = kvm_device_attr {
+        addr: std::ptr::from_mut(&mut offset) as u64,
+        ..tsc_offset_attribute(&0)
+    };
+    // SAFETY: the structure is the one that this call reads, and its address is that of a u64, not
+    // otherwise borrowed, that lives through the call.
+    match unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) } {
+        0 => Ok(offset),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// An XSAVE area as the kernel exchanges it, of `size` bytes (`KVM_CAP_XSAVE2`).

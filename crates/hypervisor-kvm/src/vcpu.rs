@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_INTERNAL_ERROR_DELIVERY_EV,
-    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX, kvm_cpuid_entry2,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
+    kvm_cpuid_entry2, kvm_enable_cap,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use skerry_hypervisor::cancel::CallWord;
+use skerry_hypervisor::portability::same_frequency;
 use skerry_hypervisor::validate::StateLimits;
 use skerry_hypervisor::{
     BootRegisters, CallId, Canceller, CpuState, CpuidTable, CreateVcpuError, Exit, Gpa,
@@ -46,7 +48,7 @@ pub struct KvmVcpu {
     pub(crate) limits: StateLimits,
     /// Frequency of this guest's time-stamp counter, in kHz.
     pub(crate) tsc_khz: u32,
-    /// Whether it is the host's own, and its offset can be set.
+    /// Whether its offset can be set.
     pub(crate) tsc_offset: bool,
     word: Arc<CallWord>,
     kick: Arc<ThreadKick>,
@@ -56,9 +58,44 @@ pub struct KvmVcpu {
     pub(crate) vm: Arc<VmShared>,
 }
 
-/// Frequencies that differ by less than this many millionths are taken for the same, as the
-/// kernel takes them.
-const TSC_TOLERANCE_PPM: u64 = 250;
+/// Has the kernel refuse the guest paravirtual features that its table does not show: what they do to
+/// guest memory would not travel. Kernels before 5.8 can't.
+fn enforce_features(fd: &VcpuFd, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    if vm.check_extension_raw(KVM_CAP_ENFORCE_PV_FEATURE_CPUID.into()) <= 0 {
+        return Ok(());
+    }
+    let mut request = kvm_enable_cap {
+        cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+        ..Default::default()
+    };
+    request.args[0] = 1;
+    fd.enable_cap(&request)
+}
+
+/// Gives a new processor the time-stamp counter that its table tells, and says its frequency in kHz.
+fn set_frequency(
+    fd: &VcpuFd,
+    id: u32,
+    cpuid: &CpuidTable,
+    scaling: bool,
+) -> Result<u32, CreateVcpuError> {
+    let here = fd.get_tsc_khz().unwrap_or(0);
+    let asked = cpuid.tsc_khz().unwrap_or(here);
+    if same_frequency(here, asked) {
+        return Ok(asked);
+    }
+    let unsupported = || CreateVcpuError::Unsupported {
+        id,
+        feature: format!(
+            "a time-stamp counter of {asked} kHz: the host's runs at {here} kHz and can't be scaled"
+        ),
+    };
+    if !scaling {
+        return Err(unsupported());
+    }
+    fd.set_tsc_khz(asked).map_err(|_| unsupported())?;
+    Ok(asked)
+}
 
 impl KvmVcpu {
     pub(crate) fn new(
@@ -69,6 +106,10 @@ impl KvmVcpu {
         let backend = |what, source: Box<dyn std::error::Error + Send + Sync>| {
             CreateVcpuError::Backend { id, what, source }
         };
+        let missing = cpuid.missing_from(&vm.host.supported_cpuid);
+        if let Some(feature) = missing.into_iter().next() {
+            return Err(CreateVcpuError::Unsupported { id, feature });
+        }
         crate::kick::install().map_err(|e| backend("install the signal handler", e.into()))?;
         let fd = vm
             .fd
@@ -99,20 +140,10 @@ impl KvmVcpu {
         })?;
         fd.set_cpuid2(&table)
             .map_err(|e| backend("set the CPUID table", e.into()))?;
-        let host_khz = fd.get_tsc_khz().unwrap_or(0);
-        let tsc_khz = cpuid.tsc_khz().unwrap_or(host_khz);
-        let differs = u64::from(tsc_khz.abs_diff(host_khz)) * 1_000_000
-            > u64::from(host_khz) * TSC_TOLERANCE_PPM;
-        if differs {
-            fd.set_tsc_khz(tsc_khz)
-                .map_err(|_| CreateVcpuError::Unsupported {
-                    id,
-                    feature: format!(
-                        "a time-stamp counter of {tsc_khz} kHz on this host of {host_khz}"
-                    ),
-                })?;
-        }
-        let tsc_offset = !differs && sys::has_tsc_offset(&fd);
+        enforce_features(&fd, &vm.fd)
+            .map_err(|e| backend("restrict the paravirtual features", e.into()))?;
+        let tsc_khz = set_frequency(&fd, id, cpuid, vm.host.tsc_scaling)?;
+        let tsc_offset = sys::has_tsc_offset(&fd);
         let limits = StateLimits::of(cpuid, vm.irqchip == Irqchip::Split);
         Ok(Self {
             fd,

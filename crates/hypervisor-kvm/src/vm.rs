@@ -1,7 +1,7 @@
 //! A virtual machine on KVM.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI,
@@ -10,11 +10,13 @@ use kvm_bindings::{
     kvm_irq_routing_msi, kvm_msi,
 };
 use kvm_ioctls::{Cap, Kvm as KvmDevice, VmFd};
+use skerry_hypervisor::state::SharedTscOffset;
 use skerry_hypervisor::{
     CpuidTable, CreateVcpuError, CreateVmError, DirtyLogError, Gpa, InterruptError, Irqchip,
     MapError, MemorySlot, StateError, Vm, VmSpec,
 };
 
+use crate::probe::HostFacts;
 use crate::slots::Slots;
 use crate::vcpu::KvmVcpu;
 
@@ -30,10 +32,9 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 pub(crate) struct VmShared {
     pub(crate) fd: VmFd,
     pub(crate) irqchip: Irqchip,
-    pub(crate) msr_indices: Arc<[u32]>,
+    pub(crate) host: Arc<HostFacts>,
     pub(crate) xsave2_size: usize,
-    /// TSC offset that the first processor restored with, and so which its siblings get.
-    pub(crate) tsc_offset: Mutex<Option<u64>>,
+    pub(crate) tsc_offset: SharedTscOffset,
     max_vcpus: u32,
     created: AtomicU64,
     slots: Slots,
@@ -63,7 +64,7 @@ fn enable(fd: &VmFd, cap: u32, argument: u64) -> Result<(), kvm_ioctls::Error> {
 impl KvmVm {
     pub(crate) fn new(
         device: &KvmDevice,
-        msr_indices: Arc<[u32]>,
+        host: Arc<HostFacts>,
         spec: &VmSpec,
     ) -> Result<Self, CreateVmError> {
         let fd = device
@@ -93,9 +94,9 @@ impl KvmVm {
             shared: Arc::new(VmShared {
                 fd,
                 irqchip: spec.irqchip,
-                msr_indices,
+                host,
                 xsave2_size,
-                tsc_offset: Mutex::new(None),
+                tsc_offset: SharedTscOffset::default(),
                 max_vcpus: spec.max_vcpus.max(1),
                 created: AtomicU64::new(0),
                 slots: Slots::default(),
@@ -107,23 +108,6 @@ impl KvmVm {
         match self.shared.irqchip {
             Irqchip::Split => Ok(()),
             Irqchip::None => Err(InterruptError::NoApic),
-        }
-    }
-}
-
-impl VmShared {
-    /// The TSC offset to restore with, for a processor that would by itself get `offset`.
-    ///
-    /// All processors are captured at nearly, but not exactly, one moment. Offsets that differ by
-    /// less than a second of ticks mean counters that were in step, and are made equal.
-    pub(crate) fn shared_tsc_offset(&self, offset: u64, tsc_khz: u32) -> u64 {
-        let mut first = self
-            .tsc_offset
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        match *first {
-            Some(first) if first.abs_diff(offset) < u64::from(tsc_khz) * 1000 => first,
-            _ => *first.insert(offset),
         }
     }
 }
@@ -237,6 +221,7 @@ impl Vm for KvmVm {
             clock: ns,
             ..Default::default()
         };
+        self.shared.tsc_offset.forget();
         self.shared
             .fd
             .set_clock(&clock)

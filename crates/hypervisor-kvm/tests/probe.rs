@@ -15,7 +15,7 @@ fn the_probe_ends_soon_and_explains_itself() {
     assert!(took < Duration::from_secs(2), "{took:?}");
     match result {
         Ok(capabilities) => {
-            assert!(capabilities.measured_mips > 1.0);
+            assert!(capabilities.measured_mips > Some(1.0));
             assert!(capabilities.tsc_khz > 100_000);
             assert!(capabilities.supported_cpuid.get(0, 0).is_some());
         }

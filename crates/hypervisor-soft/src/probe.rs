@@ -10,7 +10,7 @@ use skerry_x86cpu::{HostFeatures, TSC_HZ};
 use crate::state;
 use crate::vm::{MAX_VCPUS, SoftVm};
 
-/// The time-stamp counter counts nanoseconds on every host, so that snapshots travel.
+/// The time-stamp counter counts nanoseconds, unless a guest was told another frequency.
 pub(crate) const TSC_KHZ: u32 = TSC_HZ / 1000;
 
 /// Nothing here can hang; this only bounds a measurement on a host that is overloaded.
@@ -19,6 +19,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// The software processor.
 pub struct Soft {
     supported_cpuid: CpuidTable,
+    accepted_cpuid: CpuidTable,
 }
 
 /// Every CPUID bit that a guest may be shown.
@@ -27,6 +28,35 @@ pub(crate) fn supported() -> CpuidTable {
     TABLE
         .get_or_init(|| state::cpuid_from(&skerry_x86cpu::supported(&HostFeatures::detect())))
         .clone()
+}
+
+/// Every CPUID bit that a guest from elsewhere may have been shown.
+pub(crate) fn accepted() -> CpuidTable {
+    static TABLE: OnceLock<CpuidTable> = OnceLock::new();
+    TABLE
+        .get_or_init(|| state::cpuid_from(&skerry_x86cpu::accepted(&HostFeatures::detect())))
+        .clone()
+}
+
+impl Soft {
+    fn capabilities(self, measured_mips: Option<f64>) -> Capabilities {
+        let physical_address_bits = self
+            .supported_cpuid
+            .get(0x8000_0008, 0)
+            .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
+        Capabilities {
+            name: "soft",
+            description: "software processor, any x86-64 host".into(),
+            measured_mips,
+            max_vcpus: MAX_VCPUS,
+            supported_cpuid: self.supported_cpuid,
+            accepted_cpuid: self.accepted_cpuid,
+            tsc_khz: TSC_KHZ,
+            tsc_scaling: true,
+            native: false,
+            physical_address_bits,
+        }
+    }
 }
 
 impl Hypervisor for Soft {
@@ -45,29 +75,32 @@ impl Hypervisor for Soft {
         if let Some(why) = sse {
             return Err(broken(why));
         }
-        let physical_address_bits = soft
-            .supported_cpuid
-            .get(0x8000_0008, 0)
-            .map_or(36, |leaf| (leaf.eax & 0xff) as u8);
-        Ok(Capabilities {
-            name: "soft",
-            description: "software processor, any x86-64 host".into(),
-            measured_mips: mips,
-            max_vcpus: MAX_VCPUS,
-            supported_cpuid: soft.supported_cpuid,
-            tsc_khz: TSC_KHZ,
-            physical_address_bits,
-        })
+        Ok(soft.capabilities(Some(mips)))
+    }
+
+    fn usable() -> Result<Capabilities, Unusable> {
+        Ok(Self::open()?.capabilities(None))
     }
 
     fn open() -> Result<Self, Unusable> {
+        skerry_x86cpu::prepare_executable_memory().map_err(|error| Unusable {
+            reason: format!("The software processor gets no memory for code of its own: {error}"),
+            remedy: "Let this program map executable memory: a policy of the host forbids it"
+                .into(),
+            measured_mips: None,
+        })?;
         Ok(Self {
             supported_cpuid: supported(),
+            accepted_cpuid: accepted(),
         })
     }
 
     fn supported_cpuid(&self) -> &CpuidTable {
         &self.supported_cpuid
+    }
+
+    fn accepted_cpuid(&self) -> &CpuidTable {
+        &self.accepted_cpuid
     }
 
     fn create_vm(&self, spec: &VmSpec) -> Result<SoftVm, CreateVmError> {

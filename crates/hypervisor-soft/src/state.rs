@@ -195,19 +195,21 @@ fn events_to(events: &contract::Events) -> own::Events {
     } = events;
     own::Events {
         // Whether its delivery had begun makes no difference: it is delivered from the start.
-        exception: exception.map(|event| {
-            let ExceptionEvent {
-                vector,
-                error_code,
-                payload,
-                injected: _,
-            } = event;
-            PendingException {
-                vector,
-                error_code,
-                payload,
-            }
-        }),
+        exception: exception
+            .filter(|event| !event.is_unfinished_trap())
+            .map(|event| {
+                let ExceptionEvent {
+                    vector,
+                    error_code,
+                    payload,
+                    injected: _,
+                } = event;
+                PendingException {
+                    vector,
+                    error_code,
+                    payload,
+                }
+            }),
         interrupt: interrupt.map(|event| (event.vector, event.soft)),
         sti_shadow,
         mov_ss_shadow,
@@ -271,6 +273,7 @@ pub(crate) fn state_from(
         mp_state,
         events,
         tsc,
+        clock_ns,
     } = saved;
     msrs.retain(|(index, _)| !msr::has_own_field(*index));
     trim_xsave(&mut xsave, xsave_size);
@@ -293,6 +296,7 @@ pub(crate) fn state_from(
         mp_state: mp_state_from(mp_state),
         events: events_from(&events),
         tsc,
+        clock_ns,
     }
 }
 
@@ -319,6 +323,7 @@ fn state_to(state: &contract::CpuState) -> own::CpuState {
         mp_state,
         events,
         tsc,
+        clock_ns,
     } = state;
     let mut xsave = xsave.clone();
     xsave.resize(XSAVE_LEN, 0);
@@ -343,6 +348,7 @@ fn state_to(state: &contract::CpuState) -> own::CpuState {
         mp_state: mp_state_to(*mp_state),
         events: events_to(events),
         tsc: *tsc,
+        clock_ns: *clock_ns,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A virtual processor: its run loop.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use skerry_hypervisor::cancel::CallWord;
 use skerry_hypervisor::validate::StateLimits;
@@ -14,6 +15,9 @@ use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host};
 use crate::host::SoftHost;
 use crate::state;
 use crate::vm::{MAX_VCPUS, VmShared};
+
+/// After so long in one wait a processor gives back the memory of its decoded code.
+const IDLE: Duration = Duration::from_millis(200);
 
 /// Makes a processor leave its loop at the next block, or its thread wake up.
 struct SoftKick {
@@ -52,22 +56,20 @@ impl SoftVcpu {
         if slot.get().is_some() {
             return Err(bad("there is one with this id"));
         }
+        let unsupported = |feature| CreateVcpuError::Unsupported { id, feature };
         if let Some(feature) = cpuid
-            .missing_from(&crate::probe::supported())
+            .missing_from(&crate::probe::accepted())
             .into_iter()
             .next()
         {
-            return Err(CreateVcpuError::Unsupported { id, feature });
-        }
-        let khz = crate::probe::TSC_KHZ;
-        if let Some(asked) = cpuid.tsc_khz().filter(|asked| *asked != khz) {
-            return Err(CreateVcpuError::Unsupported {
-                id,
-                feature: format!("a time-stamp counter of {asked} kHz: it runs at {khz}"),
-            });
+            return Err(unsupported(feature));
         }
         let mut cpu = Cpu::new(&vm.machine, id, state::cpuid_to(cpuid))
             .ok_or(bad("there is one with this id"))?;
+        let khz = cpuid.tsc_khz().unwrap_or(crate::probe::TSC_KHZ);
+        if !cpu.set_tsc_khz(khz) {
+            return Err(unsupported(format!("a time-stamp counter of {khz} kHz")));
+        }
         if id != 0 && vm.irqchip == Irqchip::Split {
             cpu.sys.activity = Activity::WaitForInit;
         }
@@ -110,8 +112,7 @@ impl SoftVcpu {
                 Exit::Halt
             }
             CpuExit::Halted { .. } | CpuExit::WaitForSipi => {
-                // The timer thread wakes it at its deadline.
-                self.vm.host.park(self.cpu.id, &self.cpu.shared);
+                self.wait();
                 return None;
             }
             CpuExit::InterruptWindow => {
@@ -125,6 +126,18 @@ impl SoftVcpu {
             // What asked for it has been dealt with.
             CpuExit::Requested => return None,
         })
+    }
+
+    /// Waits until there is a reason to run. What a guest has decoded is of no use to one that does
+    /// nothing for long.
+    fn wait(&mut self) {
+        let host = &self.vm.host;
+        let (id, shared) = (self.cpu.id, self.cpu.shared.clone());
+        let idle = self.cpu.has_much_code().then_some(IDLE);
+        if !host.park(id, &shared, idle) {
+            self.cpu.forget_code();
+            host.park(id, &shared, None);
+        }
     }
 
     /// Finishes an instruction that exited, so that the processor stands between two.
@@ -228,6 +241,12 @@ impl Vcpu for SoftVcpu {
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         self.limits.check(state)?;
         state::load(&mut self.cpu, state)?;
+        let offset = self.cpu.tsc_offset();
+        let khz = self.cpu.sys.time.scale.khz();
+        let common = self.vm.tsc_offset.common(self.cpu.id, offset, khz);
+        if common != offset {
+            self.cpu.set_tsc_offset(common);
+        }
         self.queued = None;
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use skerry_hypervisor::memory::HostWriteObserver;
+use skerry_hypervisor::state::SharedTscOffset;
 use skerry_hypervisor::{
     CpuidTable, CreateVcpuError, CreateVmError, DirtyLogError, Gpa, InterruptError, Irqchip,
     MapError, MemorySlot, RamRegion, StateError, Vm, VmSpec,
@@ -22,6 +23,8 @@ pub(crate) struct VmShared {
     pub(crate) machine: Arc<Machine>,
     pub(crate) host: Arc<SoftHost>,
     pub(crate) irqchip: Irqchip,
+    /// The TSC offset of the first processor that was given its state since the clock was set.
+    pub(crate) tsc_offset: SharedTscOffset,
     _timers: TimerThread,
 }
 
@@ -58,6 +61,7 @@ impl SoftVm {
                 machine: Arc::new(Machine::new(host.clone(), processors as usize)),
                 host,
                 irqchip: spec.irqchip,
+                tsc_offset: SharedTscOffset::default(),
                 _timers: timers,
             }),
             mapping: Mutex::new(()),
@@ -172,6 +176,7 @@ impl Vm for SoftVm {
 
     fn set_clock_ns(&self, ns: u64) -> Result<(), StateError> {
         self.shared.host.set_clock_ns(ns);
+        self.shared.tsc_offset.forget();
         Ok(())
     }
 }

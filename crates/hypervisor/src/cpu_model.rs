@@ -10,10 +10,11 @@
 //! say which faults of speculation it is free of) is that of the backend: a guest on real hardware
 //! must know what to defend itself against, and one on the software processor need not.
 //! Two hosts on which the same model can be had may still differ in features that only kernels
-//! use (PCID, RDSEED …). A snapshot therefore keeps its tables, and
-//! [`CpuidTable::missing_from`] tells whether another host can run them.
+//! use (PCID, RDSEED …). A snapshot therefore keeps its tables, and [`crate::portability`] tells
+//! whether another host can run them; a guest that is to travel can be started without what the other
+//! host lacks ([`CpuChoice`]).
 
-mod features;
+pub(crate) mod features;
 mod topology;
 
 use std::fmt;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::cpuid::{CpuidEntry, CpuidResult, CpuidTable};
+use crate::portability::same_frequency;
 use crate::traits::Capabilities;
 use features::{Allowed, Register};
 
@@ -57,6 +59,31 @@ pub enum CpuModelError {
         model: CpuModel,
         /// What is missing, by name.
         missing: Vec<&'static str>,
+    },
+    /// A change that is none.
+    #[error(
+        "{0:?} is no change of a CPU model; take a feature away with -NAME, or set the time-stamp \
+         counter's frequency with tsc-khz=NUMBER"
+    )]
+    UnknownChange(String),
+    /// A feature without which it would be another model.
+    #[error("CPU model {model} can't be without {feature}; choose a smaller model")]
+    Needed {
+        /// The model.
+        model: CpuModel,
+        /// The feature.
+        feature: &'static str,
+    },
+    /// The backend's counter has one frequency.
+    #[error(
+        "The time-stamp counter runs at {here} kHz here and can't be scaled to {asked} kHz; leave \
+         tsc-khz out of --cpu-model"
+    )]
+    TscFrequency {
+        /// What was asked for, in kHz.
+        asked: u32,
+        /// What there is.
+        here: u32,
     },
     /// More processors than can be told apart, or none.
     #[error("A machine can't have {cpus} processors, or a processor {id} of them")]
@@ -100,24 +127,97 @@ impl CpuModel {
         cpus: u32,
         id: u32,
     ) -> Result<CpuidTable, CpuModelError> {
+        CpuChoice::from(self).cpuid(capabilities, cpus, id)
+    }
+}
+
+/// A model and changes to it, as `--cpu-model` takes them: `x86-64-v3,-pcid,tsc-khz=2400000` is
+/// x86-64-v3 without PCID, the time-stamp counter at 2.4 GHz.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuChoice {
+    model: CpuModel,
+    without: Vec<&'static str>,
+    tsc_khz: Option<u32>,
+}
+
+impl From<CpuModel> for CpuChoice {
+    fn from(model: CpuModel) -> Self {
+        Self {
+            model,
+            without: Vec::new(),
+            tsc_khz: None,
+        }
+    }
+}
+
+impl FromStr for CpuChoice {
+    type Err = CpuModelError;
+
+    fn from_str(text: &str) -> Result<Self, CpuModelError> {
+        let mut words = text.split(',');
+        let model: CpuModel = words.next().unwrap_or_default().parse()?;
+        let mut choice = Self::from(model);
+        for word in words {
+            choice.change(word)?;
+        }
+        Ok(choice)
+    }
+}
+
+impl CpuChoice {
+    fn change(&mut self, word: &str) -> Result<(), CpuModelError> {
+        let unknown = || CpuModelError::UnknownChange(word.to_owned());
+        if let Some(number) = word.strip_prefix("tsc-khz=") {
+            // What processors have: a frequency is in bounds everywhere, or nowhere.
+            let khz = number.parse().ok();
+            let khz = khz.filter(|khz| (100_000..=10_000_000).contains(khz));
+            self.tsc_khz = Some(khz.ok_or_else(unknown)?);
+            return Ok(());
+        }
+        let name = word.strip_prefix('-').ok_or_else(unknown)?;
+        match features::named(name, self.model).ok_or_else(unknown)? {
+            (feature, true) => Err(CpuModelError::Needed {
+                model: self.model,
+                feature,
+            }),
+            (feature, false) => {
+                self.without.push(feature);
+                Ok(())
+            }
+        }
+    }
+
+    /// The table of processor `id` in a machine of `cpus`.
+    pub fn cpuid(
+        &self,
+        capabilities: &Capabilities,
+        cpus: u32,
+        id: u32,
+    ) -> Result<CpuidTable, CpuModelError> {
         if id >= cpus || cpus > MAX_CPUS {
             return Err(CpuModelError::BadTopology { cpus, id });
         }
         let supported = &capabilities.supported_cpuid;
-        let missing = features::missing(self, supported);
+        let missing = features::missing(self.model, supported);
         if !missing.is_empty() {
             return Err(CpuModelError::Missing {
-                model: self,
+                model: self.model,
                 missing,
             });
         }
+        let here = capabilities.tsc_khz;
+        let tsc_khz = self.tsc_khz.unwrap_or(here);
+        if !capabilities.tsc_scaling && !same_frequency(here, tsc_khz) {
+            let asked = tsc_khz;
+            return Err(CpuModelError::TscFrequency { asked, here });
+        }
         let mut table = Builder {
             supported,
-            model: self,
+            choice: self,
             entries: Vec::with_capacity(40),
         };
         table.features(capabilities);
-        table.clocks(capabilities.tsc_khz);
+        table.clocks(tsc_khz);
         table.name();
         topology::add(&mut table, cpus, id);
         Ok(CpuidTable {
@@ -144,10 +244,10 @@ impl FromStr for CpuModel {
 }
 
 impl CpuidTable {
-    /// The features of this table that a backend which supports `supported` does not have, by
-    /// name (or by leaf and bit where they have none here).
-    pub fn missing_from(&self, supported: &CpuidTable) -> Vec<String> {
-        features::missing_of_table(self, supported)
+    /// The features of this table that a guest can't do without and that a backend which accepts
+    /// `accepted` does not have, by name (or by leaf and bit where they have none here).
+    pub fn missing_from(&self, accepted: &CpuidTable) -> Vec<String> {
+        features::missing_of_table(self, accepted)
     }
 }
 
@@ -160,7 +260,7 @@ const APIC_KHZ: u32 = 1_000_000;
 
 struct Builder<'a> {
     supported: &'a CpuidTable,
-    model: CpuModel,
+    choice: &'a CpuChoice,
     entries: Vec<CpuidEntry>,
 }
 
@@ -184,8 +284,9 @@ impl Builder<'_> {
 
     /// The bits of a register that are supported and that the model has.
     fn allowed(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
-        let supported = register.of(&self.supported(leaf, subleaf));
-        match features::allowed(self.model, leaf, subleaf, register) {
+        let without = features::bits_of(&self.choice.without, leaf, subleaf, register);
+        let supported = register.of(&self.supported(leaf, subleaf)) & !without;
+        match features::allowed(self.choice.model, leaf, subleaf, register) {
             Allowed::Only(mask) => supported & mask,
             Allowed::AllBut(mask) => supported & !mask,
         }
@@ -276,7 +377,7 @@ impl Builder<'_> {
 
     fn name(&mut self) {
         let mut text = [0; 48];
-        let name = format!("Skerry virtual processor ({})", self.model);
+        let name = format!("Skerry virtual processor ({})", self.choice.model);
         for (to, from) in text.iter_mut().zip(name.bytes()) {
             *to = from;
         }
@@ -291,4 +392,4 @@ impl Builder<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

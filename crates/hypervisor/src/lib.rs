@@ -21,13 +21,14 @@ pub mod error;
 pub mod exit;
 pub mod memory;
 pub mod msr;
+pub mod portability;
 pub mod probe;
 pub mod state;
 pub mod traits;
 pub mod validate;
 
 pub use cancel::{CallId, CancelOutcome, Canceller, Kick, cancel_all};
-pub use cpu_model::{CpuModel, CpuModelError};
+pub use cpu_model::{CpuChoice, CpuModel, CpuModelError};
 pub use cpuid::{CpuidEntry, CpuidResult, CpuidTable};
 pub use error::{
     CreateVcpuError, CreateVmError, DirtyLogError, InterruptError, MapError, RunError, StateError,
@@ -35,6 +36,7 @@ pub use error::{
 };
 pub use exit::Exit;
 pub use memory::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
+pub use portability::{Loss, NotPortable};
 pub use probe::ProbeReport;
 pub use state::{BootRegisters, CpuState};
 pub use traits::{Capabilities, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};

@@ -1,9 +1,11 @@
 //! The architectural state of one virtual processor, the same for every backend.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use serde::{Deserialize, Serialize};
 
 /// The version of [`CpuState`]'s fields; raised with every change of them.
-pub const CPU_STATE_VERSION: u32 = 1;
+pub const CPU_STATE_VERSION: u32 = 2;
 
 /// One segment register with its hidden part (Intel SDM 3A §3.4.3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +113,14 @@ pub struct ExceptionEvent {
     pub injected: bool,
 }
 
+impl ExceptionEvent {
+    /// Whether it is INT3's or INTO's and its delivery was broken off: the processor still stands
+    /// before the instruction (Intel SDM 3C §27.2.4), which raises it again.
+    pub fn is_unfinished_trap(&self) -> bool {
+        self.injected && matches!(self.vector, 3 | 4)
+    }
+}
+
 /// An interrupt on its way into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InterruptEvent {
@@ -144,7 +154,8 @@ pub struct Events {
 /// 31–0 of register 0x20.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LocalApicState {
-    /// The registers at offsets 0x000, 0x010, … 0x3f0.
+    /// The registers at offsets 0x000, 0x010, … 0x3f0. The current count of a one-shot timer is 0 when
+    /// its interrupt was raised; that of a periodic one is 0 when it is due.
     pub registers: Vec<u32>,
     /// IA32_TSC_DEADLINE; zero when disarmed.
     pub tsc_deadline: u64,
@@ -174,8 +185,11 @@ pub struct CpuState {
     pub mp_state: MpState,
     /// Events between instructions.
     pub events: Events,
-    /// The time-stamp counter when the state was read.
+    /// The time-stamp counter when the state was read. Its frequency is told by the CPUID table.
     pub tsc: u64,
+    /// The guest's clock at that moment ([`crate::Vm::clock_ns`]). Counter and clock go on together in
+    /// a machine whose clock was set: a guest compares them.
+    pub clock_ns: u64,
 }
 
 /// What a boot loader sets before the first instruction.
@@ -185,6 +199,51 @@ pub struct BootRegisters {
     pub general: GeneralRegisters,
     /// System registers.
     pub system: SystemRegisters,
+}
+
+/// For backends: keeps time-stamp counters that were in step in step, though their values were read
+/// one after the other, and are set so.
+#[derive(Debug, Default)]
+pub struct SharedTscOffset(Mutex<Option<Epoch>>);
+
+/// One setting of all processors.
+#[derive(Clone, Copy, Debug)]
+struct Epoch {
+    offset: u64,
+    /// A bit per processor that has it.
+    processors: u64,
+}
+
+impl SharedTscOffset {
+    fn epoch(&self) -> MutexGuard<'_, Option<Epoch>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The offset to give processor `id`, which would by itself get `offset`: that of the first one,
+    /// if they differ by less than a second of ticks. A processor that is set again begins anew.
+    pub fn common(&self, id: u32, offset: u64, tsc_khz: u32) -> u64 {
+        let bit = 1u64.checked_shl(id).unwrap_or(0);
+        let mut epoch = self.epoch();
+        // As numbers on a ring: a small negative one is near a small positive one.
+        let near = |first: u64| {
+            (first.wrapping_sub(offset) as i64).unsigned_abs() < u64::from(tsc_khz) * 1000
+        };
+        match &mut *epoch {
+            Some(epoch) if epoch.processors & bit == 0 && near(epoch.offset) => {
+                epoch.processors |= bit;
+                epoch.offset
+            }
+            _ => {
+                let processors = bit;
+                epoch.insert(Epoch { offset, processors }).offset
+            }
+        }
+    }
+
+    /// What comes is another state.
+    pub fn forget(&self) {
+        *self.epoch() = None;
+    }
 }
 
 impl Segment {
@@ -244,5 +303,26 @@ impl BootRegisters {
                 ..SystemRegisters::default()
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_in_step_stay_in_step() {
+        const KHZ: u32 = 1_000_000;
+        const SECOND: u64 = 1_000_000_000;
+        let offsets = SharedTscOffset::default();
+        assert_eq!(offsets.common(0, 5, KHZ), 5);
+        assert_eq!(offsets.common(1, 5_u64.wrapping_sub(900), KHZ), 5);
+        assert_eq!(offsets.common(2, 5 + SECOND / 2, KHZ), 5);
+        // One that the guest has moved, on purpose or not.
+        assert_eq!(offsets.common(3, 7 * SECOND, KHZ), 7 * SECOND);
+        // The same processor again: another state.
+        assert_eq!(offsets.common(3, 7 * SECOND + 4, KHZ), 7 * SECOND + 4);
+        offsets.forget();
+        assert_eq!(offsets.common(1, 9, KHZ), 9);
     }
 }

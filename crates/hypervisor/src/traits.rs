@@ -18,14 +18,20 @@ pub struct Capabilities {
     pub name: &'static str,
     /// One line for a person: device, version, processor.
     pub description: String,
-    /// Guest instructions a second, in millions, as the probe's guest measured.
-    pub measured_mips: f64,
+    /// Guest instructions a second, in millions, where the probe's guest was run.
+    pub measured_mips: Option<f64>,
     /// Virtual processors a VM can have.
     pub max_vcpus: u32,
     /// Every CPUID bit that a guest may be shown.
     pub supported_cpuid: CpuidTable,
-    /// Frequency of the guest's time-stamp counter, in kHz.
+    /// Every CPUID bit that a guest which was started elsewhere may have been shown.
+    pub accepted_cpuid: CpuidTable,
+    /// Frequency of the time-stamp counter that a guest gets unless it is to have another, in kHz.
     pub tsc_khz: u32,
+    /// Whether it can have another.
+    pub tsc_scaling: bool,
+    /// Guest code runs on the host's processor itself, with its faults of speculation.
+    pub native: bool,
     /// Bits of guest-physical addresses.
     pub physical_address_bits: u8,
 }
@@ -59,11 +65,22 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// A device that opens but can't run a few dozen instructions with SSE at speed is unusable.
     fn probe() -> Result<Capabilities, Unusable>;
 
+    /// Says the same to whoever is about to use the backend. One that is part of this program has
+    /// no device to distrust, and needn't run the guest.
+    fn usable() -> Result<Capabilities, Unusable> {
+        Self::probe()
+    }
+
     /// Opens the backend without probing it.
     fn open() -> Result<Self, Unusable>;
 
     /// Every CPUID bit that a guest may be shown, without probing.
     fn supported_cpuid(&self) -> &CpuidTable;
+
+    /// Every CPUID bit that a guest which was started elsewhere may have been shown, without probing.
+    fn accepted_cpuid(&self) -> &CpuidTable {
+        self.supported_cpuid()
+    }
 
     /// Makes a virtual machine without memory or processors.
     fn create_vm(&self, spec: &VmSpec) -> Result<Self::Vm, CreateVmError>;
@@ -91,7 +108,8 @@ pub trait Vm: Send + Sync + 'static {
     fn dirty_pages(&self, gpa: Gpa) -> Result<Vec<u64>, DirtyLogError>;
 
     /// Makes processor `id` (also its APIC id). It starts as after reset; processor 0 runnable,
-    /// the others waiting for INIT and SIPI.
+    /// the others waiting for INIT and SIPI. Its time-stamp counter has the frequency that the table
+    /// tells; a table that tells what the backend does not accept is refused by name.
     fn create_vcpu(&self, id: u32, cpuid: &CpuidTable) -> Result<Self::Vcpu, CreateVcpuError>;
 
     /// Delivers a message-signalled interrupt (Intel SDM 3A §12.11).
@@ -108,7 +126,8 @@ pub trait Vm: Send + Sync + 'static {
     /// The guest's clock in nanoseconds since the VM was made (paravirtual clock).
     fn clock_ns(&self) -> Result<u64, StateError>;
 
-    /// Sets the guest's clock.
+    /// Sets the guest's clock. To restore a machine set it first: the time-stamp counters of the
+    /// processors' states that follow go on with it, and in step.
     fn set_clock_ns(&self, ns: u64) -> Result<(), StateError>;
 }
 

@@ -68,6 +68,7 @@ impl StateLimits {
             mp_state,
             events,
             tsc: _,
+            clock_ns: _,
         } = state;
         if *version != CPU_STATE_VERSION {
             return Err(StateError::Version {

@@ -82,7 +82,8 @@ fn start<H: Hypervisor>(options: Options) -> Result<MachineHandle, Box<dyn Error
     let found = H::probe()?;
     eprintln!(
         "boot: {} at {:.0} MIPS",
-        found.description, found.measured_mips
+        found.description,
+        found.measured_mips.unwrap_or_default()
     );
     let model = match &options.cpu_model {
         Some(name) => name.parse()?,

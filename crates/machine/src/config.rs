@@ -39,6 +39,10 @@ pub struct MachineConfig {
     pub rng: bool,
     /// Virtio socket device with this context id.
     pub vsock: Option<u64>,
+    /// A VM generation id, which [`MachineRemote::new_generation`](crate::MachineRemote::new_generation)
+    /// changes.
+    #[serde(default)]
+    pub generation_id: bool,
     /// A reset ends the run.
     pub no_reboot: bool,
     /// Port of the debug-exit device.
@@ -58,6 +62,7 @@ impl Default for MachineConfig {
             console: false,
             rng: false,
             vsock: None,
+            generation_id: false,
             no_reboot: false,
             debug_exit: None,
         }

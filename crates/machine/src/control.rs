@@ -81,6 +81,8 @@ struct State {
     /// A user's pause outlasts a reset.
     paused: bool,
     reset: Option<ResetSource>,
+    /// The supervisor carries out a reset.
+    resetting: bool,
     ending: Option<Outcome>,
     outcome: Option<Outcome>,
     slots: Vec<Slot>,
@@ -106,6 +108,7 @@ impl Control {
                 wanted: Wanted::Park,
                 paused: false,
                 reset: None,
+                resetting: false,
                 ending: None,
                 outcome: None,
                 slots: (0..cpus).map(|_| Slot::default()).collect(),
@@ -205,6 +208,7 @@ impl Control {
                 return Task::End(outcome);
             }
             if let Some(source) = state.reset.take() {
+                state.resetting = true;
                 return Task::Reset(source);
             }
             match deadline {
@@ -256,6 +260,7 @@ impl Control {
     /// Lets the threads run, unless a user has paused them or the run is over.
     pub(crate) fn run(&self) {
         let mut state = self.state.lock();
+        state.resetting = false;
         if state.ending.is_none() && !state.paused {
             state.wanted = Wanted::Run;
         }
@@ -272,14 +277,29 @@ impl Control {
         state.wanted = Wanted::Park;
         self.announce(state);
         self.wait_parked();
-        true
+        // A reset that is under way writes memory.
+        let mut state = self.state.lock();
+        while state.ending.is_none() && (state.reset.is_some() || state.resetting) {
+            self.changed.wait(&mut state);
+        }
+        state.ending.is_none()
+    }
+
+    /// Whether [`Control::pause`] has parked the threads; waits for one that has just executed a
+    /// command.
+    pub(crate) fn is_paused(&self) -> bool {
+        let paused = self.state.lock().paused;
+        if paused {
+            self.wait_parked();
+        }
+        paused
     }
 
     /// Takes a pause back; a reset that waits is carried out first.
     pub(crate) fn unpause(&self) {
         let mut state = self.state.lock();
         state.paused = false;
-        if state.ending.is_none() && state.reset.is_none() {
+        if state.ending.is_none() && state.reset.is_none() && !state.resetting {
             state.wanted = Wanted::Run;
         }
         self.announce(state);

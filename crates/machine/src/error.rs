@@ -70,6 +70,30 @@ pub enum MachineError {
         /// How many were asked for.
         wanted: usize,
     },
+    /// A context id that no guest can have.
+    #[error("The context id {0} is no guest's: give its socket device one from 3 to 4294967294")]
+    BadContextId(u64),
+    /// A restored machine was reset.
+    #[error(
+        "The restored machine can't boot again: its kernel {} is not among what it was restored from; start a new one", path.display()
+    )]
+    NoKernel {
+        /// What its configuration names.
+        path: PathBuf,
+    },
+    /// Saved memory is none that the machine can have.
+    #[error("The saved memory at {at:#x} can't be mapped: {problem}; take a new snapshot")]
+    SavedMemory {
+        /// Where it belongs, counted without the holes in the address space.
+        at: u64,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// A saved clock says what no clock can.
+    #[error(
+        "The saved clock of {0} ns is none that a machine can have reached: take a new snapshot"
+    )]
+    BadClock(u64),
     /// Attachments and configuration disagree.
     #[error("The machine's configuration names {configured} disks, and {attached} were opened")]
     DiskCount {
@@ -88,6 +112,21 @@ pub enum MachineError {
         /// Its processors.
         cpus: usize,
     },
+    /// The backend can't tell what the guest wrote.
+    #[error(transparent)]
+    DirtyLog(#[from] hv::DirtyLogError),
+    /// Nobody asked for the log of writes.
+    #[error("The machine's writes are not tracked: track them from its start, or save all of it")]
+    NotTracked,
+    /// Memory was neither restored nor rebased.
+    #[error("The machine has nothing to go back to: save it first")]
+    NoBase,
+    /// The machine was configured without.
+    #[error("The machine has no VM generation id: it was made without one")]
+    NoGenerationId,
+    /// A processor may be running.
+    #[error("The machine is not paused: pause it first")]
+    NotPaused,
     /// The run is over.
     #[error("The machine has ended: start a new one")]
     Ended,

@@ -1,26 +1,33 @@
 //! A running machine: its supervisor thread and the handle that others hold.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use skerry_boot::layout::GENERATION_ID;
 use skerry_devices::serial::SerialInput;
+use skerry_hypervisor::Vm;
 use skerry_hypervisor::probe::chain;
-use skerry_hypervisor::{GuestRam, StateError, Vm};
 
-use crate::MachineError;
 use crate::chipset::Chipset;
 use crate::control::{Command, Control, Reply, Task};
 use crate::machine::BootSource;
-use crate::memory::{self, SavedRun};
+use crate::memory::SavedRun;
 use crate::outcome::Outcome;
+use crate::pages::PageSet;
 use crate::state::{MACHINE_STATE_VERSION, MachineState};
+use crate::tracking::{AnyVm, TrackedMemory};
 use crate::virtio::VirtioSet;
+use crate::{MachineError, layout};
 
 /// How long the output of serial ports may take to reach its sinks when a run ends.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
+
+/// No guest's clock has got here, 146 years after its start.
+const CLOCK_END: u64 = 1 << 62;
 
 /// What the supervisor owns.
 pub(crate) struct Supervisor<V> {
@@ -30,8 +37,8 @@ pub(crate) struct Supervisor<V> {
     pub(crate) boot: BootSource,
     pub(crate) vm: Arc<V>,
     pub(crate) cpus: usize,
-    /// What memory was restored from.
-    pub(crate) saved: Arc<[SavedRun]>,
+    pub(crate) memory: Arc<TrackedMemory>,
+    pub(crate) generation_id: bool,
 }
 
 impl<V: Vm> Supervisor<V> {
@@ -139,32 +146,23 @@ fn flush_serial(chipset: &Arc<Chipset>) {
     }
 }
 
-/// What a handle needs of the virtual machine, whichever backend's it is.
-trait VmClock: Send + Sync {
-    fn clock_ns(&self) -> Result<u64, StateError>;
-    fn set_clock_ns(&self, ns: u64) -> Result<(), StateError>;
-}
-
-impl<V: Vm> VmClock for V {
-    fn clock_ns(&self) -> Result<u64, StateError> {
-        Vm::clock_ns(self)
-    }
-
-    fn set_clock_ns(&self, ns: u64) -> Result<(), StateError> {
-        Vm::set_clock_ns(self, ns)
-    }
+/// What [`MachineRemote::rewind`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rewound {
+    /// Pages that were written since the base and have its content again.
+    pub pages: u64,
 }
 
 /// What may be done to a running machine from any thread.
 #[derive(Clone)]
 pub struct MachineRemote {
     control: Arc<Control>,
-    clock: Arc<dyn VmClock>,
+    vm: Arc<dyn AnyVm>,
     cpus: usize,
     chipset: Arc<Chipset>,
     virtio: Arc<VirtioSet>,
-    ram: GuestRam,
-    saved: Arc<[SavedRun]>,
+    memory: Arc<TrackedMemory>,
+    generation_id: bool,
 }
 
 impl std::fmt::Debug for MachineRemote {
@@ -199,6 +197,7 @@ impl MachineRemote {
     /// The state of a machine that is paused: processors first, so that what they had in hand is
     /// finished, then devices, sources of interrupts before the controllers.
     pub fn save_state(&self) -> Result<MachineState, MachineError> {
+        self.paused()?;
         let mut cpus = Vec::with_capacity(self.cpus);
         for cpu in 0..self.cpus {
             match self.command(cpu, Command::Save)? {
@@ -208,7 +207,7 @@ impl MachineRemote {
         }
         Ok(MachineState {
             version: MACHINE_STATE_VERSION,
-            clock_ns: self.clock.clock_ns()?,
+            clock_ns: self.vm.clock_ns()?,
             cpus,
             virtio: self.virtio.save(),
             chipset: self.chipset.save(),
@@ -225,15 +224,19 @@ impl MachineRemote {
             virtio,
             chipset,
         } = saved;
+        self.paused()?;
         if version != MACHINE_STATE_VERSION || cpus.len() != self.cpus {
             return Err(MachineError::OtherMachine {
                 version,
                 cpus: cpus.len(),
             });
         }
+        if clock_ns >= CLOCK_END {
+            return Err(MachineError::BadClock(clock_ns));
+        }
         self.virtio.restore(virtio)?;
         self.chipset.restore(chipset)?;
-        self.clock.set_clock_ns(clock_ns)?;
+        self.vm.set_clock_ns(clock_ns)?;
         for (cpu, state) in cpus.into_iter().enumerate() {
             self.command(cpu, Command::Restore(Box::new(state)))?;
         }
@@ -247,7 +250,99 @@ impl MachineRemote {
         &self,
         each: impl FnMut(u64, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        memory::for_each_used(&self.ram, &self.saved, each)
+        self.memory.for_each(&self.memory.used()?, each)
+    }
+
+    /// Starts the log of writes to memory, the guest's and the host's; nothing if it is on. What was
+    /// written before counts as written since the base: all that is used, in a machine that booted.
+    /// The guest runs a little slower from here on: the first write to each page after each
+    /// harvest is noticed.
+    pub fn track_writes(&self) -> Result<(), MachineError> {
+        self.memory.track()
+    }
+
+    /// The pages that were written since the base: since the machine was restored, or since they
+    /// were rebased. While the machine runs these may be more by the time this returns.
+    pub fn written(&self) -> Result<PageSet, MachineError> {
+        self.memory.written()
+    }
+
+    /// How many pages [`MachineRemote::written`] would tell of.
+    pub fn written_count(&self) -> Result<u64, MachineError> {
+        self.memory.written_count()
+    }
+
+    /// The pages that were written since this or [`MachineRemote::written`] was last called, for
+    /// the rounds of a copy that is made while the machine runs. What is read after this returns
+    /// and changes yet is in the next harvest.
+    pub fn harvest(&self) -> Result<PageSet, MachineError> {
+        self.memory.harvest()
+    }
+
+    /// Calls `each` with place (counted without the holes in the address space) and bytes of the
+    /// pages of `set`, ascending. While the machine runs a page may be seen half-written.
+    pub fn for_each_page_run<E: From<MachineError>>(
+        &self,
+        set: &PageSet,
+        each: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.memory.for_each(set, each)
+    }
+
+    /// Reads memory at `at`, counted without the holes in the address space.
+    pub fn read_memory(&self, at: u64, into: &mut [u8]) -> Result<(), MachineError> {
+        self.memory.read(at, into)
+    }
+
+    /// Maps `runs` of `layer` over the memory of a paused machine, which must hold the same bytes:
+    /// from here on they are its base, shared with everything else that maps the file, and no
+    /// longer written. The log is started if it is off. Where this fails the runs before are
+    /// mapped, and the others as they were.
+    pub fn rebase(&self, layer: File, runs: Vec<SavedRun>) -> Result<(), MachineError> {
+        self.paused()?;
+        self.memory.rebase(layer, runs)
+    }
+
+    /// How many pieces of files memory is mapped from: each takes a mapping of the host's, or two.
+    pub fn base_pieces(&self) -> usize {
+        self.memory.pieces()
+    }
+
+    /// Takes a paused machine back: to the base in memory, and to `state`, which was saved with it,
+    /// in everything else. Host's ends of connections break; listeners stay. After a failure the
+    /// machine is in no consistent state: end it.
+    pub fn rewind(&self, state: &MachineState) -> Result<Rewound, MachineError> {
+        self.paused()?;
+        let pages = self.memory.rewind()?;
+        self.restore_state(state.clone())?;
+        Ok(Rewound { pages })
+    }
+
+    /// Whether the machine stands still because it was paused.
+    pub fn is_paused(&self) -> bool {
+        self.control.is_paused()
+    }
+
+    /// Gives the machine a new generation id and tells its guest, which then knows that it is a copy
+    /// and draws new random numbers. For a clone before its first instruction. The id is memory
+    /// that the host writes: it counts as written.
+    pub fn new_generation(&self, id: &[u8; 16]) -> Result<(), MachineError> {
+        if !self.generation_id {
+            return Err(MachineError::NoGenerationId);
+        }
+        self.memory.write_physical(GENERATION_ID, id)?;
+        self.chipset.acpi.raise_gpe(layout::GENERATION_EVENT);
+        Ok(())
+    }
+
+    fn paused(&self) -> Result<(), MachineError> {
+        if self.control.is_paused() {
+            Ok(())
+        } else if self.control.is_ending() {
+            Err(MachineError::Ended)
+        } else {
+            Err(MachineError::NotPaused)
+        }
     }
 
     fn command(&self, cpu: usize, command: Command) -> Result<Reply, MachineError> {
@@ -304,12 +399,12 @@ impl MachineHandle {
     ) -> Result<Self, MachineError> {
         let remote = MachineRemote {
             control: supervisor.control.clone(),
-            clock: supervisor.vm.clone(),
+            vm: supervisor.vm.clone(),
             cpus: supervisor.cpus,
             chipset: supervisor.chipset.clone(),
             virtio: supervisor.virtio.clone(),
-            ram: supervisor.boot.ram().clone(),
-            saved: supervisor.saved.clone(),
+            memory: supervisor.memory.clone(),
+            generation_id: supervisor.generation_id,
         };
         let thread = std::thread::Builder::new()
             .name("machine".into())

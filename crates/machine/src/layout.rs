@@ -4,6 +4,7 @@
 //!  ISA ports   PIC 0x20 0xa0 0x4d0   PIT 0x40 0x61   i8042 0x60 0x64   RTC 0x70   POST 0x80
 //!              A20 0x92   COM 0x3f8 0x2f8 0x3e8 0x2e8   panic 0x505   ACPI 0x600   PCI stub 0xcf8
 //!  MMIO        virtio 0xd000_0000 + n × 0x1000   I/O APIC 0xfec0_0000   local APIC 0xfee0_0000
+//!  RAM         VM generation id 0xf_f000, event GPE 5
 //!  GSI         0 PIT (pin 2)   1, 12 i8042   3, 4 COM   8 RTC   9 SCI   16–23 virtio
 //! ```
 
@@ -11,6 +12,8 @@ use skerry_boot::platform::{PowerManagement, SerialPort, VirtioMmio};
 use skerry_boot::{MemoryMap, Platform};
 use skerry_devices::chipset::{IOAPIC_PINS, NoPci, PanicNotifier, RTC_CENTURY, Rtc, acpi};
 use skerry_devices::serial::COM_PORTS;
+
+use crate::MachineConfig;
 
 /// Most processors of one machine: their ids must fit the MADT's place and the I/O APIC's byte.
 pub const MAX_CPUS: u32 = 255;
@@ -34,6 +37,8 @@ pub const VIRTIO_FIRST_GSI: u32 = 16;
 pub const ACPI_PORT: u16 = 0x600;
 /// System control interrupt.
 pub const SCI: u32 = 9;
+/// General-purpose event of a new VM generation id.
+pub const GENERATION_EVENT: u8 = 5;
 /// Keyboard and mouse interrupts of the i8042.
 pub const I8042_IRQS: (u32, u32) = (1, 12);
 /// The RTC's interrupt.
@@ -51,10 +56,13 @@ pub fn virtio_slot(slot: usize) -> VirtioMmio {
 }
 
 /// The machine as its tables describe it.
-pub fn platform(cpus: u32, serial: [bool; 4], virtio_devices: usize) -> Platform {
-    let ports = COM_PORTS.iter().zip(serial).filter(|(_, present)| *present);
+pub fn platform(config: &MachineConfig, virtio_devices: usize) -> Platform {
+    let ports = COM_PORTS
+        .iter()
+        .zip(config.serial)
+        .filter(|(_, present)| *present);
     Platform {
-        cpus,
+        cpus: config.cpus,
         lapic_base: LAPIC_BASE,
         ioapic_base: IOAPIC_BASE,
         ioapic_id: IOAPIC_ID,
@@ -80,6 +88,7 @@ pub fn platform(cpus: u32, serial: [bool; 4], virtio_devices: usize) -> Platform
         rtc_century: RTC_CENTURY,
         panic_port: Some(PanicNotifier::PORT),
         virtio: (0..virtio_devices).map(virtio_slot).collect(),
+        generation_event: config.generation_id.then_some(GENERATION_EVENT),
     }
 }
 

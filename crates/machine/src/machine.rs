@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::rand::{GetRandomFlags, getrandom};
+use skerry_boot::layout::GENERATION_ID;
 use skerry_boot::{BootInputs, Entry, Kernel, MemoryMap, NamedBytes, Platform, acpi, mptable};
 use skerry_devices::bus::{MmioBusBuilder, PortBusBuilder};
 use skerry_hypervisor::{CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};
@@ -17,8 +19,9 @@ use crate::config::MachineConfig;
 use crate::control::Control;
 use crate::handle::{MachineHandle, Supervisor};
 use crate::interrupts::{MsiToVm, PicToVcpu};
-use crate::memory::{SavedMemory, SavedRun};
+use crate::memory::SavedMemory;
 use crate::state::MachineState;
+use crate::tracking::TrackedMemory;
 use crate::vcpu::{ExitPath, VcpuThread, enter};
 use crate::virtio::{VirtioParts, VirtioSet};
 use crate::{MachineError, layout, memory};
@@ -36,6 +39,9 @@ pub struct Attachments {
     pub disks: Vec<Arc<dyn skerry_storage::Disk>>,
     /// What memory holds from the start: for [`Machine::restore`].
     pub memory: Option<SavedMemory>,
+    /// Writes to memory are logged from the start, as
+    /// [`MachineRemote::track_writes`](crate::MachineRemote::track_writes) does later.
+    pub track: bool,
 }
 
 impl fmt::Debug for Attachments {
@@ -54,25 +60,23 @@ pub(crate) struct BootSource {
     map: MemoryMap,
     ram: GuestRam,
     platform: Platform,
+    /// What was not attached is read from the host's files. Not for a restored machine: whoever
+    /// wrote its configuration need not be who may read them.
+    from_files: bool,
 }
 
 impl BootSource {
-    /// Guest memory.
-    pub(crate) fn ram(&self) -> &GuestRam {
-        &self.ram
-    }
-
     /// Loads the tables, the kernel and the initrd into guest memory.
     pub(crate) fn load(&self) -> Result<Entry, MachineError> {
         let kernel_name = self.config.kernel.display().to_string();
-        let kernel = read_file("kernel", &self.config.kernel, self.kernel.as_deref())?;
+        let kernel = self.read("kernel", &self.config.kernel, self.kernel.as_deref())?;
         let initrd_name = self
             .config
             .initrd
             .as_ref()
             .map(|path| path.display().to_string());
         let initrd = match &self.config.initrd {
-            Some(path) => Some(read_file("initrd", path, self.initrd.as_deref())?),
+            Some(path) => Some(self.read("initrd", path, self.initrd.as_deref())?),
             None => None,
         };
         let kernel = Kernel::parse(&kernel_name, &kernel)?;
@@ -94,22 +98,27 @@ impl BootSource {
         mptable::write(&inputs, &self.platform)?;
         Ok(kernel.load(&inputs)?)
     }
-}
 
-fn read_file<'a>(
-    what: &'static str,
-    path: &Path,
-    given: Option<&'a [u8]>,
-) -> Result<Cow<'a, [u8]>, MachineError> {
-    match given {
-        Some(bytes) => Ok(Cow::Borrowed(bytes)),
-        None => std::fs::read(path)
-            .map(Cow::Owned)
-            .map_err(|source| MachineError::ReadFile {
-                what,
+    fn read<'a>(
+        &self,
+        what: &'static str,
+        path: &Path,
+        given: Option<&'a [u8]>,
+    ) -> Result<Cow<'a, [u8]>, MachineError> {
+        match given {
+            Some(bytes) => Ok(Cow::Borrowed(bytes)),
+            None if self.from_files => {
+                let failed = |source| MachineError::ReadFile {
+                    what,
+                    path: path.to_owned(),
+                    source,
+                };
+                std::fs::read(path).map(Cow::Owned).map_err(failed)
+            }
+            None => Err(MachineError::NoKernel {
                 path: path.to_owned(),
-                source,
             }),
+        }
     }
 }
 
@@ -123,7 +132,8 @@ pub struct Machine<H: Hypervisor> {
     virtio: Arc<VirtioSet>,
     boot: BootSource,
     no_reboot: bool,
-    saved: Vec<SavedRun>,
+    memory: Arc<TrackedMemory>,
+    generation_id: bool,
 }
 
 impl<H: Hypervisor> fmt::Debug for Machine<H> {
@@ -153,7 +163,11 @@ impl<H: Hypervisor> Machine<H> {
         if !(1..=layout::MAX_CPUS).contains(&config.cpus) {
             return Err(MachineError::BadCpuCount(config.cpus));
         }
-        let ram = memory::allocate(&map, attachments.memory.as_ref()).map_err(|source| {
+        let Attachments { memory, track, .. } = attachments;
+        if let Some(memory) = &memory {
+            memory.check(map.size())?;
+        }
+        let ram = memory::allocate(&map, memory.as_ref(), track).map_err(|source| {
             MachineError::Memory {
                 mib: map.size() >> 20,
                 source,
@@ -166,6 +180,7 @@ impl<H: Hypervisor> Machine<H> {
         for slot in ram.slots {
             vm.map(slot)?;
         }
+        let memory = TrackedMemory::new(ram.memory.clone(), vm.clone(), memory, track);
         let control = Arc::new(Control::new(config.cpus as usize, config.no_reboot));
         let extint = Arc::new(PicToVcpu::default());
         let mut ports = PortBusBuilder::new();
@@ -200,8 +215,8 @@ impl<H: Hypervisor> Machine<H> {
             ioapic: chipset.ioapic.clone(),
             pic: chipset.pic.clone(),
         };
-        let no_reboot = config.no_reboot;
-        let platform = layout::platform(config.cpus, config.serial, virtio.len());
+        let (no_reboot, generation_id) = (config.no_reboot, config.generation_id);
+        let platform = layout::platform(&config, virtio.len());
         Ok(Self {
             vcpus,
             vm,
@@ -216,14 +231,11 @@ impl<H: Hypervisor> Machine<H> {
                 map,
                 ram: ram.memory,
                 platform,
+                from_files: true,
             },
             no_reboot,
-            saved: attachments
-                .memory
-                .into_iter()
-                .flat_map(|saved| saved.layers)
-                .flat_map(|(_, runs)| runs)
-                .collect(),
+            memory: Arc::new(memory),
+            generation_id,
         })
     }
 
@@ -231,18 +243,26 @@ impl<H: Hypervisor> Machine<H> {
     pub fn start(self, limit: Option<Duration>) -> Result<MachineHandle, MachineError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let entry = self.boot.load()?;
+        if self.generation_id {
+            let mut id = [0; 16];
+            getrandom(&mut id, GetRandomFlags::empty())
+                .map_err(io::Error::from)
+                .map_err(resource("VM generation id"))?;
+            self.memory.write_physical(GENERATION_ID, &id)?;
+        }
         self.launch(Some(entry), deadline)
     }
 
     /// Puts `state` into the machine, whose memory is that of the state, and leaves it paused:
     /// [`MachineRemote::resume`](crate::MachineRemote::resume) lets it run, for at most `limit` from
-    /// now.
+    /// now. The configuration's files are not read: to be reset it needs its kernel attached.
     pub fn restore(
-        self,
+        mut self,
         state: MachineState,
         limit: Option<Duration>,
     ) -> Result<MachineHandle, MachineError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        self.boot.from_files = false;
         let handle = self.launch(None, deadline)?;
         handle.remote().restore_state(state)?;
         Ok(handle)
@@ -286,7 +306,8 @@ impl<H: Hypervisor> Machine<H> {
             boot: self.boot,
             vm: self.vm,
             cpus: threads.len(),
-            saved: self.saved.into(),
+            memory: self.memory,
+            generation_id: self.generation_id,
         };
         let handle = MachineHandle::start(supervisor, threads, deadline)?;
         stop_all.disarm();

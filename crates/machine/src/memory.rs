@@ -10,21 +10,21 @@
 )]
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
 use skerry_boot::MemoryMap;
 use skerry_hypervisor::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 
 use crate::MachineError;
 
-type Region = GuestRegionMmap<PageTracker>;
+pub(crate) type Region = GuestRegionMmap<PageTracker>;
 
 /// Consecutive pages of guest memory that lie together in a file. The guest's memory is counted
 /// without the holes in its address space.
@@ -45,6 +45,44 @@ pub struct SavedMemory {
     pub layers: Vec<(File, Vec<SavedRun>)>,
 }
 
+impl SavedMemory {
+    /// Refuses runs that a machine of `size` bytes has no memory for, or that their files don't have:
+    /// what is mapped and isn't there ends the process that touches it.
+    pub(crate) fn check(&self, size: u64) -> Result<(), MachineError> {
+        let whole = |n: u64| n.is_multiple_of(PAGE_SIZE as u64);
+        let within = |at: u64, len: u64, end: u64| at.checked_add(len).is_some_and(|to| to <= end);
+        for (file, runs) in &self.layers {
+            let metadata = file.metadata().map_err(|source| MachineError::Resource {
+                what: "saved memory",
+                source,
+            })?;
+            let len = if metadata.is_file() {
+                metadata.len()
+            } else {
+                0
+            };
+            for &SavedRun {
+                at,
+                len: run,
+                offset,
+            } in runs
+            {
+                let problem = if !(whole(at) && whole(run) && whole(offset)) {
+                    "it isn't made of whole pages"
+                } else if !within(at, run, size) {
+                    "the machine has no memory there"
+                } else if !within(offset, run, len) {
+                    "its file is too short"
+                } else {
+                    continue;
+                };
+                return Err(MachineError::SavedMemory { at, problem });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Guest RAM and the slots that a backend maps.
 #[derive(Debug)]
 pub(crate) struct Ram {
@@ -52,8 +90,13 @@ pub(crate) struct Ram {
     pub(crate) slots: Vec<MemorySlot>,
 }
 
-/// Reserves address space for all of `map`, and maps what was saved.
-pub(crate) fn allocate(map: &MemoryMap, saved: Option<&SavedMemory>) -> io::Result<Ram> {
+/// Reserves address space for all of `map`, and maps what was saved. `log_dirty`: the backend logs
+/// the guest's writes from the start.
+pub(crate) fn allocate(
+    map: &MemoryMap,
+    saved: Option<&SavedMemory>,
+    log_dirty: bool,
+) -> io::Result<Ram> {
     let mut regions = Vec::new();
     let mut slots = Vec::new();
     for range in map.ram() {
@@ -68,7 +111,7 @@ pub(crate) fn allocate(map: &MemoryMap, saved: Option<&SavedMemory>) -> io::Resu
             offset: 0,
             len,
             read_only: false,
-            log_dirty: false,
+            log_dirty,
         });
     }
     let memory = GuestRam::from_regions(regions).map_err(io::Error::other)?;
@@ -81,7 +124,7 @@ pub(crate) fn allocate(map: &MemoryMap, saved: Option<&SavedMemory>) -> io::Resu
 }
 
 /// Maps `run` over the memory that was reserved for it.
-fn map_saved(memory: &GuestRam, file: &File, run: &SavedRun) -> io::Result<()> {
+pub(crate) fn map_saved(memory: &GuestRam, file: &File, run: &SavedRun) -> io::Result<()> {
     let page = PAGE_SIZE as u64;
     let aligned = [run.at, run.len, run.offset]
         .iter()
@@ -112,8 +155,8 @@ fn map_file(region: &Region, at: u64, len: u64, file: &File, offset: u64) -> io:
     let slice = region
         .get_slice(MemoryRegionAddress(at), len as usize)
         .map_err(io::Error::other)?;
-    // SAFETY: the range was just found to lie within the region's mapping, which is ours and has no
-    // reference into it yet; the new mapping is private and of the same size and protection.
+    // SAFETY: the range was just found to lie within the region's mapping, which is ours and which
+    // nothing holds a reference into, only addresses that stay; the new mapping is private and of the same size and protection.
     let mapped = unsafe {
         mmap(
             slice.ptr_guard_mut().as_ptr().cast(),
@@ -127,76 +170,27 @@ fn map_file(region: &Region, at: u64, len: u64, file: &File, offset: u64) -> io:
     mapped.map(drop).map_err(io::Error::from)
 }
 
-/// Bytes that are copied at a time when memory is saved.
-const CHUNK: usize = 256 << 10;
-/// Bit of a page's entry in the host's pagemap: it is in memory, or swapped out.
-const PRESENT: u64 = 1 << 63 | 1 << 62;
-
-/// Calls `each` with place (counted without holes) and bytes of all memory that may hold something,
-/// ascending. `saved` is what the machine was restored from. The machine is paused.
-pub(crate) fn for_each_used<E: From<MachineError>>(
-    memory: &GuestRam,
-    saved: &[SavedRun],
-    mut each: impl FnMut(u64, &[u8]) -> Result<(), E>,
-) -> Result<(), E> {
-    let failed = |source| MachineError::Resource {
-        what: "saved memory",
-        source,
-    };
-    let mut pagemap = File::open("/proc/self/pagemap").map_err(failed)?;
-    let mut buffer = vec![0; CHUNK];
-    let mut base = 0;
-    for region in memory.iter() {
-        let used = used_pages(region, base, saved, &mut pagemap).map_err(failed)?;
-        for range in used {
-            let mut at = range.start;
-            while at < range.end {
-                let len = (range.end - at).min(CHUNK as u64) as usize;
-                let bytes = &mut buffer[..len];
-                region
-                    .read_slice(bytes, MemoryRegionAddress(at))
-                    .map_err(|error| failed(io::Error::other(error)))?;
-                each(base + at, bytes)?;
-                at += len as u64;
-            }
-        }
-        base += region.len();
+/// Gives the private pages of `range` of `region` back to the host: what is read there next is the
+/// file that is mapped there, or zero.
+pub(crate) fn discard(region: &Region, range: Range<u64>) -> io::Result<()> {
+    let len = (range.end - range.start) as usize;
+    let slice = region
+        .get_slice(MemoryRegionAddress(range.start), len)
+        .map_err(io::Error::other)?;
+    // SAFETY: the range was just found to lie within the region's mapping, which is private memory
+    // of the guest's that nothing holds a reference into; its content may change as by a write.
+    unsafe {
+        madvise(
+            slice.ptr_guard_mut().as_ptr().cast(),
+            len,
+            Advice::LinuxDontNeed,
+        )?;
     }
+    region
+        .get_mmap()
+        .bitmap()
+        .mark_dirty(range.start as usize, len);
     Ok(())
-}
-
-/// Ranges within `region` that the host has taken pages for, or that were saved.
-fn used_pages(
-    region: &Region,
-    base: u64,
-    saved: &[SavedRun],
-    pagemap: &mut File,
-) -> io::Result<Vec<Range<u64>>> {
-    let page = PAGE_SIZE as u64;
-    let mut used = vec![false; (region.len() / page) as usize];
-    let place = |at: u64| (at.saturating_sub(base) / page).min(used.len() as u64) as usize;
-    let runs: Vec<_> = saved
-        .iter()
-        .map(|run| place(run.at)..place(run.at + run.len))
-        .collect();
-    for run in runs {
-        used[run].fill(true);
-    }
-    let mut entries = vec![0; used.len() * 8];
-    pagemap.seek(SeekFrom::Start(region.as_ptr() as u64 / page * 8))?;
-    pagemap.read_exact(&mut entries)?;
-    for (slot, entry) in used.iter_mut().zip(entries.as_chunks::<8>().0) {
-        *slot |= u64::from_le_bytes(*entry) & PRESENT != 0;
-    }
-    let mut ranges: Vec<Range<u64>> = Vec::new();
-    for (n, _) in used.iter().enumerate().filter(|(_, used)| **used) {
-        let at = n as u64 * page;
-        match ranges.last_mut() {
-            Some(range) if range.end == at => range.end += page,
-            _ => ranges.push(at..at + page),
-        }
-    }
-    Ok(ranges)
 }
 
 fn reserve(len: usize, huge: bool) -> io::Result<RamRegion> {
@@ -222,7 +216,7 @@ mod tests {
 
     #[test]
     fn eight_gib_are_reserved_and_not_taken() {
-        let ram = allocate(&MemoryMap::new(8 << 30).unwrap(), None).unwrap();
+        let ram = allocate(&MemoryMap::new(8 << 30).unwrap(), None, false).unwrap();
         assert_eq!(ram.slots.len(), 2);
         assert_eq!(ram.memory.last_addr().0, 0x2_3fff_ffff);
         let last = GuestAddress(0x2_3fff_fff8);

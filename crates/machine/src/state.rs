@@ -8,7 +8,7 @@ use skerry_hypervisor::state::CpuState;
 use crate::chipset::ChipsetState;
 
 /// The version of [`MachineState`]'s fields; raised with every change of them.
-pub const MACHINE_STATE_VERSION: u32 = 1;
+pub const MACHINE_STATE_VERSION: u32 = 2;
 
 /// Everything that changes in a machine, guest memory excepted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -130,56 +130,13 @@ mod tests {
 
     use super::*;
     use crate::testing::{Archive, gzip};
+    use skerry_test_support::fuzz_briefly;
     use std::io::Read;
-    use std::time::{Duration, Instant};
-
-    /// xorshift64*: the same changes each time.
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self, below: usize) -> usize {
-            self.0 ^= self.0 >> 12;
-            self.0 ^= self.0 << 25;
-            self.0 ^= self.0 >> 27;
-            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
-        }
-    }
-
-    fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
-        for _ in 0..=random.next(6) {
-            let (len, at) = (bytes.len(), random.next(bytes.len()));
-            match random.next(6) {
-                0 if len > 0 => bytes[at] = random.next(256) as u8,
-                1 if len > 0 => bytes[at] ^= 1 << random.next(8),
-                2 => bytes.truncate(at),
-                3 => {
-                    let part = bytes[at..].to_vec();
-                    bytes.truncate(random.next(len));
-                    bytes.extend(part.iter().take(2048));
-                }
-                4 if len > 512 => {
-                    // Whole blocks change places.
-                    let (one, two) = (random.next(len / 512) * 512, random.next(len / 512) * 512);
-                    (0..512).for_each(|i| bytes.swap(one + i, two + i));
-                }
-                _ if len > 0 => {
-                    let digit = b"0123456789./\0\xff"[random.next(14)];
-                    bytes[at] = digit;
-                }
-                _ => {}
-            }
-        }
-    }
+    use std::time::Duration;
 
     fn run(seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
-        let mut random = Random(0x5eed);
-        let start = Instant::now();
-        seeds.iter().for_each(|seed| target(seed));
-        while start.elapsed() < Duration::from_secs(2) {
-            let mut bytes = seeds[random.next(seeds.len())].clone();
-            mutate(&mut random, &mut bytes);
-            target(&bytes);
-        }
+        let tokens = b"0123456789./\0\xff";
+        fuzz_briefly(seeds, tokens, Duration::from_secs(2), target);
     }
 
     fn layers() -> Vec<Vec<u8>> {

@@ -3,11 +3,14 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use skerry_snapshot::{Error, PAGE_SIZE, SnapshotStore, Trust, WriteOptions};
+use skerry_snapshot::{
+    Error, PAGE_SIZE, SnapshotStore, Trust, WriteOptions, merged_disks, merged_memory,
+};
 
-fn median(mut times: Vec<Duration>) -> Duration {
+/// The shortest and the median.
+fn figures(mut times: Vec<Duration>) -> String {
     times.sort();
-    times[times.len() / 2]
+    format!("{:.1?} ({:.1?})", times[0], times[times.len() / 2])
 }
 
 fn main() -> Result<(), Error> {
@@ -25,7 +28,7 @@ fn main() -> Result<(), Error> {
     for durable in [false, true] {
         let (mut writes, mut trusted, mut verified) = (Vec::new(), Vec::new(), Vec::new());
         let mut pages_only = Vec::new();
-        for _ in 0..5 {
+        for _ in 0..9 {
             let parent = None;
             let start = Instant::now();
             let mut writer = store.writer(WriteOptions { durable, parent })?;
@@ -50,12 +53,53 @@ fn main() -> Result<(), Error> {
             store.remove(&id)?;
         }
         println!(
-            "{mib} MiB of data, durable {durable}: pages {:?}, all {:?}, open sealed {:?}, open verifying {:?}",
-            median(pages_only),
-            median(writes),
-            median(trusted),
-            median(verified)
+            "{mib} MiB of data, durable {durable}: pages {}, all {}, open sealed {}, open verifying {}",
+            figures(pages_only),
+            figures(writes),
+            figures(trusted),
+            figures(verified)
         );
     }
-    Ok(())
+    chains(&store, data.len() as u64)
+}
+
+/// Opens longer and longer chains of differences of 500 pages, in a store with all of them.
+fn chains(store: &SnapshotStore, size: u64) -> Result<(), Error> {
+    let (mut parent, mut ids) = (None, Vec::new());
+    for length in 1..=64u64 {
+        let mut writer = store.writer(WriteOptions {
+            durable: false,
+            parent,
+        })?;
+        writer.memory::<Error>(size, |out| {
+            let pages = (0..500).map(|n| (n * 8 + length % 8) * PAGE_SIZE);
+            let page = [length as u8; PAGE_SIZE as usize];
+            pages.into_iter().try_for_each(|at| out.write_at(at, &page))
+        })?;
+        writer.state(&[b' '; 100_000])?;
+        let id = writer.commit(&"configuration")?;
+        parent = Some(id);
+        ids.push(id);
+        if length.is_power_of_two() {
+            let (mut opens, mut merges, mut sweeps) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..50 {
+                let start = Instant::now();
+                let chain = store.open_chain(&id, Trust::Seal)?;
+                opens.push(start.elapsed());
+                merged_memory(&chain)?;
+                merged_disks(&chain)?;
+                merges.push(start.elapsed());
+                let start = Instant::now();
+                store.sweep()?;
+                sweeps.push(start.elapsed());
+            }
+            println!(
+                "chain of {length}: open {}, with merging {}, sweep {}",
+                figures(opens),
+                figures(merges),
+                figures(sweeps)
+            );
+        }
+    }
+    ids.iter().rev().try_for_each(|id| store.remove(id))
 }

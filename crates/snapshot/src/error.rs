@@ -183,6 +183,30 @@ pub enum Error {
         /// The size of that.
         parent_size: u64,
     },
+    /// A diff whose disk doesn't fit its parent's.
+    #[error(
+        "The {part} of snapshot '{snapshot}' doesn't fit its parent {parent}: {problem}; take or import the snapshot again"
+    )]
+    BrokenChain {
+        /// The diff.
+        snapshot: String,
+        /// The part.
+        part: String,
+        /// What it is a difference to.
+        parent: SnapshotId,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// A page image that can't be laid over others.
+    #[error("The {part} of snapshot '{snapshot}' can't be used")]
+    Layer {
+        /// The snapshot.
+        snapshot: String,
+        /// The part.
+        part: String,
+        /// Why.
+        source: Box<skerry_storage::DiskError>,
+    },
     /// A diff of a diff of a diff, too many times.
     #[error(
         "Snapshot '{snapshot}' has more than {limit} parents; take a full snapshot in place of one more difference"
@@ -229,6 +253,16 @@ pub enum Error {
         member: String,
         /// What is wrong.
         problem: &'static str,
+    },
+    /// A name that another snapshot has.
+    #[error(
+        "The name '{name}' is that of snapshot {id}; take another name, or take it from that one with `skerry snapshot rm`"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// What has it.
+        id: SnapshotId,
     },
     /// Something in the way of an export.
     #[error("'{}' exists already; name another place or remove it first", path.display())]
@@ -292,6 +326,9 @@ pub enum PagesError {
     /// A page written beyond the end.
     #[error("Page {0} was written beyond the end; a snapshot's memory has a fixed size")]
     BeyondEnd(u64),
+    /// Bytes at a place where no page begins.
+    #[error("Bytes were written at offset {0}, where no page begins")]
+    NotAtAPage(u64),
     /// Bytes that don't make whole pages.
     #[error("{0} bytes were written, which isn't a number of whole pages")]
     NotWholePages(usize),
@@ -306,6 +343,39 @@ pub enum PagesError {
         /// By the configuration.
         expected: u64,
     },
+}
+
+/// What is wrong with a working set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkingSetError {
+    /// Another kind of file.
+    #[error("It doesn't begin as a working set does")]
+    Magic,
+    /// A version that this program doesn't know.
+    #[error("Its version is {0} and this program reads 1; have it recorded again")]
+    Version(u8),
+    /// It ends too early.
+    #[error("It is cut short")]
+    Short,
+    /// It goes on after its end.
+    #[error("There is more after its end")]
+    Long,
+    /// A number that isn't one.
+    #[error("A number in it is too large or not in its shortest form")]
+    Number,
+    /// More ranges than are allowed, or than there can be.
+    #[error("It has more than {limit} ranges, or more than it has bytes for")]
+    TooMany {
+        /// The limit.
+        limit: u64,
+    },
+    /// A range without pages, or one that is a part of the one before.
+    #[error("A range in it is empty or touches the one before")]
+    Empty,
+    /// A page that the machine doesn't have.
+    #[error("It goes beyond the end of the memory")]
+    BeyondEnd,
 }
 
 impl Error {
@@ -335,6 +405,8 @@ impl Error {
                 | Error::NotASnapshot { .. }
                 | Error::Pages { .. }
                 | Error::WrongId { .. }
+                | Error::BrokenChain { .. }
+                | Error::Layer { .. }
                 | Error::NotAnArchive { .. }
         )
     }

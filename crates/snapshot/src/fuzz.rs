@@ -5,6 +5,7 @@ use serde::de::IgnoredAny;
 use crate::manifest::{self, Manifest};
 use crate::pages::{FOOTER_BYTES, Footer, PAGE_SIZE};
 use crate::seal::Seal;
+use crate::working_set::WorkingSet;
 
 /// Any bytes as the table of a page image, with its footer as it is and one that fits.
 pub fn page_table(bytes: &[u8]) {
@@ -22,16 +23,23 @@ pub fn page_table(bytes: &[u8]) {
             continue;
         };
         assert!(table_bytes(&footer).is_some_and(|data| data <= file_size));
-        let Ok(runs) = footer.runs(bytes) else {
+        let Ok(table) = footer.table(bytes) else {
             continue;
         };
         // What is accepted is what would be written, and lies within bounds.
-        assert_eq!(footer.encode(&runs), bytes);
-        let (mut guest, mut file) = (0, 0);
-        for run in &runs {
-            assert!(run.pages > 0 && run.guest_page >= guest && run.file_page == file);
-            guest = run.end();
+        assert_eq!(footer.encode(&table), bytes);
+        let mut file = 0;
+        let mut places = table.zeros.clone();
+        for run in &table.runs {
+            assert_eq!(run.file_page, file);
             file += run.pages;
+            places.push(run.guest_page..run.end());
+        }
+        places.sort_by_key(|place| place.start);
+        let mut guest = 0;
+        for place in places {
+            assert!(place.start >= guest && place.end > place.start);
+            guest = place.end;
         }
         assert!(guest <= footer.size.div_ceil(PAGE_SIZE) && file == footer.data_pages);
     }
@@ -40,7 +48,11 @@ pub fn page_table(bytes: &[u8]) {
 /// Any bytes as each of the JSON documents.
 pub fn documents(bytes: &[u8]) {
     let _ = manifest::check_layout("fuzz", bytes);
-    let _ = manifest::manifest_of_index("fuzz", bytes);
+    if let Ok(found) = manifest::manifests_of_index("fuzz", bytes) {
+        assert!(!found.is_empty() && found.len() <= crate::CHAIN_MAX);
+        let one = manifest::manifest_of_index("fuzz", bytes);
+        assert_eq!(one.is_ok(), found.len() == 1);
+    }
     let _ = manifest::envelope::<IgnoredAny>("fuzz", bytes);
     if let Ok(manifest) = Manifest::decode("fuzz", bytes) {
         let again = manifest
@@ -60,58 +72,39 @@ pub fn seal(bytes: &[u8]) {
     }
 }
 
+/// Any bytes as a working set.
+pub fn working_set(bytes: &[u8]) {
+    for pages in [0, 1000, u64::MAX] {
+        if let Ok(set) = WorkingSet::decode(bytes, pages) {
+            assert_eq!(set.encode(), bytes);
+            assert!(set.ranges().iter().all(|range| !range.is_empty()));
+            assert!(
+                set.ranges()
+                    .windows(2)
+                    .all(|pair| pair[0].end < pair[1].start)
+            );
+            assert!(set.ranges().last().is_none_or(|range| range.end <= pages));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     //! The short form of fuzzing: seeds and random changes of them, for a moment on each run of
     //! the tests. `fuzz/` has the long form.
 
     use std::collections::BTreeMap;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use super::*;
     use crate::manifest::{Descriptor, Envelope};
-    use crate::pages::{Content, Run};
+    use crate::pages::{Content, Run, Table};
     use crate::{Digest, seal};
-
-    /// xorshift64*: the same changes each time.
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self, below: usize) -> usize {
-            self.0 ^= self.0 >> 12;
-            self.0 ^= self.0 << 25;
-            self.0 ^= self.0 >> 27;
-            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
-        }
-    }
-
-    fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
-        for _ in 0..=random.next(4) {
-            let (len, at) = (bytes.len(), random.next(bytes.len()));
-            match random.next(5) {
-                0 if len > 0 => bytes[at] = random.next(256) as u8,
-                1 if len > 0 => bytes[at] ^= 1 << random.next(8),
-                2 if random.next(4) == 0 => bytes.truncate(at),
-                3 => {
-                    let part: Vec<u8> = bytes[at..].iter().take(300).copied().collect();
-                    let to = random.next(len);
-                    bytes.splice(to..to, part);
-                }
-                _ if len > 0 => bytes[at] = b"0123456789{}[]\",:\0\xff"[random.next(19)],
-                _ => {}
-            }
-        }
-    }
+    use skerry_test_support::fuzz_briefly;
 
     fn run(seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
-        let mut random = Random(0x5eed);
-        let start = Instant::now();
-        seeds.iter().for_each(|seed| target(seed));
-        while start.elapsed() < Duration::from_secs(1) {
-            let mut bytes = seeds[random.next(seeds.len())].clone();
-            mutate(&mut random, &mut bytes);
-            target(&bytes);
-        }
+        let tokens = b"0123456789{}[]\",:\0\xff";
+        fuzz_briefly(seeds, tokens, Duration::from_secs(1), target);
     }
 
     #[test]
@@ -121,14 +114,24 @@ mod tests {
             pages: 2,
             file_page,
         };
-        let seeds = [vec![], vec![run_at(1, 0), run_at(4, 2), run_at(7, 4)]].map(|runs| {
+        let three = [run_at(1, 0), run_at(4, 2), run_at(7, 4)];
+        let kinds = [
+            (Content::Full, vec![], vec![]),
+            (Content::Full, three.to_vec(), vec![]),
+            (Content::Diff, three.to_vec(), vec![0..1, 3..4]),
+        ];
+        let seeds = kinds.map(|(content, runs, zeros)| {
+            let table = Table { runs, zeros };
             let footer = Footer {
-                content: Content::Full,
-                runs: runs.len() as u64,
+                content,
+                zeros: !table.zeros.is_empty(),
+                runs: table.len(),
                 size: 9 * PAGE_SIZE,
-                data_pages: 2 * runs.len() as u64,
+                data_pages: 2 * table.runs.len() as u64,
             };
-            footer.encode(&runs)
+            let bytes = footer.encode(&table);
+            assert_eq!(footer.table(&bytes), Ok(table));
+            bytes
         });
         run(&seeds, page_table);
     }
@@ -154,7 +157,7 @@ mod tests {
         };
         let seeds = [
             manifest::LAYOUT.to_vec(),
-            manifest::index(Digest::of(b"m"), 7).unwrap(),
+            manifest::index([(Digest::of(b"m"), 7), (Digest::of(b"n"), 8)].into_iter()).unwrap(),
             manifest.encode().unwrap(),
             serde_json::to_vec(&envelope).unwrap(),
         ];
@@ -176,5 +179,12 @@ mod tests {
                 .covers(Digest::of(b"m"), &blobs)
         );
         run(&seeds, super::seal);
+    }
+    #[test]
+    fn working_sets_briefly() {
+        let ranges = [1..4, 200..900, 901..902, 100_000..200_000];
+        let seeds = [&ranges[..0], &ranges[..3], &ranges[..]]
+            .map(|ranges| WorkingSet::new(ranges.to_vec()).unwrap().encode());
+        run(&seeds, working_set);
     }
 }

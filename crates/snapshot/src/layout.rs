@@ -11,7 +11,7 @@ use skerry_oci::Hasher;
 
 use crate::Error;
 use crate::manifest::{self, Descriptor};
-use crate::pages::{FOOTER_BYTES, Footer, PAGE_SIZE, PageImage};
+use crate::pages::{FOOTER_BYTES, Footer, PAGE_SIZE, PageImage, Table};
 use crate::seal::Stamp;
 
 /// An open directory in OCI image layout.
@@ -224,8 +224,10 @@ impl Blob<'_> {
                 .layout
                 .changed(&format!("page table of its {}", self.part)));
         }
+        let Table { runs, zeros } = footer.table(&table).map_err(refused)?;
         Ok(PageImage {
-            runs: footer.runs(&table).map_err(refused)?,
+            runs,
+            zeros,
             size: footer.size,
             content: footer.content,
             file: self.file,

@@ -22,8 +22,10 @@
 mod error;
 #[doc(hidden)]
 pub mod fuzz;
+mod hashing;
 mod layout;
 mod manifest;
+mod merge;
 mod packing;
 mod pages;
 mod seal;
@@ -31,15 +33,18 @@ mod snapshot;
 mod staging;
 mod store;
 mod transfer;
+mod working_set;
 mod writer;
 
-pub use error::{Error, PagesError};
+pub use error::{Error, PagesError, WorkingSetError};
+pub use merge::{Merged, merged_disks, merged_memory};
 pub use packing::{Packed, PageWriter};
 pub use pages::{Content, PAGE_SIZE, PageImage, Run};
 pub use skerry_oci::Digest;
 pub use snapshot::{Extra, Snapshot, Trust};
 pub use store::{CHAIN_MAX, Listing, SnapshotInfo, SnapshotStore};
 pub use transfer::Form;
+pub use working_set::WorkingSet;
 pub use writer::{SnapshotWriter, WriteOptions};
 
 /// The identity of a snapshot: the digest of its manifest.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::{Digest, Error};
+use crate::{CHAIN_MAX, Digest, Error};
 
 /// The version of the format as a whole.
 pub(crate) const VERSION: u32 = 1;
@@ -174,33 +174,49 @@ pub(crate) fn check_layout(snapshot: &str, bytes: &[u8]) -> Result<(), Error> {
     }
 }
 
-/// The bytes of `index.json`.
-pub(crate) fn index(manifest: Digest, size: u64) -> Result<Vec<u8>, Error> {
-    let mut descriptor = Descriptor::new(MANIFEST_TYPE, manifest, size);
-    descriptor.artifact_type = Some(ARTIFACT_TYPE.to_owned());
+/// The bytes of `index.json` for manifests of the given digests and sizes.
+pub(crate) fn index(manifests: impl Iterator<Item = (Digest, u64)>) -> Result<Vec<u8>, Error> {
+    let descriptor = |(digest, size)| {
+        let mut descriptor = Descriptor::new(MANIFEST_TYPE, digest, size);
+        descriptor.artifact_type = Some(ARTIFACT_TYPE.to_owned());
+        descriptor
+    };
     let index = Index {
         schema_version: 2,
         media_type: INDEX_TYPE.to_owned(),
-        manifests: vec![descriptor],
+        manifests: manifests.map(descriptor).collect(),
     };
     serde_json::to_vec(&index).map_err(|source| Error::Encode { source })
 }
 
-/// What `index.json` names as the manifest.
-pub(crate) fn manifest_of_index(snapshot: &str, bytes: &[u8]) -> Result<Descriptor, Error> {
+/// What `index.json` names as manifests: one, or of a snapshot and its parents.
+pub(crate) fn manifests_of_index(snapshot: &str, bytes: &[u8]) -> Result<Vec<Descriptor>, Error> {
     let index: Index = parse(snapshot, "index.json", bytes)?;
-    let [manifest] = <[Descriptor; 1]>::try_from(index.manifests).map_err(|all| {
+    let found = index.manifests;
+    if found.is_empty() || found.len() > CHAIN_MAX {
+        let problem = format!("its index names {} manifests", found.len());
+        return Err(refused(snapshot, problem));
+    }
+    if found.iter().any(|found| found.media_type != MANIFEST_TYPE) {
+        let problem = "what its index names is no image manifest";
+        return Err(refused(snapshot, problem));
+    }
+    let digests: BTreeSet<_> = found.iter().map(|found| found.digest).collect();
+    match digests.len() == found.len() {
+        true => Ok(found),
+        false => Err(refused(snapshot, "its index names a manifest twice")),
+    }
+}
+
+/// The one manifest that `index.json` names.
+pub(crate) fn manifest_of_index(snapshot: &str, bytes: &[u8]) -> Result<Descriptor, Error> {
+    let found = manifests_of_index(snapshot, bytes)?;
+    let [manifest] = <[Descriptor; 1]>::try_from(found).map_err(|all| {
         refused(
             snapshot,
             format!("its index names {} manifests and not one", all.len()),
         )
     })?;
-    if manifest.media_type != MANIFEST_TYPE {
-        return Err(refused(
-            snapshot,
-            "what its index names is no image manifest",
-        ));
-    }
     Ok(manifest)
 }
 

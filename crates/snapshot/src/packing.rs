@@ -2,27 +2,27 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
-use skerry_oci::Hasher;
 
-use crate::pages::{self, Content, Footer, PAGE_SIZE, RUNS_MAX, Run};
+use crate::hashing::{BUFFER, Hashing};
+use crate::pages::{self, Content, Footer, PAGE_SIZE, RUNS_MAX, Run, Table};
 use crate::{Digest, Error, PagesError};
 
 /// A gap of so many zero pages is cheaper to write than a further run is to map.
 const GAP_MAX: u64 = 15;
-/// Fits the cache, where the bytes are hashed and written from.
-const BUFFER: usize = 256 << 10;
 const ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
 
 /// A file that is hashed while it is written.
 pub(crate) struct BlobSink {
     pub(crate) path: PathBuf,
     file: File,
-    hasher: Hasher,
+    hashing: Hashing,
+    buffer: Vec<u8>,
     size: u64,
 }
 
@@ -33,22 +33,32 @@ impl BlobSink {
         Ok(BlobSink {
             file: file.map_err(|error| Error::io("make", &path, error))?,
             path,
-            hasher: Hasher::default(),
+            hashing: Hashing::new(),
+            buffer: Vec::new(),
             size: 0,
         })
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.hasher.update(bytes);
-        let written = self.file.write_all(bytes);
+        self.buffer.extend_from_slice(bytes);
+        match self.buffer.len() >= BUFFER {
+            true => self.flush(),
+            false => Ok(()),
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        let written = self.file.write_all(&self.buffer);
         written.map_err(|error| Error::io("write", &self.path, error))?;
-        self.size += bytes.len() as u64;
+        self.size += self.buffer.len() as u64;
+        self.buffer = self.hashing.take(std::mem::take(&mut self.buffer));
         Ok(())
     }
 
     /// The digest and the size of what was written.
-    pub(crate) fn finish(self) -> (Digest, u64) {
-        (self.hasher.finish(), self.size)
+    pub(crate) fn finish(mut self) -> Result<(Digest, u64), Error> {
+        self.flush()?;
+        Ok((self.hashing.finish(), self.size))
     }
 }
 
@@ -57,19 +67,22 @@ impl BlobSink {
 pub struct Packed {
     /// Separate runs of pages.
     pub runs: u64,
-    /// Pages in them.
+    /// Pages with data.
     pub data_pages: u64,
+    /// Pages of a difference that are known to be zero, and take no space.
+    pub zero_pages: u64,
 }
 
 /// Takes the pages of a memory or a disk, in ascending order.
 ///
 /// Of a [full](Content::Full) image, zero pages are left out. Of a difference, each page given is
-/// kept.
+/// kept; that it became zero costs no space.
 pub struct PageWriter {
     sink: BlobSink,
     part: String,
-    buffer: Vec<u8>,
-    runs: Vec<Run>,
+    table: Table,
+    /// Zero pages of a difference that aren't in the table yet.
+    zeros: Range<u64>,
     content: Content,
     size: u64,
     /// The lowest page that may come.
@@ -92,8 +105,8 @@ impl PageWriter {
         let writer = PageWriter {
             sink,
             part,
-            buffer: Vec::with_capacity(BUFFER),
-            runs: Vec::new(),
+            table: Table::default(),
+            zeros: 0..0,
             content,
             size,
             next: 0,
@@ -128,52 +141,95 @@ impl PageWriter {
             return Err(self.refused(PagesError::BeyondEnd(first)));
         }
         for (number, page) in (first..).zip(whole) {
-            if self.content == Content::Diff || !is_zero(page) {
-                self.page(number, page)?;
+            match (is_zero(page), self.content) {
+                (false, _) => self.page(number, page)?,
+                (true, Content::Full) => {}
+                (true, Content::Diff) => self.zero(number)?,
             }
         }
         self.next = first + whole.len() as u64;
         Ok(())
     }
 
+    /// Takes whole pages that begin at byte `at` of the memory or disk.
+    pub fn write_at(&mut self, at: u64, bytes: &[u8]) -> Result<(), Error> {
+        match at.is_multiple_of(PAGE_SIZE) {
+            true => self.write(at / PAGE_SIZE, bytes),
+            false => Err(self.refused(PagesError::NotAtAPage(at))),
+        }
+    }
+
     fn page(&mut self, number: u64, page: &[u8]) -> Result<(), Error> {
-        let gap = self.runs.last().map_or(u64::MAX, |run| number - run.end());
+        self.settle_zeros(number)?;
+        let last = self.table.runs.last_mut();
+        let gap = last.as_ref().map_or(u64::MAX, |run| number - run.end());
         let bridged = match self.content {
             Content::Full => GAP_MAX,
             Content::Diff => 0,
         };
-        if gap <= bridged {
-            for _ in 0..gap {
-                self.append(&ZEROS)?;
-            }
-            if let Some(run) = self.runs.last_mut() {
+        match last {
+            Some(run) if gap <= bridged => {
                 run.pages += gap + 1;
+                self.append_zeros(gap)?;
             }
-        } else if self.runs.len() as u64 == RUNS_MAX {
-            return Err(self.refused(PagesError::TooManyRuns { limit: RUNS_MAX }));
-        } else {
-            self.runs.push(Run {
-                guest_page: number,
-                pages: 1,
-                file_page: self.file_page,
-            });
+            _ => {
+                self.check_room()?;
+                self.table.runs.push(Run {
+                    guest_page: number,
+                    pages: 1,
+                    file_page: self.file_page,
+                });
+            }
         }
         self.append(page)
     }
 
-    fn append(&mut self, page: &[u8]) -> Result<(), Error> {
-        self.buffer.extend_from_slice(page);
-        self.file_page += 1;
-        if self.buffer.len() >= BUFFER {
-            self.flush()?;
+    /// A page of a difference that became zero.
+    fn zero(&mut self, number: u64) -> Result<(), Error> {
+        if self.zeros.is_empty() || self.zeros.end != number {
+            self.settle_zeros(number)?;
+            self.zeros = number..number;
         }
+        self.zeros.end = number + 1;
         Ok(())
     }
 
-    fn flush(&mut self) -> Result<(), Error> {
-        self.sink.write(&self.buffer)?;
-        self.buffer.clear();
-        Ok(())
+    /// Decides on the zero pages so far. `next` is the next page given that has data, or that comes
+    /// after a gap.
+    fn settle_zeros(&mut self, next: u64) -> Result<(), Error> {
+        let zeros = std::mem::replace(&mut self.zeros, 0..0);
+        let pages = zeros.end - zeros.start;
+        if pages == 0 {
+            return Ok(());
+        }
+        match self.table.runs.last_mut() {
+            // A few between pages with data: cheaper to have than to leave out.
+            Some(run) if run.end() == zeros.start && next == zeros.end && pages <= GAP_MAX => {
+                run.pages += pages;
+                self.append_zeros(pages)
+            }
+            _ => {
+                self.check_room()?;
+                self.table.zeros.push(zeros);
+                Ok(())
+            }
+        }
+    }
+
+    fn check_room(&self) -> Result<(), Error> {
+        match self.table.len() < RUNS_MAX {
+            true => Ok(()),
+            false => Err(self.refused(PagesError::TooManyRuns { limit: RUNS_MAX })),
+        }
+    }
+
+    fn append_zeros(&mut self, pages: u64) -> Result<(), Error> {
+        (0..pages).try_for_each(|_| self.append(&ZEROS))
+    }
+
+    fn append(&mut self, page: &[u8]) -> Result<(), Error> {
+        self.file_page += 1;
+        self.sink.write(page)
     }
 
     /// Takes the data of a file, leaving its holes out.
@@ -204,18 +260,21 @@ impl PageWriter {
 
     /// Writes the table; gives the sink and the digest of the table.
     pub(crate) fn finish(mut self) -> Result<(BlobSink, Digest, Packed), Error> {
-        self.flush()?;
+        self.settle_zeros(u64::MAX)?;
+        let zeros = self.table.zeros.iter();
         let packed = Packed {
-            runs: self.runs.len() as u64,
+            runs: self.table.runs.len() as u64,
             data_pages: self.file_page,
+            zero_pages: zeros.map(|pages| pages.end - pages.start).sum(),
         };
         let footer = Footer {
             content: self.content,
-            runs: packed.runs,
+            zeros: packed.zero_pages > 0,
+            runs: self.table.len(),
             size: self.size,
             data_pages: packed.data_pages,
         };
-        let table = footer.encode(&self.runs);
+        let table = footer.encode(&self.table);
         self.sink.write(&table)?;
         Ok((self.sink, Digest::of(&table), packed))
     }

@@ -5,6 +5,8 @@
 //! page n …          the table: 24 bytes for each run, little endian
 //!                     guest page (u64)  pages (u64)  file page (u64)
 //!                   zeros
+//!                   in a difference, pages that became zero may be a run without data, whose file
+//!                   page is 2^64 - 1; flag 2 says that there are such
 //! last 64 bytes     magic "SKRYPAGE", version (u32), page size (u32), flags (u32), zero (u32),
 //!                   runs (u64), size in bytes (u64), data pages (u64), zeros
 //! ```
@@ -14,8 +16,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use crate::PagesError;
@@ -25,6 +29,9 @@ pub const PAGE_SIZE: u64 = 4096;
 const MAGIC: [u8; 8] = *b"SKRYPAGE";
 const VERSION: u32 = 1;
 const FLAG_DIFF: u32 = 1;
+const FLAG_ZEROS: u32 = 2;
+/// The file page of a run of zero pages.
+const NO_DATA: u64 = u64::MAX;
 const RUN_BYTES: u64 = 24;
 pub(crate) const FOOTER_BYTES: u64 = 64;
 /// As many as every second page of 32 GiB; their table has 96 MiB.
@@ -69,16 +76,50 @@ pub struct PageImage {
     pub file: File,
     /// What it has, ascending and without overlap.
     pub runs: Vec<Run>,
+    /// Pages of a difference that are zero, whatever they are in the parent; apart from `runs`.
+    pub zeros: Vec<Range<u64>>,
     /// How many bytes the whole stands for.
     pub size: u64,
     /// What the pages are that aren't in `runs`.
     pub content: Content,
 }
 
+/// What a table lists.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Table {
+    pub(crate) runs: Vec<Run>,
+    pub(crate) zeros: Vec<Range<u64>>,
+}
+
+impl Table {
+    /// How many entries it has.
+    pub(crate) fn len(&self) -> u64 {
+        (self.runs.len() + self.zeros.len()) as u64
+    }
+
+    /// All entries in the order of the guest's pages.
+    fn entries(&self) -> impl Iterator<Item = [u64; 3]> + '_ {
+        let (mut runs, mut zeros) = (self.runs.iter().peekable(), self.zeros.iter().peekable());
+        std::iter::from_fn(move || {
+            let run_first = match (runs.peek(), zeros.peek()) {
+                (Some(run), Some(zero)) => run.guest_page < zero.start,
+                (run, _) => run.is_some(),
+            };
+            match run_first {
+                true => runs.next().map(|r| [r.guest_page, r.pages, r.file_page]),
+                false => zeros.next().map(|z| [z.start, z.end - z.start, NO_DATA]),
+            }
+        })
+    }
+}
+
 /// What the end of a page image says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Footer {
     pub(crate) content: Content,
+    /// Whether there are runs of zero pages, which only a difference has.
+    pub(crate) zeros: bool,
+    /// Entries of the table.
     pub(crate) runs: u64,
     pub(crate) size: u64,
     pub(crate) data_pages: u64,
@@ -119,7 +160,7 @@ impl Footer {
         if u64::from(page_size) != PAGE_SIZE {
             return Err(PagesError::PageSize(page_size));
         }
-        if flags & !FLAG_DIFF != 0 {
+        if ![0, FLAG_DIFF, FLAG_DIFF | FLAG_ZEROS].contains(&flags) {
             return Err(PagesError::Flags(flags));
         }
         if bytes[20..24].iter().chain(&bytes[48..]).any(|b| *b != 0) {
@@ -131,6 +172,7 @@ impl Footer {
             } else {
                 Content::Diff
             },
+            zeros: flags & FLAG_ZEROS != 0,
             runs: u64_at(bytes, 24),
             size: u64_at(bytes, 32),
             data_pages: u64_at(bytes, 40),
@@ -155,42 +197,49 @@ impl Footer {
     }
 
     /// Checks the bytes of a table, the footer's included, and gives its runs.
-    pub(crate) fn runs(&self, table: &[u8]) -> Result<Vec<Run>, PagesError> {
+    pub(crate) fn table(&self, bytes: &[u8]) -> Result<Table, PagesError> {
         let expected = self.table_bytes();
         let used = (self.runs * RUN_BYTES) as usize;
         let padding = (expected - FOOTER_BYTES) as usize;
-        if table.len() as u64 != expected {
-            let found = table.len() as u64;
+        if bytes.len() as u64 != expected {
+            let found = bytes.len() as u64;
             return Err(PagesError::FileSize { found, expected });
         }
-        if table[used..padding].iter().any(|byte| *byte != 0) {
+        if bytes[used..padding].iter().any(|byte| *byte != 0) {
             return Err(PagesError::Padding);
         }
-        let mut runs = Vec::with_capacity(self.runs as usize);
-        let (mut guest, mut file) = (0, 0);
-        for (i, bytes) in (0..).zip(table[..used].chunks_exact(RUN_BYTES as usize)) {
+        let mut table = Table::default();
+        // The end of the runs so far, and whether the last one had data.
+        let (mut guest, mut file, mut last) = (0, 0, None);
+        for (i, entry) in (0..).zip(bytes[..used].chunks_exact(RUN_BYTES as usize)) {
             let run = Run {
-                guest_page: u64_at(bytes, 0),
-                pages: u64_at(bytes, 8),
-                file_page: u64_at(bytes, 16),
+                guest_page: u64_at(entry, 0),
+                pages: u64_at(entry, 8),
+                file_page: u64_at(entry, 16),
             };
+            let has_data = !(self.zeros && run.file_page == NO_DATA);
             if run.pages == 0 {
                 return Err(PagesError::EmptyRun(i));
             }
-            // Adjacent runs would be one.
-            if run.guest_page < guest || (i > 0 && run.guest_page == guest) {
+            // Adjacent runs of a kind would be one.
+            if run.guest_page < guest || (last == Some(has_data) && run.guest_page == guest) {
                 return Err(PagesError::Order(i));
             }
             match run.guest_page.checked_add(run.pages) {
                 Some(end) if end <= self.total_pages() => guest = end,
                 _ => return Err(PagesError::Bounds(i)),
             }
+            last = Some(has_data);
+            if !has_data {
+                table.zeros.push(run.guest_page..guest);
+                continue;
+            }
             if run.file_page != file {
                 return Err(PagesError::FilePage(i));
             }
             // Both are at most the number of pages of 52 bits.
             file += run.pages;
-            runs.push(run);
+            table.runs.push(run);
         }
         if file != self.data_pages {
             return Err(PagesError::FileSize {
@@ -198,31 +247,35 @@ impl Footer {
                 expected: file * PAGE_SIZE,
             });
         }
-        Ok(runs)
+        match self.zeros == table.zeros.is_empty() {
+            true => Err(PagesError::Flags(self.flags())),
+            false => Ok(table),
+        }
+    }
+
+    fn flags(&self) -> u32 {
+        match (self.content, self.zeros) {
+            (Content::Full, _) => 0,
+            (Content::Diff, false) => FLAG_DIFF,
+            (Content::Diff, true) => FLAG_DIFF | FLAG_ZEROS,
+        }
     }
 
     /// The bytes of the table, with the footer.
-    pub(crate) fn encode(&self, runs: &[Run]) -> Vec<u8> {
-        let mut table = Vec::with_capacity(self.table_bytes() as usize);
-        for run in runs {
-            for field in [run.guest_page, run.pages, run.file_page] {
-                table.extend_from_slice(&field.to_le_bytes());
-            }
+    pub(crate) fn encode(&self, table: &Table) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.table_bytes() as usize);
+        for field in table.entries().flatten() {
+            bytes.extend_from_slice(&field.to_le_bytes());
         }
-        table.resize((self.table_bytes() - FOOTER_BYTES) as usize, 0);
-        table.extend_from_slice(&MAGIC);
-        let flags = if self.content == Content::Diff {
-            FLAG_DIFF
-        } else {
-            0
-        };
-        for field in [VERSION, PAGE_SIZE as u32, flags, 0] {
-            table.extend_from_slice(&field.to_le_bytes());
+        bytes.resize((self.table_bytes() - FOOTER_BYTES) as usize, 0);
+        bytes.extend_from_slice(&MAGIC);
+        for field in [VERSION, PAGE_SIZE as u32, self.flags(), 0] {
+            bytes.extend_from_slice(&field.to_le_bytes());
         }
         for field in [self.runs, self.size, self.data_pages, 0, 0] {
-            table.extend_from_slice(&field.to_le_bytes());
+            bytes.extend_from_slice(&field.to_le_bytes());
         }
-        table
+        bytes
     }
 }
 
@@ -251,8 +304,32 @@ impl PageImage {
             let len = (run.pages * PAGE_SIZE).min(self.size.saturating_sub(to));
             copy_range(&self.file, run.file_page * PAGE_SIZE, out, to, len)?;
         }
+        for pages in &self.zeros {
+            let (from, to) = (pages.start * PAGE_SIZE, pages.end * PAGE_SIZE);
+            clear_range(out, from, to.min(self.size).saturating_sub(from))?;
+        }
         Ok(())
     }
+}
+
+/// Makes a range of a file zero, without space where that is possible.
+fn clear_range(file: &File, mut at: u64, len: u64) -> io::Result<()> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, hole, at, len) {
+        Ok(()) => return Ok(()),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let zeros = vec![0; 256 << 10];
+    let end = at + len;
+    while at < end {
+        let part = zeros
+            .len()
+            .min(usize::try_from(end - at).unwrap_or(usize::MAX));
+        file.write_all_at(&zeros[..part], at)?;
+        at += part as u64;
+    }
+    Ok(())
 }
 
 /// Copies a range of one file into another, in the kernel where that is possible.
@@ -282,20 +359,21 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn footer(runs: &[Run], size: u64) -> Footer {
+    fn footer(table: &Table, size: u64) -> Footer {
         Footer {
             content: Content::Diff,
-            runs: runs.len() as u64,
+            zeros: !table.zeros.is_empty(),
+            runs: table.len(),
             size,
-            data_pages: runs.iter().map(|run| run.pages).sum(),
+            data_pages: table.runs.iter().map(|run| run.pages).sum(),
         }
     }
 
-    fn decode(table: &[u8], file_size: u64) -> Result<(Footer, Vec<Run>), PagesError> {
+    fn decode(table: &[u8], file_size: u64) -> Result<(Footer, Table), PagesError> {
         let (_, last) = table.split_last_chunk().unwrap();
         let footer = Footer::decode(last, file_size)?;
-        let runs = footer.runs(table)?;
-        Ok((footer, runs))
+        let table = footer.table(table)?;
+        Ok((footer, table))
     }
 
     fn run(guest_page: u64, pages: u64, file_page: u64) -> Run {
@@ -306,9 +384,17 @@ mod tests {
         }
     }
 
-    fn refused(runs: &[Run]) -> PagesError {
-        let footer = footer(runs, 100 * PAGE_SIZE);
-        let table = footer.encode(runs);
+    fn table(runs: &[Run], zeros: &[Range<u64>]) -> Table {
+        Table {
+            runs: runs.to_vec(),
+            zeros: zeros.to_vec(),
+        }
+    }
+
+    fn refused(runs: &[Run], zeros: &[Range<u64>]) -> PagesError {
+        let table = table(runs, zeros);
+        let footer = footer(&table, 100 * PAGE_SIZE);
+        let table = footer.encode(&table);
         let size = footer
             .data_pages
             .wrapping_mul(PAGE_SIZE)
@@ -318,27 +404,62 @@ mod tests {
 
     #[test]
     fn tables_that_lie() {
-        assert_eq!(refused(&[run(0, 0, 0)]), PagesError::EmptyRun(0));
-        assert_eq!(refused(&[run(5, 2, 0), run(6, 1, 2)]), PagesError::Order(1));
-        assert_eq!(refused(&[run(5, 2, 0), run(7, 1, 2)]), PagesError::Order(1));
-        assert_eq!(refused(&[run(5, 2, 0), run(0, 1, 2)]), PagesError::Order(1));
-        assert_eq!(refused(&[run(99, 2, 0)]), PagesError::Bounds(0));
-        assert_eq!(refused(&[run(u64::MAX, 2, 0)]), PagesError::Bounds(0));
-        assert_eq!(refused(&[run(1, 2, 1)]), PagesError::FilePage(0));
+        assert_eq!(refused(&[run(0, 0, 0)], &[]), PagesError::EmptyRun(0));
         assert_eq!(
-            refused(&[run(1, 2, 0), run(4, 1, 1)]),
+            refused(&[run(5, 2, 0), run(6, 1, 2)], &[]),
+            PagesError::Order(1)
+        );
+        assert_eq!(
+            refused(&[run(5, 2, 0), run(7, 1, 2)], &[]),
+            PagesError::Order(1)
+        );
+        assert_eq!(
+            refused(&[run(5, 2, 0), run(0, 1, 2)], &[]),
+            PagesError::Order(1)
+        );
+        assert_eq!(refused(&[run(99, 2, 0)], &[]), PagesError::Bounds(0));
+        assert_eq!(refused(&[run(u64::MAX, 2, 0)], &[]), PagesError::Bounds(0));
+        assert_eq!(refused(&[run(1, 2, 1)], &[]), PagesError::FilePage(0));
+        assert_eq!(
+            refused(&[run(1, 2, 0), run(4, 1, 1)], &[]),
             PagesError::FilePage(1)
         );
         assert!(matches!(
-            refused(&[run(0, u64::MAX, 0)]),
+            refused(&[run(0, u64::MAX, 0)], &[]),
             PagesError::FileSize { .. }
         ));
+        // Runs of zeros among them.
+        let data = run(5, 2, 0);
+        assert_eq!(refused(&[data], &[6..9, 20..21]), PagesError::Order(1));
+        assert_eq!(refused(&[data], &[0..6, 20..21]), PagesError::Order(1));
+        assert_eq!(refused(&[data], &[9..12, 12..13]), PagesError::Order(2));
+        assert_eq!(refused(&[data], &[9..9, 12..13]), PagesError::EmptyRun(1));
+        assert_eq!(refused(&[data], &[9..11, 99..101]), PagesError::Bounds(2));
+        // Without the flag they are runs whose data isn't there.
+        let table = table(&[data], &[9..12, 30..31]);
+        let mut footer = footer(&table, 100 * PAGE_SIZE);
+        let size = 3 * PAGE_SIZE;
+        assert_eq!(
+            decode(&footer.encode(&table), size),
+            Ok((footer, table.clone()))
+        );
+        footer.zeros = false;
+        let found = decode(&footer.encode(&table), size);
+        assert_eq!(found, Err(PagesError::FilePage(1)));
+        // And the flag without them says nothing.
+        let without = self::table(&[data], &[]);
+        footer.runs = 1;
+        footer.zeros = true;
+        assert_eq!(
+            decode(&footer.encode(&without), size),
+            Err(PagesError::Flags(3))
+        );
     }
 
     #[test]
     fn footers_that_lie() {
-        let runs = [run(1, 2, 0)];
-        let table = footer(&runs, 9 * PAGE_SIZE).encode(&runs);
+        let table = table(&[run(1, 2, 0)], &[]);
+        let table = footer(&table, 9 * PAGE_SIZE).encode(&table);
         let size = 2 * PAGE_SIZE + table.len() as u64;
         assert!(decode(&table, size).is_ok());
         assert!(decode(&table, size - PAGE_SIZE).is_err());
@@ -352,6 +473,8 @@ mod tests {
         assert_eq!(with(end + 8, 3), Err(PagesError::Version(2)));
         assert_eq!(with(end + 13, 0x30), Err(PagesError::PageSize(0x2000)));
         assert_eq!(with(end + 16, 4), Err(PagesError::Flags(5)));
+        // Zeros in an image that has no parent.
+        assert_eq!(with(end + 16, 3), Err(PagesError::Flags(2)));
         assert_eq!(with(end + 20, 1), Err(PagesError::Padding));
         assert_eq!(with(end - 1, 1), Err(PagesError::Padding));
         assert_eq!(
@@ -367,19 +490,28 @@ mod tests {
 
     proptest! {
         #[test]
-        fn tables_come_back(gaps in proptest::collection::vec((1u64..50, 1u64..50), 0..400), odd in 0..PAGE_SIZE) {
-            let (mut guest, mut file) = (0, 0);
-            let mut runs = Vec::new();
-            for (gap, pages) in gaps {
-                runs.push(run(guest + gap, pages, file));
-                guest += gap + pages;
-                file += pages;
+        fn tables_come_back(
+            gaps in proptest::collection::vec((0u64..50, 1u64..50, any::<bool>()), 0..400),
+            odd in 0..PAGE_SIZE,
+        ) {
+            let (mut guest, mut file, mut last) = (0, 0, None);
+            let mut table = Table::default();
+            for (gap, pages, data) in gaps {
+                // Those of a kind don't touch.
+                let at = guest + gap.max(u64::from(last == Some(data)));
+                match data {
+                    true => table.runs.push(run(at, pages, file)),
+                    false => table.zeros.push(at..at + pages),
+                }
+                file += if data { pages } else { 0 };
+                guest = at + pages;
+                last = Some(data);
             }
-            let footer = footer(&runs, guest * PAGE_SIZE + odd);
-            let table = footer.encode(&runs);
-            let size = file * PAGE_SIZE + table.len() as u64;
+            let footer = footer(&table, guest * PAGE_SIZE + odd);
+            let bytes = footer.encode(&table);
+            let size = file * PAGE_SIZE + bytes.len() as u64;
             prop_assert_eq!(size % PAGE_SIZE, 0);
-            prop_assert_eq!(decode(&table, size), Ok((footer, runs)));
+            prop_assert_eq!(decode(&bytes, size), Ok((footer, table)));
         }
     }
 }

@@ -63,14 +63,18 @@ impl Stamp {
     /// clock that moves by ticks. False when that doesn't come about.
     pub(crate) fn settle(&self) -> bool {
         let start = Instant::now();
-        while start.elapsed() < SETTLING_MAX {
+        loop {
+            // Read before the look at the clock: on a busy host, much time may pass between.
+            let late = start.elapsed() > SETTLING_MAX;
             let now = clock_gettime(ClockId::RealtimeCoarse);
             if (now.tv_sec, now.tv_nsec) > self.changed {
                 return true;
             }
+            if late {
+                return false;
+            }
             std::thread::sleep(Duration::from_micros(500));
         }
-        false
     }
 }
 

@@ -186,20 +186,31 @@ impl Gone {
     }
 }
 
-/// What killed processes left in a store.
-pub(crate) fn leftovers(root: &Path) -> Result<Vec<Gone>, Error> {
-    // Nobody is between making a directory and locking it.
-    let _lock = StoreLock::exclusive(root)?;
+/// The hidden directories of a store.
+fn hidden(root: &Path) -> Result<Vec<PathBuf>, Error> {
     let failed = |error| Error::io("read", root, error);
     let mut found = Vec::new();
     for entry in std::fs::read_dir(root).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if !(name.starts_with(NEW) || name.starts_with(GONE)) {
-            continue;
+        let name = name.as_encoded_bytes();
+        if name.starts_with(NEW.as_bytes()) || name.starts_with(GONE.as_bytes()) {
+            found.push(entry.path());
         }
-        let path = entry.path();
+    }
+    Ok(found)
+}
+
+/// What killed processes left in a store.
+pub(crate) fn leftovers(root: &Path) -> Result<Vec<Gone>, Error> {
+    // Without a lock, so that looking costs and hinders nothing when there is nothing.
+    if hidden(root)?.is_empty() {
+        return Ok(Vec::new());
+    }
+    // Nobody is between making a directory and locking it.
+    let _lock = StoreLock::exclusive(root)?;
+    let mut found = Vec::new();
+    for path in hidden(root)? {
         // One that disappears was being removed.
         let Ok(dir) = File::open(&path) else { continue };
         match dir.try_lock() {

@@ -82,7 +82,12 @@ fn check_id(expected: &SnapshotId, found: SnapshotId) -> Result<(), Error> {
     }
 }
 
-fn check_size(child: &str, size: u64, parent: SnapshotId, parent_size: u64) -> Result<(), Error> {
+pub(crate) fn check_size(
+    child: &str,
+    size: u64,
+    parent: SnapshotId,
+    parent_size: u64,
+) -> Result<(), Error> {
     match size == parent_size {
         true => Ok(()),
         false => Err(Error::WrongParent {
@@ -144,7 +149,8 @@ impl SnapshotStore {
         SnapshotWriter::create(&self.root, options)
     }
 
-    /// Removes what killed processes left; gives how many pieces there were.
+    /// Removes what killed processes left; gives how many pieces there were. With nothing to
+    /// remove it is one look into the directory, without a lock: cheap enough for every start.
     pub fn sweep(&self) -> Result<usize, Error> {
         let leftovers = staging::leftovers(&self.root)?;
         let count = leftovers.len();
@@ -254,6 +260,30 @@ impl SnapshotStore {
         self.change_names(|names| {
             names.insert(name.to_owned(), *id);
         })
+    }
+
+    /// Gives a snapshot a name that no other has.
+    pub fn tag_new(&self, id: &SnapshotId, name: &str) -> Result<(), Error> {
+        Self::check_name(name)?;
+        let _lock = StoreLock::exclusive(&self.root)?;
+        if !self.contains(id) {
+            return Err(no_such(&id.hex()));
+        }
+        self.check_free(name, id)?;
+        self.change_names(|names| {
+            names.insert(name.to_owned(), *id);
+        })
+    }
+
+    /// Checks that a name is nobody's, or that of `id`.
+    fn check_free(&self, name: &str, id: &SnapshotId) -> Result<(), Error> {
+        match self.names()?.get(name) {
+            Some(other) if other != id && self.contains(other) => Err(Error::NameTaken {
+                name: name.to_owned(),
+                id: *other,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Takes a name away; false when there is none such.

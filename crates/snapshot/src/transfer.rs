@@ -1,17 +1,22 @@
 //! Snapshots on their way between stores: as a directory, or as a tar archive of one.
+//!
+//! A difference can take its parents with it: then the index names its manifest first, and after
+//! each manifest that of its parent.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 use crate::layout::{Layout, blob_path};
-use crate::manifest::{self, DOCUMENT_MAX};
+use crate::manifest::{self, DOCUMENT_MAX, Descriptor, Manifest};
 use crate::snapshot::{Snapshot, Trust};
 use crate::staging::Staging;
 use crate::writer::{Finish, finish};
-use crate::{Digest, Error, SnapshotId, SnapshotStore};
+use crate::{Digest, Error, SnapshotId, SnapshotStore, store};
 
 /// No archive has more members than a snapshot of any size needs.
 const MEMBERS_MAX: usize = 10_000;
@@ -26,18 +31,120 @@ pub enum Form {
     Archive,
 }
 
-/// The files of a snapshot, the short ones first.
-fn files(snapshot: &Snapshot) -> Vec<String> {
+/// The names of the blobs of a snapshot, the short ones first.
+fn blobs(snapshot: &Snapshot) -> Vec<String> {
     let manifest = &snapshot.outline().manifest;
-    let mut names = vec!["oci-layout".to_owned(), "index.json".to_owned()];
-    names.push(format!("{BLOBS}{}", snapshot.id().hex()));
-    let mut seen = BTreeSet::new();
-    for (_, descriptor) in manifest.blobs() {
-        if seen.insert(descriptor.digest) {
-            names.push(format!("{BLOBS}{}", descriptor.digest.hex()));
+    let mut names = vec![format!("{BLOBS}{}", snapshot.id().hex())];
+    names.extend(
+        manifest
+            .blobs()
+            .map(|(_, blob)| format!("{BLOBS}{}", blob.digest.hex())),
+    );
+    names
+}
+
+/// What goes out: one snapshot, or one and its parents.
+struct Parcel {
+    index: Vec<u8>,
+    /// Names in the layout, and where the files are.
+    blobs: Vec<(String, PathBuf)>,
+}
+
+impl Parcel {
+    /// Of snapshots that were verified, the wanted one first.
+    fn of<'a>(snapshots: impl Iterator<Item = &'a Snapshot> + Clone) -> Result<Self, Error> {
+        let mut seen = BTreeSet::new();
+        let mut files = Vec::new();
+        for snapshot in snapshots.clone() {
+            for name in blobs(snapshot) {
+                if seen.insert(name.clone()) {
+                    let path = snapshot.path().join(&name);
+                    files.push((name, path));
+                }
+            }
+        }
+        let manifests = snapshots.map(|s| (s.id(), s.outline().manifest_size));
+        Ok(Parcel {
+            index: manifest::index(manifests)?,
+            blobs: files,
+        })
+    }
+
+    fn documents(&self) -> [(&'static str, &[u8]); 2] {
+        [
+            ("oci-layout", manifest::LAYOUT),
+            ("index.json", &self.index),
+        ]
+    }
+
+    fn copy_to(&self, dir: &Path) -> io::Result<()> {
+        std::fs::create_dir_all(dir.join(BLOBS))?;
+        for (name, bytes) in self.documents() {
+            std::fs::write(dir.join(name), bytes)?;
+        }
+        for (name, from) in &self.blobs {
+            std::fs::copy(from, dir.join(name))?;
+        }
+        Ok(())
+    }
+
+    fn archive(&self, out: &mut File) -> io::Result<()> {
+        let mut tar = tar::Builder::new(io::BufWriter::with_capacity(1 << 20, out));
+        let mut append = |name: &str, size: u64, content: &mut dyn Read| {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(size);
+            header.set_mode(0o600);
+            tar.append_data(&mut header, name, content)
+        };
+        for (name, mut bytes) in self.documents() {
+            append(name, bytes.len() as u64, &mut bytes)?;
+        }
+        for (name, from) in &self.blobs {
+            let mut file = File::open(from)?;
+            append(name, file.metadata()?.len(), &mut file)?;
+        }
+        tar.into_inner()?.flush()
+    }
+
+    fn write(&self, to: &Path, form: Form) -> Result<(), Error> {
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => Error::Exists {
+                path: to.to_owned(),
+            },
+            _ => Error::io("write", to, error),
+        };
+        if to.symlink_metadata().is_ok() {
+            return Err(failed(io::ErrorKind::AlreadyExists.into()));
+        }
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".export-");
+        match form {
+            Form::Directory => {
+                let dir = builder.tempdir_in(parent_dir(to)).map_err(failed)?;
+                self.copy_to(dir.path()).map_err(failed)?;
+                rename_new(dir.path(), to).map_err(failed)?;
+                // It has gone from there.
+                let _ = dir.keep();
+                Ok(())
+            }
+            Form::Archive => {
+                let mut file = builder.tempfile_in(parent_dir(to)).map_err(failed)?;
+                self.archive(file.as_file_mut()).map_err(failed)?;
+                let persisted = file.persist_noclobber(to);
+                persisted.map(drop).map_err(|error| failed(error.error))
+            }
         }
     }
-    names
+}
+
+/// Renames to a name that nothing has; an empty directory is something.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // A file system that can't say so; the name was free a moment ago.
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(from, to),
+        result => Ok(result?),
+    }
 }
 
 fn parent_dir(path: &Path) -> &Path {
@@ -49,47 +156,21 @@ fn parent_dir(path: &Path) -> &Path {
 
 impl SnapshotStore {
     /// Copies a snapshot out of the store to `to`, which must not exist. Everything is verified
-    /// first. A difference goes without its parents; export those too.
+    /// first. A difference goes without its parents.
     pub fn export(&self, id: &SnapshotId, to: &Path, form: Form) -> Result<(), Error> {
         let snapshot = self.get(id, Trust::Nothing)?;
-        if to.symlink_metadata().is_ok() {
-            return Err(Error::Exists {
-                path: to.to_owned(),
-            });
-        }
-        let failed = |error| Error::io("write", to, error);
-        match form {
-            Form::Directory => {
-                let dir = tempfile::Builder::new()
-                    .prefix(".export-")
-                    .tempdir_in(parent_dir(to))
-                    .map_err(failed)?;
-                std::fs::create_dir_all(dir.path().join(BLOBS)).map_err(failed)?;
-                for name in files(&snapshot) {
-                    let (from, to) = (snapshot.path().join(&name), dir.path().join(&name));
-                    std::fs::copy(&from, &to).map_err(failed)?;
-                }
-                std::fs::rename(dir.path(), to).map_err(failed)?;
-                // It has gone from there.
-                let _ = dir.keep();
-                Ok(())
-            }
-            Form::Archive => {
-                let mut file = tempfile::Builder::new()
-                    .prefix(".export-")
-                    .tempfile_in(parent_dir(to))
-                    .map_err(failed)?;
-                archive(&snapshot, file.as_file_mut()).map_err(failed)?;
-                match file.persist_noclobber(to) {
-                    Ok(_) => Ok(()),
-                    Err(error) => Err(failed(error.error)),
-                }
-            }
-        }
+        Parcel::of(std::iter::once(&snapshot))?.write(to, form)
     }
 
-    /// Takes a snapshot from a directory or archive into the store, verifying everything. A
-    /// difference needs its parents there before it.
+    /// The same with all that the snapshot is a difference to: what is exported so can be imported
+    /// anywhere.
+    pub fn export_chain(&self, id: &SnapshotId, to: &Path, form: Form) -> Result<(), Error> {
+        let chain = self.open_chain(id, Trust::Nothing)?;
+        Parcel::of(chain.iter().rev())?.write(to, form)
+    }
+
+    /// Takes a snapshot from a directory or archive into the store, verifying everything before any
+    /// of it is to be seen. A difference needs its parents: with it, or in the store before it.
     pub fn import(&self, from: &Path) -> Result<SnapshotId, Error> {
         let failed = |error| Error::io("read", from, error);
         let staging = Staging::create(self.root())?;
@@ -100,30 +181,135 @@ impl SnapshotStore {
             unpack(file, from, staging.path())?;
         }
         let label = from.display().to_string();
-        let snapshot = Snapshot::open_as(staging.path(), label.clone(), Trust::Nothing)?;
         let layout = Layout::open(staging.path(), label.clone())?;
-        let found = manifest::manifest_of_index(&label, &layout.document("index.json")?)?;
-        let outline = snapshot.outline();
-        keep_only(staging.path(), &snapshot)?;
-        let parent = outline.parent.map(|parent| (parent, outline.memory_size));
-        if let Some((parent, size)) = parent {
-            crate::store::check_parent(self.root(), &label, parent, Some(size))?;
+        let index = layout.document("index.json")?;
+        manifest::check_layout(&label, &layout.document("oci-layout")?)?;
+        let found = manifest::manifests_of_index(&label, &index)?;
+        let incoming = match &found[..] {
+            [_] => vec![Incoming::new(staging, label)?],
+            _ => separate(&staging, &layout, &label, &found)?,
+        };
+        check_chain(self.root(), &incoming)?;
+        // Those that others are differences to come first.
+        for incoming in incoming.into_iter().rev() {
+            incoming.publish()?;
         }
+        found
+            .first()
+            .map(|manifest| manifest.digest)
+            .ok_or_else(|| Error::io("read", from, io::ErrorKind::UnexpectedEof))
+    }
+}
+
+/// A snapshot that was verified and isn't in its place yet.
+struct Incoming {
+    staging: Staging,
+    snapshot: Snapshot,
+    label: String,
+}
+
+impl Incoming {
+    fn new(staging: Staging, label: String) -> Result<Self, Error> {
+        let snapshot = Snapshot::open_as(staging.path(), label.clone(), Trust::Nothing)?;
+        keep_only(staging.path(), &snapshot)?;
+        Ok(Incoming {
+            staging,
+            snapshot,
+            label,
+        })
+    }
+
+    fn publish(self) -> Result<(), Error> {
+        let outline = self.snapshot.outline();
+        let parent = outline.parent.map(|parent| (parent, outline.memory_size));
+        let manifest = Descriptor::new(manifest::MANIFEST_TYPE, outline.id, outline.manifest_size);
         // The blobs were hashed and sealed by the opening.
         let how = Finish {
             durable: true,
             seal: false,
         };
-        finish(staging, &found, &outline.manifest, parent, how)
+        finish(self.staging, &manifest, &outline.manifest, parent, how).map(drop)
+    }
+}
+
+/// Gives each of several snapshots a directory of its own, and verifies it.
+fn separate(
+    from: &Staging,
+    layout: &Layout,
+    label: &str,
+    found: &[Descriptor],
+) -> Result<Vec<Incoming>, Error> {
+    let mut parts = Vec::new();
+    let mut uses = BTreeMap::new();
+    for descriptor in found {
+        let blob = layout.blob("manifest", descriptor)?;
+        let manifest = Manifest::decode(label, &blob.bytes(DOCUMENT_MAX)?)?;
+        let blobs = manifest.blobs().map(|(_, blob)| blob.digest);
+        let blobs: BTreeSet<_> = blobs.chain([descriptor.digest]).collect();
+        for digest in &blobs {
+            *uses.entry(*digest).or_insert(0) += 1;
+        }
+        parts.push((descriptor, blobs));
+    }
+    let mut incoming = Vec::new();
+    for (descriptor, blobs) in parts {
+        let staging = Staging::create(from.root())?;
+        let index = manifest::index(std::iter::once((descriptor.digest, descriptor.size)))?;
+        for (name, bytes) in [("oci-layout", manifest::LAYOUT), ("index.json", &index)] {
+            let path = staging.path().join(name);
+            std::fs::write(&path, bytes).map_err(|error| Error::io("write", &path, error))?;
+        }
+        for digest in blobs {
+            let name = format!("{BLOBS}{}", digest.hex());
+            let (old, new) = (from.path().join(&name), staging.path().join(&name));
+            let left = uses.entry(digest).or_insert(1);
+            *left -= 1;
+            // What several have is copied, for the seal of each to be about a file of its own.
+            let moved = match left {
+                0 => std::fs::rename(&old, &new),
+                _ => std::fs::copy(&old, &new).map(drop),
+            };
+            match moved {
+                // Found missing, by name, when it is opened.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                moved => moved.map_err(|error| Error::io("make", &new, error))?,
+            }
+        }
+        let label = format!("{} of {label}", &descriptor.digest.hex()[..16]);
+        incoming.push(Incoming::new(staging, label)?);
+    }
+    Ok(incoming)
+}
+
+/// Checks that each snapshot is a difference to the next one, and the last one fits the store.
+fn check_chain(root: &Path, incoming: &[Incoming]) -> Result<(), Error> {
+    for pair in incoming.windows(2) {
+        let [child, parent] = pair else { continue };
+        let (above, below) = (child.snapshot.outline(), parent.snapshot.outline());
+        if above.parent != Some(below.id) {
+            return Err(Error::NotASnapshot {
+                snapshot: child.label.clone(),
+                problem: format!("the next in the index, {}, isn't its parent", below.id),
+            });
+        }
+        store::check_size(&child.label, above.memory_size, below.id, below.memory_size)?;
+    }
+    let Some(last) = incoming.last() else {
+        return Ok(());
+    };
+    let outline = last.snapshot.outline();
+    match outline.parent {
+        Some(parent) => store::check_parent(root, &last.label, parent, Some(outline.memory_size)),
+        None => Ok(()),
     }
 }
 
 /// Removes blobs that an archive had and its manifest doesn't name.
 fn keep_only(dir: &Path, snapshot: &Snapshot) -> Result<(), Error> {
-    let blobs = dir.join(BLOBS);
-    let failed = |error| Error::io("read", &blobs, error);
-    let wanted: BTreeSet<_> = files(snapshot).into_iter().collect();
-    for entry in std::fs::read_dir(&blobs).map_err(failed)? {
+    let folder = dir.join(BLOBS);
+    let failed = |error| Error::io("read", &folder, error);
+    let wanted: BTreeSet<_> = blobs(snapshot).into_iter().collect();
+    for entry in std::fs::read_dir(&folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name();
         if !wanted.contains(&format!("{BLOBS}{}", name.to_string_lossy())) {
@@ -133,26 +319,12 @@ fn keep_only(dir: &Path, snapshot: &Snapshot) -> Result<(), Error> {
     Ok(())
 }
 
-fn archive(snapshot: &Snapshot, out: &mut File) -> io::Result<()> {
-    let mut tar = tar::Builder::new(io::BufWriter::with_capacity(1 << 20, out));
-    for name in files(snapshot) {
-        let mut file = File::open(snapshot.path().join(&name))?;
-        let mut header = tar::Header::new_gnu();
-        header.set_size(file.metadata()?.len());
-        header.set_mode(0o600);
-        tar.append_data(&mut header, &name, &mut file)?;
-    }
-    tar.into_inner()?.flush()
-}
-
-/// Copies the blobs that a layout's manifest names, and nothing else.
+/// Copies the blobs that a layout's manifests name, and nothing else.
 fn copy_layout(from: &Path, to: &Path) -> Result<(), Error> {
     let label = from.display().to_string();
     let layout = Layout::open(from, label.clone())?;
     let index = layout.document("index.json")?;
-    let found = manifest::manifest_of_index(&label, &index)?;
-    let bytes = layout.blob("manifest", &found)?.bytes(DOCUMENT_MAX)?;
-    let manifest = manifest::Manifest::decode(&label, &bytes)?;
+    let found = manifest::manifests_of_index(&label, &index)?;
     for (name, bytes) in [
         ("oci-layout", layout.document("oci-layout")?),
         ("index.json", index),
@@ -160,12 +332,21 @@ fn copy_layout(from: &Path, to: &Path) -> Result<(), Error> {
         let path = to.join(name);
         std::fs::write(&path, bytes).map_err(|error| Error::io("write", &path, error))?;
     }
-    let manifest_blob = ("manifest".to_owned(), &found);
-    for (part, descriptor) in manifest.blobs().chain([manifest_blob]) {
-        let mut blob = layout.blob(&part, descriptor)?;
-        let path = blob_path(to, descriptor);
-        let mut copy = || io::copy(&mut blob.file, &mut File::create(&path)?);
-        copy().map_err(|error| Error::io("write", &path, error))?;
+    let mut copied = BTreeSet::new();
+    for found in &found {
+        let bytes = layout.blob("manifest", found)?.bytes(DOCUMENT_MAX)?;
+        let manifest = Manifest::decode(&label, &bytes)?;
+        let manifest_blob = ("manifest".to_owned(), found);
+        for (part, descriptor) in manifest.blobs().chain([manifest_blob]) {
+            // Two that differ in size are found out when the blob is opened.
+            if !copied.insert(descriptor.digest) {
+                continue;
+            }
+            let mut blob = layout.blob(&part, descriptor)?;
+            let path = blob_path(to, descriptor);
+            let mut copy = || io::copy(&mut blob.file, &mut File::create(&path)?);
+            copy().map_err(|error| Error::io("write", &path, error))?;
+        }
     }
     Ok(())
 }

@@ -93,7 +93,7 @@ impl SnapshotWriter {
     /// Names a finished blob by its content.
     fn place(&self, sink: BlobSink, media_type: &str) -> Result<Descriptor, Error> {
         let from = sink.path.clone();
-        let (digest, size) = sink.finish();
+        let (digest, size) = sink.finish()?;
         let descriptor = Descriptor::new(media_type, digest, size);
         let to = blob_path(self.staging.path(), &descriptor);
         std::fs::rename(&from, &to).map_err(|error| Error::io("make", &to, error))?;
@@ -268,7 +268,7 @@ pub(crate) fn finish(
     how: Finish,
 ) -> Result<SnapshotId, Error> {
     let id = descriptor.digest;
-    let index = manifest::index(id, descriptor.size)?;
+    let index = manifest::index(std::iter::once((id, descriptor.size)))?;
     for (name, bytes) in [("oci-layout", manifest::LAYOUT), ("index.json", &index)] {
         let path = staging.path().join(name);
         std::fs::write(&path, bytes).map_err(|error| Error::io("write", &path, error))?;

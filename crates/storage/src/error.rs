@@ -137,6 +137,32 @@ pub enum DiskError {
         /// Why.
         source: io::Error,
     },
+    /// A disk of a size that can't be.
+    #[error("A disk of {size} bytes is not possible; give it a multiple of 512, at most {limit}")]
+    Size {
+        /// What was asked for.
+        size: u64,
+        /// The largest.
+        limit: u64,
+    },
+    /// A layer whose runs make no sense.
+    #[error("Run {number} of a layer of a disk {problem}; take the snapshot that it is from again")]
+    Layer {
+        /// Which, from 0 on.
+        number: usize,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// A layer of a larger disk.
+    #[error(
+        "A layer has content up to byte {end}, beyond the {size} bytes of the disk that it is for; give it the disk that it was made for"
+    )]
+    LayerEnd {
+        /// Where the layer ends.
+        end: u64,
+        /// The size of the disk.
+        size: u64,
+    },
     /// A temporary file for a scratch disk could not be made.
     #[error("No scratch disk can be made in '{}'; check that the directory exists, is writable and has space", dir.display())]
     Scratch {

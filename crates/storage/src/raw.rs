@@ -5,7 +5,8 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use crate::sys::{self, IoVecs};
+use crate::sys;
+use crate::transfer::{Cursor, Stopped, ZEROS, total};
 use crate::{Abilities, Disk, DiskError, IoBuf, IoBufMut, Operation, SECTOR_SIZE, check_range};
 
 /// How a disk is opened.
@@ -121,45 +122,10 @@ impl RawDisk {
     }
 
     fn failed(&self, operation: Operation, offset: u64, source: io::Error) -> DiskError {
-        let disk = self.name.clone();
-        match source.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT) => DiskError::HostFull { disk, source },
-            _ => DiskError::Io {
-                disk,
-                operation,
-                offset,
-                source,
-            },
-        }
-    }
-
-    fn fill(&self, bufs: &[IoBufMut<'_>], offset: u64, len: u64) -> Result<(), DiskError> {
-        let mut at = Progress::default();
-        while at.bytes < len {
-            let mut vecs = IoVecs::new();
-            for (i, buf) in bufs[at.buf..].iter().enumerate() {
-                if !vecs.push(buf.iovec(if i == 0 { at.within } else { 0 })) {
-                    break;
-                }
-            }
-            let here = offset + at.bytes;
-            match sys::preadv(&self.file, &vecs, here) {
-                Ok(0) => {
-                    return Err(DiskError::Shrunk {
-                        disk: self.name.clone(),
-                        offset: here,
-                    });
-                }
-                Ok(n) => at.advance(n, |i| bufs[i].len()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.failed(Operation::Read, here, error)),
-            }
-        }
-        Ok(())
+        Stopped { offset, source }.on(&self.name, operation)
     }
 
     fn write_zeros_by_hand(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let mut done = 0;
         while done < len {
             // At most 64 KiB, so it fits a usize.
@@ -168,38 +134,6 @@ impl RawDisk {
             done += part as u64;
         }
         Ok(())
-    }
-}
-
-/// The bytes in a list of buffers.
-fn total(lens: impl Iterator<Item = usize>) -> u64 {
-    lens.fold(0, |sum, len| sum.saturating_add(len as u64))
-}
-
-/// Where a transfer over several buffers stands.
-#[derive(Default)]
-struct Progress {
-    /// The buffer that is partly done.
-    buf: usize,
-    /// How much of it is.
-    within: usize,
-    /// Bytes done in all.
-    bytes: u64,
-}
-
-impl Progress {
-    fn advance(&mut self, mut n: usize, len_of: impl Fn(usize) -> usize) {
-        self.bytes += n as u64;
-        while n > 0 {
-            let left = len_of(self.buf) - self.within;
-            if n < left {
-                self.within += n;
-                return;
-            }
-            n -= left;
-            self.buf += 1;
-            self.within = 0;
-        }
     }
 }
 
@@ -221,38 +155,20 @@ impl Disk for RawDisk {
     }
 
     fn read_vectored_at(&self, bufs: &[IoBufMut<'_>], offset: u64) -> Result<(), DiskError> {
-        let len = total(bufs.iter().map(IoBufMut::len));
+        let len = total(bufs);
         self.check(Operation::Read, offset, len)?;
-        let result = self.fill(bufs, offset, len);
+        let result = Cursor::new(bufs).read(&self.file, offset, len);
         // Marked after the bytes are there, so that who harvests the log doesn't miss them, and
         // whatever the result: a failed read may have filled a part.
         bufs.iter().for_each(|buf| buf.mark_dirty(0, buf.len()));
-        result
+        result.map_err(|stopped| stopped.on(&self.name, Operation::Read))
     }
 
     fn write_vectored_at(&self, bufs: &[IoBuf<'_>], offset: u64) -> Result<(), DiskError> {
-        let len = total(bufs.iter().map(IoBuf::len));
+        let len = total(bufs);
         self.check(Operation::Write, offset, len)?;
-        let mut at = Progress::default();
-        while at.bytes < len {
-            let mut vecs = IoVecs::new();
-            for (i, buf) in bufs[at.buf..].iter().enumerate() {
-                if !vecs.push(buf.iovec(if i == 0 { at.within } else { 0 })) {
-                    break;
-                }
-            }
-            let here = offset + at.bytes;
-            match sys::pwritev(&self.file, &vecs, here) {
-                Ok(0) => {
-                    let error = io::ErrorKind::WriteZero.into();
-                    return Err(self.failed(Operation::Write, here, error));
-                }
-                Ok(n) => at.advance(n, |i| bufs[i].len()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.failed(Operation::Write, here, error)),
-            }
-        }
-        Ok(())
+        let result = Cursor::new(bufs).write(&self.file, offset, len);
+        result.map_err(|stopped| stopped.on(&self.name, Operation::Write))
     }
 
     fn flush(&self) -> Result<(), DiskError> {

@@ -7,8 +7,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
-use crate::{Access, DiskError, RawDisk, sys};
+use crate::{Access, CLUSTER_SIZE, DiskError, Layer, LayerRun, Overlay, RawDisk, sys};
 
 /// What `template/make` wrote; the format is described in `examples/pack-template.rs`.
 const TEMPLATE: &[u8] = include_bytes!("../template/ext4.z");
@@ -18,12 +19,46 @@ const MAGIC: &[u8; 8] = b"skscr01\n";
 /// file is sparse.
 pub const SIZE: u64 = 64 << 30;
 
+/// Makes a scratch disk whose changes go to a file without a name in `folder`. The empty ext4 that
+/// it begins with is shared by all scratch disks of the process.
+pub fn overlay(folder: impl AsRef<Path>) -> Result<Overlay, DiskError> {
+    Overlay::new(SIZE, vec![template()?], folder.as_ref())
+}
+
+/// The empty ext4 that a scratch disk of [`SIZE`] bytes begins with. It is unpacked into memory
+/// once.
+pub fn template() -> Result<Layer, DiskError> {
+    static UNPACKED: OnceLock<Layer> = OnceLock::new();
+    if let Some(layer) = UNPACKED.get() {
+        return Ok(layer.clone());
+    }
+    let layer = unpack_to_memory(TEMPLATE)?;
+    Ok(UNPACKED.get_or_init(|| layer).clone())
+}
+
+fn unpack_to_memory(template: &[u8]) -> Result<Layer, DiskError> {
+    let failed = |source| DiskError::Scratch {
+        dir: "(memory)".into(),
+        source,
+    };
+    let file = sys::memory_file("skerry-scratch").map_err(failed)?;
+    let mut runs = Vec::new();
+    let blocks = unpack(template, |at, block| {
+        let offset = runs.len() as u64 * CLUSTER_SIZE;
+        let len = CLUSTER_SIZE;
+        runs.push(LayerRun { at, len, offset });
+        file.write_all_at(block, offset)
+    });
+    blocks.and_then(|_| sys::seal(&file)).map_err(failed)?;
+    Layer::new(file, runs)
+}
+
 /// Makes a scratch disk in `dir`: a file without a name, sparse, holding an empty ext4.
 ///
 /// The file's space is freed by the host as soon as the disk is dropped or the process ends,
 /// however it ends.
 pub fn create(dir: impl AsRef<Path>) -> Result<RawDisk, DiskError> {
-    create_with(dir, |file| unpack(TEMPLATE, file))
+    create_with(dir, |file| unpack_to_file(TEMPLATE, file))
 }
 
 /// The same with other contents: `fill` gets the empty file, and gives the disk's size.
@@ -48,27 +83,33 @@ fn u32_from(reader: &mut impl Read) -> io::Result<u32> {
     Ok(u32::from_le_bytes(bytes))
 }
 
-/// Writes a packed template into an empty file; returns the size of the disk.
-fn unpack(template: &[u8], file: &File) -> io::Result<u64> {
+/// Calls `each` with place and bytes of the blocks of a packed template; returns the size of the
+/// disk.
+fn unpack(template: &[u8], mut each: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<u64> {
     let mut reader = flate2::read::ZlibDecoder::new(template);
     let mut magic = [0; MAGIC.len()];
     reader.read_exact(&mut magic)?;
     let (block_size, blocks) = (u32_from(&mut reader)?, u32_from(&mut reader)?);
     let stored = u32_from(&mut reader)?;
-    if &magic != MAGIC || block_size != 4096 || stored > blocks {
+    if &magic != MAGIC || u64::from(block_size) != CLUSTER_SIZE || stored > blocks {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "not a packed template",
         ));
     }
-    let size = u64::from(blocks) * u64::from(block_size);
-    file.set_len(size)?;
-    let mut block = [0; 4096];
+    let mut block = [0; CLUSTER_SIZE as usize];
     for _ in 0..stored {
         let number = u32_from(&mut reader)?;
         reader.read_exact(&mut block)?;
-        file.write_all_at(&block, u64::from(number) * u64::from(block_size))?;
+        each(u64::from(number) * CLUSTER_SIZE, &block)?;
     }
+    Ok(u64::from(blocks) * CLUSTER_SIZE)
+}
+
+/// Writes a packed template into an empty file; returns the size of the disk.
+fn unpack_to_file(template: &[u8], file: &File) -> io::Result<u64> {
+    let size = unpack(template, |at, block| file.write_all_at(block, at))?;
+    file.set_len(size)?;
     Ok(size)
 }
 
@@ -111,7 +152,7 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let dir = tempfile::tempdir().unwrap();
         let file = sys::unnamed_file(dir.path()).unwrap();
-        unpack(TEMPLATE, &file).unwrap();
+        unpack_to_file(TEMPLATE, &file).unwrap();
         let metadata = file.metadata().unwrap();
         assert!(
             metadata.blocks() * 512 < 2 << 20,
@@ -133,6 +174,32 @@ mod tests {
     }
 
     #[test]
+    fn an_overlay_of_the_template_is_the_same_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let (raw, overlay) = (create(dir.path()).unwrap(), overlay(dir.path()).unwrap());
+        assert_eq!(overlay.size(), raw.size());
+        let used = overlay.used();
+        overlay
+            .read_ranges::<DiskError>(&used, |at, bytes| {
+                let mut same = vec![0; bytes.len()];
+                raw.read_at(&mut same, at)?;
+                assert!(same == bytes, "at {at:#x}");
+                Ok(())
+            })
+            .unwrap();
+        // And there is nothing else in the one that is a file.
+        let (mut data, mut at) = (Vec::new(), 0);
+        while let Ok(start) = rustix::fs::seek(raw.file(), rustix::fs::SeekFrom::Data(at)) {
+            at = rustix::fs::seek(raw.file(), rustix::fs::SeekFrom::Hole(start)).unwrap();
+            data.push(start..at);
+        }
+        assert_eq!(used, data);
+        assert!(overlay.written().is_empty());
+        assert!(sys::memory_file("x").is_ok());
+        assert!(template().unwrap().file().write_all_at(b"x", 0).is_err());
+    }
+
+    #[test]
     fn a_missing_directory_is_named() {
         let error = create("/nonexistent/skerry").unwrap_err();
         assert!(error.to_string().contains("/nonexistent/skerry"), "{error}");
@@ -142,8 +209,10 @@ mod tests {
     fn a_damaged_template_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let file = sys::unnamed_file(dir.path()).unwrap();
-        assert!(unpack(&TEMPLATE[..TEMPLATE.len() / 2], &file).is_err());
-        assert!(unpack(b"", &file).is_err());
+        for damaged in [&TEMPLATE[..TEMPLATE.len() / 2], b""] {
+            assert!(unpack_to_file(damaged, &file).is_err());
+            assert!(unpack_to_memory(damaged).is_err());
+        }
     }
 
     /// The judge is e2fsprogs itself, where the machine has it.
@@ -157,7 +226,7 @@ mod tests {
             .create_new(true)
             .open(&path)
             .unwrap();
-        unpack(TEMPLATE, &file).unwrap();
+        unpack_to_file(TEMPLATE, &file).unwrap();
         match Command::new("e2fsck")
             .args(["-f", "-n"])
             .arg(&path)

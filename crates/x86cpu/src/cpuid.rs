@@ -428,7 +428,34 @@ pub fn supported(host: &HostFeatures) -> CpuidTable {
     CpuidTable::new(entries)
 }
 
-/// Frequency of the time-stamp counter and of the APIC timer.
+/// Everything that a guest from elsewhere may have been shown and still finds here: what
+/// [`supported`] has, and defences against faults that this processor is free of. They are not
+/// offered to guests that start here, which would only lose time with them.
+pub fn accepted(host: &HostFeatures) -> CpuidTable {
+    let mut table = supported(host);
+    for entry in &mut table.entries {
+        let result = &mut entry.result;
+        match entry.leaf {
+            7 => {
+                // CLWB: there is nothing to write back.
+                result.ebx |= bits(&[24]);
+                // VERW clears buffers, speculation control, STIBP, L1 flush, architectural
+                // capabilities, SSBD.
+                result.edx |= bits(&[10, 26, 27, 28, 29, 31]);
+            }
+            // IBPB, IBRS, STIBP, the three hints on them, SSBD by either register, predictive
+            // store forwarding, no branch type confusion.
+            0x8000_0008 => result.ebx |= bits(&[12, 14, 15, 16, 17, 18, 24, 25, 28, 29]),
+            // No nested data breakpoints, VERW clears, selective and full branch type flush, no
+            // SRSO between user and kernel.
+            0x8000_0021 => result.eax |= bits(&[0, 5, 27, 28, 30]),
+            _ => {}
+        }
+    }
+    table
+}
+
+/// Frequency of the time-stamp counter, where a guest was told no other, and of the APIC timer.
 pub const TSC_HZ: u32 = 1_000_000_000;
 
 /// Paravirtual clock (old and new MSRs), no delays round port I/O, stable clock.

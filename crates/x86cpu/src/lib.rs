@@ -36,10 +36,12 @@ mod trap;
 pub use apic::{InvalidMessage, InvalidPage, LocalApic, PAGE_REGISTERS};
 pub use cpu::{Cpu, reg, seg};
 pub use cpuid::{
-    CpuidEntry, CpuidResult, CpuidTable, Features, HostFeatures, KVM_SIGNATURE, TSC_HZ, supported,
+    CpuidEntry, CpuidResult, CpuidTable, Features, HostFeatures, KVM_SIGNATURE, TSC_HZ, accepted,
+    supported,
 };
 pub use exit::CpuExit;
 pub use fpu::{XSAVE_IMAGE_LEN, XsaveImageError};
 pub use shared::{CpuShared, Host, Machine};
 pub use simd::prepare_executable_memory;
+pub use time::TscScale;
 pub use trap::{Trap, TrapKind, TrapState, vector};

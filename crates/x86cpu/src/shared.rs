@@ -93,9 +93,14 @@ pub trait Host: Send + Sync {
     /// [`request::TIMER`] and wake it. Replaces the earlier deadline; `None` disarms.
     fn arm_timer(&self, cpu: u32, deadline: Option<u64>);
 
-    /// The guest clock in nanoseconds: monotonic, starts near 0 with the machine, and is also the
-    /// time-stamp counter (1 GHz) before TSC offset. Must be cheap (tens of nanoseconds).
+    /// The guest clock in nanoseconds: monotonic, starts near 0 with the machine; the time-stamp
+    /// counters follow it. Must be cheap (tens of nanoseconds).
     fn clock_ns(&self) -> u64;
+
+    /// What the guest clock stood at when it was last set; 0 if it never was.
+    fn clock_base_ns(&self) -> u64 {
+        0
+    }
 
     /// Wall-clock time that corresponds to guest clock 0, in nanoseconds since 1970 (kvmclock).
     fn wall_clock_base_ns(&self) -> u64;

@@ -2,9 +2,11 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 
+use crate::layout;
 use crate::platform::{Platform, SerialPort, VirtioMmio};
 
 /// Everything below the root.
@@ -20,6 +22,9 @@ pub(super) fn aml(platform: &Platform) -> Vec<u8> {
     for (unit, device) in (0..).zip(&platform.virtio) {
         virtio(unit, device).append_to(&mut devices);
     }
+    if platform.generation_event.is_some() {
+        generation_id().append_to(&mut devices);
+    }
     let mut aml = Vec::new();
     let s5 = platform.power.s5_sleep_type;
     Name::new(
@@ -28,6 +33,9 @@ pub(super) fn aml(platform: &Platform) -> Vec<u8> {
     )
     .to_aml_bytes(&mut aml);
     aml.extend_from_slice(&Scope::raw(Path::new("_SB_"), devices));
+    if let Some(event) = platform.generation_event {
+        generation_event(event).append_to(&mut aml);
+    }
     aml
 }
 
@@ -110,4 +118,32 @@ fn virtio(unit: u32, device: &VirtioMmio) -> Encoded {
             ),
         ],
     )
+}
+
+/// "Virtual Machine Generation ID" (Microsoft, 2012): a compatible id, and where the 16 bytes are.
+fn generation_id() -> Encoded {
+    let (low, high) = (
+        layout::GENERATION_ID as u32,
+        (layout::GENERATION_ID >> 32) as u32,
+    );
+    Encoded::device(
+        "VGEN",
+        vec![
+            &Name::new(Path::new("_HID"), &"SKRY0001"),
+            &Name::new(Path::new("_CID"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high])),
+        ],
+    )
+}
+
+/// The method of an edge-triggered general-purpose event (ACPI §5.6.4.1): the id is a new one.
+fn generation_event(event: u8) -> Encoded {
+    const CHANGED: u8 = 0x80;
+    let device = Path::new("\\_SB_.VGEN");
+    let name = Path::new(&format!("_E{event:02X}"));
+    let notify = Notify::new(&device, &CHANGED);
+    let mut method = Vec::new();
+    Method::new(name, 0, false, vec![&notify]).to_aml_bytes(&mut method);
+    Encoded(Scope::raw(Path::new("\\_GPE"), method))
 }

@@ -302,6 +302,7 @@ mod tests {
             if *name == "dsdt" {
                 let source = std::fs::read_to_string(path.with_extension("dsl")).unwrap();
                 assert_eq!(source.matches("LNRO0005").count(), 10);
+                assert!(source.contains("VM_Gen_Counter") && source.contains("_E05"));
                 assert!(
                     source.contains("_S5") && source.contains("PNP0501"),
                     "{source}"

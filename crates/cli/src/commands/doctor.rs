@@ -37,10 +37,11 @@ fn text(out: &mut impl Write, report: &Report) -> io::Result<()> {
         match result {
             Ok(found) => {
                 writeln!(out, "{backend:<6} usable      {}", found.description)?;
+                let speed = found.measured_mips.unwrap_or_default();
                 writeln!(
                     out,
-                    "       {:.0} million instructions/s, up to {} CPUs",
-                    found.measured_mips, found.max_vcpus
+                    "       {speed:.0} million instructions/s, up to {} CPUs",
+                    found.max_vcpus
                 )?;
             }
             Err(unusable) => {

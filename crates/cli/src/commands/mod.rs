@@ -4,8 +4,10 @@ pub mod about;
 pub mod boot;
 pub mod doctor;
 pub mod images;
+pub mod pool;
 pub mod run;
 pub mod snapshot;
+pub mod vms;
 
 use skerry_engine::MachineOptions;
 use skerry_engine::hypervisor::{Backend, Choice};
@@ -15,6 +17,15 @@ use crate::args::{HypervisorArg, MachineArgs};
 /// A number of bytes, for people.
 fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// What the user asks for.
+fn choice(hypervisor: HypervisorArg) -> Choice {
+    match hypervisor {
+        HypervisorArg::Auto => Choice::Auto,
+        HypervisorArg::Kvm => Choice::Only(Backend::Kvm),
+        HypervisorArg::Soft => Choice::Only(Backend::Soft),
+    }
 }
 
 /// The machine that the options describe.
@@ -29,11 +40,7 @@ fn machine_options(args: MachineArgs) -> MachineOptions {
     MachineOptions {
         memory: memory.0,
         cpus,
-        hypervisor: match hypervisor {
-            HypervisorArg::Auto => Choice::Auto,
-            HypervisorArg::Kvm => Choice::Only(Backend::Kvm),
-            HypervisorArg::Soft => Choice::Only(Backend::Soft),
-        },
+        hypervisor: choice(hypervisor),
         cpu_model,
         time_limit: timeout.map(|span| span.0),
     }

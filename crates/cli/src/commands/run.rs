@@ -3,84 +3,250 @@
 use std::io::{self, Write};
 use std::sync::mpsc::{self, Receiver};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
-use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec, run};
-use skerry_engine::{Paths, Progress, WinSize, images};
+use skerry_engine::command::CommandSpec;
+use skerry_engine::frozen::Frozen;
+use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
+use skerry_engine::vm::VmSpec;
+use skerry_engine::vms::{self, Begin, Detached, Job, Launch, Source};
+use skerry_engine::warm::WarmSpec;
+use skerry_engine::{Image, Paths, WinSize, images};
 
-use super::machine_options;
-use crate::args::RunArgs;
+use super::{choice, machine_options};
+use crate::args::{CommandArgs, RestoreArgs, RunArgs, WarmArgs};
+use crate::output;
 use crate::terminal::{self, Raw};
-use crate::{output, status};
 
 /// Signals that are passed on to the command.
 const PASSED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
 
+/// How a machine is run, whatever it begins with.
+struct How {
+    detach: bool,
+    name: Option<String>,
+    rm: bool,
+}
+
 /// Runs a command and returns its status.
 pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
+    let mut words = args.command;
+    let begin = match (args.from_snapshot, args.image) {
+        (Some(snapshot), first) => {
+            // There is no image: what stands in its place is the command.
+            words.splice(0..0, first);
+            Begin::Snapshot(snapshot)
+        }
+        (None, Some(image)) => Begin::Image(image),
+        (None, None) => bail!("Neither an image nor a snapshot was named"),
+    };
+    let command = CommandSpec {
+        entrypoint: args.entrypoint,
+        ..command(args.io, words)
+    };
+    let spec = RunSpec {
+        vm: VmSpec {
+            options: machine_options(args.machine),
+            kernel: args.kernel,
+            read_only: args.read_only,
+            fresh: args.fresh,
+            hostname: args.hostname,
+            show_console: verbose > 0,
+        },
+        command,
+    };
+    let how = How {
+        detach: args.detach,
+        name: args.name,
+        rm: args.rm,
+    };
+    start(begin, spec, how)
+}
+
+/// Lets a machine go on from a snapshot, with the command that runs in it.
+pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
+    let mut spec = RunSpec::default();
+    spec.vm.options.hypervisor = choice(args.hypervisor);
+    spec.vm.options.time_limit = args.timeout.map(|span| span.0);
+    spec.vm.hostname = args.hostname;
+    spec.vm.show_console = verbose > 0;
+    let how = How {
+        detach: args.detach,
+        name: args.name,
+        rm: args.rm,
+    };
+    start(Begin::Snapshot(args.snapshot), spec, how)
+}
+
+/// Keeps a warm start of an image.
+pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
     let paths = Paths::of_user()?;
-    let image = images::resolve(&paths, &args.image, &mut |progress| {
-        tell(&args.image, progress)
-    })?;
-    let size = args.tty.then(|| {
+    let image = resolve(&paths, &args.image)?;
+    let spec = WarmSpec {
+        vm: VmSpec {
+            options: machine_options(args.machine),
+            read_only: args.read_only,
+            show_console: verbose > 0,
+            ..VmSpec::default()
+        },
+        command: match args.exec.is_empty() {
+            true => None,
+            false => Some(command(args.io, args.exec)),
+        },
+        ready: args.ready,
+        name: args.name,
+    };
+    let id = skerry_engine::warm::warm(&paths, &image, &args.image, &spec, &mut output::note)?;
+    writeln!(io::stdout(), "{}", id.hex())?;
+    Ok(0)
+}
+
+/// Finds an image, importing it where that has not been done.
+fn resolve(paths: &Paths, name: &str) -> Result<Image> {
+    let image = images::resolve(paths, name, &mut |progress| {
+        if let Some(text) = vms::told_of(name, progress) {
+            output::note(&text);
+        }
+    });
+    Ok(image?)
+}
+
+fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
+    let paths = Paths::of_user()?;
+    let name = how.name.unwrap_or_default();
+    if how.detach {
+        let begin = match begin {
+            Begin::Image(image) => Begin::Image(from_here(image)?),
+            begin => begin,
+        };
+        return detach(&Launch {
+            root: paths.root().to_owned(),
+            begin,
+            spec,
+            name,
+            auto_remove: how.rm,
+        });
+    }
+    let (image, frozen);
+    let (mut tty, mut interactive) = (spec.command.tty.is_some(), spec.command.stdin);
+    let source = match &begin {
+        Begin::Image(name) => {
+            image = resolve(&paths, name)?;
+            Source::Image {
+                image: &image,
+                name,
+            }
+        }
+        Begin::Snapshot(parent) | Begin::Machine(parent) => {
+            frozen = Frozen::open(&paths, parent)?;
+            if spec.command.command.is_empty()
+                && let Some(running) = &frozen.about.command
+            {
+                (tty, interactive) = (running.tty, running.stdin);
+            }
+            Source::Frozen {
+                frozen: &frozen,
+                parent,
+            }
+        }
+    };
+    let program = std::env::current_exe().ok();
+    let job = Job {
+        source,
+        spec: &spec,
+        name: &name,
+        auto_remove: true,
+        detached: false,
+        program: program.as_deref(),
+    };
+    let attached = Attached::new(tty, interactive)?;
+    let outcome = vms::host(&paths, job, |_| Ok(attached.io), |_| {}, &mut output::note);
+    drop(attached.raw);
+    Ok(finish(outcome?))
+}
+
+/// Has another process run the machine.
+fn detach(launch: &Launch) -> Result<u8> {
+    let program = std::env::current_exe().context("Can't tell where skerry itself is")?;
+    match vms::detach(&program, launch, &mut output::note)? {
+        Detached::Runs(id) => {
+            writeln!(io::stdout(), "{id}")?;
+            Ok(0)
+        }
+        Detached::NotStarted(failure) => Ok(finish(RunOutcome::NotStarted(failure))),
+    }
+}
+
+/// An image as it can be named from any folder.
+pub fn from_here(image: String) -> Result<String> {
+    let Some((kind, path)) = image.split_once(':') else {
+        return Ok(image);
+    };
+    if !["oci", "oci-archive", "docker-archive", "dir"].contains(&kind) {
+        return Ok(image);
+    }
+    let absolute = std::path::absolute(path).with_context(|| format!("Can't find {path}"))?;
+    match absolute.to_str() {
+        Some(path) => Ok(format!("{kind}:{path}")),
+        None => bail!("The path of the image {image} is no UTF-8: rename a folder of it"),
+    }
+}
+
+/// A command as the engine has it.
+pub fn command(args: CommandArgs, command: Vec<String>) -> CommandSpec {
+    let size = || {
         terminal::size().unwrap_or(WinSize {
             rows: 24,
             cols: 80,
             ..WinSize::default()
         })
-    });
-    let spec = RunSpec {
-        options: machine_options(args.machine),
-        kernel: args.kernel,
-        command: args.command,
-        entrypoint: args.entrypoint,
+    };
+    CommandSpec {
+        command,
+        entrypoint: None,
         env: args.env.iter().filter_map(|text| variable(text)).collect(),
         working_dir: args.workdir,
         user: args.user,
-        tty: size,
-        read_only: args.read_only,
-        fresh: args.fresh,
-        hostname: args.hostname,
-        show_console: verbose > 0,
-    };
-    let raw = if args.tty && args.interactive {
-        Raw::enter()
-    } else {
-        None
-    };
-    let io = RunIo {
-        stdin: args.interactive.then(|| Box::new(io::stdin()) as _),
-        stdout: Box::new(io::stdout()),
-        stderr: Box::new(io::stderr()),
-        events: Some(events(args.tty)?),
-    };
-    let outcome = run(&paths, &image, spec, io, &mut output::note)?;
-    drop(raw);
-    io::stdout().flush().ok();
-    Ok(match outcome {
-        RunOutcome::Ended(status) => status.shell_code(),
-        RunOutcome::NotStarted(failure) => {
-            output::note(&failure.message);
-            failure.kind.shell_code()
-        }
-        RunOutcome::TimedOut => {
-            output::note("the time limit passed");
-            status::TIMED_OUT
-        }
-    })
+        tty: args.tty.then(size),
+        stdin: args.interactive,
+    }
 }
 
-/// What takes time is worth a note.
-fn tell(image: &str, progress: Progress) {
-    match progress {
-        Progress::Waiting => output::note(&format!(
-            "waiting for another process that converts {image}"
-        )),
-        Progress::Layer { number, count } if count > 1 => {
-            output::note(&format!("converting {image}: layer {number} of {count}"));
-        }
-        _ => {}
+/// A command's streams on those of this process.
+pub struct Attached {
+    /// The terminal is as it was when this is dropped.
+    pub raw: Option<Raw>,
+    /// The streams.
+    pub io: RunIo,
+}
+
+impl Attached {
+    /// Takes stdin where the command is interactive.
+    pub fn new(tty: bool, interactive: bool) -> Result<Self> {
+        let raw = if tty && interactive {
+            Raw::enter()
+        } else {
+            None
+        };
+        let io = RunIo {
+            stdin: interactive.then(|| Box::new(io::stdin()) as _),
+            stdout: Box::new(io::stdout()),
+            stderr: Box::new(io::stderr()),
+            events: Some(events(tty)?),
+        };
+        Ok(Self { raw, io })
     }
+}
+
+/// Says what is to be said of a command's end; gives the exit status.
+pub fn finish(outcome: RunOutcome) -> u8 {
+    io::stdout().flush().ok();
+    match &outcome {
+        RunOutcome::Ended(_) => {}
+        RunOutcome::NotStarted(failure) => output::note(&failure.message),
+        RunOutcome::TimedOut => output::note("the time limit passed"),
+    }
+    outcome.code()
 }
 
 /// `KEY=VALUE`, or `KEY` with the value it has here; a variable that is not set is not passed.

@@ -8,11 +8,12 @@ use anyhow::Result;
 use serde::Serialize;
 use skerry_engine::Paths;
 use skerry_engine::snapshots::{self, Details, Pages, Removed, START_PREFIX, SnapshotInfo};
+use skerry_engine::vms::{self, Registry};
 
 use super::mib;
 use crate::args::{
-    Format, SnapshotArgs, SnapshotExportArgs, SnapshotImportArgs, SnapshotInspectArgs,
-    SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
+    Format, SnapshotArgs, SnapshotCreateArgs, SnapshotExportArgs, SnapshotImportArgs,
+    SnapshotInspectArgs, SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
 };
 use crate::{dates, output, status};
 
@@ -79,6 +80,7 @@ struct Inspection {
 pub fn execute(args: &SnapshotArgs) -> Result<u8> {
     let paths = Paths::of_user()?;
     match &args.verb {
+        SnapshotVerb::Create(args) => create(args),
         SnapshotVerb::Ls(args) => list(&paths, args),
         SnapshotVerb::Inspect(args) => inspect(&paths, args),
         SnapshotVerb::Rm(args) => remove(&paths, args),
@@ -198,9 +200,9 @@ fn remove(paths: &Paths, args: &SnapshotRmArgs) -> Result<u8> {
 }
 
 fn export(paths: &Paths, args: &SnapshotExportArgs) -> Result<u8> {
-    if let Some(parent) = snapshots::export(paths, &args.name, &args.target)? {
+    if let Some(parent) = snapshots::export(paths, &args.name, &args.target, args.with_parents)? {
         output::note(&format!(
-            "{} is a difference to {parent}, which is needed with it: export that too",
+            "{} is a difference to {parent}, which is needed with it: use --with-parents, or export that too",
             args.name
         ));
     }
@@ -240,4 +242,16 @@ fn prune(paths: &Paths) -> Result<u8> {
 fn counted(count: usize, what: &str) -> String {
     let plural = if count == 1 { "" } else { "s" };
     format!("{count} {what}{plural}")
+}
+
+fn create(args: &SnapshotCreateArgs) -> Result<u8> {
+    let registry = Registry::open(&Paths::of_user()?)?;
+    let name = args.name.as_deref();
+    let taken = vms::snapshot(&registry, &args.vm, name, args.diff, args.with_image)?;
+    let mut out = io::stdout().lock();
+    match args.format {
+        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&taken)?)?,
+        Format::Text => writeln!(out, "{}", taken.id)?,
+    }
+    Ok(0)
 }

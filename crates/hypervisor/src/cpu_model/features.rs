@@ -67,7 +67,7 @@ use Level::{Base, Never, V2, V3, Where, WhereV3};
 
 struct Feature(Place, u32, &'static str, Level);
 
-/// Features by place and bit (Intel SDM 2A "CPUID", AMD APM 3 appendix E). The levels are those of
+/// Features by place, bit and name (Intel SDM 2A "CPUID", AMD APM 3 appendix E). The levels are those of
 /// the x86-64 psABI §3.1.1.
 #[rustfmt::skip]
 const FEATURES: &[Feature] = &[
@@ -126,11 +126,11 @@ const FEATURES: &[Feature] = &[
     Feature(LEAF7_EDX, 22, "amx-bf16", Never), Feature(LEAF7_EDX, 24, "amx-tile", Never),
     Feature(LEAF7_EDX, 25, "amx-int8", Never),
 
-    Feature(STATES, 0, "x87 state", Where), Feature(STATES, 1, "sse state", Where),
-    Feature(STATES, 2, "avx state", WhereV3),
-    Feature(STATES, 3, "bound registers", Never), Feature(STATES, 4, "bound state", Never),
-    Feature(STATES, 9, "pkru state", Never), Feature(STATES, 17, "tile configuration", Never),
-    Feature(STATES, 18, "tile data", Never),
+    Feature(STATES, 0, "x87-state", Where), Feature(STATES, 1, "sse-state", Where),
+    Feature(STATES, 2, "avx-state", WhereV3),
+    Feature(STATES, 3, "bound-registers", Never), Feature(STATES, 4, "bound-state", Never),
+    Feature(STATES, 9, "pkru-state", Never), Feature(STATES, 17, "tile-configuration", Never),
+    Feature(STATES, 18, "tile-data", Never),
     Feature(XSAVES, 0, "xsaveopt", Where), Feature(XSAVES, 1, "xsavec", Where),
     Feature(XSAVES, 2, "xgetbv1", Where),
     // Supervisor state is not in the XSAVE area that a state carries.
@@ -138,51 +138,51 @@ const FEATURES: &[Feature] = &[
     Feature(LEAF7_ECX, 3, "pku", Never),
 
     // The paravirtual clock; what writes into guest memory by itself does not travel.
-    Feature(KVM, 0, "kvmclock", Where), Feature(KVM, 1, "no I/O delay", Where),
-    Feature(KVM, 3, "kvmclock2", Where), Feature(KVM, 24, "stable kvmclock", Where),
-    Feature(KVM, 4, "async page fault", Never), Feature(KVM, 5, "steal time", Never),
-    Feature(KVM, 6, "paravirtual EOI", Never), Feature(KVM, 7, "paravirtual unhalt", Never),
-    Feature(KVM, 9, "paravirtual TLB flush", Never),
-    Feature(KVM, 10, "async page fault vmexit", Never),
-    Feature(KVM, 11, "paravirtual IPI", Never), Feature(KVM, 12, "poll control", Never),
-    Feature(KVM, 13, "paravirtual yield", Never),
-    Feature(KVM, 14, "async page fault interrupt", Never),
-    Feature(KVM, 15, "extended destination ids", Never),
-    Feature(KVM, 16, "map gpa range", Never), Feature(KVM, 17, "migration control", Never),
+    Feature(KVM, 0, "kvmclock", Where), Feature(KVM, 1, "no-io-delay", Where),
+    Feature(KVM, 3, "kvmclock2", Where), Feature(KVM, 24, "stable-kvmclock", Where),
+    Feature(KVM, 4, "async-page-fault", Never), Feature(KVM, 5, "steal-time", Never),
+    Feature(KVM, 6, "paravirtual-EOI", Never), Feature(KVM, 7, "paravirtual-unhalt", Never),
+    Feature(KVM, 9, "paravirtual-TLB-flush", Never),
+    Feature(KVM, 10, "async-page-fault-vmexit", Never),
+    Feature(KVM, 11, "paravirtual-IPI", Never), Feature(KVM, 12, "poll-control", Never),
+    Feature(KVM, 13, "paravirtual-yield", Never),
+    Feature(KVM, 14, "async-page-fault-interrupt", Never),
+    Feature(KVM, 15, "extended-destination-ids", Never),
+    Feature(KVM, 16, "map-gpa-range", Never), Feature(KVM, 17, "migration-control", Never),
 
     Feature(EXT1_ECX, 0, "lahf", V2), Feature(EXT1_ECX, 5, "lzcnt", V3),
     Feature(EXT1_ECX, 8, "prefetchw", Where),
-    Feature(EXT1_ECX, 2, "svm", Never), Feature(EXT1_ECX, 3, "extended apic", Never),
+    Feature(EXT1_ECX, 2, "svm", Never), Feature(EXT1_ECX, 3, "extended-apic", Never),
     Feature(EXT1_ECX, 9, "osvw", Never), Feature(EXT1_ECX, 10, "ibs", Never),
     Feature(EXT1_ECX, 12, "skinit", Never), Feature(EXT1_ECX, 13, "watchdog", Never),
-    Feature(EXT1_ECX, 15, "lwp", Never), Feature(EXT1_ECX, 19, "node id", Never),
+    Feature(EXT1_ECX, 15, "lwp", Never), Feature(EXT1_ECX, 19, "node-id", Never),
     Feature(EXT1_ECX, 23, "perfctr-core", Never), Feature(EXT1_ECX, 24, "perfctr-nb", Never),
     Feature(EXT1_ECX, 27, "perftsc", Never), Feature(EXT1_ECX, 28, "perfctr-llc", Never),
     Feature(EXT1_ECX, 29, "monitorx", Never),
 
     Feature(EXT1_EDX, 11, "syscall", Base), Feature(EXT1_EDX, 20, "nx", Base),
-    Feature(EXT1_EDX, 29, "long mode", Base),
-    Feature(EXT1_EDX, 22, "mmxext", Where), Feature(EXT1_EDX, 25, "ffxsr", Where),
-    Feature(EXT1_EDX, 26, "1 GiB pages", Where), Feature(EXT1_EDX, 27, "rdtscp", Where),
+    Feature(EXT1_EDX, 29, "long-mode", Base),
+    Feature(EXT1_EDX, 22, "mmxext", Where), Feature(EXT1_EDX, 25, "ffxsr", Never),
+    Feature(EXT1_EDX, 26, "1-gib-pages", Where), Feature(EXT1_EDX, 27, "rdtscp", Where),
 
-    Feature(EXT7_EDX, 8, "invariant tsc", Where),
+    Feature(EXT7_EDX, 8, "invariant-tsc", Where),
 
     Feature(EXT8_EBX, 2, "xsaveerptr", Where), Feature(EXT8_EBX, 12, "ibpb", Where),
-    Feature(EXT8_EBX, 14, "ibrs", Where), Feature(EXT8_EBX, 15, "amd stibp", Where),
-    Feature(EXT8_EBX, 16, "ibrs always on", Where), Feature(EXT8_EBX, 17, "stibp always on", Where),
-    Feature(EXT8_EBX, 18, "ibrs preferred", Where), Feature(EXT8_EBX, 24, "amd ssbd", Where),
-    Feature(EXT8_EBX, 25, "virt ssbd", Where), Feature(EXT8_EBX, 26, "ssb no", Where),
-    Feature(EXT8_EBX, 28, "psfd", Where), Feature(EXT8_EBX, 29, "btc no", Where),
+    Feature(EXT8_EBX, 14, "ibrs", Where), Feature(EXT8_EBX, 15, "amd-stibp", Where),
+    Feature(EXT8_EBX, 16, "ibrs-always-on", Where), Feature(EXT8_EBX, 17, "stibp-always-on", Where),
+    Feature(EXT8_EBX, 18, "ibrs-preferred", Where), Feature(EXT8_EBX, 24, "amd-ssbd", Where),
+    Feature(EXT8_EBX, 25, "virt-ssbd", Where), Feature(EXT8_EBX, 26, "ssb-no", Where),
+    Feature(EXT8_EBX, 28, "psfd", Where), Feature(EXT8_EBX, 29, "btc-no", Where),
     Feature(EXT8_EBX, 1, "irperf", Never), Feature(EXT8_EBX, 27, "cppc", Never),
 
-    Feature(EXT21_EAX, 0, "no nested data breakpoints", Where),
-    Feature(EXT21_EAX, 2, "lfence serialises", Where),
-    Feature(EXT21_EAX, 5, "verw clears", Where),
-    Feature(EXT21_EAX, 6, "null selectors clear the base", Where),
-    Feature(EXT21_EAX, 8, "automatic ibrs", Where), Feature(EXT21_EAX, 27, "sbpb", Where),
-    Feature(EXT21_EAX, 28, "ibpb flushes branch types", Where),
-    Feature(EXT21_EAX, 29, "srso no", Where), Feature(EXT21_EAX, 30, "srso user-kernel no", Where),
-    Feature(EXT21_ECX, 1, "tsa-sq no", Where), Feature(EXT21_ECX, 2, "tsa-l1 no", Where),
+    Feature(EXT21_EAX, 0, "no-nested-data-breakpoints", Where),
+    Feature(EXT21_EAX, 2, "lfence-serialises", Where),
+    Feature(EXT21_EAX, 5, "verw-clears", Where),
+    Feature(EXT21_EAX, 6, "null-selectors-clear-the-base", Where),
+    Feature(EXT21_EAX, 8, "automatic-ibrs", Where), Feature(EXT21_EAX, 27, "sbpb", Where),
+    Feature(EXT21_EAX, 28, "ibpb-flushes-branch-types", Where),
+    Feature(EXT21_EAX, 29, "srso-no", Where), Feature(EXT21_EAX, 30, "srso-user-kernel-no", Where),
+    Feature(EXT21_ECX, 1, "tsa-sq-no", Where), Feature(EXT21_ECX, 2, "tsa-l1-no", Where),
 ];
 
 /// Bits of EDX of leaf 0x8000_0001 that repeat those of leaf 1 on AMD processors.
@@ -220,16 +220,21 @@ pub(super) fn allowed(model: CpuModel, leaf: u32, subleaf: u32, register: Regist
     }
 }
 
-/// What `model` needs and the backend lacks.
-pub(super) fn missing(model: CpuModel, supported: &CpuidTable) -> Vec<&'static str> {
-    let needed = |level| match model {
+fn is_needed(model: CpuModel, level: Level) -> bool {
+    match model {
         CpuModel::Host => level == Base,
         CpuModel::V2 => matches!(level, Base | V2),
         CpuModel::V3 => matches!(level, Base | V2 | V3),
-    };
+    }
+}
+
+/// What `model` needs and the backend lacks.
+pub(super) fn missing(model: CpuModel, supported: &CpuidTable) -> Vec<&'static str> {
     FEATURES
         .iter()
-        .filter(|Feature(place, bit, _, level)| needed(*level) && !has(supported, *place, *bit))
+        .filter(|Feature(place, bit, _, level)| {
+            is_needed(model, *level) && !has(supported, *place, *bit)
+        })
         .map(|feature| feature.2)
         .collect()
 }
@@ -240,27 +245,75 @@ fn has(table: &CpuidTable, (leaf, subleaf, register): Place, bit: u32) -> bool {
         .is_some_and(|result| register.of(&result) & (1 << bit) != 0)
 }
 
-/// Features that `table` shows and `supported` lacks.
-pub(super) fn missing_of_table(table: &CpuidTable, supported: &CpuidTable) -> Vec<String> {
-    const PLACES: [Place; 12] = [
+/// What it means to a guest that a feature it was shown is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Absence {
+    /// Instructions fault, registers don't exist, or something does not work as promised.
+    Breaks,
+    /// A defence does nothing, or a fault that was said not to be there is.
+    Exposes,
+    /// Nothing: a hint, or what others imply.
+    Harmless,
+}
+
+fn absence(place: Place, bit: u32) -> Absence {
+    match (place, bit) {
+        // What we make up ourselves: hyper-threading and topology.
+        (LEAF1_EDX, 28) | (EXT1_ECX, 22) => Absence::Harmless,
+        (EXT1_EDX, bit) if MIRRORED & (1 << bit) != 0 => Absence::Harmless,
+        // How fast string moves are; PREFETCHW runs everywhere; what SSE brings too.
+        (LEAF7_EBX, 9) | (LEAF7_EDX, 4) | (EXT1_ECX, 8) | (EXT1_EDX, 22) => Absence::Harmless,
+        // Hints for the use of what other bits tell; data breakpoints of nested guests.
+        (EXT8_EBX, 16..=18) | (EXT21_EAX, 0) | (KVM, 1) => Absence::Harmless,
+        // VERW clears buffers; XRSTOR leaves no pointers of others; no bypass of stores; no branch
+        // type confusion; automatic IBRS (a bit of EFER, which is then left out) …
+        (LEAF7_EDX, 10) | (EXT8_EBX, 2 | 26 | 29) => Absence::Exposes,
+        (EXT21_EAX, 2 | 5 | 6 | 8 | 28 | 29 | 30) | (EXT21_ECX, _) => Absence::Exposes,
+        _ => Absence::Breaks,
+    }
+}
+
+fn absent(table: &CpuidTable, accepted: &CpuidTable, wanted: Absence) -> Vec<String> {
+    const PLACES: [Place; 14] = [
         LEAF1_ECX, LEAF1_EDX, LEAF7_EBX, LEAF7_ECX, LEAF7_EDX, STATES, XSAVES, KVM, EXT1_ECX,
-        EXT1_EDX, EXT7_EDX, EXT8_EBX,
+        EXT1_EDX, EXT7_EDX, EXT8_EBX, EXT21_EAX, EXT21_ECX,
     ];
-    let mut missing = Vec::new();
+    let mut names = Vec::new();
     for place in PLACES {
         for bit in 0..32 {
-            let known = at(place).find(|feature| feature.1 == bit);
-            // What we make up ourselves: hyper-threading and topology.
-            let ours = place == LEAF1_EDX && bit == 28 || place == EXT1_ECX && bit == 22;
-            let mirrored = place == EXT1_EDX && MIRRORED & (1 << bit) != 0;
-            if ours || mirrored || !has(table, place, bit) || has(supported, place, bit) {
+            if !has(table, place, bit) || has(accepted, place, bit) || absence(place, bit) != wanted
+            {
                 continue;
             }
-            missing.push(match known {
+            let known = at(place).find(|feature| feature.1 == bit);
+            names.push(match known {
                 Some(feature) => feature.2.to_owned(),
                 None => format!("CPUID {:#x} {:?} bit {bit}", place.0, place.2),
             });
         }
     }
-    missing
+    names
+}
+
+/// Features that `table` shows, which are not in `accepted`, and which a guest can't do without.
+pub(super) fn missing_of_table(table: &CpuidTable, accepted: &CpuidTable) -> Vec<String> {
+    absent(table, accepted, Absence::Breaks)
+}
+
+/// Defences that `table` shows, and freedom from faults, which are not in `accepted`.
+pub(crate) fn undefended(table: &CpuidTable, accepted: &CpuidTable) -> Vec<String> {
+    absent(table, accepted, Absence::Exposes)
+}
+
+/// The feature of that name, if a model can have it: its name, and whether `model` needs it.
+pub(super) fn named(name: &str, model: CpuModel) -> Option<(&'static str, bool)> {
+    let feature = FEATURES
+        .iter()
+        .find(|feature| feature.2 == name && feature.3 != Never)?;
+    Some((feature.2, is_needed(model, feature.3)))
+}
+
+/// The bits of a register that these features are.
+pub(super) fn bits_of(names: &[&str], leaf: u32, subleaf: u32, register: Register) -> u32 {
+    bits(at((leaf, subleaf, register)).filter(|feature| names.contains(&feature.2)))
 }

@@ -1,7 +1,7 @@
 use super::*;
 
 /// A backend that says yes to everything, of the given vendor.
-fn capabilities(vendor: [u32; 3]) -> Capabilities {
+pub(crate) fn capabilities(vendor: [u32; 3]) -> Capabilities {
     let all = |leaf, subleaf| CpuidEntry {
         leaf,
         subleaf,
@@ -45,16 +45,21 @@ fn capabilities(vendor: [u32; 3]) -> Capabilities {
     Capabilities {
         name: "test",
         description: String::new(),
-        measured_mips: 1000.0,
+        measured_mips: None,
         max_vcpus: 64,
-        supported_cpuid: CpuidTable { entries },
+        supported_cpuid: CpuidTable {
+            entries: entries.clone(),
+        },
+        accepted_cpuid: CpuidTable { entries },
         tsc_khz: 2_500_000,
+        tsc_scaling: false,
+        native: true,
         physical_address_bits: 46,
     }
 }
 
-const AMD: [u32; 3] = [0x6874_7541, 0x6974_6e65, 0x444d_4163];
-const INTEL: [u32; 3] = [VENDOR_INTEL.0, VENDOR_INTEL.1, VENDOR_INTEL.2];
+pub(crate) const AMD: [u32; 3] = [0x6874_7541, 0x6974_6e65, 0x444d_4163];
+pub(crate) const INTEL: [u32; 3] = [VENDOR_INTEL.0, VENDOR_INTEL.1, VENDOR_INTEL.2];
 
 #[test]
 fn names_are_read_back() {
@@ -165,4 +170,42 @@ fn frequencies_past_32_bits_of_hertz_are_told() {
         u64::from(leaf.ecx) * u64::from(leaf.ebx) / u64::from(leaf.eax),
         5_100_000_000
     );
+}
+
+#[test]
+fn changes_are_made() {
+    let mut capabilities = capabilities(AMD);
+    capabilities.tsc_scaling = true;
+    let choice: CpuChoice = "x86-64-v3,-pcid,-invariant-tsc,tsc-khz=1000000"
+        .parse()
+        .unwrap();
+    let table = choice.cpuid(&capabilities, 1, 0).unwrap();
+    assert_eq!(table.get(1, 0).unwrap().ecx & 1 << 17, 0, "no PCID");
+    assert_eq!(table.get(0x8000_0007, 0).unwrap().edx, 0);
+    assert_eq!(table.tsc_khz(), Some(1_000_000));
+    let plain = CpuModel::V3.cpuid(&capabilities, 1, 0).unwrap();
+    assert_ne!(plain.get(1, 0).unwrap().ecx & 1 << 17, 0);
+    capabilities.tsc_scaling = false;
+    let refused = choice.cpuid(&capabilities, 1, 0).unwrap_err();
+    assert_eq!(
+        refused,
+        CpuModelError::TscFrequency {
+            asked: 1_000_000,
+            here: 2_500_000
+        }
+    );
+    for bad in [
+        "x86-64-v3,pcid",
+        "x86-64-v3,-nothing",
+        "x86-64-v3,-svm",
+        "x86-64-v3,tsc-khz=",
+        "x86-64-v3,tsc-khz=5",
+        "x86-64-v3,",
+    ] {
+        let error = bad.parse::<CpuChoice>().unwrap_err();
+        assert!(matches!(error, CpuModelError::UnknownChange(_)), "{bad}");
+    }
+    let error = "x86-64-v3,-avx2".parse::<CpuChoice>().unwrap_err();
+    assert!(error.to_string().contains("avx2"), "{error}");
+    assert!("x86-64-v2,-avx2".parse::<CpuChoice>().is_ok());
 }

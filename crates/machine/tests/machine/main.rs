@@ -154,7 +154,7 @@ fn triple_fault_is_reported<H: Hypervisor>() {
         Outcome::GuestCrash { reason, registers } => {
             assert_eq!(reason, CrashReason::TripleFault { cpu: 0 });
             assert!(
-                registers.contains("CPU 0: RIP 0x00000000001000"),
+                registers.contains("CPU 0: RIP 0x0000000000100"),
                 "{registers}"
             );
         }

@@ -5,8 +5,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use skerry_snapshot::{
-    Error, PAGE_SIZE, PageImage, Snapshot, SnapshotId, SnapshotStore, WriteOptions,
+    Content, Error, PAGE_SIZE, PageImage, PageWriter, Snapshot, SnapshotId, SnapshotStore,
+    WriteOptions,
 };
+
+pub use skerry_test_support::Random;
 
 /// What an engine might say of a machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,22 +37,6 @@ pub fn diff_to(parent: SnapshotId) -> WriteOptions {
     }
 }
 
-/// xorshift64*: the same numbers each time.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self, below: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below.max(1)
-    }
-
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| self.next(256) as u8).collect()
-    }
-}
-
 /// A page that says which it is.
 pub fn page(number: u64) -> Vec<u8> {
     let mut page = vec![number as u8 | 1; PAGE_SIZE as usize];
@@ -69,15 +56,22 @@ pub fn lay_over(image: &PageImage, memory: &mut Vec<u8>) {
             .read_exact_at(&mut memory[at..at + len], from)
             .unwrap();
     }
+    for pages in &image.zeros {
+        let at = (pages.start * PAGE_SIZE) as usize;
+        let end = ((pages.end * PAGE_SIZE) as usize).min(memory.len());
+        memory[at..end].fill(0);
+    }
 }
 
 /// A small snapshot with everything in it.
 pub fn sample(store: &SnapshotStore, options: WriteOptions, seed: u64) -> SnapshotId {
-    let mut random = Random(seed | 1);
+    let mut random = Random::new(seed);
     let mut writer = store.writer(options).unwrap();
     writer
         .memory::<Error>(32 * PAGE_SIZE, |pages| {
             pages.write(1, &random.bytes(2 * PAGE_SIZE as usize))?;
+            // Nothing in a full one; a run without data in a difference.
+            pages.write(2 + 1, &[0; PAGE_SIZE as usize])?;
             pages.write(20, &random.bytes(PAGE_SIZE as usize))
         })
         .unwrap();
@@ -85,7 +79,16 @@ pub fn sample(store: &SnapshotStore, options: WriteOptions, seed: u64) -> Snapsh
     writer.extra("log", &random.bytes(999)[..]).unwrap();
     let mut disk = tempfile::tempfile().unwrap();
     std::io::Write::write_all(&mut disk, &random.bytes(5000)).unwrap();
-    writer.disk_file("root", &disk).unwrap();
+    match options.parent {
+        None => drop(writer.disk_file("root", &disk).unwrap()),
+        Some(_) => {
+            let mut second = random.bytes(5000 - PAGE_SIZE as usize);
+            second.resize(PAGE_SIZE as usize, 0);
+            let fill = |pages: &mut PageWriter| pages.write_at(PAGE_SIZE, &second);
+            let written = writer.disk::<Error>("root", 5000, Content::Diff, fill);
+            written.unwrap();
+        }
+    }
     writer.commit(&config()).unwrap()
 }
 

@@ -44,7 +44,7 @@ fn at_any_moment() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
     let store = SnapshotStore::open(&root).unwrap();
-    let mut random = Random(0xdead);
+    let mut random = Random::new(0xdead);
     let (mut swept, mut whole, mut whole_before) = (0, 0, 0);
     for moment in 0..MOMENTS {
         let mut child = Command::new(std::env::current_exe().unwrap())

@@ -1,5 +1,6 @@
 //! Snapshots through the crate's front door: written, damaged, killed, carried about.
 
+mod chains;
 mod common;
 mod corruption;
 mod killed;

@@ -1,7 +1,9 @@
 //! Names, prefixes, removal, export and import.
 
 use crate::common::{CACHE, content, diff_to, sample};
-use skerry_snapshot::{Error, Form, SnapshotStore, Trust};
+use skerry_snapshot::{
+    Error, Form, PAGE_SIZE, Snapshot, SnapshotId, SnapshotStore, Trust, WorkingSet,
+};
 
 fn store() -> (tempfile::TempDir, SnapshotStore) {
     let dir = tempfile::tempdir().unwrap();
@@ -95,15 +97,174 @@ fn there_and_back() {
     }
 }
 
+/// Four in a row, of which two have a blob in common.
+fn family(store: &SnapshotStore) -> Vec<SnapshotId> {
+    let mut ids = vec![sample(store, CACHE, 1)];
+    for seed in 2..5 {
+        ids.push(sample(store, diff_to(ids[ids.len() - 1]), seed));
+    }
+    ids
+}
+
+#[test]
+fn a_whole_family_there_and_back() {
+    let (dir, store) = store();
+    let ids = family(&store);
+    let youngest = ids[3];
+    let expected = store.open_chain(&youngest, Trust::Seal).unwrap();
+    for form in [Form::Directory, Form::Archive] {
+        let path = dir.path().join(format!("{form:?}"));
+        // An empty directory is in the way too.
+        std::fs::create_dir(&path).unwrap();
+        let error = store.export_chain(&youngest, &path, form).unwrap_err();
+        assert!(matches!(error, Error::Exists { .. }), "{error}");
+        std::fs::remove_dir(&path).unwrap();
+        store.export_chain(&youngest, &path, form).unwrap();
+        let other = SnapshotStore::open(dir.path().join(format!("{form:?}-store"))).unwrap();
+        // Nothing is there, then a part, then all.
+        for keep in [0, 2, 4] {
+            for id in ids.iter().skip(keep).rev() {
+                let _ = other.remove(id);
+            }
+            assert_eq!(other.import(&path).unwrap(), youngest);
+            let found = other.open_chain(&youngest, Trust::Seal).unwrap();
+            assert!(found.iter().all(|snapshot| snapshot.was_sealed()));
+            let contents = |chain: &[Snapshot]| chain.iter().map(content).collect::<Vec<_>>();
+            assert_eq!(contents(&found), contents(&expected));
+            assert_eq!(other.list().unwrap().snapshots.len(), 4);
+            assert_eq!(other.sweep().unwrap(), 0);
+        }
+        // One that has no parents is a family as well.
+        let alone = dir.path().join(format!("{form:?}-alone"));
+        store.export_chain(&ids[0], &alone, form).unwrap();
+        assert_eq!(other.import(&alone).unwrap(), ids[0]);
+    }
+}
+
+/// Whatever is wrong with one member, none of the family is let in.
+#[test]
+fn damaged_families_are_refused_as_a_whole() {
+    let (dir, store) = store();
+    let ids = family(&store);
+    let path = dir.path().join("family");
+    store.export_chain(&ids[3], &path, Form::Directory).unwrap();
+    let other = SnapshotStore::open(dir.path().join("other")).unwrap();
+    let refused = |what: &str| {
+        let error = other.import(&path).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("family"), "{what}: {text}");
+        let listing = other.list().unwrap();
+        assert!(listing.snapshots.is_empty(), "{what}");
+        assert_eq!(other.sweep().unwrap(), 0);
+        error
+    };
+    // Each blob in turn.
+    for entry in std::fs::read_dir(path.join("blobs/sha256")).unwrap() {
+        let blob = entry.unwrap().path();
+        let whole = std::fs::read(&blob).unwrap();
+        let mut damaged = whole.clone();
+        damaged[whole.len() / 2] ^= 1;
+        std::fs::write(&blob, damaged).unwrap();
+        refused("changed");
+        std::fs::remove_file(&blob).unwrap();
+        refused("missing");
+        std::fs::write(&blob, whole).unwrap();
+    }
+    // The index: in another order, with one left out, twice, too many.
+    let index = path.join("index.json");
+    let good = std::fs::read_to_string(&index).unwrap();
+    let document: serde_json::Value = serde_json::from_str(&good).unwrap();
+    let with = |order: &[usize]| {
+        let all = document["manifests"].as_array().unwrap();
+        let mut document = document.clone();
+        document["manifests"] = order.iter().map(|n| all[*n].clone()).collect();
+        std::fs::write(&index, document.to_string()).unwrap();
+    };
+    let orders = [
+        &[][..],
+        &[3, 2, 1, 0],
+        &[0, 2, 3],
+        &[0, 1, 3],
+        &[0, 0],
+        &[0; 99],
+    ];
+    for order in orders {
+        with(order);
+        let error = refused(&format!("{order:?}"));
+        assert!(matches!(error, Error::NotASnapshot { .. }), "{error}");
+    }
+    with(&[0, 1, 2]);
+    let error = refused("without the last parent");
+    assert!(
+        matches!(error, Error::MissingParent { parent, .. } if parent == ids[0]),
+        "{error}"
+    );
+    std::fs::write(&index, good).unwrap();
+    assert_eq!(other.import(&path).unwrap(), ids[3]);
+}
+
+#[test]
+fn a_name_is_not_taken_over_unasked() {
+    let (_dir, store) = store();
+    let (one, two) = (sample(&store, CACHE, 1), sample(&store, CACHE, 2));
+    store.tag_new(&one, "name").unwrap();
+    store.tag_new(&one, "name").unwrap();
+    let error = store.tag_new(&two, "name").unwrap_err();
+    assert!(
+        matches!(&error, Error::NameTaken { name, id } if name == "name" && *id == one),
+        "{error}"
+    );
+    assert_eq!(store.resolve("name").unwrap(), one);
+    store.remove(&one).unwrap();
+    store.tag_new(&two, "name").unwrap();
+    assert!(store.tag_new(&one, "other").is_err());
+}
+
+#[test]
+fn a_working_set_comes_with_a_snapshot_or_is_noted_beside_it() {
+    let (_dir, store) = store();
+    let set = |page: u64| WorkingSet::new([page..page + 2, 20..21]).unwrap();
+    let mut writer = store.writer(CACHE).unwrap();
+    writer.memory::<Error>(32 * PAGE_SIZE, |_| Ok(())).unwrap();
+    writer.state(b"").unwrap();
+    writer
+        .extra(WorkingSet::NAME, &set(3).encode()[..])
+        .unwrap();
+    let with = writer.commit(&()).unwrap();
+    let open = |id| store.get(id, Trust::Seal).unwrap();
+    assert_eq!(open(&with).working_set(), Some(set(3)));
+    let without = sample(&store, CACHE, 1);
+    assert_eq!(open(&without).working_set(), None);
+    for page in [5, 9] {
+        open(&without).note_working_set(&set(page)).unwrap();
+        let snapshot = open(&without);
+        assert!(snapshot.was_sealed() && snapshot.id() == without);
+        assert_eq!(snapshot.working_set(), Some(set(page)));
+    }
+    // What can't be is as good as none: pages that the machine lacks, damage, no file.
+    open(&without).note_working_set(&set(31)).unwrap();
+    assert_eq!(open(&without).working_set(), None);
+    let note = store.root().join(without.hex()).join(WorkingSet::NAME);
+    std::fs::write(&note, b"SKRYWSET").unwrap();
+    assert_eq!(open(&without).working_set(), None);
+    std::fs::remove_file(&note).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", &note).unwrap();
+    assert_eq!(open(&without).working_set(), None);
+    open(&without).note_working_set(&set(5)).unwrap();
+    assert_eq!(open(&without).working_set(), Some(set(5)));
+    store.remove(&without).unwrap();
+}
+
 #[test]
 fn torn_imports_are_refused() {
     let (dir, store) = store();
-    let id = sample(&store, CACHE, 1);
+    let parent = sample(&store, CACHE, 1);
+    let id = sample(&store, diff_to(parent), 2);
     let path = dir.path().join("s.tar");
-    store.export(&id, &path, Form::Archive).unwrap();
+    store.export_chain(&id, &path, Form::Archive).unwrap();
     let other = SnapshotStore::open(dir.path().join("other")).unwrap();
     let whole = std::fs::read(&path).unwrap();
-    let mut random = crate::common::Random(9);
+    let mut random = crate::common::Random::new(9);
     for round in 0..300 {
         let mut bytes = whole.clone();
         match round % 3 {
@@ -124,6 +285,7 @@ fn torn_imports_are_refused() {
                     content(&store.get(&id, Trust::Seal).unwrap())
                 );
                 other.remove(&id).unwrap();
+                other.remove(&parent).unwrap();
             }
             Err(error) => {
                 let text = error.to_string();

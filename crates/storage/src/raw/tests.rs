@@ -155,18 +155,6 @@ fn more_buffers_than_one_call_takes() {
     assert!(source == target);
 }
 
-#[test]
-fn progress_steps_over_empty_and_whole_buffers() {
-    let lens = [3usize, 0, 5, 0, 1];
-    let mut at = Progress::default();
-    at.advance(2, |i| lens[i]);
-    assert_eq!((at.buf, at.within), (0, 2));
-    at.advance(3, |i| lens[i]);
-    assert_eq!((at.buf, at.within), (2, 2));
-    at.advance(4, |i| lens[i]);
-    assert_eq!((at.buf, at.within, at.bytes), (5, 0, 9));
-}
-
 #[derive(Debug, Clone)]
 enum Step {
     Write(Vec<Vec<u8>>, u64),

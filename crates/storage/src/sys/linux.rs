@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags, Mode, OFlags, SealFlags};
 
 /// The most buffers that one system call takes here; the kernel's bound (UIO_MAXIOV) is 1024, and
 /// this many fit the stack.
@@ -135,6 +135,18 @@ pub(crate) fn unnamed_file(dir: &Path) -> io::Result<File> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Makes a file in memory. `name` is what `/proc` shows.
+pub(crate) fn memory_file(name: &str) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    Ok(rustix::fs::memfd_create(name, flags)?.into())
+}
+
+/// Makes a file in memory unchangeable for everyone.
+pub(crate) fn seal(file: &File) -> io::Result<()> {
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    Ok(rustix::fs::fcntl_add_seals(file, seals)?)
 }
 
 fn named_then_unlinked(dir: &Path) -> io::Result<File> {

@@ -1,7 +1,6 @@
 //! The registers as a page, for snapshots.
 
 use super::{LocalApic, base, error};
-use crate::cpu::Cpu;
 
 /// Registers of the page: one every 16 bytes of its first KiB.
 pub const PAGE_REGISTERS: usize = 64;
@@ -136,7 +135,8 @@ impl LocalApic {
         if self.timer.initial == 0 || self.deadline_mode() {
             return;
         }
-        self.timer.expired = current == 0;
+        // A periodic count-down at 0 is due, and a one-shot one is over.
+        self.timer.expired = current == 0 && !self.periodic_mode();
         let current = current.min(self.timer.initial);
         let per_count = self.period_of_one();
         let gone = u64::from(self.timer.initial - current) * per_count;
@@ -162,11 +162,4 @@ pub(crate) fn check_base(value: u64, address_bits: u32) -> Result<(), InvalidPag
         return Err(InvalidPage::Base(value));
     }
     Ok(())
-}
-
-impl Cpu {
-    /// The local APIC's page as it stands.
-    pub(crate) fn apic_page(&self) -> Vec<u32> {
-        self.apic.page(self.machine.host.clock_ns())
-    }
 }

@@ -129,6 +129,57 @@ fn periodic_timer_keeps_its_phase() {
 }
 
 #[test]
+fn deadlines_are_in_ticks_and_counts_in_nanoseconds() {
+    let (host, mut cpu) = one();
+    assert!(cpu.set_tsc_khz(2_500_000));
+    cpu.apic_mmio_write(0x320, 4, 0x40);
+    cpu.apic_mmio_write(0x3e0, 4, 0b1011); // divide by 1
+    cpu.apic_mmio_write(0x380, 4, 4000);
+    assert_eq!(host.deadline.load(Ordering::SeqCst), 4000);
+    cpu.apic_mmio_write(0x320, 4, 0x4_0040);
+    cpu.write_msr(0x6e0, 5001).expect("deadline");
+    assert_eq!(host.deadline.load(Ordering::SeqCst), 2001);
+    host.clock.store(2000, Ordering::SeqCst);
+    cpu.apic_timer_due();
+    assert!(irr(&mut cpu).is_empty(), "a tick too early");
+    host.clock.store(2001, Ordering::SeqCst);
+    cpu.apic_timer_due();
+    assert_eq!(irr(&mut cpu), [0x40]);
+}
+
+#[test]
+fn counts_go_on_from_a_page() {
+    const NEVER: u64 = u64::MAX;
+    for (entry, current, deadline, requested) in [
+        (0x40, 700, 1700, false),
+        (0x40, 0, NEVER, false),
+        (0x2_0040, 700, 1700, false),
+        // Due: the other backend had no time to raise it.
+        (0x2_0040, 0, 2000, true),
+    ] {
+        let (host, mut cpu) = one();
+        host.clock.store(1000, Ordering::SeqCst);
+        let mut page = cpu.apic.page(1000);
+        page[0x32] = entry;
+        page[0x38] = 1000;
+        page[0x39] = current;
+        page[0x3e] = 0b1011;
+        let base = cpu.apic.base();
+        cpu.apic = cpu
+            .apic
+            .with_page(base, 46, &page, 0, 1_000)
+            .expect("a good page");
+        cpu.apic_timer_due();
+        assert_eq!(
+            !irr(&mut cpu).is_empty(),
+            requested,
+            "{entry:#x} at {current}"
+        );
+        assert_eq!(host.deadline.load(Ordering::SeqCst), deadline);
+    }
+}
+
+#[test]
 fn deadline_timer() {
     let (host, mut cpu) = one();
     cpu.write_msr(0x6e0, 5000).expect("ignored in other modes");
@@ -275,7 +326,7 @@ fn page_comes_back() {
     cpu.apic_mmio_write(0x380, 4, 1000);
     cpu.apic_mmio_write(0x350, 4, 0x700);
     host.clock.store(500, Ordering::SeqCst);
-    let page = cpu.apic_page();
+    let page = cpu.apic.page(host.clock_ns());
     let (_, fresh) = one();
     let apic = fresh
         .apic

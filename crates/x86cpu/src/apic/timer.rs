@@ -1,8 +1,9 @@
 //! The APIC timer: one-shot, periodic and TSC-deadline (Intel SDM 3A §12.5.4). It counts
-//! nanoseconds of the guest clock.
+//! nanoseconds of the guest clock, whatever the TSC's frequency.
 
 use super::{LocalApic, lvt};
 use crate::cpu::Cpu;
+use crate::time::TimeState;
 
 /// What the guest wrote, and when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,18 +38,18 @@ impl LocalApic {
         (self.lvt[lvt::TIMER] >> 17) & 3
     }
 
+    pub(super) fn periodic_mode(&self) -> bool {
+        self.timer_mode() == MODE_PERIODIC
+    }
+
     pub(super) fn deadline_mode(&self) -> bool {
         self.timer_mode() == MODE_DEADLINE
     }
 
-    /// When the timer fires, in guest-clock nanoseconds. `tsc_offset` is TSC minus guest clock.
-    pub(crate) fn timer_deadline(&self, tsc_offset: u64) -> Option<u64> {
+    /// When the timer fires, in guest-clock nanoseconds.
+    pub(crate) fn timer_deadline(&self, time: &TimeState) -> Option<u64> {
         if self.deadline_mode() {
-            return (self.timer.tsc_deadline != 0).then(|| {
-                // The TSC may be behind the clock (negative offset): saturate on both sides.
-                let ns = i128::from(self.timer.tsc_deadline) - i128::from(tsc_offset as i64);
-                ns.clamp(0, i128::from(u64::MAX)) as u64
-            });
+            return (self.timer.tsc_deadline != 0).then(|| time.clock_at(self.timer.tsc_deadline));
         }
         (self.timer.initial != 0 && !self.timer.expired)
             .then(|| self.timer.start_ns.saturating_add(self.timer.period_ns()))
@@ -69,8 +70,8 @@ impl LocalApic {
     }
 
     /// Fires if it is time.
-    fn timer_expire(&mut self, now: u64, tsc_offset: u64) {
-        if self.timer_deadline(tsc_offset).is_none_or(|at| at > now) {
+    fn timer_expire(&mut self, now: u64, time: &TimeState) {
+        if self.timer_deadline(time).is_none_or(|at| at > now) {
             return;
         }
         if self.deadline_mode() {
@@ -103,14 +104,13 @@ impl Cpu {
     /// Looks at the timer and arms the host's for the next time it is due.
     pub(crate) fn apic_timer_due(&mut self) {
         let now = self.machine.host.clock_ns();
-        let offset = self.sys.time.tsc_offset;
-        self.apic.timer_expire(now, offset);
+        self.apic.timer_expire(now, &self.sys.time);
         self.apic_arm_timer();
     }
 
     /// Arms the host's timer for what the registers say.
     pub(crate) fn apic_arm_timer(&mut self) {
-        let deadline = self.apic.timer_deadline(self.sys.time.tsc_offset);
+        let deadline = self.apic.timer_deadline(&self.sys.time);
         self.machine.host.arm_timer(self.id, deadline);
     }
 

@@ -166,7 +166,7 @@ impl Cpu {
             return Next::Exit(exit);
         }
         if self.sys.activity == Activity::Halted {
-            let deadline = self.apic.timer_deadline(self.sys.time.tsc_offset);
+            let deadline = self.apic.timer_deadline(&self.sys.time);
             return Next::Exit(CpuExit::Halted { deadline });
         }
         self.prepare_step()

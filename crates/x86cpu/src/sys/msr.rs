@@ -18,6 +18,8 @@ pub(crate) mod index {
     pub(crate) const PRED_CMD: u32 = 0x49;
     pub(crate) const PATCH_LEVEL: u32 = 0x8b;
     pub(crate) const MTRR_CAP: u32 = 0xfe;
+    pub(crate) const ARCH_CAPABILITIES: u32 = 0x10a;
+    pub(crate) const FLUSH_CMD: u32 = 0x10b;
     pub(crate) const SYSENTER_CS: u32 = 0x174;
     pub(crate) const SYSENTER_ESP: u32 = 0x175;
     pub(crate) const SYSENTER_EIP: u32 = 0x176;
@@ -46,6 +48,7 @@ pub(crate) mod index {
     pub(crate) const HWCR: u32 = 0xc001_0015;
     pub(crate) const TOP_MEM: u32 = 0xc001_001a;
     pub(crate) const TOP_MEM2: u32 = 0xc001_001d;
+    pub(crate) const VIRT_SPEC_CTRL: u32 = 0xc001_011f;
     pub(crate) const DE_CFG: u32 = 0xc001_1029;
 }
 
@@ -109,7 +112,10 @@ impl Msrs {
     fn slot(&mut self, index: u32) -> Option<(&mut u64, Rule)> {
         use index::*;
         Some(match index {
-            SPEC_CTRL => (&mut self.spec_ctrl, Rule::Bits(7)),
+            // IBRS, STIBP, SSBD, PSFD: kept, and of no effect.
+            SPEC_CTRL => (&mut self.spec_ctrl, Rule::Bits(0x87)),
+            VIRT_SPEC_CTRL => (&mut self.virt_spec_ctrl, Rule::Bits(4)),
+            ARCH_CAPABILITIES => (&mut self.arch_capabilities, ANY),
             SYSENTER_CS => (&mut self.sysenter_cs, ANY),
             SYSENTER_ESP => (&mut self.sysenter_esp, Rule::Canonical),
             SYSENTER_EIP => (&mut self.sysenter_eip, Rule::Canonical),
@@ -245,6 +251,9 @@ impl Cpu {
         match index {
             index::SPEC_CTRL => speculation || leaf8_ebx & 0x0100_c000 != 0,
             index::PRED_CMD => speculation || leaf8_ebx & (1 << 12) != 0,
+            index::VIRT_SPEC_CTRL => leaf8_ebx & (1 << 25) != 0,
+            index::ARCH_CAPABILITIES => leaf7_edx & (1 << 29) != 0,
+            index::FLUSH_CMD => leaf7_edx & (1 << 28) != 0,
             index::TSC_ADJUST => self.cpuid.structured_ebx() & 2 != 0,
             index::TSC_DEADLINE => self.cpuid.feature_ecx() & (1 << 24) != 0,
             index::TSC_AUX => {
@@ -317,7 +326,10 @@ impl Cpu {
                 let segment = if index == FS_BASE { seg::FS } else { seg::GS };
                 self.set_segment_base(segment, value);
             }
-            PRED_CMD if value & !1 == 0 => {}
+            // IBPB and SBPB; L1D_FLUSH.
+            PRED_CMD if value & !0x81 == 0 => {}
+            FLUSH_CMD if value & !1 == 0 => {}
+            ARCH_CAPABILITIES => return Err(self.gp0()),
             // Microcode and machine-check capability: writes change nothing.
             PATCH_LEVEL | MCG_CAP => {}
             kvm_msr::WALL_CLOCK | kvm_msr::WALL_CLOCK_NEW => {

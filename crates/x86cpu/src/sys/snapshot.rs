@@ -119,6 +119,8 @@ pub struct CpuState {
     pub events: Events,
     /// Time-stamp counter.
     pub tsc: u64,
+    /// The guest clock at that moment.
+    pub clock_ns: u64,
 }
 
 /// Why a state can't be loaded.
@@ -176,6 +178,7 @@ impl Cpu {
     /// Everything, between two instructions.
     pub fn save_state(&mut self) -> CpuState {
         self.collect_interrupts();
+        let clock_ns = self.machine.host.clock_ns();
         let xsave = self.xsave_image();
         let mut general = GeneralRegisters {
             rip: self.rip,
@@ -193,7 +196,7 @@ impl Cpu {
             xcr0: self.sys.xcr0,
             xsave,
             msrs: self.save_msrs(),
-            lapic: self.apic_page(),
+            lapic: self.apic.page(clock_ns),
             tsc_deadline: self.apic_tsc_deadline(),
             mp_state: match self.sys.activity {
                 Activity::Running | Activity::Shutdown => MpState::Runnable,
@@ -202,7 +205,8 @@ impl Cpu {
                 Activity::WaitForSipi => MpState::InitReceived,
             },
             events: self.saved_events(&events),
-            tsc: self.tsc(),
+            tsc: self.sys.time.tsc_at(clock_ns),
+            clock_ns,
         }
     }
 
@@ -250,6 +254,8 @@ impl Cpu {
         let time = [
             index::TSC_ADJUST,
             index::SPEC_CTRL,
+            index::VIRT_SPEC_CTRL,
+            index::ARCH_CAPABILITIES,
             index::DEBUGCTL,
             index::XSS,
             kvm_msr::WALL_CLOCK_NEW,
@@ -301,8 +307,9 @@ impl Cpu {
         self.apic = apic;
         self.drop_posted();
         self.set_general(&state.general);
-        self.restore_tsc(state.tsc);
+        self.restore_tsc(state.tsc, self.moment_of(state));
         self.commit_loaded();
+        self.publish_system_time();
         if let MpState::SipiReceived(vector) = state.mp_state {
             use std::sync::atomic::Ordering;
             let posted = 0x100 | u32::from(vector);
@@ -310,6 +317,12 @@ impl Cpu {
             self.shared.request(crate::shared::request::INTERRUPT);
         }
         Ok(())
+    }
+
+    /// The reading of this machine's clock at which the state was that of the processor. The clock goes
+    /// on from the saved one; where it was not set and stands before it, that is now.
+    fn moment_of(&self, state: &CpuState) -> u64 {
+        self.machine.host.clock_ns().min(state.clock_ns)
     }
 
     /// What was posted to the processor that this state replaces.
@@ -464,7 +477,7 @@ impl Cpu {
     fn checked_apic(&self, state: &CpuState) -> Result<LocalApic, InvalidState> {
         let base = state.system.apic_base;
         let bits = self.cpuid.physical_address_bits();
-        let now = self.machine.host.clock_ns();
+        let now = self.moment_of(state);
         if state.lapic.is_empty() {
             check_base(base, bits)?;
             let mut apic = self.apic.clone();
@@ -572,10 +585,10 @@ fn checked_events(events: &Events) -> Result<EventState, InvalidState> {
         }
         state.exception = Some(exception);
     }
-    match events.interrupt {
-        Some((vector, true)) => return Err(InvalidState::Event(vector)),
-        Some((vector, false)) => state.external = Some(vector),
-        None => {}
+    // A software interrupt whose delivery was broken off stands before its instruction, which
+    // raises it again.
+    if let Some((vector, false)) = events.interrupt {
+        state.external = Some(vector);
     }
     Ok(state)
 }

@@ -254,6 +254,10 @@ pub struct Msrs {
     pub debugctl: u64,
     /// IA32_SPEC_CTRL.
     pub spec_ctrl: u64,
+    /// MSR_VIRT_SPEC_CTRL of AMD's hypervisor interface.
+    pub virt_spec_ctrl: u64,
+    /// IA32_ARCH_CAPABILITIES, as the processor had it on which the guest was started.
+    pub arch_capabilities: u64,
     /// IA32_XSS.
     pub xss: u64,
     /// IA32_MTRR_DEF_TYPE.
@@ -292,6 +296,8 @@ impl Default for Msrs {
             misc_enable: 1,
             debugctl: 0,
             spec_ctrl: 0,
+            virt_spec_ctrl: 0,
+            arch_capabilities: 0,
             xss: 0,
             // There is no firmware to set them: on, and all memory write-back.
             mtrr_def_type: 0x806,

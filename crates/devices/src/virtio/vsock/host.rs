@@ -89,6 +89,12 @@ impl AcceptQueue {
         }
     }
 
+    /// Drops the connections that wait.
+    pub(super) fn forget_waiting(&self) {
+        let streams = std::mem::take(&mut self.waiting.lock().streams);
+        drop(streams);
+    }
+
     pub(super) fn close(&self) {
         let mut state = self.waiting.lock();
         state.closed = true;

@@ -190,16 +190,20 @@ impl Shared {
         found
     }
 
-    /// Ends every connection.
+    /// Ends every connection, those included that nobody has accepted yet.
     fn kill_all(&self, error: io::ErrorKind) {
         let mut table = self.table.lock();
         let connections = std::mem::take(&mut table.connections);
+        let listeners: Vec<_> = table.listeners.values().cloned().collect();
         table.control.clear();
         table.ready.clear();
         table.transmit_stalled = false;
         drop(table);
         for connection in connections.values() {
             connection.kill(error);
+        }
+        for queue in listeners {
+            queue.forget_waiting();
         }
     }
 
@@ -397,6 +401,14 @@ impl Shared {
     }
 }
 
+/// Where a device's ephemeral ports begin: anywhere. A restored guest has, until it notices that they
+/// are gone, connections of the device that it had before; a new one with the ports of such a one would
+/// be refused.
+fn first_port() -> u32 {
+    let offset = getrandom::u32().unwrap_or_default();
+    FIRST_EPHEMERAL_PORT + offset % FIRST_EPHEMERAL_PORT
+}
+
 /// The socket device.
 pub struct VsockDevice {
     shared: Arc<Shared>,
@@ -414,7 +426,7 @@ impl VsockDevice {
                 listeners: HashMap::new(),
                 control: VecDeque::new(),
                 ready: VecDeque::new(),
-                next_port: FIRST_EPHEMERAL_PORT,
+                next_port: first_port(),
                 active: false,
                 closed: false,
                 transmit_stalled: false,

@@ -485,6 +485,12 @@ fn a_flood_of_strays_is_held_up_not_hoarded() {
 fn driver_reset_and_restore_end_connections_but_not_listeners() {
     let mut r = rig();
     let (listener, mut stream) = r.accepted();
+    let unaccepted = Header {
+        src_port: 77,
+        ..packet(OP_REQUEST)
+    };
+    r.send(unaccepted, b"");
+    r.expect(OP_RESPONSE);
     r.guest.mmio.pause();
     let saved = r.guest.mmio.save();
     r.guest.mmio.restore(saved).unwrap();
@@ -492,6 +498,8 @@ fn driver_reset_and_restore_end_connections_but_not_listeners() {
         stream.read(&mut [0; 8]).unwrap_err().kind(),
         ErrorKind::ConnectionReset
     );
+    let accepted = listener.accept_timeout(Duration::ZERO);
+    assert_eq!(accepted.unwrap_err().kind(), ErrorKind::TimedOut);
     r.guest.mmio.resume();
     // The guest is told that its connections are gone.
     let event = r.guest.buffer(4, true);

@@ -32,7 +32,7 @@ fn survives_a_round_trip() {
     other.cpu.load_state(&saved).expect("loads");
     let mut again = other.cpu.save_state();
     assert!(again.tsc >= saved.tsc);
-    again.tsc = saved.tsc;
+    (again.tsc, again.clock_ns) = (saved.tsc, saved.clock_ns);
     assert_eq!(again, saved);
     // And what it does with it: the interrupts are still there.
     assert_eq!(other.cpu.apic.deliverable(), Some(0x66));
@@ -45,7 +45,7 @@ fn refused(change: impl Fn(&mut CpuState)) -> InvalidState {
     change(&mut bad);
     let error = k.load_state(&bad).expect_err("refused");
     let mut after = k.save_state();
-    after.tsc = good.tsc;
+    (after.tsc, after.clock_ns) = (good.tsc, good.clock_ns);
     assert_eq!(after, good, "nothing changed");
     error
 }
@@ -78,7 +78,35 @@ fn nonsense_is_refused_whole() {
         s.msrs.retain(|(i, _)| *i != 0xc000_0082);
         s.msrs.push((0xc000_0082, 1 << 50));
     });
-    refused(|s| s.events.interrupt = Some((0x40, true)));
+}
+
+#[test]
+fn a_software_interrupt_that_was_broken_off_is_raised_by_its_instruction() {
+    let mut k = Kernel::long();
+    let mut state = k.save_state();
+    state.events.interrupt = Some((0x40, true));
+    k.load_state(&state).expect("a good state");
+    let now = k.save_state();
+    assert_eq!(now.events.interrupt, None);
+    assert_eq!(now.general.rip, state.general.rip);
+}
+
+#[test]
+fn a_counter_of_another_frequency_goes_on() {
+    let mut k = Kernel::long();
+    assert!(!k.set_tsc_khz(0));
+    assert!(k.set_tsc_khz(2_500_000));
+    let mut state = k.save_state();
+    state.tsc = 1 << 50;
+    k.load_state(&state).expect("a good state");
+    // The test's clock goes a microsecond at each reading.
+    let (first, second) = (k.tsc(), k.tsc());
+    assert!(first > 1 << 50 && first < (1 << 50) + 100_000, "{first}");
+    assert!(
+        (2499..=2501).contains(&(second - first)),
+        "{}",
+        second - first
+    );
 }
 
 #[test]

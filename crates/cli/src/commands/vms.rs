@@ -1,0 +1,278 @@
+//! `skerry exec`, `ps`, `logs`, `pause`, `unpause`, `stop`, `kill`, `wait`, `rm`.
+
+use std::io::{self, Write};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, bail};
+use skerry_engine::Paths;
+use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
+
+use super::run::{Attached, command, finish};
+use crate::args::{
+    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs,
+};
+use crate::{dates, output, status};
+
+/// Digits of an ID that a table shows.
+const SHORT: usize = 12;
+/// How often a log is looked at while it is followed.
+const FOLLOW: Duration = Duration::from_millis(50);
+
+fn registry() -> Result<Registry> {
+    Ok(Registry::open(&Paths::of_user()?)?)
+}
+
+/// Runs a virtual machine for another process.
+pub fn host() -> Result<u8> {
+    vms::run_detached()?;
+    Ok(0)
+}
+
+/// Runs one more command in a machine.
+pub fn exec(args: ExecArgs) -> Result<u8> {
+    let registry = registry()?;
+    let attached = Attached::new(args.io.tty, args.io.interactive)?;
+    let spec = command(args.io, args.command);
+    let outcome = vms::exec(&registry, &args.vm, &spec, attached.io);
+    drop(attached.raw);
+    Ok(finish(outcome?))
+}
+
+/// Does something to each of several machines, prints the names of those where it was done, and goes
+/// on after a failure.
+fn each(vms: &[String], act: impl Fn(&Registry, &str) -> Result<String>) -> Result<u8> {
+    let registry = registry()?;
+    let mut exit = 0;
+    for name in vms {
+        match act(&registry, name) {
+            Ok(text) => writeln!(io::stdout(), "{text}")?,
+            Err(error) => {
+                output::error(&error);
+                exit = status::FAILED;
+            }
+        }
+    }
+    Ok(exit)
+}
+
+/// Pauses machines.
+pub fn pause(args: &NamesArgs) -> Result<u8> {
+    each(&args.vms, |registry, name| {
+        vms::pause(registry, name)?;
+        Ok(name.to_owned())
+    })
+}
+
+/// Lets machines go on.
+pub fn unpause(args: &NamesArgs) -> Result<u8> {
+    each(&args.vms, |registry, name| {
+        vms::unpause(registry, name)?;
+        Ok(name.to_owned())
+    })
+}
+
+/// Stops machines.
+pub fn stop(args: &StopArgs) -> Result<u8> {
+    each(&args.vms, |registry, name| {
+        vms::stop(registry, name, args.time.0)?;
+        Ok(name.to_owned())
+    })
+}
+
+/// Kills machines, or sends signals.
+pub fn kill(args: &KillArgs) -> Result<u8> {
+    each(&args.vms, |registry, name| {
+        vms::signal(registry, name, args.signal.0)?;
+        Ok(name.to_owned())
+    })
+}
+
+/// Waits for the end of machines.
+pub fn wait(args: &NamesArgs) -> Result<u8> {
+    each(&args.vms, |registry, name| {
+        Ok(vms::wait(registry, name)?.to_string())
+    })
+}
+
+/// Makes more machines from a running one.
+pub fn fork(args: &ForkArgs) -> Result<u8> {
+    let names = (1..=args.count).map(|number| match &args.name {
+        None => String::new(),
+        Some(name) if args.count == 1 => name.clone(),
+        Some(name) => format!("{name}-{number}"),
+    });
+    let forked = vms::fork(&registry()?, &args.vm, names.collect(), args.rm)?;
+    let mut out = io::stdout().lock();
+    match args.format {
+        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&forked)?)?,
+        Format::Text => forked.ids.iter().try_for_each(|id| writeln!(out, "{id}"))?,
+    }
+    Ok(0)
+}
+
+/// Removes machines.
+pub fn remove(args: &RmArgs) -> Result<u8> {
+    each(&args.vms, |registry, name| {
+        vms::remove(registry, name, args.force)?;
+        Ok(name.to_owned())
+    })
+}
+
+/// Lists machines.
+pub fn list(args: &PsArgs) -> Result<u8> {
+    let mut infos = registry()?.list()?;
+    infos.retain(|info| args.all || info.state.status.is_alive());
+    let mut out = io::stdout().lock();
+    if args.quiet {
+        for info in &infos {
+            writeln!(out, "{}", id(info, args.no_trunc))?;
+        }
+        return Ok(0);
+    }
+    match args.format {
+        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&infos)?)?,
+        Format::Text => table(&mut out, &infos, args.no_trunc)?,
+    }
+    Ok(0)
+}
+
+/// A count of nanoseconds since 1970.
+fn time(nanoseconds: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds)
+}
+
+fn id(info: &VmInfo, whole: bool) -> &str {
+    let id = info.config.id.as_str();
+    match whole {
+        true => id,
+        false => id.get(..SHORT).unwrap_or(id),
+    }
+}
+
+/// A row a machine, columns as wide as what is in them.
+fn table(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> {
+    let header = ["ID", "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS"];
+    let mut rows = vec![header.map(str::to_owned)];
+    rows.extend(infos.iter().map(|info| {
+        let config = &info.config;
+        [
+            id(info, whole).to_owned(),
+            config.name.clone(),
+            config.image.clone(),
+            command_text(&config.command, whole),
+            dates::ago(
+                SystemTime::now()
+                    .duration_since(time(config.created))
+                    .unwrap_or_default(),
+            ),
+            status_text(info),
+        ]
+    }));
+    let widths: Vec<usize> = (0..header.len())
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max())
+        .map(Option::unwrap_or_default)
+        .collect();
+    for row in &rows {
+        let cells = row.iter().zip(&widths);
+        let line: String = cells
+            .map(|(cell, width)| format!("{cell:<width$}  "))
+            .collect();
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+/// A command on one line, without what a terminal could take for an order.
+fn command_text(command: &[String], whole: bool) -> String {
+    const LONGEST: usize = 30;
+    let text = command.join(" ");
+    let text: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) if !whole => format!("{}…", &text[..end]),
+        _ => text,
+    }
+}
+
+fn status_text(info: &VmInfo) -> String {
+    let state = &info.state;
+    let code = state.exit_code.unwrap_or_default();
+    match state.status {
+        Status::Stopped => format!("stopped ({code})"),
+        Status::Failed => {
+            let why = state.error.as_deref().unwrap_or_default();
+            let why = why.lines().next().unwrap_or_default();
+            format!("failed ({code}): {why}")
+        }
+        alive => alive.name().to_owned(),
+    }
+}
+
+/// Prints the output of a machine's command.
+pub fn logs(args: &LogsArgs) -> Result<u8> {
+    let registry = registry()?;
+    let info = registry.find(&args.vm)?;
+    if !info.config.detached {
+        bail!(
+            "The virtual machine {} keeps no log: its output went to where it was run",
+            info.config.name
+        );
+    }
+    let mut reader = match vms::log(&registry, &info) {
+        Ok(reader) => reader,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(count) = args.tail {
+        let mut lines = std::collections::VecDeque::new();
+        while let Some(line) = reader.next_line()? {
+            lines.push_back(line);
+            if lines.len() > count {
+                lines.pop_front();
+            }
+        }
+        lines
+            .iter()
+            .try_for_each(|line| print(line, args.timestamps))?;
+        if !args.follow {
+            return Ok(0);
+        }
+    }
+    loop {
+        // Before the reading: what a command writes last is read when it is known to have ended.
+        let more = args.follow
+            && registry
+                .find(&info.config.id)
+                .is_ok_and(|info| info.state.status.is_alive());
+        print_all(&mut reader, args.timestamps)?;
+        if !more {
+            return Ok(0);
+        }
+        std::thread::sleep(FOLLOW);
+    }
+}
+
+fn print_all(reader: &mut LogReader, timestamps: bool) -> io::Result<()> {
+    while let Some(line) = reader.next_line()? {
+        print(&line, timestamps)?;
+    }
+    Ok(())
+}
+
+fn print(line: &vms::Line, timestamps: bool) -> io::Result<()> {
+    let mut text = Vec::new();
+    if timestamps {
+        write!(text, "{} ", dates::rfc3339(time(line.time)))?;
+    }
+    text.extend(line.bytes());
+    match line.stream {
+        Stream::Stdout => {
+            let mut out = io::stdout().lock();
+            out.write_all(&text)?;
+            out.flush()
+        }
+        Stream::Stderr => io::stderr().write_all(&text),
+    }
+}

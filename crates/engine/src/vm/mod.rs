@@ -1,0 +1,270 @@
+//! A virtual machine with an agent in it: started, talked to, ended.
+//!
+//! ```text
+//!  image (EROFS, shared) ─┐                         ┌─► agent (PID 1) mounts root, says ready
+//!  scratch (ext4, own) ───┴─► Machine ── vsock ─────┴─► exec: stdin ► ◄ stdout, stderr, status
+//! ```
+
+mod capture;
+mod prewarm;
+mod rewind;
+mod start;
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
+use skerry_machine::{MachineHandle, MachineRemote, MachineState, Outcome};
+use skerry_protocol::EXEC_PORT;
+use skerry_protocol::host::{Control, ExecSession, HostError};
+use skerry_protocol::message::{ExecRequest, RootSpec, Setup, Upper};
+use skerry_storage::{Layer, Overlay};
+
+use crate::command::Surroundings;
+use crate::error::EngineError;
+use crate::frozen::{About, Base, CommandAbout, Frozen};
+use crate::log::ConsoleLog;
+use crate::machine::MachineOptions;
+pub use crate::transport::GuestStream;
+pub use capture::Captured;
+pub use rewind::Rewound;
+pub use start::ResumeSpec;
+
+/// What a virtual machine is made with, its image apart.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VmSpec {
+    /// The machine.
+    pub options: MachineOptions,
+    /// Kernel other than the built-in one.
+    pub kernel: Option<PathBuf>,
+    /// The root file system can't be written.
+    pub read_only: bool,
+    /// Host name; `None` is `skerry`.
+    pub hostname: Option<String>,
+    /// The guest's console goes to stderr.
+    pub show_console: bool,
+    /// Boot, whether or not a start of the image was kept, and keep none.
+    pub fresh: bool,
+}
+
+/// A running virtual machine whose agent answers. Clones are the same one; the last to go ends it.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    handle: MachineHandle,
+    vsock: VsockHost,
+    /// Where the agent comes back to after its guest was put into another state.
+    listener: VsockListener,
+    agent: Mutex<Control<GuestStream>>,
+    /// Its writable disk.
+    scratch: Option<Arc<Overlay>>,
+    /// Its image's root file system.
+    root: Arc<File>,
+    about: About,
+    hostname: Option<String>,
+    timing: Timing,
+    /// The command that goes on where the machine does.
+    command: Mutex<Option<CommandAbout>>,
+    /// What further commands find: the image's, as the user changed it for the first.
+    surroundings: Mutex<Surroundings>,
+    books: Mutex<Books>,
+    console: ConsoleLog,
+}
+
+/// How long a machine took to come to life, from the call on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timing {
+    /// To its first instruction.
+    pub running: Duration,
+    /// Until its agent took commands.
+    pub ready: Duration,
+}
+
+/// What a machine's memory and disk are made of, apart from what was written since.
+#[derive(Debug, Default)]
+struct Books {
+    /// Layers of memory.
+    memory: Vec<Layer>,
+    /// What it was in the store.
+    base: Option<Base>,
+    /// How often its state was taken.
+    captures: u64,
+    /// What was written to its disk before each of these, since the base.
+    disk: Vec<(u64, Vec<Range<u64>>)>,
+    /// The state that belongs to the memory's layers and the disk's.
+    origin: Option<Arc<MachineState>>,
+}
+
+impl Books {
+    fn of(frozen: &Frozen) -> Self {
+        Self {
+            memory: frozen.memory.clone(),
+            base: frozen.base.clone(),
+            origin: Some(frozen.state.clone()),
+            ..Self::default()
+        }
+    }
+
+    /// The layers of memory that are not those of the base in the store.
+    fn own_layers(&self) -> &[Layer] {
+        let of_base = self.base.as_ref().map_or(0, |base| base.layers);
+        self.memory.get(of_base..).unwrap_or_default()
+    }
+}
+
+fn lost(source: std::io::Error) -> HostError {
+    HostError::LocalStream {
+        stream: "connection",
+        source,
+    }
+}
+
+impl Vm {
+    /// What may be done to the machine below the agent.
+    #[must_use]
+    pub fn machine(&self) -> &MachineRemote {
+        self.shared.handle.remote()
+    }
+
+    /// What machine it is.
+    #[must_use]
+    pub fn about(&self) -> &About {
+        &self.shared.about
+    }
+
+    /// How long it took to come to life.
+    #[must_use]
+    pub fn timing(&self) -> Timing {
+        self.shared.timing
+    }
+
+    /// A connection to the agent for one command.
+    pub fn connect(&self) -> Result<GuestStream, HostError> {
+        Ok(GuestStream(
+            self.shared.vsock.connect(EXEC_PORT).map_err(lost)?,
+        ))
+    }
+
+    /// Starts a command.
+    pub fn exec(&self, request: ExecRequest) -> Result<ExecSession<GuestStream>, HostError> {
+        ExecSession::start(self.connect()?, request)
+    }
+
+    /// Starts the command that goes on where the machine does; or, without a request, takes up the
+    /// one that runs. Further commands find `surroundings`.
+    pub(crate) fn command(
+        &self,
+        about: CommandAbout,
+        surroundings: &Surroundings,
+        request: Option<ExecRequest>,
+    ) -> Result<ExecSession<GuestStream>, HostError> {
+        let stream = self.connect()?;
+        let session = match request {
+            Some(request) => ExecSession::start_kept(stream, about.session, request),
+            None => ExecSession::attach(stream, about.session),
+        };
+        let session = session?;
+        *self.shared.command.lock() = Some(about);
+        self.shared.surroundings.lock().clone_from(surroundings);
+        Ok(session)
+    }
+
+    /// The command has ended.
+    pub(crate) fn command_ended(&self) {
+        *self.shared.command.lock() = None;
+    }
+
+    /// Has every processor and device stand still.
+    pub fn pause(&self) -> Result<(), EngineError> {
+        Ok(self.machine().pause()?)
+    }
+
+    /// Lets a machine that was paused go on.
+    pub fn unpause(&self) {
+        self.machine().resume();
+    }
+
+    /// Ends the machine at once.
+    pub fn kill(&self) {
+        self.machine().kill();
+    }
+
+    /// Waits until the machine has ended and its threads are gone.
+    #[must_use]
+    pub fn wait(&self) -> Outcome {
+        self.shared.handle.wait()
+    }
+
+    /// What `error` comes from: if the machine has ended, that is what counts.
+    #[must_use]
+    pub fn explain(&self, error: HostError) -> EngineError {
+        match self.machine().is_ending() {
+            true => ended(&self.wait(), &self.shared.console),
+            false => error.into(),
+        }
+    }
+
+    /// The machine's end, where none was asked for.
+    #[must_use]
+    pub fn end(&self, outcome: &Outcome) -> EngineError {
+        ended(outcome, &self.shared.console)
+    }
+}
+
+/// A machine's end as an error, with the last that it said.
+fn ended(outcome: &Outcome, console: &ConsoleLog) -> EngineError {
+    let reason = match outcome {
+        Outcome::TimedOut => return EngineError::TimedOut,
+        Outcome::PoweredOff => "the guest powered off".to_owned(),
+        Outcome::Reset => "the guest reset itself".to_owned(),
+        Outcome::DebugExit(_) | Outcome::Killed => "it was stopped".to_owned(),
+        Outcome::InternalError(text) => text.clone(),
+        Outcome::GuestCrash { reason, registers } => format!("{reason}\n{registers}"),
+    };
+    let tail = console.tail(20);
+    EngineError::GuestEnded(if tail.is_empty() {
+        reason
+    } else {
+        format!("{reason}\nLast lines of its console:\n{tail}")
+    })
+}
+
+/// What the agent is told about its guest, with new entropy and the time of day.
+fn setup(root: RootSpec, hostname: Option<&str>) -> Setup {
+    let mut entropy = vec![0; 64];
+    // Without entropy from here the guest still has its virtio source.
+    if getrandom::fill(&mut entropy).is_err() {
+        entropy.clear();
+    }
+    Setup {
+        root,
+        hostname: hostname.unwrap_or("skerry").to_owned(),
+        entropy,
+        wall_clock: crate::vms::now(),
+        ..Setup::default()
+    }
+}
+
+/// The guest's root file system: the image under a writable disk, or alone.
+fn root(read_only: bool) -> RootSpec {
+    use skerry_protocol::message::BlockDevice;
+    let disk = |name: &str| BlockDevice::Serial(name.to_owned());
+    RootSpec::Image {
+        device: disk(start::ROOT_DISK),
+        fs_type: "erofs".to_owned(),
+        upper: match read_only {
+            true => Upper::ReadOnly,
+            false => Upper::Ext4(disk(start::SCRATCH_DISK)),
+        },
+    }
+}

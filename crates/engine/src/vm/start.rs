@@ -1,0 +1,393 @@
+//! How a virtual machine comes to life: from its kernel, or from where another one was kept.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
+use skerry_hypervisor::probe::chain;
+use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
+use skerry_oci::Image;
+use skerry_protocol::CONTROL_PORT;
+use skerry_protocol::host::{Control, HostError};
+use skerry_protocol::message::{ExecRequest, Setup};
+use skerry_storage::{Access, Disk, Overlay, RawDisk, scratch};
+
+use super::{Books, GuestStream, Shared, Timing, Vm, VmSpec, ended, lost, root, setup};
+use crate::command::Surroundings;
+use crate::error::EngineError;
+use crate::frozen::{About, Frozen, ImageAbout};
+use crate::hypervisor::{Choice, select};
+use crate::log::ConsoleLog;
+use crate::machine::{Prepared, prepare, start};
+use crate::paths::Paths;
+use crate::warm::Warm;
+use crate::{builtin, initrd};
+
+/// Context id of the guest on its socket device.
+const GUEST_CID: u64 = 3;
+/// Virtio serials by which the agent finds its disks.
+pub(super) const ROOT_DISK: &str = "root";
+pub(super) const SCRATCH_DISK: &str = "scratch";
+
+/// What may be said anew of a machine that goes on from where another one was kept.
+#[derive(Clone, Debug, Default)]
+pub struct ResumeSpec {
+    /// What runs it.
+    pub hypervisor: Choice,
+    /// The longest that it may run.
+    pub time_limit: Option<Duration>,
+    /// Host name; `None` is `skerry`.
+    pub hostname: Option<String>,
+    /// The guest's console goes to stderr.
+    pub show_console: bool,
+    /// It is to be taken back to where it began again and again: what it writes is noted from the
+    /// start.
+    pub rewindable: bool,
+}
+
+impl Vm {
+    /// Starts a machine from `image`, which the user calls `name`; returns when its agent takes
+    /// commands. `note` is told what the user should know once.
+    pub fn start(
+        paths: &Paths,
+        image: &Image,
+        name: &str,
+        spec: &VmSpec,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, EngineError> {
+        let begun = Instant::now();
+        let prepared = prepare(&spec.options, note)?;
+        let config = machine_config(spec);
+        // What the user's own kernel does when it is started is the user's to see.
+        let warm = if spec.fresh || spec.kernel.is_some() {
+            None
+        } else {
+            Some(Warm::of(paths, image, &prepared, &config)?)
+        };
+        let place = Place {
+            paths,
+            prepared: &prepared,
+            time_limit: spec.options.time_limit,
+            hostname: spec.hostname.as_deref(),
+            console: ConsoleLog::new(spec.show_console),
+            track: false,
+            begun,
+        };
+        if let Some(kept) = &warm {
+            let found = kept.find(paths, image);
+            match found.and_then(|found| found.map(|found| place.paused(&found)).transpose()) {
+                Ok(Some(paused)) => return place.go_on(paused),
+                Ok(None) => {}
+                Err(error) => {
+                    let why = chain(&error);
+                    note(&format!(
+                        "booting, since the kept start of the image can't be used: {why}"
+                    ));
+                    kept.forget()?;
+                }
+            }
+        }
+        let about = About {
+            backend: prepared.selected.backend,
+            machine: config,
+            cpuid: prepared.tables.clone(),
+            image: ImageAbout {
+                name: name.to_owned(),
+                digest: image.digest.to_string(),
+                rootfs: image.rootfs_digest().hex(),
+            },
+            read_only: spec.read_only,
+            command: None,
+            surroundings: Surroundings::of(&image.config),
+        };
+        let vm = place.boot(image, spec, about)?;
+        if let Some(warm) = warm {
+            let kept = vm.run_first_programs().and_then(|()| warm.keep(paths, &vm));
+            if let Err(error) = kept {
+                let why = chain(&error);
+                note(&format!(
+                    "the next run of this image will boot again: {why}"
+                ));
+            }
+        }
+        Ok(vm)
+    }
+
+    /// Has the guest run programs once, so that what the first ones take longer for is behind it when
+    /// its state is kept: the agent itself, which every guest has, and which does nothing when it
+    /// isn't process 1; then, where the image has one, a shell with nothing to do, for what most
+    /// programs share.
+    pub(crate) fn run_first_programs(&self) -> Result<(), EngineError> {
+        for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
+            let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
+            let ended = self
+                .exec(ExecRequest::new(argv))
+                .and_then(|session| session.wait(&mut std::io::sink(), &mut std::io::sink()));
+            match ended {
+                Ok(_) | Err(HostError::NotStarted(_)) => {}
+                Err(error) => return Err(self.explain(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a machine from where another one was kept; returns when its agent takes commands.
+    pub fn resume(
+        paths: &Paths,
+        frozen: &Frozen,
+        spec: &ResumeSpec,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, EngineError> {
+        let begun = Instant::now();
+        let selected = select(spec.hypervisor)?;
+        selected.notes.iter().for_each(|text| note(text));
+        let prepared = Prepared {
+            selected,
+            tables: frozen.about.cpuid.clone(),
+        };
+        let place = Place {
+            paths,
+            prepared: &prepared,
+            time_limit: spec.time_limit,
+            hostname: spec.hostname.as_deref(),
+            console: ConsoleLog::new(spec.show_console),
+            track: spec.rewindable,
+            begun,
+        };
+        frozen
+            .check(&prepared.selected)?
+            .iter()
+            .for_each(|text| note(text));
+        place.go_on(place.paused(frozen)?)
+    }
+}
+
+/// Where a machine is to run.
+struct Place<'a> {
+    paths: &'a Paths,
+    prepared: &'a Prepared,
+    time_limit: Option<Duration>,
+    hostname: Option<&'a str>,
+    console: ConsoleLog,
+    /// Writes to memory are noted from the start.
+    track: bool,
+    /// When it was asked for.
+    begun: Instant,
+}
+
+/// A machine that stands still, in the state of another one.
+struct Paused {
+    handle: MachineHandle,
+    scratch: Option<Arc<Overlay>>,
+    about: About,
+    books: Books,
+    root: Arc<File>,
+}
+
+impl Place<'_> {
+    /// The folder for what machines write, made.
+    fn folder(&self) -> Result<PathBuf, EngineError> {
+        let folder = self.paths.scratch();
+        Paths::ensure(&folder)?;
+        Ok(folder)
+    }
+
+    fn attachments(
+        &self,
+        root: &File,
+        scratch: Option<&Arc<Overlay>>,
+    ) -> Result<Attachments, EngineError> {
+        // By way of the descriptor: the file may have no name any more.
+        let path = format!("/proc/self/fd/{}", root.as_raw_fd());
+        let root: Arc<dyn Disk> = Arc::new(RawDisk::open(path, Access::ReadOnly)?);
+        let mut attachments = Attachments {
+            disks: vec![root],
+            ..Attachments::default()
+        };
+        if let Some(disk) = scratch {
+            attachments.disks.push(disk.clone());
+        }
+        attachments.serial[0] = Some(Box::new(self.console.clone()));
+        Ok(attachments)
+    }
+
+    /// Boots a machine.
+    fn boot(&self, image: &Image, spec: &VmSpec, about: About) -> Result<Vm, EngineError> {
+        let scratch = match spec.read_only {
+            true => None,
+            false => Some(Arc::new(scratch::overlay(self.folder()?)?)),
+        };
+        let root = Arc::new(crate::frozen::open_root(image)?);
+        let mut attachments = self.attachments(&root, scratch.as_ref())?;
+        if spec.kernel.is_none() {
+            attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
+        }
+        attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
+        let config = about.machine.clone();
+        let handle = start(self.prepared, config, attachments, None, self.time_limit)?;
+        let paused = Paused {
+            handle,
+            scratch,
+            about,
+            books: Books::default(),
+            root,
+        };
+        self.meet(paused, |_| {})
+    }
+
+    /// Makes a machine in the state of `frozen`.
+    fn paused(&self, frozen: &Frozen) -> Result<Paused, EngineError> {
+        let scratch = match &frozen.scratch {
+            None => None,
+            Some((size, layers)) => {
+                let disk = Overlay::new(*size, layers.clone(), &self.folder()?)?;
+                Some(Arc::new(disk))
+            }
+        };
+        let mut attachments = self.attachments(&frozen.root, scratch.as_ref())?;
+        attachments.memory = Some(frozen.saved_memory()?);
+        attachments.track = self.track;
+        let config = frozen.about.machine.clone();
+        let state = Some((*frozen.state).clone());
+        let handle = start(self.prepared, config, attachments, state, self.time_limit)?;
+        let about = About {
+            backend: self.prepared.selected.backend,
+            ..frozen.about.clone()
+        };
+        Ok(Paused {
+            handle,
+            scratch,
+            about,
+            books: Books::of(frozen),
+            root: frozen.root.clone(),
+        })
+    }
+
+    /// Lets a machine in another one's state go on, as one of its own.
+    fn go_on(&self, paused: Paused) -> Result<Vm, EngineError> {
+        new_generation(&paused.about, paused.handle.remote())?;
+        self.meet(paused, |handle| handle.remote().resume())
+    }
+
+    /// Waits for the agent and has it set up its guest. `listening` is called when it can connect.
+    fn meet(
+        &self,
+        machine: Paused,
+        listening: impl FnOnce(&MachineHandle),
+    ) -> Result<Vm, EngineError> {
+        let Paused {
+            handle,
+            scratch,
+            about,
+            books,
+            root: image,
+        } = machine;
+        let vsock = handle.remote().virtio().vsock();
+        let vsock =
+            vsock.ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
+        let setup = setup(root(about.read_only), self.hostname);
+        let mut running = Duration::ZERO;
+        let met = greet(&vsock, &setup, || {
+            listening(&handle);
+            running = self.begun.elapsed();
+        });
+        let (listener, agent) = match met {
+            Ok(met) => met,
+            Err(_) if handle.remote().is_ending() => {
+                return Err(ended(&handle.wait(), &self.console));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let shared = Shared {
+            handle,
+            vsock,
+            listener,
+            agent: Mutex::new(agent),
+            scratch,
+            root: image,
+            surroundings: Mutex::new(about.surroundings.clone()),
+            about,
+            hostname: self.hostname.map(str::to_owned),
+            timing: Timing {
+                running,
+                ready: self.begun.elapsed(),
+            },
+            command: Mutex::new(None),
+            books: Mutex::new(books),
+            console: self.console.clone(),
+        };
+        Ok(Vm {
+            shared: Arc::new(shared),
+        })
+    }
+}
+
+/// Tells the guest's kernel, before its first instruction, that it is a copy: it draws new random
+/// numbers then, whatever the agent does.
+pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(), EngineError> {
+    if !about.machine.generation_id {
+        return Ok(());
+    }
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| EngineError::Host {
+        what: "get random numbers",
+        source: std::io::Error::other(error.to_string()),
+    })?;
+    Ok(machine.new_generation(&id)?)
+}
+
+fn greet(
+    vsock: &VsockHost,
+    setup: &Setup,
+    listening: impl FnOnce(),
+) -> Result<(VsockListener, Control<GuestStream>), HostError> {
+    let listener = vsock.listen(CONTROL_PORT).map_err(lost)?;
+    listening();
+    let mut agent = Control::accept(GuestStream(listener.accept().map_err(lost)?))?;
+    tracing::debug!(
+        agent = agent.hello().agent,
+        kernel = agent.hello().kernel,
+        "agent speaks"
+    );
+    agent.set_up(setup)?;
+    tracing::debug!("guest is ready");
+    Ok((listener, agent))
+}
+
+fn machine_config(spec: &VmSpec) -> MachineConfig {
+    let mut disks = vec![DiskConfig {
+        name: ROOT_DISK.to_owned(),
+        read_only: true,
+    }];
+    if !spec.read_only {
+        disks.push(DiskConfig {
+            name: SCRATCH_DISK.to_owned(),
+            read_only: false,
+        });
+    }
+    // The kernel finds the virtio devices in the DSDT.
+    let command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
+                        skerry.transport=vsock"
+        .to_owned();
+    MachineConfig {
+        memory: spec.options.memory,
+        cpus: spec.options.cpus,
+        kernel: spec
+            .kernel
+            .clone()
+            .unwrap_or_else(|| "built-in kernel".into()),
+        initrd: Some("agent".into()),
+        command_line: Some(command_line),
+        disks,
+        rng: true,
+        vsock: Some(GUEST_CID),
+        generation_id: true,
+        no_reboot: true,
+        ..MachineConfig::default()
+    }
+}

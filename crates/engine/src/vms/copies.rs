@@ -1,0 +1,123 @@
+//! Snapshots and forks of a machine that runs in this process.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use skerry_snapshot::SnapshotStore;
+
+use super::control::{Forked, Snapshotted};
+use super::host::Hosted;
+use super::launch::{self, Begin, Detached, Launch};
+use super::names;
+use crate::error::EngineError;
+use crate::frozen::Writing;
+use crate::paths::Paths;
+use crate::run::RunSpec;
+use crate::snapshots;
+
+/// Children that are started at a time.
+const AT_ONCE: usize = 4;
+/// The most children of one request.
+const MOST: usize = 1000;
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Writes a snapshot to the store, and names it.
+pub(super) fn snapshot(
+    hosted: &Hosted,
+    name: Option<&str>,
+    writing: Writing,
+) -> Result<Snapshotted, EngineError> {
+    if let Some(name) = name {
+        snapshots::check_name(name)?;
+    }
+    if writing.difference && !hosted.vm.has_base() {
+        return Err(EngineError::NoParent {
+            name: hosted.name(),
+        });
+    }
+    let folder = hosted.paths.scratch();
+    Paths::ensure(&folder)?;
+    let store = SnapshotStore::open(hosted.paths.snapshots())?;
+    let captured = hosted.vm.capture()?;
+    let id = captured.frozen.write(&store, &folder, writing)?;
+    if let Some(name) = name {
+        store.tag(&id, name)?;
+    }
+    hosted.vm.saved(id, &captured.frozen);
+    Ok(Snapshotted {
+        id: id.hex(),
+        pause_us: micros(captured.pause),
+        freeze_us: micros(captured.freeze),
+    })
+}
+
+/// Makes more machines, each in a process of its own.
+pub(super) fn fork(
+    hosted: &Hosted,
+    wanted: &[String],
+    auto_remove: bool,
+) -> Result<Forked, EngineError> {
+    let Some(program) = &hosted.program else {
+        return Err(EngineError::CantFork);
+    };
+    if wanted.is_empty() || wanted.len() > MOST {
+        return Err(EngineError::ForkCount { most: MOST });
+    }
+    let named = wanted.iter().filter(|name| !name.is_empty());
+    named.clone().try_for_each(|name| names::check(name))?;
+    let parent = hosted.name();
+    let captured = hosted.vm.capture()?;
+    let mut spec = RunSpec::default();
+    spec.vm.options.hypervisor = captured.frozen.about.backend.into();
+    let next = AtomicUsize::new(0);
+    let ids = Mutex::new(vec![String::new(); wanted.len()]);
+    let failure = Mutex::new(None);
+    let start = || {
+        while failure.lock().is_none() {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(name) = wanted.get(number) else {
+                return;
+            };
+            let launch = Launch {
+                root: hosted.paths.root().to_owned(),
+                begin: Begin::Machine(parent.clone()),
+                spec: spec.clone(),
+                name: name.clone(),
+                auto_remove,
+            };
+            let begun = launch::begin(program, &launch, Some(&captured.frozen), &mut |_| {});
+            match begun {
+                Ok(Detached::Runs(id)) => ids.lock()[number] = id,
+                Ok(Detached::NotStarted(why)) => {
+                    *failure.lock() = Some(EngineError::Detached(why.message));
+                }
+                Err(error) => *failure.lock() = Some(error),
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..AT_ONCE.min(wanted.len()) {
+            scope.spawn(start);
+        }
+        start();
+    });
+    let mut ids = ids.into_inner();
+    ids.retain(|id| !id.is_empty());
+    match failure.into_inner() {
+        Some(error) if ids.is_empty() => Err(error),
+        Some(error) => Err(EngineError::ForkedSome {
+            made: ids.len(),
+            wanted: wanted.len(),
+            source: Box::new(error),
+        }),
+        None => Ok(Forked {
+            ids,
+            pause_us: micros(captured.pause),
+            freeze_us: micros(captured.freeze),
+        }),
+    }
+}

@@ -1,0 +1,33 @@
+//! The virtual machines of a user: each a process of its own with a folder and a socket, found,
+//! listed and told what to do from any other process, with no daemon between.
+//!
+//! ```text
+//!  run, run -d ─► host: Vm + command + Entry ─┬─ lock, state, log   (registry, output)
+//!  ps, logs, rm ── Registry ──────────────────┘
+//!  exec, pause, stop, kill, wait ── Client ──► control socket ──► serve
+//! ```
+
+mod children;
+mod control;
+mod copies;
+mod host;
+mod launch;
+mod names;
+mod operations;
+mod output;
+pub(crate) mod places;
+mod registry;
+mod serve;
+
+pub use control::{Client, Reply, Request};
+pub use control::{Forked, Snapshotted};
+pub(crate) use control::{connect, listen, receive, send};
+pub use host::{Job, Source, host};
+pub(crate) use launch::leave_terminal;
+pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
+pub(crate) use names::check as check_name;
+pub(crate) use operations::command_over;
+pub use operations::{exec, fork, kill, log, pause, remove, signal, snapshot, stop, unpause, wait};
+pub use output::{Line, LogReader, Stream};
+pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};
+pub(crate) use serve::bridge;

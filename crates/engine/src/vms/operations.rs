@@ -1,0 +1,308 @@
+//! What any process may do with the virtual machines of its user.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal};
+use skerry_protocol::host::{ExecSession, HostError};
+
+use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::output::LogReader;
+use super::registry::{Registry, Status, VmInfo};
+use crate::EngineError;
+use crate::command::{self, CommandSpec, Surroundings};
+use crate::run::{RunIo, RunOutcome, pass_events};
+
+/// How long a machine's process may take to answer what takes it no time.
+const PATIENCE: Duration = Duration::from_secs(10);
+const SIGTERM: u8 = 15;
+const SIGKILL: u8 = 9;
+
+/// A connection to the process of a machine that runs.
+fn reach(registry: &Registry, info: &VmInfo) -> Result<Client, EngineError> {
+    let name = &info.config.name;
+    if !info.state.status.is_alive() {
+        let name = name.clone();
+        return Err(EngineError::VmStopped { name });
+    }
+    Client::connect(name, &registry.control(&info.config.id))
+}
+
+fn ask(registry: &Registry, info: &VmInfo, request: &Request) -> Result<(), EngineError> {
+    let client = reach(registry, info)?;
+    client.limit(PATIENCE)?;
+    client.ask(request).map(drop)
+}
+
+/// Runs one more command in a machine.
+pub fn exec(
+    registry: &Registry,
+    name: &str,
+    spec: &CommandSpec,
+    io: RunIo,
+) -> Result<RunOutcome, EngineError> {
+    let info = registry.find(name)?;
+    if info.state.status == Status::Paused {
+        let name = info.config.name;
+        return Err(EngineError::VmPaused { name });
+    }
+    let (_, stream) = reach(registry, &info)?.ask(&Request::Exec)?;
+    let surroundings = &info.config.surroundings;
+    command_over(stream, surroundings, spec, io, || !ends(registry, &info))
+}
+
+/// Runs a command over a connection that has become one to a guest's agent. `alive` tells whether the
+/// guest can still be there.
+pub(crate) fn command_over(
+    stream: UnixStream,
+    surroundings: &Surroundings,
+    spec: &CommandSpec,
+    io: RunIo,
+    alive: impl Fn() -> bool,
+) -> Result<RunOutcome, EngineError> {
+    let request = command::request(spec.command.clone(), surroundings, spec);
+    let RunIo {
+        stdin,
+        mut stdout,
+        mut stderr,
+        events,
+    } = io;
+    let session = match ExecSession::start(stream, request) {
+        Err(HostError::NotStarted(failure)) => return Ok(RunOutcome::NotStarted(failure)),
+        started => started?,
+    };
+    let no_thread = |source| EngineError::Host {
+        what: "start a thread",
+        source,
+    };
+    if let Some(stdin) = stdin {
+        session.pump_stdin(stdin).map_err(no_thread)?;
+    }
+    if let Some(events) = events {
+        let handle = session.handle();
+        let thread = std::thread::Builder::new().name("events".to_owned());
+        let thread = thread.spawn(move || pass_events(&events, &handle));
+        thread.map_err(no_thread)?;
+    }
+    match session.wait(&mut stdout, &mut stderr) {
+        Ok(status) => Ok(RunOutcome::Ended(status)),
+        Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
+        Err(HostError::Connection(_)) if !alive() => {
+            Err(EngineError::GuestEnded("it was stopped".to_owned()))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_alive(registry: &Registry, info: &VmInfo) -> bool {
+    let found = registry.find(&info.config.id);
+    found.is_ok_and(|info| info.state.status.is_alive())
+}
+
+/// Whether a machine whose process has closed a connection is about to end: its lock goes soon after.
+fn ends(registry: &Registry, info: &VmInfo) -> bool {
+    const LOOKS: u32 = 50;
+    (0..LOOKS).any(|look| {
+        if look > 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        !is_alive(registry, info)
+    })
+}
+
+/// The output of a machine's command, where it is kept.
+pub fn log(registry: &Registry, info: &VmInfo) -> std::io::Result<LogReader> {
+    LogReader::open(&registry.log(&info.config.id))
+}
+
+/// Has a machine stand still.
+pub fn pause(registry: &Registry, name: &str) -> Result<(), EngineError> {
+    let info = registry.find(name)?;
+    if info.state.status == Status::Paused {
+        let name = info.config.name;
+        return Err(EngineError::VmPaused { name });
+    }
+    ask(registry, &info, &Request::Pause)
+}
+
+/// Lets a machine go on.
+pub fn unpause(registry: &Registry, name: &str) -> Result<(), EngineError> {
+    let info = registry.find(name)?;
+    if info.state.status == Status::Running {
+        let name = info.config.name;
+        return Err(EngineError::VmNotPaused { name });
+    }
+    ask(registry, &info, &Request::Unpause)
+}
+
+/// Sends a signal to a machine's command; SIGKILL ends the machine.
+pub fn signal(registry: &Registry, name: &str, signal: u8) -> Result<(), EngineError> {
+    if signal == SIGKILL {
+        return kill(registry, name).map(drop);
+    }
+    let info = registry.find(name)?;
+    if info.state.status == Status::Paused {
+        let name = info.config.name;
+        return Err(EngineError::VmPaused { name });
+    }
+    ask(registry, &info, &Request::Signal(signal))
+}
+
+/// Ends a machine at once; gives the exit status.
+pub fn kill(registry: &Registry, name: &str) -> Result<u8, EngineError> {
+    let info = registry.find(name)?;
+    let asked = ask(registry, &info, &Request::Kill);
+    match asked.and_then(|()| wait_for(registry, &info, Some(PATIENCE))) {
+        Ok(Some(code)) => Ok(code),
+        Err(error @ EngineError::VmStopped { .. }) => Err(error),
+        // Its process doesn't answer.
+        Ok(None) | Err(EngineError::VmSilent { .. }) => kill_process(registry, &info),
+        Err(error) => Err(error),
+    }
+}
+
+/// Ends the process of a machine. Its id is trusted as long as its lock is held.
+fn kill_process(registry: &Registry, info: &VmInfo) -> Result<u8, EngineError> {
+    let failed = |error: rustix::io::Errno| EngineError::Host {
+        what: "kill the process of a virtual machine",
+        source: error.into(),
+    };
+    let Some(pid) = i32::try_from(info.state.pid).ok().and_then(Pid::from_raw) else {
+        return Err(failed(rustix::io::Errno::SRCH));
+    };
+    // The descriptor first: what holds the lock afterwards is the process that it is of.
+    let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
+    if is_alive(registry, info) {
+        rustix::process::pidfd_send_signal(&process, Signal::KILL).map_err(failed)?;
+        for _ in 0..500 {
+            if !is_alive(registry, info) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    Ok(super::KILLED)
+}
+
+/// Asks a machine's command to end and, after `grace`, ends the machine; gives the exit status.
+pub fn stop(registry: &Registry, name: &str, grace: Duration) -> Result<u8, EngineError> {
+    let info = registry.find(name)?;
+    if !info.state.status.is_alive() {
+        return Ok(info.state.exit_code.unwrap_or(super::KILLED));
+    }
+    let asked = match info.state.status {
+        Status::Paused => ask(registry, &info, &Request::Unpause),
+        _ => Ok(()),
+    };
+    let ended = asked
+        .and_then(|()| ask(registry, &info, &Request::Signal(SIGTERM)))
+        .and_then(|()| wait_for(registry, &info, Some(grace)));
+    match ended {
+        Ok(Some(code)) => Ok(code),
+        Ok(None) | Err(_) if is_alive(registry, &info) => kill(registry, &info.config.id),
+        Ok(None) | Err(_) => final_code(registry, &info),
+    }
+}
+
+/// Writes a snapshot of a machine to the store; it goes on meanwhile.
+pub fn snapshot(
+    registry: &Registry,
+    name: &str,
+    snapshot: Option<&str>,
+    difference: bool,
+    with_image: bool,
+) -> Result<Snapshotted, EngineError> {
+    let request = Request::Snapshot {
+        name: snapshot.map(str::to_owned),
+        difference,
+        with_image,
+    };
+    let info = registry.find(name)?;
+    match reach(registry, &info)?.ask(&request)? {
+        (Reply::Snapshotted(taken), _) => Ok(taken),
+        _ => Err(strange(&info)),
+    }
+}
+
+/// Makes more machines from a running one, with these names (an empty one for any).
+pub fn fork(
+    registry: &Registry,
+    name: &str,
+    names: Vec<String>,
+    auto_remove: bool,
+) -> Result<Forked, EngineError> {
+    let info = registry.find(name)?;
+    match reach(registry, &info)?.ask(&Request::Fork { names, auto_remove })? {
+        (Reply::Forked(forked), _) => Ok(forked),
+        _ => Err(strange(&info)),
+    }
+}
+
+/// An answer to another question.
+fn strange(info: &VmInfo) -> EngineError {
+    EngineError::VmRefused {
+        name: info.config.name.clone(),
+        reason: "its answer is not one to the question".to_owned(),
+    }
+}
+
+/// Waits for the end of a machine's command; gives its exit status.
+pub fn wait(registry: &Registry, name: &str) -> Result<u8, EngineError> {
+    let info = registry.find(name)?;
+    match wait_for(registry, &info, None) {
+        Ok(Some(code)) => Ok(code),
+        // Killed while it was about to answer.
+        Ok(None) | Err(EngineError::VmSilent { .. } | EngineError::VmStopped { .. }) => {
+            final_code(registry, &info)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// What a machine that runs no more left; one that is forgotten was killed before it could say.
+fn final_code(registry: &Registry, info: &VmInfo) -> Result<u8, EngineError> {
+    match registry.find(&info.config.id) {
+        Ok(info) => Ok(info.state.exit_code.unwrap_or(super::KILLED)),
+        Err(EngineError::NoSuchVm { .. }) => Ok(super::KILLED),
+        Err(error) => Err(error),
+    }
+}
+
+/// The exit status, if the command ends in time.
+fn wait_for(
+    registry: &Registry,
+    info: &VmInfo,
+    limit: Option<Duration>,
+) -> Result<Option<u8>, EngineError> {
+    let client = reach(registry, info)?;
+    if let Some(limit) = limit {
+        client.limit(limit.max(Duration::from_millis(1)))?;
+    }
+    match client.ask(&Request::Wait) {
+        Ok((Reply::Ended(code), _)) => Ok(Some(code)),
+        Ok(_) => Ok(None),
+        Err(EngineError::VmSilent { source, .. })
+            if source.kind() == std::io::ErrorKind::WouldBlock =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Forgets a machine that has ended; `force` ends it first.
+pub fn remove(registry: &Registry, name: &str, force: bool) -> Result<(), EngineError> {
+    let info = registry.find(name)?;
+    if force && info.state.status.is_alive() {
+        kill(registry, &info.config.id)?;
+        // Its process holds on to its place until it is gone, and one that was to be removed goes by
+        // itself.
+        for _ in 0..500 {
+            match registry.remove(&info) {
+                Err(EngineError::VmRuns { .. }) => std::thread::sleep(Duration::from_millis(2)),
+                result => return result,
+            }
+        }
+    }
+    registry.remove(&info)
+}
