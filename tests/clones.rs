@@ -122,9 +122,7 @@ fn a_chain_of_differences_has_the_files_of_each_moment() {
     }
     home.sh("vm", "rm -r /data /dev/shm/*");
     home.done(&["rm", "-f", "vm"]);
-    let inspect = |name: &str| -> Value {
-        serde_json::from_str(&home.done(&["snapshot", "inspect", name])).expect("JSON")
-    };
+    let inspect = |name: &str| home.inspect(name);
     let full = inspect("step-0");
     assert!(full["parent"].is_null());
     let mut parent = full["id"].clone();
@@ -332,11 +330,27 @@ fn what_cannot_go_on_here_is_refused_by_name() {
         ran.stderr
     );
     let other = Home::new();
-    other.done(&["snapshot", "import", &archive, "--name", "diff"]);
-    other.refused(
+    let import = ["snapshot", "import", &archive, "--name", "diff"];
+    other.refused(&import, &["is a difference to", "import that one first"]);
+    other.refused(&[&["restore"], &SOFT[..], &["diff"]].concat(), &["diff"]);
+    // One whose parent went: nobody but a careless hand removes that.
+    let gone = home.inspect("base")["id"].clone();
+    let gone = gone
+        .as_str()
+        .expect("an identity")
+        .trim_start_matches("sha256:");
+    let stored = home.path("skerry/snapshots").join(gone);
+    let aside = home.path("aside");
+    std::fs::rename(&stored, &aside).expect("aside");
+    home.refused(
         &[&["restore"], &SOFT[..], &["diff"]].concat(),
-        &["is a difference to", "import that one"],
+        &["is a difference to"],
     );
+    home.refused(
+        &[&["restore", "-d"], &SOFT[..], &["diff"]].concat(),
+        &["is a difference to"],
+    );
+    std::fs::rename(&aside, &stored).expect("back");
     other.no_machines();
     home.no_machines();
     // None of that has harmed the good one.
