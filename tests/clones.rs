@@ -386,10 +386,12 @@ fn a_booted_machine_has_nothing_to_differ_from() {
 #[test]
 fn ten_children_answer() {
     let home = Home::new();
+    // Twelve processors' worth of guests share this machine.
+    let counts = COUNTS.replace("0.03", "0.3");
     home.start_with(
         "parent",
         &["-e", "A=b", "--memory", "1G", "--cpus", "2"],
-        &["sh", "-c", COUNTS],
+        &["sh", "-c", &counts],
     );
     home.sh(
         "parent",
@@ -414,7 +416,7 @@ fn ten_children_answer() {
                 let name = format!("c-{number}");
                 assert_eq!(home.sh(&name, "cat /file; echo $A; nproc"), "shared\nb\n2");
                 assert_eq!(home.sh(&name, "sha256sum /dev/shm/x"), *sum);
-                eventually("progress", || counted(home, &name).len() > 3);
+                eventually("progress", || counted(home, &name).len() > 2);
                 consecutive(&counted(home, &name));
             });
         }
