@@ -11,8 +11,8 @@ use clap::Parser;
 use skerry_benches::{median, skerry};
 use skerry_engine::command::{self, CommandSpec, Surroundings};
 use skerry_engine::hypervisor::{Backend, Choice};
-use skerry_engine::pool::{Pool, PoolOptions};
-use skerry_engine::vm::{Clones, ResumeSpec, Vm, VmSpec};
+use skerry_engine::pools::{Clones, Pool, PoolOptions};
+use skerry_engine::vm::{ResumeSpec, Vm, VmSpec};
 use skerry_engine::{ExitStatus, Paths, images};
 
 /// Cost of snapshots, forks, resets and pools

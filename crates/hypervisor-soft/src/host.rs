@@ -65,21 +65,56 @@ impl SoftHost {
         }
     }
 
-    /// Lets processor `id`'s thread wait until it has a reason to run.
-    pub(crate) fn park(&self, id: u32, shared: &CpuShared) {
+    /// Lets processor `id`'s thread wait until it has a reason to run; its timer is one. `false` if
+    /// it has waited for `idle` and has none.
+    pub(crate) fn park(&self, id: u32, shared: &CpuShared, idle: Option<Duration>) -> bool {
         let Some(parking) = self.parking.get(id as usize) else {
-            return;
+            return true;
         };
+        // From here on the timer is looked at here: that takes one wake-up where two threads take
+        // two.
+        let deadline = self.take_deadline(id);
+        let idle = idle.map(|idle| self.clock_ns().saturating_add(idle.as_nanos() as u64));
         let mut guard = lock(&parking.lock);
         // Whoever wakes writes the reason, then reads this; here it is the other way round.
         parking.waiting.store(true, Ordering::SeqCst);
-        while !shared.wake_pending() {
-            guard = parking
-                .wake
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        let woken = loop {
+            if shared.wake_pending() {
+                break true;
+            }
+            let now = self.clock_ns();
+            if deadline.is_some_and(|at| at <= now) {
+                break true;
+            }
+            if idle.is_some_and(|at| at <= now) {
+                break false;
+            }
+            guard = match deadline.into_iter().chain(idle).min() {
+                None => parking
+                    .wake
+                    .wait(guard)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    parking
+                        .wake
+                        .wait_timeout(guard, Duration::from_nanos(at - now).min(LONGEST_SLEEP))
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
+            };
+        };
         parking.waiting.store(false, Ordering::SeqCst);
+        drop(guard);
+        match deadline {
+            Some(at) if at <= self.clock_ns() => shared.request(request::TIMER),
+            Some(_) => self.arm_timer(id, deadline),
+            None => {}
+        }
+        woken
+    }
+
+    fn take_deadline(&self, id: u32) -> Option<u64> {
+        lock(&self.timers).deadlines.get_mut(id as usize)?.take()
     }
 
     pub(crate) fn set_clock_ns(&self, ns: u64) {
@@ -87,8 +122,12 @@ impl SoftHost {
         self.offset.store(offset, Ordering::SeqCst);
         self.base.store(ns, Ordering::SeqCst);
         // Deadlines are times of this clock.
-        let _timers = lock(&self.timers);
+        drop(lock(&self.timers));
         self.timer_wake.notify_all();
+        for parking in &self.parking {
+            drop(lock(&parking.lock));
+            parking.wake.notify_all();
+        }
     }
 
     /// Starts the thread that fires the timers; it ends when the VM does.
@@ -225,10 +264,50 @@ mod tests {
             let deadline = host.clock_ns() + wait;
             host.arm_timer(0, Some(deadline + 1_000_000_000_000));
             host.arm_timer(1, Some(deadline));
-            host.park(1, &shared);
+            assert!(host.park(1, &shared, None));
             assert!(host.clock_ns() >= deadline);
             assert_eq!(shared.requests.swap(0, Ordering::SeqCst), request::TIMER);
         }
+    }
+
+    #[test]
+    fn a_timer_fires_while_its_processor_runs() {
+        let host = Arc::new(SoftHost::new(1));
+        let _timers = host.start_timers().unwrap();
+        let shared = Arc::new(CpuShared::default());
+        host.add_processor(0, shared.clone());
+        host.arm_timer(0, Some(host.clock_ns() + 1_000_000));
+        while shared.requests.load(Ordering::SeqCst) != request::TIMER {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn idleness_ends_a_wait_and_leaves_the_timer_armed() {
+        let host = Arc::new(SoftHost::new(1));
+        let _timers = host.start_timers().unwrap();
+        let shared = Arc::new(CpuShared::default());
+        host.add_processor(0, shared.clone());
+        let deadline = host.clock_ns() + 50_000_000;
+        host.arm_timer(0, Some(deadline));
+        assert!(!host.park(0, &shared, Some(Duration::from_millis(1))));
+        assert_eq!(shared.requests.load(Ordering::SeqCst), 0);
+        assert!(host.park(0, &shared, None));
+        assert!(host.clock_ns() >= deadline);
+    }
+
+    #[test]
+    fn a_parked_processor_hears_of_a_new_clock() {
+        let host = Arc::new(SoftHost::new(1));
+        let shared = Arc::new(CpuShared::default());
+        host.add_processor(0, shared.clone());
+        host.arm_timer(0, Some(1 << 60));
+        std::thread::scope(|scope| {
+            scope.spawn(|| host.park(0, &shared, None));
+            std::thread::sleep(Duration::from_millis(5));
+            host.set_clock_ns(1 << 60);
+        });
+        assert_eq!(shared.requests.load(Ordering::SeqCst), request::TIMER);
     }
 
     #[test]
@@ -248,7 +327,7 @@ mod tests {
                 }
             });
             for _ in 0..2000 {
-                host.park(0, shared);
+                host.park(0, shared, None);
                 shared.requests.store(0, Ordering::SeqCst);
             }
         });

@@ -1,6 +1,7 @@
 //! A virtual processor: its run loop.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use skerry_hypervisor::cancel::CallWord;
 use skerry_hypervisor::validate::StateLimits;
@@ -14,6 +15,9 @@ use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host};
 use crate::host::SoftHost;
 use crate::state;
 use crate::vm::{MAX_VCPUS, VmShared};
+
+/// After so long in one wait a processor gives back the memory of its decoded code.
+const IDLE: Duration = Duration::from_millis(200);
 
 /// Makes a processor leave its loop at the next block, or its thread wake up.
 struct SoftKick {
@@ -108,8 +112,7 @@ impl SoftVcpu {
                 Exit::Halt
             }
             CpuExit::Halted { .. } | CpuExit::WaitForSipi => {
-                // The timer thread wakes it at its deadline.
-                self.vm.host.park(self.cpu.id, &self.cpu.shared);
+                self.wait();
                 return None;
             }
             CpuExit::InterruptWindow => {
@@ -123,6 +126,18 @@ impl SoftVcpu {
             // What asked for it has been dealt with.
             CpuExit::Requested => return None,
         })
+    }
+
+    /// Waits until there is a reason to run. What a guest has decoded is of no use to one that does
+    /// nothing for long.
+    fn wait(&mut self) {
+        let host = &self.vm.host;
+        let (id, shared) = (self.cpu.id, self.cpu.shared.clone());
+        let idle = self.cpu.has_much_code().then_some(IDLE);
+        if !host.park(id, &shared, idle) {
+            self.cpu.forget_code();
+            host.park(id, &shared, None);
+        }
     }
 
     /// Finishes an instruction that exited, so that the processor stands between two.

@@ -26,6 +26,9 @@ use crate::{MachineError, layout};
 /// How long the output of serial ports may take to reach its sinks when a run ends.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
 
+/// No guest's clock has got here, 146 years after its start.
+const CLOCK_END: u64 = 1 << 62;
+
 /// What the supervisor owns.
 pub(crate) struct Supervisor<V> {
     pub(crate) control: Arc<Control>,
@@ -227,6 +230,9 @@ impl MachineRemote {
                 version,
                 cpus: cpus.len(),
             });
+        }
+        if clock_ns >= CLOCK_END {
+            return Err(MachineError::BadClock(clock_ns));
         }
         self.virtio.restore(virtio)?;
         self.chipset.restore(chipset)?;

@@ -25,9 +25,10 @@ fn ticks(ns: u64) -> u64 {
     (u128::from(ns) * u128::from(PIT_HZ) / NANOS) as u64
 }
 
-/// The earliest nanosecond at which `ticks` has been reached.
+/// The earliest nanosecond at which `ticks` has been reached; the last one that there is if none is.
 fn nanos(ticks: u64) -> u64 {
-    (u128::from(ticks) * NANOS).div_ceil(u128::from(PIT_HZ)) as u64
+    let ns = (u128::from(ticks) * NANOS).div_ceil(u128::from(PIT_HZ));
+    u64::try_from(ns).unwrap_or(u64::MAX)
 }
 
 /// How the counter's two bytes are transferred (control word bits 5:4).

@@ -48,6 +48,8 @@ const NANOS: u64 = 1_000_000_000;
 /// The update-in-progress bit rises this long before the second changes (data sheet, "update cycle").
 const UPDATE_LEAD_NS: u64 = 244_000;
 const CMOS_LEN: usize = 128;
+/// The clock stands when it gets here, in the year 2262: a guest may set any year.
+const LAST_NS: u64 = i64::MAX as u64;
 
 /// A civil date and time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -356,7 +358,9 @@ impl Rtc {
     }
 
     fn guest_ns(&self, state: &RtcState) -> u64 {
-        (self.wall)().saturating_add_signed(state.offset_s.saturating_mul(NANOS as i64))
+        (self.wall)()
+            .saturating_add_signed(state.offset_s.saturating_mul(NANOS as i64))
+            .min(LAST_NS)
     }
 
     fn sync(&self, state: &mut RtcState) {

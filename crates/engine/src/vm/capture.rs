@@ -25,6 +25,8 @@ use crate::frozen::{About, Frozen};
 
 /// Pages that are copied in no more time than anybody notices: 2 MiB.
 const FEW: u64 = 512;
+/// Layers of a machine's own after which they are made one.
+const LAYERS: usize = 16;
 /// A guest that writes faster than it is copied is not waited for.
 const ROUNDS: usize = 6;
 const PAGE: u64 = 4096;
@@ -102,6 +104,16 @@ impl Vm {
         machine.track_writes()?;
         let mut copy = Copy::new(self.shared.about.machine.memory)?;
         let mut written = machine.written()?;
+        if books.own_layers().len() >= LAYERS {
+            // One that has what all of them had.
+            for run in books
+                .own_layers()
+                .iter()
+                .flat_map(|layer| layer.runs().iter())
+            {
+                written.insert(run.at / PAGE..(run.at + run.len) / PAGE);
+            }
+        }
         for _ in 0..ROUNDS {
             if written.count() <= FEW {
                 break;
@@ -170,6 +182,10 @@ impl Vm {
             offset: at,
         });
         let layer = Layer::new(file, layered.collect::<Vec<_>>())?;
+        if books.own_layers().len() >= LAYERS {
+            let kept = books.memory.len() - books.own_layers().len();
+            books.memory.truncate(kept);
+        }
         if !layer.is_empty() {
             books.memory.push(layer);
         }
@@ -216,10 +232,16 @@ impl Vm {
     /// differs from that.
     pub(crate) fn saved(&self, id: SnapshotId, frozen: &Frozen) {
         let mut books = self.shared.books.lock();
+        let (count, now) = (frozen.memory.len(), &books.memory);
+        let same = |(one, other): (&Layer, &Layer)| Arc::ptr_eq(one.file(), other.file());
+        if now.len() < count || !now.iter().zip(&frozen.memory).all(same) {
+            // Its layers have been made one since, with what was written later.
+            return;
+        }
         books.disk.retain(|(capture, _)| *capture > frozen.capture);
         books.base = Some(Base {
             id,
-            layers: frozen.memory.len(),
+            layers: count,
             disk: Vec::new(),
         });
     }

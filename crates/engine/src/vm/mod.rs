@@ -6,7 +6,6 @@
 //! ```
 
 mod capture;
-mod pooled;
 mod prewarm;
 mod rewind;
 mod start;
@@ -33,7 +32,6 @@ use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
 pub use crate::transport::GuestStream;
 pub use capture::Captured;
-pub use pooled::{Clones, VmPool};
 pub use rewind::Rewound;
 pub use start::ResumeSpec;
 
@@ -115,6 +113,12 @@ impl Books {
             origin: Some(frozen.state.clone()),
             ..Self::default()
         }
+    }
+
+    /// The layers of memory that are not those of the base in the store.
+    fn own_layers(&self) -> &[Layer] {
+        let of_base = self.base.as_ref().map_or(0, |base| base.layers);
+        self.memory.get(of_base..).unwrap_or_default()
     }
 }
 

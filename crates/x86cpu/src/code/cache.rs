@@ -1,104 +1,78 @@
 //! Blocks of ops and where to find them: by guest-physical address and mode, and, in front of
 //! that, by linear address.
+//!
+//! ```text
+//! jumps: linear address, context ─┐
+//! directory: page ─▶ granule ─────┼─▶ block │ op │ op │ … │ parts of fused ops ┃ block │ …
+//! links of other blocks ──────────┘
+//! ```
 #![expect(
     unsafe_code,
-    reason = "blocks refer to each other and to their ops by pointers into arenas"
+    reason = "blocks lie in an arena with their ops, and refer to each other by pointers"
 )]
 
 use std::cell::Cell;
 use std::ptr::{self, NonNull};
 
+use crate::code::arena::{Arena, UNIT};
+use crate::code::directory::{Directory, List, Lists, granule};
 use crate::code::fuse::Lowered;
+use crate::code::lower::no_forms;
 use crate::code::op::Op;
 use crate::cpu::{Cpu, seg};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState, code_changes};
 use crate::simd::fused::FusedCode;
 
-/// Ops of all blocks together.
-const OPS: usize = 1 << 19;
-/// Blocks.
-const BLOCKS: usize = 1 << 17;
+/// Bytes of all blocks together.
+const CAPACITY: usize = 32 << 20;
+/// More than any block takes.
+const LARGEST: usize = 64 << 10;
+/// Bytes of blocks that an idle guest, which runs little but its timers, doesn't come to.
+const MUCH: usize = 1 << 20;
 /// Entries of the jump cache.
 const JUMPS: usize = 1 << 13;
-/// Sets of four in the table by physical address.
-const SETS: usize = 1 << 14;
 
-/// Memory that is handed out piece by piece and taken back all at once.
-struct Arena<T> {
-    base: NonNull<T>,
-    used: usize,
-    capacity: usize,
-}
-
-// SAFETY: it owns its memory like a vector; what it holds stays on the processor's thread.
-unsafe impl<T> Send for Arena<T> {}
-
-impl<T> Arena<T> {
-    fn new(capacity: usize) -> Self {
-        const { assert!(!std::mem::needs_drop::<T>()) };
-        let mut memory = std::mem::ManuallyDrop::new(Vec::<T>::with_capacity(capacity));
-        Self {
-            base: NonNull::new(memory.as_mut_ptr()).unwrap_or(NonNull::dangling()),
-            used: 0,
-            capacity: memory.capacity(),
-        }
-    }
-
-    fn room_for(&self, count: usize) -> bool {
-        self.capacity - self.used >= count
-    }
-
-    /// Moves an item in; `None` if there is no room.
-    fn push(&mut self, item: T) -> Option<NonNull<T>> {
-        if !self.room_for(1) {
-            return None;
-        }
-        // SAFETY: one more item fits; the memory from `used` on is nobody's.
-        unsafe {
-            let to = self.base.add(self.used);
-            to.write(item);
-            self.used += 1;
-            Some(to)
-        }
-    }
-}
-
-impl<T> Drop for Arena<T> {
-    fn drop(&mut self) {
-        // SAFETY: from a vector of this capacity; items need no drop.
-        drop(unsafe { Vec::from_raw_parts(self.base.as_ptr(), 0, self.capacity) });
-    }
-}
-
-/// Where control goes from a block, within the same page.
-#[derive(Clone, Copy)]
-struct Link {
-    /// Distance of RIP from the block's start.
-    delta: u64,
-    to: Option<BlockRef>,
-}
-
-/// Ops that run one after the other. What every run of a block touches is in one cache line.
-#[repr(C, align(64))]
+/// Ops that run one after the other, right behind this in memory.
+#[repr(C)]
 pub(crate) struct Block {
-    ops: NonNull<Op>,
-    end: *const Op,
     /// [`code_changes`] when it was last found current.
     checked: Cell<u64>,
+    /// Past the last op that runs.
+    end: *const Op,
+    /// Where control goes from here, within the same page; by distance of RIP from the start.
+    links: [Cell<Option<BlockRef>>; 2],
+    page: NonNull<PageState>,
+    deltas: [Cell<i16>; 2],
+    version: u32,
+    /// The next in the list of its granule; 0 for none.
+    next: Cell<u32>,
+    /// Bytes of all ops.
+    all: u16,
     /// Instructions.
     pub count: u16,
     /// Bytes.
     pub len: u16,
+    /// Offset in the page.
+    offset: u16,
+    /// Bits of its key beside the address.
+    bits: u16,
     /// Ends in a way that can't change mode, privilege or mapping.
     pub linkable: bool,
-    links: [Cell<Link>; 2],
-    page: NonNull<PageState>,
-    version: u32,
-    /// The second page of an instruction that crosses: its address, state and version.
-    second: Option<(u64, NonNull<PageState>, u32)>,
+    /// Is an instruction that goes on in a second page: a [`Second`] is behind the ops.
+    crosses: bool,
 }
 
-const _: () = assert!(std::mem::offset_of!(Block, page) == 64);
+const _: () = assert!(size_of::<Block>() == 64 && align_of::<Block>() <= UNIT);
+const _: () = assert!(size_of::<Op>().is_multiple_of(8) && align_of::<Op>() <= 8);
+const _: () = assert!(align_of::<Second>() <= 8);
+
+/// The second page of an instruction that crosses: its address, state and version.
+#[derive(Clone, Copy)]
+struct Second {
+    gpa: u64,
+    page: NonNull<PageState>,
+    version: u32,
+}
 
 /// A block in the arena: good until [`CodeCache::clear`].
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -121,10 +95,11 @@ impl Block {
     /// First op.
     #[inline(always)]
     pub(crate) fn ops(&self) -> *const Op {
-        self.ops.as_ptr()
+        // SAFETY: the ops are behind the block, in the same piece of the arena.
+        unsafe { ptr::from_ref(self).add(1).cast() }
     }
 
-    /// Past the last op.
+    /// Past the last op that runs.
     #[inline(always)]
     pub(crate) fn end(&self) -> *const Op {
         self.end
@@ -147,42 +122,61 @@ impl Block {
         current
     }
 
+    /// Whether this is the key, apart from the page.
+    fn has_key(&self, key: u64) -> bool {
+        usize::from(self.offset) == in_page(key >> KEY_SHIFT) && self.bits == key as u16 & KEY_BITS
+    }
+
+    fn second(&self) -> Option<Second> {
+        if !self.crosses {
+            return None;
+        }
+        // SAFETY: `add` wrote it behind the ops of a block that crosses.
+        Some(unsafe {
+            self.ops()
+                .byte_add(usize::from(self.all))
+                .cast::<Second>()
+                .read()
+        })
+    }
+
     pub(super) fn second_is_current(&self) -> bool {
-        match self.second {
+        match self.second() {
             // SAFETY: as in `is_current`.
-            Some((_, page, version)) => unsafe { page.as_ref() }.version() == version,
+            Some(second) => unsafe { second.page.as_ref() }.version() == second.version,
             None => true,
         }
     }
 
     /// Guest-physical address of the page into which its only instruction crosses.
     pub(super) fn second_gpa(&self) -> Option<u64> {
-        self.second.map(|(gpa, _, _)| gpa)
+        self.second().map(|second| second.gpa)
     }
 
     /// The block that has followed this one at this distance.
     #[inline(always)]
     pub(crate) fn follow(&self, delta: u64) -> Option<BlockRef> {
-        let first = self.links[0].get();
-        if first.delta == delta {
-            return first.to;
+        let is = |n: usize| i64::from(self.deltas[n].get()) as u64 == delta;
+        if is(0) {
+            return self.links[0].get();
         }
-        let second = self.links[1].get();
-        if second.delta == delta {
-            return second.to;
+        if is(1) {
+            return self.links[1].get();
         }
         None
     }
 
-    /// Remembers what follows at this distance.
+    /// Remembers what follows at this distance, if it is one within a page.
     pub(crate) fn link(&self, delta: u64, to: BlockRef) {
-        if self.links[0].get().to.is_some() {
+        let Ok(delta) = i16::try_from(delta as i64) else {
+            return;
+        };
+        if self.links[0].get().is_some() {
             self.links[1].set(self.links[0].get());
+            self.deltas[1].set(self.deltas[0].get());
         }
-        self.links[0].set(Link {
-            delta,
-            to: Some(to),
-        });
+        self.links[0].set(Some(to));
+        self.deltas[0].set(delta);
     }
 }
 
@@ -199,7 +193,11 @@ pub(super) struct NewBlock<'a> {
     pub second: Option<(u64, &'a PageState, u32)>,
 }
 
-/// Bits of a block's key beside its address: mode, and [`KeyBits::ONE`].
+/// Where the address is in a block's key, and what is below it: mode, and [`KeyBits::ONE`].
+const KEY_SHIFT: u32 = 9;
+const KEY_BITS: u16 = (1 << KEY_SHIFT) - 1;
+
+/// Bits of a block's key beside its address and mode.
 pub(crate) struct KeyBits;
 
 impl KeyBits {
@@ -220,12 +218,10 @@ const NO_JUMP: Jump = Jump {
     block: None,
 };
 
-/// Key and block.
-type Known = (u64, Option<BlockRef>);
-
 /// Memory for decoding, kept from block to block.
-#[derive(Default)]
 pub(super) struct Scratch {
+    /// By instruction form: see [`no_forms`].
+    pub(super) forms: Box<[u8]>,
     pub(super) ops: Vec<Op>,
     pub(super) lowered: Vec<Lowered>,
     /// Ops with fused ones among them.
@@ -234,12 +230,23 @@ pub(super) struct Scratch {
     pub(super) parts: Vec<Op>,
 }
 
+impl Scratch {
+    fn new() -> Self {
+        Self {
+            forms: no_forms(),
+            ops: Vec::new(),
+            lowered: Vec::new(),
+            out: Vec::new(),
+            parts: Vec::new(),
+        }
+    }
+}
+
 /// The decoded code of one processor.
 pub struct CodeCache {
-    ops: Arena<Op>,
-    blocks: Arena<Block>,
+    arena: Arena,
+    directory: Directory,
     jumps: Box<[Jump; JUMPS]>,
-    sets: Box<[[Known; 4]]>,
     /// Address space, mode, privilege and epoch: what must agree beside the linear address.
     key: u64,
     /// Counts what made linear addresses stale.
@@ -264,84 +271,152 @@ unsafe impl Send for CodeCache {}
 impl CodeCache {
     /// Empty.
     pub fn new() -> Self {
-        Self {
-            ops: Arena::new(OPS),
-            blocks: Arena::new(BLOCKS),
-            jumps: Box::new([NO_JUMP; JUMPS]),
-            sets: vec![[(u64::MAX, None); 4]; SETS].into_boxed_slice(),
+        let mut cache = Self {
+            arena: Arena::new(CAPACITY),
+            directory: Directory::new(),
+            jumps: no_jumps(),
             key: 0,
             epoch: 0,
             pages: Box::new([0; 64]),
             base: 0,
             limit: 0,
-            scratch: Scratch::default(),
+            scratch: Scratch::new(),
             fused: FusedCode::default(),
             decoded: 0,
             clears: 0,
-        }
+        };
+        cache.begin();
+        cache
+    }
+
+    /// Makes index 0 no block's.
+    fn begin(&mut self) {
+        let _ = self.arena.take(UNIT);
     }
 
     /// Forgets all blocks. Every [`BlockRef`] is void from here on.
     pub(crate) fn clear(&mut self) {
         self.clears += 1;
-        self.ops.used = 0;
-        self.blocks.used = 0;
+        self.arena.clear();
+        self.begin();
+        self.directory.clear();
         self.jumps.fill(NO_JUMP);
-        self.sets.fill([(u64::MAX, None); 4]);
         self.pages.fill(0);
         self.fused.clear();
     }
 
-    /// Whether a block of `ops` ops fits without forgetting all.
-    pub(super) fn has_room(&self, ops: usize) -> bool {
-        self.ops.room_for(ops) && self.blocks.room_for(1)
+    /// The same, and gives the memory back to the host.
+    fn give_back(&mut self) {
+        self.clears += 1;
+        self.arena.give_back();
+        self.begin();
+        self.directory.clear();
+        self.jumps = no_jumps();
+        self.pages.fill(0);
+        self.fused = FusedCode::default();
+        self.scratch = Scratch::new();
+    }
+
+    /// Whether any block fits, with the code that its ops call, without forgetting all.
+    pub(super) fn has_room(&self) -> bool {
+        self.arena.has_room(LARGEST) && !self.fused.is_full()
     }
 
     /// Adds a block, under its key.
     pub(super) fn add(&mut self, key: u64, new: &NewBlock<'_>) -> Option<BlockRef> {
-        if !self.has_room(new.ops.len()) {
+        let all = size_of_val(new.ops);
+        let second = new.second.map(|(gpa, page, version)| Second {
+            gpa,
+            page: NonNull::from(page),
+            version,
+        });
+        let len = size_of::<Block>() + all + second.map_or(0, |_| size_of::<Second>());
+        if len > LARGEST {
             return None;
         }
-        let mut first = None;
-        for op in new.ops {
-            let at = self.ops.push(*op)?;
-            first.get_or_insert(at);
-        }
-        let ops = first?;
-        let no_link = Link { delta: 0, to: None };
-        let block = BlockRef(
-            self.blocks.push(Block {
-                ops,
-                // SAFETY: the ops were pushed one behind the other.
-                end: unsafe { ops.add(new.main.min(new.ops.len())) }.as_ptr(),
-                checked: Cell::new(0),
-                count: new.count,
-                len: new.len,
-                linkable: new.linkable,
-                links: [Cell::new(no_link), Cell::new(no_link)],
-                page: NonNull::from(new.page),
-                version: new.version,
-                second: new
-                    .second
-                    .map(|(gpa, page, version)| (gpa, NonNull::from(page), version)),
-            })?,
-        );
+        let piece = self.arena.take(len)?.cast::<Block>();
+        // SAFETY: the piece has room for the block and its ops, of which these are the first.
+        let end = unsafe { piece.add(1).cast::<Op>().add(new.main.min(new.ops.len())) };
+        let block = Block {
+            checked: Cell::new(0),
+            end: end.as_ptr(),
+            links: [Cell::new(None), Cell::new(None)],
+            deltas: [Cell::new(0), Cell::new(0)],
+            all: all as u16,
+            count: new.count,
+            len: new.len,
+            offset: in_page(key >> KEY_SHIFT) as u16,
+            bits: key as u16 & KEY_BITS,
+            version: new.version,
+            page: NonNull::from(new.page),
+            next: Cell::new(0),
+            linkable: new.linkable,
+            crosses: second.is_some(),
+        };
+        // SAFETY: the piece has room for the block, its ops and what may follow, and its alignment
+        // is enough for all of them.
+        let added = unsafe {
+            piece.write(block);
+            let ops = piece.add(1).cast::<Op>();
+            ptr::copy_nonoverlapping(new.ops.as_ptr(), ops.as_ptr(), new.ops.len());
+            if let Some(second) = second {
+                ops.add(new.ops.len()).cast().write(second);
+            }
+            BlockRef(piece)
+        };
         self.decoded += 1;
-        let set = &mut self.sets[set_of(key)];
-        let way = set
-            .iter()
-            .position(|(k, _)| *k == key || *k == u64::MAX)
-            .unwrap_or((self.decoded & 3) as usize);
-        set[way] = (key, Some(block));
-        Some(block)
+        self.enter(key, added);
+        Some(added)
+    }
+
+    /// Puts a block at the head of its list, in the place of one with the same key.
+    fn enter(&mut self, key: u64, added: BlockRef) {
+        let gpa = key >> KEY_SHIFT;
+        let Some(lists) = self.directory.of(gpa >> PAGE_SHIFT, &mut self.arena) else {
+            // It is found no more, and decoded again.
+            return;
+        };
+        let index = self.arena.index_of(added.0.cast());
+        let list = &mut self.arena.get_mut::<Lists>(lists)[granule(gpa)];
+        let first = std::mem::replace(&mut list.first, index);
+        let known = list.starts & List::bit(gpa) != 0;
+        list.starts |= List::bit(gpa);
+        // SAFETY: what is on lists was added, and nothing has been forgotten since.
+        let added = unsafe { added.get() };
+        added.next.set(first);
+        if !known {
+            return;
+        }
+        let mut before = added;
+        while let Some(block) = listed(&self.arena, before.next.get()) {
+            // SAFETY: as above.
+            let block = unsafe { block.get() };
+            if block.has_key(key) {
+                before.next.set(block.next.get());
+                return;
+            }
+            before = block;
+        }
     }
 
     /// The block under a key, current or not.
     pub(super) fn find(&self, key: u64) -> Option<BlockRef> {
-        self.sets[set_of(key)]
-            .iter()
-            .find(|(k, _)| *k == key)
-            .and_then(|(_, block)| *block)
+        let gpa = key >> KEY_SHIFT;
+        let lists = self.directory.find(gpa >> PAGE_SHIFT)?;
+        let list = self.arena.get::<Lists>(lists)[granule(gpa)];
+        if list.starts & List::bit(gpa) == 0 {
+            return None;
+        }
+        let mut next = list.first;
+        while let Some(block) = listed(&self.arena, next) {
+            // SAFETY: what is on lists was added, and nothing has been forgotten since.
+            let found = unsafe { block.get() };
+            if found.has_key(key) {
+                return Some(block);
+            }
+            next = found.next.get();
+        }
+        None
     }
 
     fn page_bit(linear: u64) -> (usize, u64) {
@@ -350,14 +425,21 @@ impl CodeCache {
     }
 }
 
+/// The block at an index of a list; `None` at its end.
+fn listed(arena: &Arena, index: u32) -> Option<BlockRef> {
+    (index != 0).then(|| BlockRef(arena.at(index).cast()))
+}
+
+/// A jump cache that takes memory as it is touched.
+fn no_jumps() -> Box<[Jump; JUMPS]> {
+    // SAFETY: jumps of zeros are `NO_JUMP`: no block is a null pointer.
+    unsafe { Box::<[Jump; JUMPS]>::new_zeroed().assume_init() }
+}
+
 impl Default for CodeCache {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn set_of(key: u64) -> usize {
-    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50) as usize & (SETS - 1)
 }
 
 #[inline(always)]
@@ -366,6 +448,17 @@ fn jump_index(linear: u64) -> usize {
 }
 
 impl Cpu {
+    /// Whether decoded code takes so much memory that a processor which waits for long should
+    /// [forget it](Cpu::forget_code).
+    pub fn has_much_code(&self) -> bool {
+        self.code.arena.used() > MUCH
+    }
+
+    /// Forgets all decoded code and gives its memory back. Between two calls of [`Cpu::run`] only.
+    pub fn forget_code(&mut self) {
+        self.code.give_back();
+    }
+
     /// Linear address of the next instruction.
     #[inline(always)]
     pub(crate) fn code_linear(&self) -> u64 {
@@ -445,7 +538,7 @@ impl Cpu {
 
     /// The key of the block at a guest-physical address in the current mode.
     pub(super) fn block_key(&self, gpa: u64, bits: u64) -> u64 {
-        gpa << 9 | u64::from(self.sys.mode.raw()) | bits
+        gpa << KEY_SHIFT | u64::from(self.sys.mode.raw()) | bits
     }
 }
 

@@ -10,8 +10,9 @@ use crate::cpu::Cpu;
 use crate::mem::{PAGE_MASK, PAGE_SIZE};
 use crate::trap::Trap;
 
-/// Bytes that are looked at for one block.
+/// Bytes that are looked at for one block; so many of them at first, which is enough for most.
 const WINDOW: usize = 256;
+const FIRST_LOOK: usize = 64;
 /// Instructions in one block.
 const INSTRUCTIONS: u16 = 48;
 /// How often bytes that change while they are decoded are decoded again at once; then pending
@@ -51,6 +52,8 @@ struct Shape {
     count: u16,
     len: u16,
     linkable: bool,
+    /// It would go on if there were more bytes.
+    cut: bool,
 }
 
 impl Cpu {
@@ -78,7 +81,8 @@ impl Cpu {
 
     /// Decodes at `linear`, which is `gpa`.
     fn decode_block(&mut self, linear: u64, gpa: u64, bits: u64) -> Result<BlockRef, Trap> {
-        if self.code.fused.is_full() {
+        // Not later: ops refer to the code that goes with the blocks.
+        if !self.code.has_room() {
             self.code.clear();
         }
         let mut ops = std::mem::take(&mut self.code.scratch.ops);
@@ -107,9 +111,15 @@ impl Cpu {
             };
             let version = page.state.version();
             let mut window = [0; WINDOW];
-            let here = (PAGE_SIZE - in_page(gpa)).min(WINDOW);
+            let all = (PAGE_SIZE - in_page(gpa)).min(WINDOW);
+            let mut here = all.min(FIRST_LOOK);
             page.read(in_page(gpa), &mut window[..here]);
-            let (stop, shape) = self.lower_all(ops, &window[..here], limit);
+            let (mut stop, mut shape) = self.lower_all(ops, &window[..here], limit);
+            if here < all && shape.cut {
+                here = all;
+                page.read(in_page(gpa), &mut window[..here]);
+                (stop, shape) = self.lower_all(ops, &window[..here], limit);
+            }
             match stop {
                 Stop::Made => {}
                 Stop::TooLong => return Err(self.gp0()),
@@ -223,6 +233,7 @@ impl Cpu {
             decoder.decode_out(&mut instruction);
             let rest = bytes.len() - at;
             if decoder.last_error() == DecoderError::NoMoreBytes && rest < LONGEST {
+                shape.cut = true;
                 if shape.count == 0 {
                     return (Stop::Short, shape);
                 }
@@ -237,11 +248,13 @@ impl Cpu {
             lowering.instruction(&instruction, shape.len);
             shape.len += instruction.len() as u16;
             shape.count += 1;
-            shape.linkable = is_near(&instruction);
             if lowering.ended() {
+                shape.linkable = is_near(&instruction);
                 break;
             }
-            shape.linkable |= instruction.flow_control() == FlowControl::Next;
+            shape.linkable =
+                instruction.flow_control() == FlowControl::Next || is_near(&instruction);
+            shape.cut = usize::from(shape.len) == bytes.len() && shape.count < limit;
         }
         shape.main = lowering.finish(shape.len);
         (Stop::Made, shape)
@@ -249,15 +262,8 @@ impl Cpu {
 
     fn enter_block(&mut self, gpa: u64, bits: u64, new: &NewBlock<'_>) -> Result<BlockRef, Trap> {
         let key = self.block_key(gpa, bits);
-        if let Some(block) = self.code.add(key, new) {
-            return Ok(block);
-        }
-        self.code.clear();
-        match self.code.add(key, new) {
-            Some(block) => Ok(block),
-            // A block is far smaller than the arena.
-            None => Err(self.ud()),
-        }
+        // There is room: a block is far smaller than what was looked for.
+        self.code.add(key, new).ok_or_else(|| self.ud())
     }
 
     /// Code where there is no RAM: an empty bus reads as all ones, which is no instruction.

@@ -27,6 +27,8 @@ pub(super) struct Lowered {
     pub(super) ops: Range<usize>,
     /// Where it starts in the block, in bytes.
     pub(super) ip: usize,
+    /// It is SIMD or x87.
+    pub(super) vector: bool,
 }
 
 /// Instructions that are one op each, from one of the block on.

@@ -1,6 +1,6 @@
 //! From an instruction to ops: what the lowering functions of the families share.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, OpKind, Register};
 
 use crate::code::cache::Scratch;
 use crate::code::fuse::{Lowered, Window};
@@ -9,6 +9,35 @@ use crate::cpu::{Cpu, reg, seg};
 use crate::cpuid::Features;
 use crate::sys::CodeMode;
 use crate::trap::Trap;
+
+/// Adds the ops of an instruction if it is one of its own.
+pub type Family = fn(&mut Lowering<'_>, &Instruction) -> bool;
+
+/// All of them, in the order in which they are asked.
+const FAMILIES: [Family; 12] = {
+    let mut all: [Family; 12] = [crate::sys::lower; 12];
+    let integer = crate::exec::FAMILIES;
+    let mut n = 0;
+    while n < integer.len() {
+        all[n] = integer[n];
+        n += 1;
+    }
+    all[VECTOR] = crate::simd::lower;
+    all
+};
+/// Where SIMD and x87 are among them.
+const VECTOR: usize = 11;
+
+/// Of an instruction form: nothing is known; the processor hasn't got it; from here on, the family
+/// that it was of.
+const UNKNOWN: u8 = 0;
+const REFUSED: u8 = 1;
+const FAMILY: u8 = 2;
+
+/// What one processor knows of each instruction form.
+pub(super) fn no_forms() -> Box<[u8]> {
+    vec![UNKNOWN; Code::values().len()].into_boxed_slice()
+}
 
 /// Does nothing: what an op runs until its lowering function says better.
 pub fn nop(_: &mut Cpu, _: &Op) -> Result<(), Trap> {
@@ -85,12 +114,8 @@ impl<'a> Lowering<'a> {
         self.ip = ip;
         self.bytes = self.window.get(at..at + i.len()).unwrap_or_default();
         let before = self.ops.len();
-        let known = !i.is_invalid()
-            && self.cpu.features.has_all(i.cpuid_features())
-            && (crate::exec::lower(self, i)
-                || crate::sys::lower(self, i)
-                || crate::simd::lower(self, i));
-        if !known {
+        let family = self.family(i);
+        if family.is_none() {
             self.ops.truncate(before);
             let mut op = self.op();
             op.run = undefined;
@@ -101,7 +126,41 @@ impl<'a> Lowering<'a> {
             instruction: *i,
             ops: before..self.ops.len(),
             ip: at,
+            vector: family == Some(VECTOR),
         });
+    }
+
+    /// Has the family that `i` is of add its ops.
+    fn family(&mut self, i: &Instruction) -> Option<usize> {
+        let form = i.code() as usize;
+        let known = self.cpu.code.scratch.forms.get(form).copied()?;
+        if known == REFUSED || i.is_invalid() {
+            return None;
+        }
+        if known == UNKNOWN && !self.cpu.features.has_all(i.cpuid_features()) {
+            self.note(form, REFUSED);
+            return None;
+        }
+        let before = self.ops.len();
+        if let Some(family) = usize::from(known).checked_sub(usize::from(FAMILY)) {
+            if FAMILIES.get(family)?(self, i) {
+                return Some(family);
+            }
+            self.ops.truncate(before);
+        }
+        for (family, lower) in FAMILIES.iter().enumerate() {
+            if lower(self, i) {
+                self.note(form, FAMILY + family as u8);
+                return Some(family);
+            }
+        }
+        None
+    }
+
+    fn note(&mut self, form: usize, known: u8) {
+        if let Some(slot) = self.cpu.code.scratch.forms.get_mut(form) {
+            *slot = known;
+        }
     }
 
     /// Whether the block ends after the last instruction lowered.
@@ -140,7 +199,11 @@ impl<'a> Lowering<'a> {
                 bytes: self.window,
                 is64: self.mode.is64(),
             };
-            let op = crate::exec::fuse(&window).or_else(|| fused.fuse(&window));
+            let op = if window.lowered[0].vector {
+                fused.fuse(&window)
+            } else {
+                crate::exec::fuse(&window)
+            };
             let Some((mut op, range)) = op.and_then(|op| Some((op, window.range(&op)?))) else {
                 at += 1;
                 continue;

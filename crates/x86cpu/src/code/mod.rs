@@ -1,14 +1,16 @@
 //! Decoded code: ops, blocks of them, and how guest bytes become blocks.
 
+mod arena;
 mod cache;
 mod decode;
+mod directory;
 mod execute;
 mod fuse;
 mod lower;
 mod op;
 
 pub use cache::CodeCache;
-pub use lower::{Lowering, nop};
+pub use lower::{Family, Lowering, nop};
 pub use op::{Handler, Op, op_flag};
 
 pub(crate) use cache::BlockEnd;

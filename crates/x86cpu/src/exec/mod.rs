@@ -5,7 +5,7 @@
 
 use iced_x86::{ConditionCode, Instruction, OpKind, Register};
 
-use crate::code::{Lowering, Op, op_flag};
+use crate::code::{Family, Op, op_flag};
 
 mod alu;
 mod atomic;
@@ -25,19 +25,19 @@ mod tests;
 
 pub(crate) use fused::fuse;
 
-/// Adds the ops of `i` if it is an integer instruction of this module.
-pub(crate) fn lower(l: &mut Lowering<'_>, i: &Instruction) -> bool {
-    mov::lower(l, i)
-        || alu::lower(l, i)
-        || branch::lower(l, i)
-        || stack::lower(l, i)
-        || shift::lower(l, i)
-        || bits::lower(l, i)
-        || muldiv::lower(l, i)
-        || atomic::lower(l, i)
-        || string::lower(l, i)
-        || misc::lower(l, i)
-}
+/// What adds the ops of an integer instruction, by family: each says whether it is one of its own.
+pub(crate) const FAMILIES: [Family; 10] = [
+    mov::lower,
+    alu::lower,
+    branch::lower,
+    stack::lower,
+    shift::lower,
+    bits::lower,
+    muldiv::lower,
+    atomic::lower,
+    string::lower,
+    misc::lower,
+];
 
 /// Bytes of operand `n`: its register's, or the memory operand's.
 fn operand_size(i: &Instruction, n: u32) -> usize {

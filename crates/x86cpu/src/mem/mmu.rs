@@ -80,11 +80,11 @@ impl Mmu {
             pdptes: [0; 4],
             physical_bits: 36,
             table: Table::Supervisor,
-            asids: Box::new([0; PCIDS]),
+            asids: zeroed(),
             asid: 1,
             global: 2,
             last_asid: 2,
-            large: Box::new([0; LARGE_WORDS]),
+            large: zeroed(),
             idle_writes: 0,
         }
     }
@@ -147,6 +147,15 @@ impl Mmu {
                 let (word, bit) = Self::large_key(linear, shift);
                 self.large[word] & bit != 0
             })
+    }
+}
+
+/// An array of zeros, not made on the stack first.
+fn zeroed<T: Copy + Default, const N: usize>() -> Box<[T; N]> {
+    match vec![T::default(); N].into_boxed_slice().try_into() {
+        Ok(array) => array,
+        // It was made with as many.
+        Err(_) => unreachable!("an array of {N}"),
     }
 }
 
@@ -527,6 +536,10 @@ impl Cpu {
 
     /// Makes the page at `gpa` hold code: no processor writes it unseen from here on.
     pub(crate) fn claim_code_page(&mut self, gpa: u64) {
+        let page = self.mmu.slots.page(gpa);
+        if page.is_none_or(|page| page.state.is_claimed()) {
+            return;
+        }
         let machine = self.machine.clone();
         let slots = self.mmu.slots.clone();
         let Some(page) = slots.page(gpa) else {

@@ -12,8 +12,8 @@ use crate::mem::{PAGE_MASK, PAGE_SHIFT};
 const FIRST: usize = 1024;
 /// Entries of the second level.
 const SECOND: usize = 4096;
-/// Matches no address: its low bits are no address space's number.
-const NEVER: u64 = u64::MAX;
+/// Matches no address: there is no address space 0. Tables of it needn't be written when they are made.
+const NEVER: u64 = 0;
 /// Numbers of address spaces: 1 to this.
 pub(super) const LAST_ASID: u16 = 0xffe;
 
@@ -110,12 +110,8 @@ unsafe impl Send for FirstLevel {}
 
 impl FirstLevel {
     pub(super) fn new() -> Self {
-        let tables = vec![[EMPTY; FIRST]; 4].into_boxed_slice();
-        let tables: Box<[[Entry; FIRST]; 4]> = match tables.try_into() {
-            Ok(tables) => tables,
-            // A slice made with four elements has four.
-            Err(_) => unreachable!("four tables"),
-        };
+        // SAFETY: entries of zeros are `EMPTY`.
+        let tables = unsafe { Box::<[[Entry; FIRST]; 4]>::new_zeroed().assume_init() };
         Self {
             // Kept as a pointer, because views of it are around.
             tables: NonNull::from(Box::leak(tables)),

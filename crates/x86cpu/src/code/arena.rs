@@ -1,0 +1,194 @@
+//! Memory for decoded code: taken from the host a stretch at a time, handed out front to back, and
+//! given back all at once.
+#![expect(unsafe_code, reason = "maps memory of its own")]
+
+use std::alloc::{Layout, handle_alloc_error};
+use std::ptr::NonNull;
+
+/// What is taken at a time, the least and the most: a fault for each page would take longer than all
+/// else that is done for a block.
+const STRETCH: usize = 64 << 10;
+const LONGEST_STRETCH: usize = 512 << 10;
+/// What pieces are multiples of, and aligned to: a block starts with a cache line of its own.
+pub(super) const UNIT: usize = 64;
+
+/// What may lie in an arena and be had back by its index: any bytes make a value of the type, and it
+/// needs no more than [`UNIT`] for its alignment.
+pub(super) trait Plain: Copy {}
+
+/// See the module's description.
+pub(super) struct Arena {
+    base: NonNull<u8>,
+    capacity: usize,
+    used: usize,
+    /// As much has been asked of the host.
+    taken: usize,
+}
+
+// SAFETY: it owns its memory, like a box; what lies in it stays on the processor's thread.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    /// Reserves address space for `capacity` bytes, a multiple of [`STRETCH`].
+    pub(super) fn new(capacity: usize) -> Self {
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                capacity,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
+        match base.and_then(|base| NonNull::new(base.cast())) {
+            Some(base) => Self {
+                base,
+                capacity,
+                used: 0,
+                taken: 0,
+            },
+            None => handle_alloc_error(
+                Layout::from_size_align(capacity, UNIT).unwrap_or(Layout::new::<u64>()),
+            ),
+        }
+    }
+
+    /// Whether `len` more bytes fit.
+    pub(super) fn has_room(&self, len: usize) -> bool {
+        self.capacity - self.used >= len
+    }
+
+    /// Bytes handed out.
+    pub(super) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// A piece of `len` bytes that nobody else has, until all is forgotten; `None` if there is no
+    /// room for it.
+    pub(super) fn take(&mut self, len: usize) -> Option<NonNull<u8>> {
+        let len = len.next_multiple_of(UNIT);
+        if !self.has_room(len) {
+            return None;
+        }
+        // SAFETY: within the mapping, as just seen.
+        let piece = unsafe { self.base.add(self.used) };
+        self.used += len;
+        if self.used > self.taken {
+            self.take_stretch();
+        }
+        Some(piece)
+    }
+
+    #[cold]
+    fn take_stretch(&mut self) {
+        let more = (self.taken / 4).clamp(STRETCH, LONGEST_STRETCH);
+        let end = (self.taken + more).max(self.used).next_multiple_of(STRETCH);
+        let end = end.min(self.capacity);
+        // SAFETY: the range is within the mapping. If the kernel doesn't know how, pages come as
+        // they are touched.
+        unsafe {
+            libc::madvise(
+                self.base.add(self.taken).as_ptr().cast(),
+                end - self.taken,
+                libc::MADV_POPULATE_WRITE,
+            );
+        }
+        self.taken = end;
+    }
+
+    /// Where a piece starts, in [`UNIT`]s from the arena's start.
+    pub(super) fn index_of(&self, piece: NonNull<u8>) -> u32 {
+        ((piece.as_ptr() as usize - self.base.as_ptr() as usize) / UNIT) as u32
+    }
+
+    /// The piece that starts there.
+    pub(super) fn at(&self, index: u32) -> NonNull<u8> {
+        debug_assert!(index as usize * UNIT < self.used);
+        // SAFETY: indices are those of pieces, which lie within the mapping.
+        unsafe { self.base.add(index as usize * UNIT) }
+    }
+
+    /// Takes a piece for a value, and gives its index.
+    pub(super) fn push<T: Plain>(&mut self, value: T) -> Option<u32> {
+        const { assert!(align_of::<T>() <= UNIT) };
+        let piece = self.take(size_of::<T>())?;
+        // SAFETY: the piece is new, large enough, and aligned.
+        unsafe { piece.cast().write(value) };
+        Some(self.index_of(piece))
+    }
+
+    fn place<T: Plain>(&self, index: u32) -> NonNull<T> {
+        let end = index as usize * UNIT + size_of::<T>();
+        assert!(end <= self.used, "an index of this arena");
+        self.at(index).cast()
+    }
+
+    /// What lies at an index.
+    pub(super) fn get<T: Plain>(&self, index: u32) -> &T {
+        // SAFETY: within what was handed out, and any bytes will do.
+        unsafe { self.place(index).as_ref() }
+    }
+
+    /// The same, to change it. It must have been pushed as such: others rely on what they have put
+    /// elsewhere.
+    pub(super) fn get_mut<T: Plain>(&mut self, index: u32) -> &mut T {
+        // SAFETY: as in `get`.
+        unsafe { self.place(index).as_mut() }
+    }
+
+    /// Forgets all pieces.
+    pub(super) fn clear(&mut self) {
+        self.used = 0;
+    }
+
+    /// Forgets all pieces, and gives their memory back to the host.
+    pub(super) fn give_back(&mut self) {
+        self.used = 0;
+        // SAFETY: the range is the mapping's, and nothing in it is needed any more.
+        unsafe {
+            libc::madvise(self.base.as_ptr().cast(), self.taken, libc::MADV_DONTNEED);
+        }
+        self.taken = 0;
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this size.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.capacity) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_do_not_overlap_and_come_back_empty() {
+        let mut arena = Arena::new(2 * STRETCH);
+        let mut pieces = Vec::new();
+        while let Some(piece) = arena.take(100) {
+            // SAFETY: the piece is ours alone.
+            unsafe { piece.as_ptr().write_bytes(pieces.len() as u8, 100) };
+            assert_eq!(arena.at(arena.index_of(piece)), piece);
+            pieces.push(piece);
+        }
+        assert_eq!(pieces.len(), 2 * STRETCH / 100_usize.next_multiple_of(UNIT));
+        for (n, piece) in pieces.iter().enumerate() {
+            // SAFETY: as above.
+            let bytes = unsafe { std::slice::from_raw_parts(piece.as_ptr(), 100) };
+            assert!(bytes.iter().all(|&byte| byte == n as u8));
+        }
+        assert!(!arena.has_room(STRETCH));
+        arena.give_back();
+        let again = arena.take(8).expect("room");
+        assert_eq!(again, pieces[0]);
+        // SAFETY: the first piece again, which is ours.
+        assert_eq!(unsafe { again.cast::<u64>().read() }, 0);
+        arena.clear();
+        assert!(arena.has_room(2 * STRETCH));
+    }
+}
