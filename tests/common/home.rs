@@ -153,6 +153,13 @@ impl Home {
         serde_json::from_str(&text).expect("JSON")
     }
 
+    /// Everything that is known of a snapshot.
+    #[track_caller]
+    pub fn inspect(&self, snapshot: &str) -> Value {
+        let text = self.done(&["snapshot", "inspect", snapshot]);
+        serde_json::from_str(&text).expect("JSON")
+    }
+
     /// The names that `ps` says, sorted.
     #[track_caller]
     pub fn names(&self, options: &[&str]) -> Vec<String> {

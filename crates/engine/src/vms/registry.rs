@@ -434,6 +434,11 @@ impl Entry {
             .map_err(self.registry.failed("note the state of a virtual machine"))
     }
 
+    /// The end of what never became a machine.
+    pub fn discard(self) {
+        self.registry.forget(&self.config);
+    }
+
     /// The end: with this state, or forgotten where that was asked for.
     pub fn finish(mut self, change: impl FnOnce(&mut VmState)) -> Result<(), EngineError> {
         let _ = fs::remove_file(self.control());
