@@ -431,4 +431,13 @@ mod tests {
             );
         }
     }
+
+    #[test]
+    fn a_time_that_nothing_has_reached_is_refused() {
+        let service = TimerService::manual();
+        service.restore(LONGEST_NS - 1).unwrap();
+        assert_eq!(service.now(), LONGEST_NS - 1);
+        assert!(service.restore(LONGEST_NS).is_err());
+        assert!(service.restore(u64::MAX).is_err());
+    }
 }

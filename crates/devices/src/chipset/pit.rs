@@ -676,6 +676,17 @@ mod tests {
     }
 
     #[test]
+    fn a_start_in_the_far_future_is_not_due() {
+        let r = rig();
+        r.load(0, 2, 1000);
+        let mut saved = r.pit.save();
+        saved.channels[0].start_tick = (1 << 62) - 1;
+        r.pit.restore(saved).unwrap();
+        let next = r.pit.state.lock().channels[0].next_rise(r.timers.now());
+        assert_eq!(next, Some(u64::MAX));
+    }
+
+    #[test]
     fn state_continues_in_a_fresh_device() {
         let r = rig();
         r.load(0, 0, 1000);

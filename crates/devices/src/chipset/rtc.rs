@@ -594,6 +594,40 @@ mod tests {
     }
 
     #[test]
+    fn no_time_of_day_wakes_the_timer_for_ever() {
+        let interrupts = B_PERIODIC | B_ALARM | B_UPDATE_ENDED;
+        let calm = |r: &Rig| {
+            let state = r.rtc.state.lock();
+            let now = r.rtc.guest_ns(&state);
+            let next = state.next_event(now).unwrap();
+            assert!(next - now >= NANOS / 32_768, "{now} {next}");
+        };
+        // As a guest sets it: a year beyond what 64 bits of nanoseconds hold.
+        let r = rig();
+        for (index, value) in [
+            (REG_B, B_SET | B_BINARY | B_24_HOUR),
+            (RTC_CENTURY, 255),
+            (YEAR, 99),
+            (REG_B, interrupts | B_BINARY | B_24_HOUR),
+        ] {
+            r.write(index, value);
+        }
+        calm(&r);
+        // As a snapshot says it.
+        let saved = r.rtc.save();
+        for offset_s in [i64::MIN, i64::MAX, -1 << 40, 1 << 40, 7_000_000_000] {
+            let rig = rig();
+            let state = RtcState {
+                offset_s,
+                seen_ns: u64::MAX,
+                ..saved.clone()
+            };
+            rig.rtc.restore(state).unwrap();
+            calm(&rig);
+        }
+    }
+
+    #[test]
     fn setting_the_clock_freezes_and_offsets_it() {
         let r = rig();
         r.write(REG_B, B_SET | B_24_HOUR);

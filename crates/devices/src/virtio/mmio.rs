@@ -460,3 +460,37 @@ impl Drop for VirtioMmio {
         self.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::rng::RngDevice;
+    use crate::virtio::testing::{FakeGuest, STATUS_OK};
+
+    #[test]
+    fn states_that_no_driver_can_make_are_refused() {
+        let guest = FakeGuest::start(RngDevice::new(), u64::MAX, QueueRunner::Inline);
+        guest.mmio.pause();
+        let saved = guest.mmio.save();
+        assert_eq!(saved.registers.status, STATUS_OK);
+        guest.mmio.restore(saved.clone()).unwrap();
+        let cases: [fn(&mut VirtioMmioState); 9] = [
+            |s| s.registers.status = STATUS_NEEDS_RESET | STATUS_OK,
+            |s| s.registers.status &= !STATUS_FEATURES_OK,
+            |s| s.registers.status = 3,
+            |s| s.registers.driver_features &= !F_VERSION_1,
+            |s| s.registers.driver_features |= 1 << 63,
+            |s| s.registers.queues[0].ready = false,
+            |s| s.registers.queues[0].layout.used = u64::MAX - 3,
+            |s| s.queues.clear(),
+            |s| s.queues[0].as_mut().unwrap().next_used ^= 0x8000,
+        ];
+        for (number, change) in cases.iter().enumerate() {
+            let mut bad = saved.clone();
+            change(&mut bad);
+            assert!(guest.mmio.restore(bad).is_err(), "case {number}");
+        }
+        guest.mmio.restore(saved.clone()).unwrap();
+        assert_eq!(guest.mmio.save(), saved);
+    }
+}
