@@ -148,47 +148,14 @@ impl Vm {
         mut written: PageSet,
     ) -> Result<(Frozen, u64), EngineError> {
         let machine = self.machine();
+        // Until memory, disk and state belong together again.
+        books.origin = None;
         // First, since it may finish an access.
         let state = machine.save_state()?;
         written.union(&machine.harvest()?);
         let pages = written.count();
         copy.take(machine, &written)?;
-        let Copy {
-            file,
-            pages: copied,
-        } = copy;
-        // Few mappings are worth some pages more.
-        let all = copied.coalesce(PageSet::GAP, PageSet::RUNS);
-        let mut gaps = all.clone();
-        gaps.subtract(&copied);
-        machine.for_each_page_run(&gaps, |at, bytes| {
-            file.write_all_at(bytes, at).map_err(failed)
-        })?;
-        books.captures += 1;
-        let runs = all
-            .runs()
-            .map(|run| (run.start * PAGE, (run.end - run.start) * PAGE));
-        let runs: Vec<_> = runs.collect();
-        let saved = runs.iter().map(|&(at, len)| SavedRun {
-            at,
-            len,
-            offset: at,
-        });
-        let mapped = file.try_clone().map_err(failed)?;
-        machine.rebase(mapped, saved.collect())?;
-        let layered = runs.iter().map(|&(at, len)| LayerRun {
-            at,
-            len,
-            offset: at,
-        });
-        let layer = Layer::new(file, layered.collect::<Vec<_>>())?;
-        if books.own_layers().len() >= LAYERS {
-            let kept = books.memory.len() - books.own_layers().len();
-            books.memory.truncate(kept);
-        }
-        if !layer.is_empty() {
-            books.memory.push(layer);
-        }
+        self.underlay(books, copy)?;
         let scratch = match &self.shared.scratch {
             None => None,
             Some(disk) => {
@@ -221,6 +188,46 @@ impl Vm {
             capture: books.captures,
         };
         Ok((frozen, pages))
+    }
+
+    /// Makes the copy the newest layer of memory, and maps it underneath. In that order: should the
+    /// mapping stop halfway, what is not mapped counts as written still.
+    fn underlay(&self, books: &mut super::Books, copy: Copy) -> Result<(), EngineError> {
+        let machine = self.machine();
+        let Copy {
+            file,
+            pages: copied,
+        } = copy;
+        // Few mappings are worth some pages more.
+        let all = copied.coalesce(PageSet::GAP, PageSet::RUNS);
+        let mut gaps = all.clone();
+        gaps.subtract(&copied);
+        machine.for_each_page_run(&gaps, |at, bytes| {
+            file.write_all_at(bytes, at).map_err(failed)
+        })?;
+        books.captures += 1;
+        if all.is_empty() {
+            return Ok(());
+        }
+        let runs = all.runs().map(|run| {
+            let (at, len) = (run.start * PAGE, (run.end - run.start) * PAGE);
+            let offset = at;
+            LayerRun { at, len, offset }
+        });
+        let layer = Layer::new(file, runs.collect::<Vec<_>>())?;
+        let mapped = layer.file().try_clone().map_err(failed)?;
+        let saved = layer.runs().iter().map(|run| SavedRun {
+            at: run.at,
+            len: run.len,
+            offset: run.offset,
+        });
+        let saved = saved.collect();
+        if books.own_layers().len() >= LAYERS {
+            let kept = books.memory.len() - books.own_layers().len();
+            books.memory.truncate(kept);
+        }
+        books.memory.push(layer);
+        Ok(machine.rebase(mapped, saved)?)
     }
 
     /// Whether a difference to something in the store can be taken.
