@@ -333,6 +333,13 @@ fn what_cannot_go_on_here_is_refused_by_name() {
     let import = ["snapshot", "import", &archive, "--name", "diff"];
     other.refused(&import, &["is a difference to", "import that one first"]);
     other.refused(&[&["restore"], &SOFT[..], &["diff"]].concat(), &["diff"]);
+    // With that it goes.
+    let chain = text("chain.tar");
+    home.done(&["snapshot", "export", "--with-parents", "diff", &chain]);
+    other.done(&["snapshot", "import", &chain, "--name", "diff"]);
+    other.restore("diff", "vm");
+    other.exec("vm", &["true"]).expect(0, "");
+    other.done(&["rm", "-f", "vm"]);
     // One whose parent went: nobody but a careless hand removes that.
     let gone = home.inspect("base")["id"].clone();
     let gone = gone
