@@ -333,6 +333,13 @@ fn what_cannot_go_on_here_is_refused_by_name() {
     let import = ["snapshot", "import", &archive, "--name", "diff"];
     other.refused(&import, &["is a difference to", "import that one first"]);
     other.refused(&[&["restore"], &SOFT[..], &["diff"]].concat(), &["diff"]);
+    // With that it goes.
+    let chain = text("chain.tar");
+    home.done(&["snapshot", "export", "--with-parents", "diff", &chain]);
+    other.done(&["snapshot", "import", &chain, "--name", "diff"]);
+    other.restore("diff", "vm");
+    other.exec("vm", &["true"]).expect(0, "");
+    other.done(&["rm", "-f", "vm"]);
     // One whose parent went: nobody but a careless hand removes that.
     let gone = home.inspect("base")["id"].clone();
     let gone = gone
@@ -534,6 +541,55 @@ fn connections_are_the_parents_own() {
     );
     assert_eq!(ran.status, 9, "{}", ran.stderr);
     home.no_machines();
+}
+
+#[test]
+fn a_warmed_up_image_starts_warm() {
+    let home = Home::new();
+    let warm = |options: &[&str], script: &str| {
+        let args = [
+            &["warm"],
+            &SOFT[..],
+            options,
+            &["demo", "--exec", "sh", "-c", script],
+        ]
+        .concat();
+        home.run(&args)
+    };
+    let run =
+        |script: &str| home.done(&[&["run"], &SOFT[..], &["demo", "sh", "-c", script]].concat());
+    // What a command that has ended left in memory and on the disk.
+    assert_eq!(
+        warm(&[], "echo loaded > /dev/shm/state; echo kept > /root/kept").status,
+        0
+    );
+    for _ in 0..2 {
+        let script = "cat /dev/shm/state /root/kept; echo other > /dev/shm/state; rm /root/kept";
+        assert_eq!(run(script), "loaded\nkept");
+    }
+    // One that fails takes the place of nothing.
+    let ran = warm(&[], "echo why; exit 3");
+    assert_eq!(ran.status, 125);
+    assert!(
+        ran.stderr.contains("exit status 3") && ran.stderr.contains("why"),
+        "{}",
+        ran.stderr
+    );
+    assert_eq!(run("cat /dev/shm/state"), "loaded");
+    // One that goes on, in every run, from where it was ready.
+    let counts = "i=0; while :; do i=$((i+1)); echo $i > /n; mv /n /count; [ $i != 5 ] || echo ready; sleep 0.05; done";
+    let named = warm(&["--ready", "ready", "--name", "server"], counts);
+    assert_eq!(named.status, 0, "{}", named.stderr);
+    for _ in 0..2 {
+        let count: u64 = run("cat /count").parse().expect("a number");
+        assert!((4..100).contains(&count), "{count}");
+    }
+    home.restore("server", "vm");
+    let before = home.number("vm", "cat /count");
+    eventually("progress", || home.number("vm", "cat /count") > before);
+    let silent = warm(&["--ready", "never written"], "echo something else");
+    assert_eq!(silent.status, 125);
+    assert!(silent.stderr.contains("never written"), "{}", silent.stderr);
 }
 
 /// Draws random numbers as fast as it can, and says between which identities of its machine it did.

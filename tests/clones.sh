@@ -216,7 +216,7 @@ part_kills() {
       "$skerry" rm -f victim >/dev/null
     else
       # The machine's process may be at it yet.
-      for _ in $(seq 200); do compgen -G "$store/.new-*" >/dev/null || break; sleep 0.05; done
+      for _ in $(seq 200); do ls -l "/proc/$pid/fd" | grep -q "$store/.new-" || break; sleep 0.05; done
       "$skerry" exec victim true || echo "the machine doesn't answer after kill $n"
     fi
     found=0
