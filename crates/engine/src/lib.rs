@@ -26,6 +26,7 @@ pub mod pool;
 pub mod run;
 pub mod snapshots;
 mod transport;
+mod vetting;
 pub mod vm;
 pub mod vms;
 pub mod warm;

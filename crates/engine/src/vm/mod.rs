@@ -35,6 +35,7 @@ pub use capture::Captured;
 pub use pooled::{Clones, VmPool};
 pub use rewind::Rewound;
 pub use start::ResumeSpec;
+pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
