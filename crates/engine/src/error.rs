@@ -67,6 +67,14 @@ pub enum EngineError {
         /// The cause.
         source: serde_json::Error,
     },
+    /// What no machine of this build says of itself.
+    #[error(
+        "The saved machine can't go on: {problem}; it was damaged or made up: take another one"
+    )]
+    Implausible {
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A snapshot's image is not here.
     #[error(
         "The snapshot needs the image {name} ({digest}), which isn't in the store: import it, or export \

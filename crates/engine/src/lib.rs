@@ -27,6 +27,7 @@ pub mod pools;
 pub mod run;
 pub mod snapshots;
 mod transport;
+mod vetting;
 pub mod vm;
 pub mod vms;
 pub mod warm;

@@ -17,7 +17,7 @@ use skerry_hypervisor::{CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmS
 use crate::chipset::{Chipset, ChipsetParts, SerialSink};
 use crate::config::MachineConfig;
 use crate::control::Control;
-use crate::handle::{MachineHandle, Supervisor};
+use crate::handle::{MachineHandle, Supervisor, check_kind};
 use crate::interrupts::{MsiToVm, PicToVcpu};
 use crate::memory::SavedMemory;
 use crate::state::MachineState;
@@ -262,6 +262,8 @@ impl<H: Hypervisor> Machine<H> {
         limit: Option<Duration>,
     ) -> Result<MachineHandle, MachineError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        // Before threads are made for it.
+        check_kind(state.version, state.cpus.len(), self.vcpus.len())?;
         self.boot.from_files = false;
         let handle = self.launch(None, deadline)?;
         handle.remote().restore_state(state)?;

@@ -148,6 +148,11 @@ impl VirtioSet {
         self.transports.is_empty()
     }
 
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn transports(&self) -> &[Arc<VirtioMmio>] {
+        &self.transports
+    }
+
     /// The host's end of the virtio console.
     pub fn console(&self) -> Option<PortHandle> {
         self.console.as_ref().map(|(_, handle)| handle.clone())

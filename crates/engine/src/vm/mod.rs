@@ -34,6 +34,7 @@ pub use crate::transport::GuestStream;
 pub use capture::Captured;
 pub use rewind::Rewound;
 pub use start::ResumeSpec;
+pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
