@@ -2,44 +2,85 @@
 
 mod common;
 
-use common::run;
-
-/// Compares with a file in `tests/golden`; `SKERRY_BLESS=1` writes it.
-#[track_caller]
-fn golden(name: &str, text: &str) {
-    let path = format!("{}/../../tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
-    if std::env::var_os("SKERRY_BLESS").is_some() {
-        std::fs::write(&path, text).expect("golden file");
-    }
-    let expected = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(
-        text == expected,
-        "{name} is not what skerry prints now; look, then run with SKERRY_BLESS=1.\n{text}"
-    );
-}
+use common::{golden, run};
 
 #[test]
 fn help_texts() {
-    for (name, args) in [
-        ("help.txt", &["--help"][..]),
-        ("help-run.txt", &["run", "--help"]),
-        ("help-boot.txt", &["boot", "--help"]),
-        ("help-snapshot.txt", &["snapshot", "--help"]),
-        ("help-snapshot-ls.txt", &["snapshot", "ls", "--help"]),
-        ("help-snapshot-rm.txt", &["snapshot", "rm", "--help"]),
-        (
-            "help-snapshot-export.txt",
-            &["snapshot", "export", "--help"],
-        ),
-        (
-            "help-snapshot-import.txt",
-            &["snapshot", "import", "--help"],
-        ),
-    ] {
-        let ran = run(args);
-        assert_eq!(ran.status, 0);
-        golden(name, &ran.text());
+    let commands: &[&[&str]] = &[
+        &[],
+        &["run"],
+        &["warm"],
+        &["restore"],
+        &["fork"],
+        &["exec"],
+        &["ps"],
+        &["logs"],
+        &["pause"],
+        &["unpause"],
+        &["stop"],
+        &["kill"],
+        &["wait"],
+        &["rm"],
+        &["boot"],
+        &["snapshot"],
+        &["snapshot", "create"],
+        &["snapshot", "ls"],
+        &["snapshot", "inspect"],
+        &["snapshot", "rm"],
+        &["snapshot", "export"],
+        &["snapshot", "import"],
+        &["snapshot", "prune"],
+    ];
+    for command in commands {
+        let ran = run(&[command, &["--help"][..]].concat());
+        assert_eq!(ran.status, 0, "{command:?}: {}", ran.stderr);
+        let name = [&["help"], *command].concat().join("-");
+        golden(&format!("{name}.txt"), &ran.text());
     }
+}
+
+/// What the verbs on machines and snapshots say of what isn't there or can't be.
+#[test]
+fn error_lines() {
+    let folder = tempfile::tempdir().expect("folder");
+    let lines: &[&[&str]] = &[
+        &["exec", "nobody", "true"],
+        &["logs", "nobody"],
+        &["pause", "nobody"],
+        &["stop", "nobody", "no/name"],
+        &["rm", "nobody"],
+        &["fork", "nobody"],
+        &["fork", "--count", "1001", "nobody"],
+        &["restore", "nothing"],
+        &["run", "--from-snapshot", "nothing", "true"],
+        &[
+            "run",
+            "--from-snapshot",
+            "nothing",
+            "--memory",
+            "1G",
+            "true",
+        ],
+        &["run"],
+        &["run", "-d", "-i", "demo"],
+        &["run", "-d", "--name", "a b", "demo", "true"],
+        &["exec", "nobody"],
+        &["stop", "--time", "soon", "nobody"],
+        &["kill", "--signal", "NONE", "nobody"],
+        &["snapshot", "create", "nobody", "name"],
+        &["snapshot", "rm", "nothing"],
+        &["snapshot", "inspect", "../name"],
+    ];
+    let mut text = String::new();
+    for args in lines {
+        let mut command = common::skerry(args);
+        command.env("XDG_DATA_HOME", folder.path());
+        let ran = common::run_with(command, b"");
+        assert_eq!(ran.status, 125, "{args:?}: {}", ran.stderr);
+        assert!(ran.stdout.is_empty(), "{args:?}");
+        text.push_str(&format!("$ skerry {}\n{}", args.join(" "), ran.stderr));
+    }
+    golden("errors.txt", &text);
 }
 
 #[test]

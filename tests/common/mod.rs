@@ -5,6 +5,8 @@
     reason = "each test file uses its part"
 )]
 
+pub mod home;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -104,6 +106,20 @@ pub fn demo_command(options: &[&str], command: &[&str]) -> Command {
     args.push("demo");
     args.extend(command);
     skerry(&args)
+}
+
+/// Compares with a file in `tests/golden`; `SKERRY_BLESS=1` writes it.
+#[track_caller]
+pub fn golden(name: &str, text: &str) {
+    let path = format!("{}/../../tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    if std::env::var_os("SKERRY_BLESS").is_some() {
+        std::fs::write(&path, text).expect("golden file");
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        text == expected,
+        "{name} is not what skerry prints now; look, then run with SKERRY_BLESS=1.\n{text}"
+    );
 }
 
 /// Waits for something that another thread or process does.

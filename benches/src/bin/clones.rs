@@ -11,8 +11,8 @@ use clap::Parser;
 use skerry_benches::{median, skerry};
 use skerry_engine::command::{self, CommandSpec, Surroundings};
 use skerry_engine::hypervisor::{Backend, Choice};
-use skerry_engine::pool::{Pool, PoolOptions};
-use skerry_engine::vm::{Clones, ResumeSpec, Vm, VmSpec};
+use skerry_engine::pools::{Clones, Pool, PoolOptions};
+use skerry_engine::vm::{ResumeSpec, Vm, VmSpec};
 use skerry_engine::{ExitStatus, Paths, images};
 
 /// Cost of snapshots, forks, resets and pools
@@ -53,11 +53,13 @@ impl Bench {
 
     fn report(&self, what: &str, mut times: Times, target: f64) {
         let runs = times.0.len();
+        // Sorts them.
         let median = median(&mut times.0);
-        let worst = times.0.iter().copied().fold(0.0, f64::max);
+        let [p90, p99, worst] = [0.9, 0.99, 1.0].map(|part| quantile(&times.0, part));
         let verdict = if median <= target { "ok" } else { "MISSED" };
         println!(
-            "{what:<52} {median:>8.3} ms  (at most {target} ms: {verdict}; worst {worst:.1}, {runs} runs)"
+            "{what:<52} {median:>8.3} ms  (at most {target} ms: {verdict}; p90 {p90:.2}, p99 {p99:.2}, \
+             worst {worst:.2}, {runs} runs)"
         );
     }
 
@@ -81,6 +83,14 @@ impl Bench {
         }
         Ok(String::from_utf8(output.stdout)?.trim().to_owned())
     }
+}
+
+/// What `part` of the values, which are sorted, don't exceed.
+fn quantile(sorted: &[f64], part: f64) -> f64 {
+    let rank = (sorted.len() as f64 * part).ceil() as usize;
+    let last = sorted.len().saturating_sub(1);
+    let found = sorted.get(rank.saturating_sub(1).min(last));
+    found.copied().unwrap_or(f64::NAN)
 }
 
 fn resume(rewindable: bool) -> ResumeSpec {

@@ -48,6 +48,8 @@ fn main() -> ExitCode {
         Command::Kill(args) => commands::vms::kill(&args),
         Command::Wait(args) => commands::vms::wait(&args),
         Command::Rm(args) => commands::vms::remove(&args),
+        Command::Pool(args) => commands::pool::execute(args, cli.verbose),
+        Command::PoolHost => commands::pool::host(),
         Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),
         Command::Images(args) => commands::images::list(&args),

@@ -12,11 +12,16 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::state::{StateError, require};
+
 /// A device that asked to be called at a point in machine time.
 pub trait TimerTarget: Send + Sync {
     /// Machine time has reached (at least) the armed deadline.
     fn timer_expired(&self, now_ns: u64);
 }
+
+/// No machine has run for longer (18 years); what devices compute from a time before this fits 64 bits.
+const LONGEST_NS: u64 = 1 << 59;
 
 /// The frozen marker of [`MachineClock`]: the clock runs.
 const RUNNING: u64 = u64::MAX;
@@ -253,6 +258,14 @@ impl TimerService {
         }
     }
 
+    /// Sets machine time to a saved one. The clock must be paused (or manual).
+    pub fn restore(&self, now_ns: u64) -> Result<(), StateError> {
+        let problem = "the machine has run for longer than any can";
+        require(now_ns < LONGEST_NS, "clock", problem)?;
+        self.set_now(now_ns);
+        Ok(())
+    }
+
     /// Moves a manual clock forward, running the timers that fall due in their order.
     pub fn advance(&self, ns: u64) {
         if self.shared.clock.origin.is_some() {
@@ -417,5 +430,14 @@ mod tests {
                     .timed_out()
             );
         }
+    }
+
+    #[test]
+    fn a_time_that_nothing_has_reached_is_refused() {
+        let service = TimerService::manual();
+        service.restore(LONGEST_NS - 1).unwrap();
+        assert_eq!(service.now(), LONGEST_NS - 1);
+        assert!(service.restore(LONGEST_NS).is_err());
+        assert!(service.restore(u64::MAX).is_err());
     }
 }

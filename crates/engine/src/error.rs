@@ -67,6 +67,14 @@ pub enum EngineError {
         /// The cause.
         source: serde_json::Error,
     },
+    /// What no machine of this build says of itself.
+    #[error(
+        "The saved machine can't go on: {problem}; it was damaged or made up: take another one"
+    )]
+    Implausible {
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A snapshot's image is not here.
     #[error(
         "The snapshot needs the image {name} ({digest}), which isn't in the store: import it, or export \
@@ -208,9 +216,47 @@ pub enum EngineError {
         /// How it ended.
         why: String,
     },
+    /// Nothing has that name.
+    #[error("There is no pool {name}: skerry pool ls lists them")]
+    NoSuchPool {
+        /// The name.
+        name: String,
+    },
+    /// A name that another pool has.
+    #[error("There is a pool {name} already: remove it with skerry pool rm, or use another name")]
+    PoolTaken {
+        /// The name.
+        name: String,
+    },
+    /// Its process gives no answer.
+    #[error(
+        "The process of the pool {name} doesn't answer: end it by its pid, which skerry pool ls --format json tells"
+    )]
+    PoolSilent {
+        /// Its name.
+        name: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Its process said no.
+    #[error("The pool {name} refused: {reason}")]
+    PoolRefused {
+        /// Its name.
+        name: String,
+        /// In its words.
+        reason: String,
+    },
+    /// No machine was given out under this number.
+    #[error("No machine {lease} is out of the pool {pool}: it was given back, or never given out")]
+    NoSuchLease {
+        /// The pool.
+        pool: String,
+        /// The number.
+        lease: u64,
+    },
     /// A pool gave nothing.
     #[error(transparent)]
-    Pool(#[from] crate::pool::PoolError),
+    Pool(#[from] crate::pools::PoolError),
     /// It was booted, and never resumed or taken.
     #[error("The machine has no beginning to be taken back to: resume it from a snapshot")]
     NoOrigin,

@@ -17,7 +17,8 @@ use skerry_hypervisor::{CpuidTable, portability};
 use skerry_machine::{MachineConfig, MachineState, SavedMemory, SavedRun};
 use skerry_oci::Image;
 use skerry_snapshot::{
-    Content, PAGE_SIZE, SnapshotId, SnapshotStore, Trust, WriteOptions, merged_disks, merged_memory,
+    Content, Merged, PAGE_SIZE, SnapshotId, SnapshotStore, Trust, WriteOptions, merged_disks,
+    merged_memory,
 };
 use skerry_storage::{Access, Layer, Overlay, Part, RawDisk, flatten};
 
@@ -135,7 +136,10 @@ impl Frozen {
         image: Option<&Image>,
     ) -> Result<Self, EngineError> {
         let mut chain = store.open_chain(id, Trust::Seal)?;
-        let memory = merged_memory(&chain)?.layers;
+        let Merged {
+            size,
+            layers: memory,
+        } = merged_memory(&chain)?;
         let scratch = merged_disks(&chain)?.remove(SCRATCH);
         let extras = chain.iter_mut().rev();
         let carried = extras
@@ -160,7 +164,13 @@ impl Frozen {
             layers: memory.len(),
             disk: Vec::new(),
         };
-        Ok(Self {
+        if size != about.machine.memory {
+            let memory = about.machine.memory;
+            return Err(EngineError::Implausible {
+                problem: format!("it has {memory} bytes of memory, and {size} were saved"),
+            });
+        }
+        let frozen = Self {
             about,
             state: Arc::new(state),
             memory,
@@ -168,7 +178,9 @@ impl Frozen {
             root: Arc::new(root),
             base: Some(base),
             capture: 0,
-        })
+        };
+        frozen.vet()?;
+        Ok(frozen)
     }
 
     /// Writes it to the store.

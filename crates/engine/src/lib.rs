@@ -5,6 +5,7 @@
 //!  Paths ── Store ── Image ─┬─ Vm::start(Image, VmSpec) ─► exec, pause, kill
 //!  Choice ── select ── Backend ├─ run, vms::host (Image, RunSpec, RunIo) ─► RunOutcome
 //!                           └─ boot(BootSpec) ─► MachineHandle ─► Outcome
+//!  Clones ─► pools::Pool ── acquire ─► Lease of a Vm ── dropped ─► reset
 //!  Paths ── vms::Registry ── find, list ─► vms::exec, pause, stop, kill, wait, remove
 //! ```
 //!
@@ -22,10 +23,11 @@ mod log;
 mod machine;
 mod parcel;
 mod paths;
-pub mod pool;
+pub mod pools;
 pub mod run;
 pub mod snapshots;
 mod transport;
+mod vetting;
 pub mod vm;
 pub mod vms;
 pub mod warm;

@@ -134,7 +134,7 @@ pub(crate) fn take_over(stream: &mut UnixStream) -> Result<Frozen, EngineError> 
             disk,
         }),
     };
-    Ok(Frozen {
+    let frozen = Frozen {
         about: packed.about,
         state: Arc::new(packed.state),
         memory: unpack(&files, packed.memory)?,
@@ -142,7 +142,9 @@ pub(crate) fn take_over(stream: &mut UnixStream) -> Result<Frozen, EngineError> 
         root: files.first().ok_or_else(broken)?.clone(),
         base,
         capture: 0,
-    })
+    };
+    frozen.vet()?;
+    Ok(frozen)
 }
 
 fn send_files(stream: &UnixStream, files: &[Arc<File>]) -> io::Result<()> {

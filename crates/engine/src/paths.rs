@@ -50,6 +50,11 @@ impl Paths {
         self.root.join("vms")
     }
 
+    /// A folder for each pool.
+    pub fn pools(&self) -> PathBuf {
+        self.root.join("pools")
+    }
+
     /// The folder that everything is in.
     pub fn root(&self) -> &Path {
         &self.root

@@ -124,14 +124,24 @@ pub fn remove(paths: &Paths, name: &str) -> Result<Removed, EngineError> {
 }
 
 /// Copies a snapshot out of the store to `target`: a tar archive where that ends in `.tar`, a
-/// directory otherwise. Gives what the snapshot is a difference to, which doesn't go with it.
-pub fn export(paths: &Paths, name: &str, target: &Path) -> Result<Option<SnapshotId>, EngineError> {
+/// directory otherwise. Gives what the snapshot is a difference to, where that doesn't go with it, as
+/// `parents` has it do.
+pub fn export(
+    paths: &Paths,
+    name: &str,
+    target: &Path,
+    parents: bool,
+) -> Result<Option<SnapshotId>, EngineError> {
     let store = open(paths)?;
     let id = store.resolve(name)?;
     let form = match target.as_os_str().as_encoded_bytes().ends_with(b".tar") {
         true => Form::Archive,
         false => Form::Directory,
     };
+    if parents {
+        store.export_chain(&id, target, form)?;
+        return Ok(None);
+    }
     let parent = store.info(&id)?.parent;
     store.export(&id, target, form)?;
     Ok(parent)
@@ -269,7 +279,7 @@ mod tests {
         take(&paths, 2, &["child"], Some(parent));
         assert!(remove(&paths, "parent").is_err());
         assert_eq!(
-            export(&paths, "child", &folder.path().join("child.tar")).expect("export"),
+            export(&paths, "child", &folder.path().join("child.tar"), false).expect("export"),
             Some(parent)
         );
         remove(&paths, "child").expect("child");
@@ -285,7 +295,10 @@ mod tests {
         );
         let id = take(&from, 1, &["mine"], None);
         let archive = folder.path().join("mine.tar");
-        assert_eq!(export(&from, "mine", &archive).expect("export"), None);
+        assert_eq!(
+            export(&from, "mine", &archive, false).expect("export"),
+            None
+        );
         for name in ["", "-x", "a b", "start-x"] {
             assert!(import(&to, &archive, Some(name)).is_err(), "{name:?}");
         }

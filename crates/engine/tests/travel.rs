@@ -1,26 +1,79 @@
-//! A processor's state goes from one backend to another and back.
+//! Guests go from one backend to another: states, clocks, timers, events.
 //!
-//! Where `/dev/kvm` can't be opened there is no second backend; the test says so.
+//! Where `/dev/kvm` can't be opened there is no second backend; the test says so. Where it only
+//! emulates, the cases that need more are left out.
 
 use skerry_hypervisor::Hypervisor;
-use skerry_hypervisor::conformance::travel;
+use skerry_hypervisor::conformance::travel::{Journey, everything};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
 
-#[test]
-fn states_travel_between_kvm_and_soft() {
-    let soft = Soft::open().expect("a processor in software works anywhere");
+fn soft() -> Soft {
+    Soft::open().expect("a processor in software works anywhere")
+}
+
+/// KVM, the frequency of its time-stamp counter, and whether it does more than emulate.
+fn kvm() -> Option<(Kvm, u32, bool)> {
     match Kvm::open() {
         Ok(kvm) => {
-            travel::there_and_back(&kvm, &soft);
-            travel::there_and_back(&soft, &kvm);
+            let tsc_khz = kvm.tsc_khz().expect("a frequency");
+            Some((kvm, tsc_khz, Kvm::probe().is_ok()))
         }
-        Err(why) => println!("skipped states_travel_between_kvm_and_soft: {why}"),
+        Err(why) => {
+            println!("skipped: {why}");
+            None
+        }
     }
 }
 
 #[test]
-fn states_travel_between_machines_of_one_backend() {
-    let soft = Soft::open().expect("a processor in software works anywhere");
-    travel::there_and_back(&soft, &soft);
+fn guests_travel_from_kvm_to_soft() {
+    if let Some((kvm, tsc_khz, real)) = kvm() {
+        let (from, to) = (&kvm, &soft());
+        everything(&Journey {
+            from,
+            to,
+            tsc_khz,
+            real,
+        });
+    }
+}
+
+#[test]
+fn guests_travel_from_soft_to_kvm() {
+    if let Some((kvm, tsc_khz, real)) = kvm() {
+        let (from, to) = (&soft(), &kvm);
+        everything(&Journey {
+            from,
+            to,
+            tsc_khz,
+            real,
+        });
+    }
+}
+
+#[test]
+fn guests_travel_between_machines_of_kvm() {
+    if let Some((kvm, tsc_khz, real)) = kvm() {
+        let (from, to) = (&kvm, &kvm);
+        everything(&Journey {
+            from,
+            to,
+            tsc_khz,
+            real,
+        });
+    }
+}
+
+#[test]
+fn guests_travel_between_machines_of_the_software_processor() {
+    for tsc_khz in [1_000_000, 2_400_123] {
+        let (from, to, real) = (&soft(), &soft(), true);
+        everything(&Journey {
+            from,
+            to,
+            tsc_khz,
+            real,
+        });
+    }
 }

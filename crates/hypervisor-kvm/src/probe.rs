@@ -94,6 +94,12 @@ fn supported_cpuid(device: &KvmDevice) -> Result<CpuidTable, kvm_ioctls::Error> 
 }
 
 impl Kvm {
+    /// Frequency of the host's time-stamp counter as guests see it, in kHz.
+    pub fn tsc_khz(&self) -> std::io::Result<u32> {
+        let vm = self.device.create_vm()?;
+        Ok(vm.create_vcpu(0)?.get_tsc_khz()?)
+    }
+
     fn measure(&self) -> Result<Capabilities, Unusable> {
         let failed = |what: &str, error: &dyn std::error::Error| {
             unusable(
@@ -108,9 +114,7 @@ impl Kvm {
             return Err(unusable);
         }
         let tsc_khz = self
-            .device
-            .create_vm()
-            .and_then(|vm| vm.create_vcpu(0)?.get_tsc_khz())
+            .tsc_khz()
             .map_err(|e| failed("reading the time-stamp counter's frequency", &e))?;
         let HostFacts {
             supported_cpuid,

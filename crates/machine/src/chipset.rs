@@ -173,7 +173,7 @@ impl Chipset {
             ioapic,
             pic,
         } = saved;
-        self.timers.set_now(time_ns);
+        self.timers.restore(time_ns)?;
         self.pit.restore(pit)?;
         self.rtc.restore(rtc)?;
         self.acpi.restore(acpi)?;

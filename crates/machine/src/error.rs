@@ -70,6 +70,30 @@ pub enum MachineError {
         /// How many were asked for.
         wanted: usize,
     },
+    /// A context id that no guest can have.
+    #[error("The context id {0} is no guest's: give its socket device one from 3 to 4294967294")]
+    BadContextId(u64),
+    /// A restored machine was reset.
+    #[error(
+        "The restored machine can't boot again: its kernel {} is not among what it was restored from; start a new one", path.display()
+    )]
+    NoKernel {
+        /// What its configuration names.
+        path: PathBuf,
+    },
+    /// Saved memory is none that the machine can have.
+    #[error("The saved memory at {at:#x} can't be mapped: {problem}; take a new snapshot")]
+    SavedMemory {
+        /// Where it belongs, counted without the holes in the address space.
+        at: u64,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// A saved clock says what no clock can.
+    #[error(
+        "The saved clock of {0} ns is none that a machine can have reached: take a new snapshot"
+    )]
+    BadClock(u64),
     /// Attachments and configuration disagree.
     #[error("The machine's configuration names {configured} disks, and {attached} were opened")]
     DiskCount {

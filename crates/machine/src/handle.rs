@@ -26,6 +26,21 @@ use crate::{MachineError, layout};
 /// How long the output of serial ports may take to reach its sinks when a run ends.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
 
+/// No guest's clock has got here, 146 years after its start.
+const CLOCK_END: u64 = 1 << 62;
+
+/// Refuses a state of another build, or with other than `cpus` processors.
+pub(crate) fn check_kind(version: u32, found: usize, cpus: usize) -> Result<(), MachineError> {
+    if version == MACHINE_STATE_VERSION && found == cpus {
+        Ok(())
+    } else {
+        Err(MachineError::OtherMachine {
+            version,
+            cpus: found,
+        })
+    }
+}
+
 /// What the supervisor owns.
 pub(crate) struct Supervisor<V> {
     pub(crate) control: Arc<Control>,
@@ -222,11 +237,9 @@ impl MachineRemote {
             chipset,
         } = saved;
         self.paused()?;
-        if version != MACHINE_STATE_VERSION || cpus.len() != self.cpus {
-            return Err(MachineError::OtherMachine {
-                version,
-                cpus: cpus.len(),
-            });
+        check_kind(version, cpus.len(), self.cpus)?;
+        if clock_ns >= CLOCK_END {
+            return Err(MachineError::BadClock(clock_ns));
         }
         self.virtio.restore(virtio)?;
         self.chipset.restore(chipset)?;
@@ -286,6 +299,11 @@ impl MachineRemote {
     /// Reads memory at `at`, counted without the holes in the address space.
     pub fn read_memory(&self, at: u64, into: &mut [u8]) -> Result<(), MachineError> {
         self.memory.read(at, into)
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn write_memory(&self, at: u64, bytes: &[u8]) -> Result<(), MachineError> {
+        self.memory.write_physical(at, bytes)
     }
 
     /// Maps `runs` of `layer` over the memory of a paused machine, which must hold the same bytes:

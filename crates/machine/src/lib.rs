@@ -17,6 +17,8 @@ mod chipset;
 mod config;
 mod control;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod handle;
 mod interrupts;
 mod layers;

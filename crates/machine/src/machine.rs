@@ -17,7 +17,7 @@ use skerry_hypervisor::{CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmS
 use crate::chipset::{Chipset, ChipsetParts, SerialSink};
 use crate::config::MachineConfig;
 use crate::control::Control;
-use crate::handle::{MachineHandle, Supervisor};
+use crate::handle::{MachineHandle, Supervisor, check_kind};
 use crate::interrupts::{MsiToVm, PicToVcpu};
 use crate::memory::SavedMemory;
 use crate::state::MachineState;
@@ -60,20 +60,23 @@ pub(crate) struct BootSource {
     map: MemoryMap,
     ram: GuestRam,
     platform: Platform,
+    /// What was not attached is read from the host's files. Not for a restored machine: whoever
+    /// wrote its configuration need not be who may read them.
+    from_files: bool,
 }
 
 impl BootSource {
     /// Loads the tables, the kernel and the initrd into guest memory.
     pub(crate) fn load(&self) -> Result<Entry, MachineError> {
         let kernel_name = self.config.kernel.display().to_string();
-        let kernel = read_file("kernel", &self.config.kernel, self.kernel.as_deref())?;
+        let kernel = self.read("kernel", &self.config.kernel, self.kernel.as_deref())?;
         let initrd_name = self
             .config
             .initrd
             .as_ref()
             .map(|path| path.display().to_string());
         let initrd = match &self.config.initrd {
-            Some(path) => Some(read_file("initrd", path, self.initrd.as_deref())?),
+            Some(path) => Some(self.read("initrd", path, self.initrd.as_deref())?),
             None => None,
         };
         let kernel = Kernel::parse(&kernel_name, &kernel)?;
@@ -95,22 +98,27 @@ impl BootSource {
         mptable::write(&inputs, &self.platform)?;
         Ok(kernel.load(&inputs)?)
     }
-}
 
-fn read_file<'a>(
-    what: &'static str,
-    path: &Path,
-    given: Option<&'a [u8]>,
-) -> Result<Cow<'a, [u8]>, MachineError> {
-    match given {
-        Some(bytes) => Ok(Cow::Borrowed(bytes)),
-        None => std::fs::read(path)
-            .map(Cow::Owned)
-            .map_err(|source| MachineError::ReadFile {
-                what,
+    fn read<'a>(
+        &self,
+        what: &'static str,
+        path: &Path,
+        given: Option<&'a [u8]>,
+    ) -> Result<Cow<'a, [u8]>, MachineError> {
+        match given {
+            Some(bytes) => Ok(Cow::Borrowed(bytes)),
+            None if self.from_files => {
+                let failed = |source| MachineError::ReadFile {
+                    what,
+                    path: path.to_owned(),
+                    source,
+                };
+                std::fs::read(path).map(Cow::Owned).map_err(failed)
+            }
+            None => Err(MachineError::NoKernel {
                 path: path.to_owned(),
-                source,
             }),
+        }
     }
 }
 
@@ -156,6 +164,9 @@ impl<H: Hypervisor> Machine<H> {
             return Err(MachineError::BadCpuCount(config.cpus));
         }
         let Attachments { memory, track, .. } = attachments;
+        if let Some(memory) = &memory {
+            memory.check(map.size())?;
+        }
         let ram = memory::allocate(&map, memory.as_ref(), track).map_err(|source| {
             MachineError::Memory {
                 mib: map.size() >> 20,
@@ -220,6 +231,7 @@ impl<H: Hypervisor> Machine<H> {
                 map,
                 ram: ram.memory,
                 platform,
+                from_files: true,
             },
             no_reboot,
             memory: Arc::new(memory),
@@ -243,13 +255,16 @@ impl<H: Hypervisor> Machine<H> {
 
     /// Puts `state` into the machine, whose memory is that of the state, and leaves it paused:
     /// [`MachineRemote::resume`](crate::MachineRemote::resume) lets it run, for at most `limit` from
-    /// now.
+    /// now. The configuration's files are not read: to be reset it needs its kernel attached.
     pub fn restore(
-        self,
+        mut self,
         state: MachineState,
         limit: Option<Duration>,
     ) -> Result<MachineHandle, MachineError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        // Before threads are made for it.
+        check_kind(state.version, state.cpus.len(), self.vcpus.len())?;
+        self.boot.from_files = false;
         let handle = self.launch(None, deadline)?;
         handle.remote().restore_state(state)?;
         Ok(handle)

@@ -22,6 +22,8 @@ use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 
+use crate::MachineError;
+
 pub(crate) type Region = GuestRegionMmap<PageTracker>;
 
 /// Consecutive pages of guest memory that lie together in a file. The guest's memory is counted
@@ -41,6 +43,44 @@ pub struct SavedRun {
 pub struct SavedMemory {
     /// The files and what they hold.
     pub layers: Vec<(File, Vec<SavedRun>)>,
+}
+
+impl SavedMemory {
+    /// Refuses runs that a machine of `size` bytes has no memory for, or that their files don't have:
+    /// what is mapped and isn't there ends the process that touches it.
+    pub(crate) fn check(&self, size: u64) -> Result<(), MachineError> {
+        let whole = |n: u64| n.is_multiple_of(PAGE_SIZE as u64);
+        let within = |at: u64, len: u64, end: u64| at.checked_add(len).is_some_and(|to| to <= end);
+        for (file, runs) in &self.layers {
+            let metadata = file.metadata().map_err(|source| MachineError::Resource {
+                what: "saved memory",
+                source,
+            })?;
+            let len = if metadata.is_file() {
+                metadata.len()
+            } else {
+                0
+            };
+            for &SavedRun {
+                at,
+                len: run,
+                offset,
+            } in runs
+            {
+                let problem = if !(whole(at) && whole(run) && whole(offset)) {
+                    "it isn't made of whole pages"
+                } else if !within(at, run, size) {
+                    "the machine has no memory there"
+                } else if !within(offset, run, len) {
+                    "its file is too short"
+                } else {
+                    continue;
+                };
+                return Err(MachineError::SavedMemory { at, problem });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Guest RAM and the slots that a backend maps.

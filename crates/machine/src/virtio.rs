@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use skerry_devices::bus::MmioBusBuilder;
 use skerry_devices::irq::InterruptRouter;
@@ -17,6 +18,9 @@ use skerry_storage::Disk;
 use crate::MachineError;
 use crate::config::MachineConfig;
 use crate::layout;
+
+/// How long the last of what a guest sent may take: its rings may be such that they never end.
+const FINISH_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a [`VirtioSet`] is built from.
 pub(crate) struct VirtioParts<'a> {
@@ -88,6 +92,12 @@ impl VirtioSet {
         if wanted > layout::VIRTIO_SLOTS {
             return Err(MachineError::TooManyDevices { wanted });
         }
+        // 0 to 2 are the host's and nobody's (virtio 1.3, 5.10.4); the upper half must be zero.
+        if let Some(cid) = config.vsock
+            && !(3..u64::from(u32::MAX)).contains(&cid)
+        {
+            return Err(MachineError::BadContextId(cid));
+        }
         let mut builder = Builder {
             ram: Arc::new(ram.clone()),
             router,
@@ -138,6 +148,11 @@ impl VirtioSet {
         self.transports.is_empty()
     }
 
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn transports(&self) -> &[Arc<VirtioMmio>] {
+        &self.transports
+    }
+
     /// The host's end of the virtio console.
     pub fn console(&self) -> Option<PortHandle> {
         self.console.as_ref().map(|(_, handle)| handle.clone())
@@ -167,8 +182,7 @@ impl VirtioSet {
     /// connections to it break.
     pub(crate) fn shut_down(&self) {
         for transport in &self.transports {
-            // Serves every queue once, on this thread.
-            transport.resume();
+            transport.finish(FINISH_PATIENCE);
             transport.close();
         }
     }

@@ -69,11 +69,26 @@ pub fn write<T: Serialize>(stream: &mut impl Write, message: &T) -> Result<(), F
 /// Takes frames out of a byte stream that arrives in pieces of any size.
 ///
 /// The buffer never holds more than one longest frame and one read more.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FrameDecoder {
     buffer: Vec<u8>,
     /// Bytes at the start of `buffer` that were handed out already.
     taken: usize,
+    /// Bytes to ask a stream for: few for short conversations, more when it gave all of that.
+    piece: usize,
+}
+
+/// Bytes that a decoder asks for first.
+const FIRST_PIECE: usize = 4096;
+
+impl Default for FrameDecoder {
+    fn default() -> Self {
+        Self {
+            buffer: Vec::new(),
+            taken: 0,
+            piece: FIRST_PIECE,
+        }
+    }
 }
 
 impl FrameDecoder {
@@ -143,14 +158,18 @@ impl FrameDecoder {
     fn fill<R: Read>(&mut self, stream: &mut R) -> Result<(), FrameError> {
         self.compact();
         let old = self.buffer.len();
-        self.buffer.resize(old + crate::MAX_DATA, 0);
+        self.buffer.resize(old + self.piece, 0);
         let result = loop {
             match stream.read(&mut self.buffer[old..]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other,
             }
         };
-        self.buffer.truncate(old + *result.as_ref().unwrap_or(&0));
+        let length = *result.as_ref().unwrap_or(&0);
+        self.buffer.truncate(old + length);
+        if length == self.piece {
+            self.piece = (self.piece * 4).min(crate::MAX_DATA);
+        }
         match result? {
             0 if old > 0 => Err(FrameError::Truncated),
             0 => Err(FrameError::Closed),

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use skerry_snapshot::{Error, PAGE_SIZE, SnapshotStore, Trust, WriteOptions};
+use skerry_snapshot::{
+    Error, PAGE_SIZE, SnapshotStore, Trust, WriteOptions, merged_disks, merged_memory,
+};
 
 /// The shortest and the median.
 fn figures(mut times: Vec<Duration>) -> String {
@@ -58,5 +60,46 @@ fn main() -> Result<(), Error> {
             figures(verified)
         );
     }
-    Ok(())
+    chains(&store, data.len() as u64)
+}
+
+/// Opens longer and longer chains of differences of 500 pages, in a store with all of them.
+fn chains(store: &SnapshotStore, size: u64) -> Result<(), Error> {
+    let (mut parent, mut ids) = (None, Vec::new());
+    for length in 1..=64u64 {
+        let mut writer = store.writer(WriteOptions {
+            durable: false,
+            parent,
+        })?;
+        writer.memory::<Error>(size, |out| {
+            let pages = (0..500).map(|n| (n * 8 + length % 8) * PAGE_SIZE);
+            let page = [length as u8; PAGE_SIZE as usize];
+            pages.into_iter().try_for_each(|at| out.write_at(at, &page))
+        })?;
+        writer.state(&[b' '; 100_000])?;
+        let id = writer.commit(&"configuration")?;
+        parent = Some(id);
+        ids.push(id);
+        if length.is_power_of_two() {
+            let (mut opens, mut merges, mut sweeps) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..50 {
+                let start = Instant::now();
+                let chain = store.open_chain(&id, Trust::Seal)?;
+                opens.push(start.elapsed());
+                merged_memory(&chain)?;
+                merged_disks(&chain)?;
+                merges.push(start.elapsed());
+                let start = Instant::now();
+                store.sweep()?;
+                sweeps.push(start.elapsed());
+            }
+            println!(
+                "chain of {length}: open {}, with merging {}, sweep {}",
+                figures(opens),
+                figures(merges),
+                figures(sweeps)
+            );
+        }
+    }
+    ids.iter().rev().try_for_each(|id| store.remove(id))
 }

@@ -12,6 +12,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -40,6 +41,8 @@ pub struct Cgroup {
     freeze: OwnedFd,
     events: OwnedFd,
     namespace: OwnedFd,
+    /// A freeze was asked for, and no thaw since.
+    frozen: AtomicBool,
 }
 
 impl Cgroup {
@@ -65,6 +68,7 @@ impl Cgroup {
             freeze,
             events,
             namespace,
+            frozen: AtomicBool::new(false),
         })
     }
 
@@ -97,6 +101,7 @@ impl Cgroup {
 
     /// Stops every process in it, and returns when all stand still. After an error none does.
     pub fn freeze(&self) -> io::Result<()> {
+        self.frozen.store(true, Ordering::Relaxed);
         rustix::io::pwrite(&self.freeze, b"1", 0)?;
         self.wait_until_frozen().inspect_err(|_| {
             // Fails only where the freezing has failed too.
@@ -106,7 +111,10 @@ impl Cgroup {
 
     /// Lets them go on.
     pub fn thaw(&self) -> io::Result<()> {
-        rustix::io::pwrite(&self.freeze, b"0", 0)?;
+        if self.frozen.load(Ordering::Relaxed) {
+            rustix::io::pwrite(&self.freeze, b"0", 0)?;
+            self.frozen.store(false, Ordering::Relaxed);
+        }
         Ok(())
     }
 

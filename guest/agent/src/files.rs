@@ -9,11 +9,14 @@ use skerry_protocol::message::Setup;
 
 use crate::log;
 
-/// Kernel settings: what container tools set for their containers, and the closed door for modules
-/// of a kernel that has none.
-const SETTINGS: [(&str, &str); 2] = [
+/// Kernel settings: what container tools set for their containers, then rest for a guest that idles
+/// (by default memory is looked over for compaction twice a second, and statistics are gathered every
+/// second: Linux, admin-guide/sysctl/vm).
+const SETTINGS: [(&str, &str); 4] = [
     ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
+    ("/proc/sys/vm/compaction_proactiveness", "0"),
+    ("/proc/sys/vm/stat_interval", "60"),
 ];
 
 /// Writes names and settings under `root`.

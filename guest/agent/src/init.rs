@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
 use skerry_protocol::message::{Setup, ShutdownMode};
 
@@ -14,7 +15,7 @@ use crate::control::{self, Control, Guest};
 use crate::exec::ExecServer;
 use crate::mounts::named;
 use crate::sys::Notice;
-use crate::transport::{Listener, Transport};
+use crate::transport::Transport;
 use crate::{files, log, mounts, network, root, sys};
 
 /// Limits of open files that commands start with: soft, hard.
@@ -38,6 +39,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub fn run() -> i32 {
     sys::ignore_sigpipe();
     sys::block_notices();
+    // What commands inherit.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     if let Err(error) = boot() {
         log::error(format_args!("cannot start: {error}"));
         control::shut_down(ShutdownMode::PowerOff);
@@ -60,12 +63,13 @@ fn boot() -> io::Result<()> {
     let mut control = meet_host(transport)?;
     let setup = control.receive_setup()?;
     match set_up(&setup, transport) {
-        Ok((mut guest, server, listener)) => {
+        Ok(mut guest) => {
             control.ready(Ok(())).map_err(io::Error::other)?;
-            spawn("accept", move || accept(&server, &listener))?;
-            spawn("control", move || {
-                serve_hosts(control, &mut guest, transport);
-            })
+            std::thread::Builder::new()
+                .name("control".to_owned())
+                .stack_size(128 * 1024)
+                .spawn(move || serve_hosts(control, &mut guest, transport))?;
+            Ok(())
         }
         Err(error) => {
             // The host reports it; nobody reads the log of a guest that never came up.
@@ -73,14 +77,6 @@ fn boot() -> io::Result<()> {
             Err(error)
         }
     }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(128 * 1024)
-        .spawn(body)
-        .map(drop)
 }
 
 /// The host that started this guest.
@@ -121,10 +117,7 @@ fn pauses() -> impl Iterator<Item = Duration> + use<> {
     PAUSES.into_iter().chain(std::iter::repeat(last))
 }
 
-fn set_up(
-    setup: &Setup,
-    transport: &'static Transport,
-) -> io::Result<(Guest, Arc<ExecServer>, Listener<'static>)> {
+fn set_up(setup: &Setup, transport: &'static Transport) -> io::Result<Guest> {
     control::refresh(setup);
     let disk = root::switch(&setup.root)?;
     mounts::standard()?;
@@ -150,8 +143,8 @@ fn set_up(
     let listener = transport
         .listen()
         .map_err(|error| named("exec port", &error))?;
-    let server = ExecServer::new(setup.env.clone(), guest.cgroup.clone());
-    Ok((guest, server, listener))
+    ExecServer::new(setup.env.clone(), guest.cgroup.clone()).start(&Arc::new(listener))?;
+    Ok(guest)
 }
 
 /// A guest is of use without: its log says what is missing.
@@ -159,16 +152,4 @@ fn worth_a_note<T>(what: &str, result: io::Result<T>) -> Option<T> {
     result
         .inspect_err(|error| log::error(format_args!("{what}: {error}")))
         .ok()
-}
-
-fn accept(server: &Arc<ExecServer>, listener: &Listener<'_>) {
-    loop {
-        match listener.accept() {
-            Ok(connection) => server.serve(connection),
-            Err(error) => {
-                log::error(format_args!("accept: {error}"));
-                std::thread::sleep(Duration::from_millis(50));
-            }
-        }
-    }
 }

@@ -13,7 +13,7 @@
 //!                 |
 //!    first thread +- sys::wait_for_notice     orphans, the power button
 //!    "control"    +- control::serve           clock, entropy, freeze, clones, shutdown
-//!    "accept"     +- accept --> exec::session (one thread each) --> exec::child --> the command
+//!    "exec", some +- accept --> exec::session --> exec::child --> the command
 //! ```
 //!
 //! It is a library so that tests run the exec service as an ordinary process over a socket pair.

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -81,27 +81,30 @@ pub fn vsock_listen(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Context id at the other end of a vsock connection.
-pub fn vsock_peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
+/// The next connection of a listening socket, and the context id at its other end.
+pub fn vsock_accept(socket: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
     let mut address = VsockAddress::new(0, 0);
     let mut length = size_of::<VsockAddress>() as libc::socklen_t;
     // SAFETY: the address is writable for the length given, and any bytes are a valid value.
-    let result = unsafe {
-        libc::getpeername(
+    let accepted = unsafe {
+        libc::accept4(
             socket.as_raw_fd(),
             (&raw mut address).cast(),
             &raw mut length,
+            libc::SOCK_CLOEXEC,
         )
     };
-    if result < 0 {
+    if accepted < 0 {
         return Err(io::Error::last_os_error());
     }
+    // SAFETY: a new descriptor that nobody else has.
+    let accepted = unsafe { OwnedFd::from_raw_fd(accepted) };
     if length as usize != size_of::<VsockAddress>()
         || address.family != AddressFamily::VSOCK.as_raw()
     {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    Ok(address.cid)
+    Ok((accepted, address.cid))
 }
 
 /// Collects the orphans that have ended: children of the calling thread, which is to be the first,
@@ -174,6 +177,19 @@ pub fn block_notices() {
     let set = notices();
     // SAFETY: `set` is valid, and the old mask isn't asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+}
+
+/// Leaves [`Notice::Child`] of this thread's own children unsent: the kernel drops a signal that is
+/// neither handled nor blocked by the child's parent.
+pub fn unblock_child_signal() {
+    // SAFETY: all-zero bytes are a valid set, which sigemptyset overwrites.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is writable, the number is a signal's, and the old mask isn't asked for.
+    unsafe {
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+    }
 }
 
 /// Blocks until there is something to do.

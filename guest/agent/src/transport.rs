@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use skerry_protocol::{CONTROL_PORT, EXEC_PORT};
 
 use crate::console::Console;
+use crate::exec::Accept;
 use crate::sys;
 
 /// How the guest reaches its host.
@@ -20,11 +21,11 @@ pub enum Transport {
 
 /// Where exec connections come in.
 #[derive(Debug)]
-pub enum Listener<'a> {
+pub enum Listener {
     /// A listening vsock.
     Vsock(OwnedFd),
     /// The console's multiplexer.
-    Console(&'a Console),
+    Console(&'static Console),
 }
 
 impl Transport {
@@ -51,7 +52,7 @@ impl Transport {
     }
 
     /// Begins to accept exec connections.
-    pub fn listen(&self) -> io::Result<Listener<'_>> {
+    pub fn listen(&'static self) -> io::Result<Listener> {
         match self {
             Self::Vsock => Ok(Listener::Vsock(sys::vsock_listen(EXEC_PORT)?)),
             Self::Console(console) => Ok(Listener::Console(console)),
@@ -59,24 +60,26 @@ impl Transport {
     }
 }
 
-impl Listener<'_> {
+impl Accept for Listener {
     /// The next connection of the host.
     ///
     /// A connection that a process of the guest made over the vsock loopback is closed: whoever
     /// may exec is root.
-    pub fn accept(&self) -> io::Result<UnixStream> {
+    fn accept(&self) -> io::Result<UnixStream> {
         let socket = match self {
             Self::Console(console) => return console.accept(EXEC_PORT),
             Self::Vsock(socket) => socket,
         };
         loop {
-            let flags = rustix::net::SocketFlags::CLOEXEC;
-            match rustix::net::accept_with(socket, flags) {
-                Ok(connection) if sys::vsock_peer(connection.as_fd())? == sys::HOST_CID => {
-                    return Ok(connection.into());
-                }
-                Ok(_) | Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
-                Err(error) => return Err(error.into()),
+            match sys::vsock_accept(socket.as_fd()) {
+                Ok((connection, sys::HOST_CID)) => return Ok(connection.into()),
+                Ok(_) => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                    ) => {}
+                Err(error) => return Err(error),
             }
         }
     }

@@ -179,7 +179,7 @@ fn detach(launch: &Launch) -> Result<u8> {
 }
 
 /// An image as it can be named from any folder.
-fn from_here(image: String) -> Result<String> {
+pub fn from_here(image: String) -> Result<String> {
     let Some((kind, path)) = image.split_once(':') else {
         return Ok(image);
     };

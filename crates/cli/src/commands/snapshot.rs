@@ -200,9 +200,9 @@ fn remove(paths: &Paths, args: &SnapshotRmArgs) -> Result<u8> {
 }
 
 fn export(paths: &Paths, args: &SnapshotExportArgs) -> Result<u8> {
-    if let Some(parent) = snapshots::export(paths, &args.name, &args.target)? {
+    if let Some(parent) = snapshots::export(paths, &args.name, &args.target, args.with_parents)? {
         output::note(&format!(
-            "{} is a difference to {parent}, which is needed with it: export that too",
+            "{} is a difference to {parent}, which is needed with it: use --with-parents, or export that too",
             args.name
         ));
     }

@@ -236,6 +236,9 @@ pub fn logs(args: &LogsArgs) -> Result<u8> {
         lines
             .iter()
             .try_for_each(|line| print(line, args.timestamps))?;
+        if !args.follow {
+            return Ok(0);
+        }
     }
     loop {
         // Before the reading: what a command writes last is read when it is known to have ended.

@@ -124,7 +124,9 @@ impl AcpiPm {
             .set(fixed || state.gpe_status & state.gpe_enable != 0);
         let armed = state.enable & STATUS_TIMER != 0 && state.status & STATUS_TIMER == 0;
         let next = ((ticks >> 31) + 1) << 31;
-        let at = (u128::from(next) * 1_000_000_000).div_ceil(u128::from(PM_TIMER_HZ)) as u64;
+        let at = (u128::from(next) * 1_000_000_000).div_ceil(u128::from(PM_TIMER_HZ));
+        // A time that wrapped round would be due at once, again and again.
+        let at = u64::try_from(at).unwrap_or(u64::MAX);
         self.timer.set(armed.then_some(at));
     }
 

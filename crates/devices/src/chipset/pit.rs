@@ -25,9 +25,10 @@ fn ticks(ns: u64) -> u64 {
     (u128::from(ns) * u128::from(PIT_HZ) / NANOS) as u64
 }
 
-/// The earliest nanosecond at which `ticks` has been reached.
+/// The earliest nanosecond at which `ticks` has been reached; the last one that there is if none is.
 fn nanos(ticks: u64) -> u64 {
-    (u128::from(ticks) * NANOS).div_ceil(u128::from(PIT_HZ)) as u64
+    let ns = (u128::from(ticks) * NANOS).div_ceil(u128::from(PIT_HZ));
+    u64::try_from(ns).unwrap_or(u64::MAX)
 }
 
 /// How the counter's two bytes are transferred (control word bits 5:4).
@@ -672,6 +673,17 @@ mod tests {
         r.advance_ticks(1);
         assert_eq!(r.read16(0), 0x0999);
         assert_eq!(from_bcd(0x9999), 9999);
+    }
+
+    #[test]
+    fn a_start_in_the_far_future_is_not_due() {
+        let r = rig();
+        r.load(0, 2, 1000);
+        let mut saved = r.pit.save();
+        saved.channels[0].start_tick = (1 << 62) - 1;
+        r.pit.restore(saved).unwrap();
+        let next = r.pit.state.lock().channels[0].next_rise(r.timers.now());
+        assert_eq!(next, Some(u64::MAX));
     }
 
     #[test]

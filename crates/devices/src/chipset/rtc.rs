@@ -48,6 +48,8 @@ const NANOS: u64 = 1_000_000_000;
 /// The update-in-progress bit rises this long before the second changes (data sheet, "update cycle").
 const UPDATE_LEAD_NS: u64 = 244_000;
 const CMOS_LEN: usize = 128;
+/// The clock stands when it gets here, in the year 2262: a guest may set any year.
+const LAST_NS: u64 = i64::MAX as u64;
 
 /// A civil date and time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -356,7 +358,9 @@ impl Rtc {
     }
 
     fn guest_ns(&self, state: &RtcState) -> u64 {
-        (self.wall)().saturating_add_signed(state.offset_s.saturating_mul(NANOS as i64))
+        (self.wall)()
+            .saturating_add_signed(state.offset_s.saturating_mul(NANOS as i64))
+            .min(LAST_NS)
     }
 
     fn sync(&self, state: &mut RtcState) {
@@ -587,6 +591,40 @@ mod tests {
         assert_eq!(r.read(HOURS), 12, "midnight is 12 AM");
         r.write(REG_B, 0);
         assert_eq!(r.read(HOURS), 0x12);
+    }
+
+    #[test]
+    fn no_time_of_day_wakes_the_timer_for_ever() {
+        let interrupts = B_PERIODIC | B_ALARM | B_UPDATE_ENDED;
+        let calm = |r: &Rig| {
+            let state = r.rtc.state.lock();
+            let now = r.rtc.guest_ns(&state);
+            let next = state.next_event(now).unwrap();
+            assert!(next - now >= NANOS / 32_768, "{now} {next}");
+        };
+        // As a guest sets it: a year beyond what 64 bits of nanoseconds hold.
+        let r = rig();
+        for (index, value) in [
+            (REG_B, B_SET | B_BINARY | B_24_HOUR),
+            (RTC_CENTURY, 255),
+            (YEAR, 99),
+            (REG_B, interrupts | B_BINARY | B_24_HOUR),
+        ] {
+            r.write(index, value);
+        }
+        calm(&r);
+        // As a snapshot says it.
+        let saved = r.rtc.save();
+        for offset_s in [i64::MIN, i64::MAX, -1 << 40, 1 << 40, 7_000_000_000] {
+            let rig = rig();
+            let state = RtcState {
+                offset_s,
+                seen_ns: u64::MAX,
+                ..saved.clone()
+            };
+            rig.rtc.restore(state).unwrap();
+            calm(&rig);
+        }
     }
 
     #[test]

@@ -498,6 +498,12 @@ impl VirtioDevice for ConsoleDevice {
         )?;
         let bounded = control.len() <= 2 * MAX_CONTROL;
         require(bounded, "virtio-console", "too many control messages wait")?;
+        let full = |port: &PortState| port.to_guest.len().max(port.from_guest.len()) > RING_LEN;
+        require(
+            !ports.iter().any(full),
+            "virtio-console",
+            "more bytes wait at a port than it has room for",
+        )?;
         self.size
             .store(u32::from(columns) | u32::from(rows) << 16, Ordering::SeqCst);
         *self.control.lock() = control.into();

@@ -3,10 +3,12 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::{JoinHandle, Thread};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use skerry_hypervisor::memory::GuestRam;
 
+use super::queue::Stop;
 use super::{DeviceKind, Queue, Served, VirtioDevice};
 use crate::irq::IrqLine;
 
@@ -14,6 +16,8 @@ use crate::irq::IrqLine;
 const ISR_USED_BUFFER: u32 = 1;
 /// Interrupt status: the configuration changed.
 const ISR_CONFIG_CHANGE: u32 = 2;
+/// Who lets a machine run on doesn't wait longer for what its rings hold.
+const RESUME_PATIENCE: Duration = Duration::from_millis(50);
 
 /// Where a guest's notification is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,7 +80,7 @@ pub struct QueueEngine {
     worker: Mutex<Option<JoinHandle<()>>>,
     worker_thread: std::sync::OnceLock<Thread>,
     stop: AtomicBool,
-    paused: Arc<AtomicBool>,
+    paused: Arc<Stop>,
     /// The rings broke the rules, or the device gave up: nothing runs until a reset.
     broken: AtomicBool,
     config_generation: AtomicU32,
@@ -211,7 +215,7 @@ impl QueueEngine {
     }
 
     fn is_stopped(&self) -> bool {
-        self.paused.load(Ordering::SeqCst) || self.broken.load(Ordering::SeqCst)
+        self.paused.is_set() || self.broken.load(Ordering::SeqCst)
     }
 
     /// Serves a queue until there is nothing to do; `None` if its rings are broken.
@@ -298,15 +302,28 @@ impl QueueEngine {
     /// Stops serving; none is under way when this returns, whatever the guest does meanwhile.
     /// Notifications are kept for `resume`.
     pub fn pause(&self) {
-        self.paused.store(true, Ordering::SeqCst);
+        self.paused.set(true);
         for slot in &self.slots {
             drop(slot.queue.lock());
         }
     }
 
-    /// Serves again.
+    /// Serves again: what waits, on this thread, as far as that is done soon.
     pub fn resume(&self) {
-        self.paused.store(false, Ordering::SeqCst);
+        self.paused.set_patience(RESUME_PATIENCE);
+        self.paused.set(false);
+        self.kick_all();
+        if self.paused.end_patience() {
+            for index in 0..self.slots.len() {
+                self.hand_over(index);
+            }
+        }
+    }
+
+    /// Serves what waits on this thread a last time, for `patience` at the most. To be closed next.
+    pub(super) fn finish(&self, patience: Duration) {
+        self.paused.set_patience(patience);
+        self.paused.set(false);
         self.kick_all();
     }
 

@@ -1,6 +1,7 @@
 //! The MMIO transport (virtio 1.3, 4.2), version 2.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -118,6 +119,11 @@ impl VirtioMmio {
         self.engine.resume();
     }
 
+    /// Serves what the guest left behind when its processors ended, for `patience` at the most.
+    pub fn finish(&self, patience: Duration) {
+        self.engine.finish(patience);
+    }
+
     /// Resets the device as a driver would by writing 0 to the status.
     pub fn reset(&self) {
         self.reset_locked(&mut self.registers.lock());
@@ -196,8 +202,7 @@ impl VirtioMmio {
 
     /// Makes a ready queue live once the driver is.
     fn start_queue(&self, registers: &mut Registers, index: usize) {
-        let ready = registers.queues.get(index).is_some_and(|setup| setup.ready);
-        if !ready || registers.status & STATUS_DRIVER_OK == 0 {
+        if !registers.is_live(index) {
             return;
         }
         match self.build_queue(registers, index) {
@@ -330,6 +335,7 @@ impl VirtioMmio {
             "virtio",
             "it uses features that the device does not offer",
         )?;
+        registers.check()?;
         let mut current = self.registers.lock();
         self.engine.reset();
         self.device().restore(device)?;
@@ -338,6 +344,8 @@ impl VirtioMmio {
         }
         for (index, indices) in queues.into_iter().enumerate() {
             if let Some(indices) = indices {
+                let live = registers.is_live(index);
+                require(live, "virtio", "a queue is in use that was not set up")?;
                 let mut queue = self
                     .build_queue(&registers, index)
                     .map_err(|error| StateError::new("virtio", error.to_string()))?;
@@ -361,6 +369,22 @@ impl Registers {
             queue_sel: 0,
             queues: vec![QueueSetup::default(); device.queue_sizes().len()],
         }
+    }
+
+    /// Whether the device may use queue `index`.
+    fn is_live(&self, index: usize) -> bool {
+        self.status & STATUS_DRIVER_OK != 0
+            && self.queues.get(index).is_some_and(|setup| setup.ready)
+    }
+
+    /// Refuses a status that no driver can have reached.
+    fn check(&self) -> Result<(), StateError> {
+        let has = |bit| self.status & bit != 0;
+        let modern = self.driver_features & F_VERSION_1 != 0;
+        let possible = self.status & !STATUS_DRIVER_BITS == 0
+            && (has(STATUS_FEATURES_OK) || !has(STATUS_DRIVER_OK))
+            && (modern || !has(STATUS_FEATURES_OK));
+        require(possible, "virtio", "no driver can have set its status")
     }
 
     fn write_driver_features(&mut self, value: u32) {
@@ -434,5 +458,39 @@ impl std::fmt::Debug for VirtioMmio {
 impl Drop for VirtioMmio {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::rng::RngDevice;
+    use crate::virtio::testing::{FakeGuest, STATUS_OK};
+
+    #[test]
+    fn states_that_no_driver_can_make_are_refused() {
+        let guest = FakeGuest::start(RngDevice::new(), u64::MAX, QueueRunner::Inline);
+        guest.mmio.pause();
+        let saved = guest.mmio.save();
+        assert_eq!(saved.registers.status, STATUS_OK);
+        guest.mmio.restore(saved.clone()).unwrap();
+        let cases: [fn(&mut VirtioMmioState); 9] = [
+            |s| s.registers.status = STATUS_NEEDS_RESET | STATUS_OK,
+            |s| s.registers.status &= !STATUS_FEATURES_OK,
+            |s| s.registers.status = 3,
+            |s| s.registers.driver_features &= !F_VERSION_1,
+            |s| s.registers.driver_features |= 1 << 63,
+            |s| s.registers.queues[0].ready = false,
+            |s| s.registers.queues[0].layout.used = u64::MAX - 3,
+            |s| s.queues.clear(),
+            |s| s.queues[0].as_mut().unwrap().next_used ^= 0x8000,
+        ];
+        for (number, change) in cases.iter().enumerate() {
+            let mut bad = saved.clone();
+            change(&mut bad);
+            assert!(guest.mmio.restore(bad).is_err(), "case {number}");
+        }
+        guest.mmio.restore(saved.clone()).unwrap();
+        assert_eq!(guest.mmio.save(), saved);
     }
 }

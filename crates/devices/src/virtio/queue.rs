@@ -6,7 +6,8 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use skerry_hypervisor::memory::GuestRam;
@@ -157,6 +158,56 @@ struct Descriptor {
     next: u16,
 }
 
+/// Tells the servers of a device's queues to leave them alone, now or from some time on.
+///
+/// A device can be made to write into the rings that it serves, so that they never become empty.
+#[derive(Debug)]
+pub(super) struct Stop {
+    now: AtomicBool,
+    begun: Instant,
+    /// In nanoseconds since `begun`; [`NEVER`] for never.
+    from: AtomicU64,
+}
+
+const NEVER: u64 = u64::MAX;
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self {
+            now: AtomicBool::new(false),
+            begun: Instant::now(),
+            from: AtomicU64::new(NEVER),
+        }
+    }
+}
+
+impl Stop {
+    pub(super) fn set(&self, stop: bool) {
+        self.now.store(stop, Ordering::SeqCst);
+    }
+
+    /// Stops when `patience` is over.
+    pub(super) fn set_patience(&self, patience: Duration) {
+        let from = self.begun.elapsed().saturating_add(patience);
+        let from = u64::try_from(from.as_nanos()).unwrap_or(NEVER);
+        self.from.store(from, Ordering::SeqCst);
+    }
+
+    /// Doesn't stop by itself any more; tells whether anybody may have stopped because it did.
+    pub(super) fn end_patience(&self) -> bool {
+        let from = self.from.swap(NEVER, Ordering::SeqCst);
+        self.has_come(from)
+    }
+
+    fn has_come(&self, from: u64) -> bool {
+        from != NEVER && self.begun.elapsed().as_nanos() >= u128::from(from)
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.now.load(Ordering::SeqCst) || self.has_come(self.from.load(Ordering::SeqCst))
+    }
+}
+
 /// A live split virtqueue.
 pub struct Queue {
     ram: Arc<GuestRam>,
@@ -171,7 +222,7 @@ pub struct Queue {
     /// Chains whose vectors are used again.
     spare: Vec<Chain>,
     /// The machine wants the queue left alone: it looks empty from then on.
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     /// The thread that serves the queue may wait for the host.
     may_wait: bool,
 }
@@ -203,7 +254,7 @@ impl Queue {
 
     /// Makes the queue look empty while `stop` is set, so that a driver that never stops adding chains
     /// can't keep its server from stopping.
-    pub(super) fn stop_with(mut self, stop: &Arc<AtomicBool>) -> Self {
+    pub(super) fn stop_with(mut self, stop: &Arc<Stop>) -> Self {
         self.stop = stop.clone();
         self
     }
@@ -295,7 +346,7 @@ impl Queue {
     /// Takes the next chain, if there is one. It must come back through [`complete`](Self::complete)
     /// or [`put_back`](Self::put_back).
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        if self.stop.load(Ordering::Relaxed) || self.available()? == 0 {
+        if self.stop.is_set() || self.available()? == 0 {
             return Ok(None);
         }
         let entry = self.layout.available + RING_HEADER + 2 * self.slot(self.next_available);

@@ -25,6 +25,8 @@ use crate::frozen::{About, Frozen};
 
 /// Pages that are copied in no more time than anybody notices: 2 MiB.
 const FEW: u64 = 512;
+/// Layers of a machine's own after which they are made one.
+const LAYERS: usize = 16;
 /// A guest that writes faster than it is copied is not waited for.
 const ROUNDS: usize = 6;
 const PAGE: u64 = 4096;
@@ -102,6 +104,16 @@ impl Vm {
         machine.track_writes()?;
         let mut copy = Copy::new(self.shared.about.machine.memory)?;
         let mut written = machine.written()?;
+        if books.own_layers().len() >= LAYERS {
+            // One that has what all of them had.
+            for run in books
+                .own_layers()
+                .iter()
+                .flat_map(|layer| layer.runs().iter())
+            {
+                written.insert(run.at / PAGE..(run.at + run.len) / PAGE);
+            }
+        }
         for _ in 0..ROUNDS {
             if written.count() <= FEW {
                 break;
@@ -136,43 +148,14 @@ impl Vm {
         mut written: PageSet,
     ) -> Result<(Frozen, u64), EngineError> {
         let machine = self.machine();
+        // Until memory, disk and state belong together again.
+        books.origin = None;
         // First, since it may finish an access.
         let state = machine.save_state()?;
         written.union(&machine.harvest()?);
         let pages = written.count();
         copy.take(machine, &written)?;
-        let Copy {
-            file,
-            pages: copied,
-        } = copy;
-        // Few mappings are worth some pages more.
-        let all = copied.coalesce(PageSet::GAP, PageSet::RUNS);
-        let mut gaps = all.clone();
-        gaps.subtract(&copied);
-        machine.for_each_page_run(&gaps, |at, bytes| {
-            file.write_all_at(bytes, at).map_err(failed)
-        })?;
-        books.captures += 1;
-        let runs = all
-            .runs()
-            .map(|run| (run.start * PAGE, (run.end - run.start) * PAGE));
-        let runs: Vec<_> = runs.collect();
-        let saved = runs.iter().map(|&(at, len)| SavedRun {
-            at,
-            len,
-            offset: at,
-        });
-        let mapped = file.try_clone().map_err(failed)?;
-        machine.rebase(mapped, saved.collect())?;
-        let layered = runs.iter().map(|&(at, len)| LayerRun {
-            at,
-            len,
-            offset: at,
-        });
-        let layer = Layer::new(file, layered.collect::<Vec<_>>())?;
-        if !layer.is_empty() {
-            books.memory.push(layer);
-        }
+        self.underlay(books, copy)?;
         let scratch = match &self.shared.scratch {
             None => None,
             Some(disk) => {
@@ -187,6 +170,7 @@ impl Vm {
         let frozen = Frozen {
             about: About {
                 command: self.shared.command.lock().clone(),
+                surroundings: self.shared.surroundings.lock().clone(),
                 ..self.shared.about.clone()
             },
             state,
@@ -206,6 +190,46 @@ impl Vm {
         Ok((frozen, pages))
     }
 
+    /// Makes the copy the newest layer of memory, and maps it underneath. In that order: should the
+    /// mapping stop halfway, what is not mapped counts as written still.
+    fn underlay(&self, books: &mut super::Books, copy: Copy) -> Result<(), EngineError> {
+        let machine = self.machine();
+        let Copy {
+            file,
+            pages: copied,
+        } = copy;
+        // Few mappings are worth some pages more.
+        let all = copied.coalesce(PageSet::GAP, PageSet::RUNS);
+        let mut gaps = all.clone();
+        gaps.subtract(&copied);
+        machine.for_each_page_run(&gaps, |at, bytes| {
+            file.write_all_at(bytes, at).map_err(failed)
+        })?;
+        books.captures += 1;
+        if all.is_empty() {
+            return Ok(());
+        }
+        let runs = all.runs().map(|run| {
+            let (at, len) = (run.start * PAGE, (run.end - run.start) * PAGE);
+            let offset = at;
+            LayerRun { at, len, offset }
+        });
+        let layer = Layer::new(file, runs.collect::<Vec<_>>())?;
+        let mapped = layer.file().try_clone().map_err(failed)?;
+        let saved = layer.runs().iter().map(|run| SavedRun {
+            at: run.at,
+            len: run.len,
+            offset: run.offset,
+        });
+        let saved = saved.collect();
+        if books.own_layers().len() >= LAYERS {
+            let kept = books.memory.len() - books.own_layers().len();
+            books.memory.truncate(kept);
+        }
+        books.memory.push(layer);
+        Ok(machine.rebase(mapped, saved)?)
+    }
+
     /// Whether a difference to something in the store can be taken.
     pub(crate) fn has_base(&self) -> bool {
         self.shared.books.lock().base.is_some()
@@ -215,10 +239,16 @@ impl Vm {
     /// differs from that.
     pub(crate) fn saved(&self, id: SnapshotId, frozen: &Frozen) {
         let mut books = self.shared.books.lock();
+        let (count, now) = (frozen.memory.len(), &books.memory);
+        let same = |(one, other): (&Layer, &Layer)| Arc::ptr_eq(one.file(), other.file());
+        if now.len() < count || !now.iter().zip(&frozen.memory).all(same) {
+            // Its layers have been made one since, with what was written later.
+            return;
+        }
         books.disk.retain(|(capture, _)| *capture > frozen.capture);
         books.base = Some(Base {
             id,
-            layers: frozen.memory.len(),
+            layers: count,
             disk: Vec::new(),
         });
     }

@@ -6,7 +6,6 @@
 //! ```
 
 mod capture;
-mod pooled;
 mod prewarm;
 mod rewind;
 mod start;
@@ -26,15 +25,16 @@ use skerry_protocol::host::{Control, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, RootSpec, Setup, Upper};
 use skerry_storage::{Layer, Overlay};
 
+use crate::command::Surroundings;
 use crate::error::EngineError;
 use crate::frozen::{About, Base, CommandAbout, Frozen};
 use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
 pub use crate::transport::GuestStream;
 pub use capture::Captured;
-pub use pooled::{Clones, VmPool};
 pub use rewind::Rewound;
 pub use start::ResumeSpec;
+pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -76,6 +76,8 @@ struct Shared {
     timing: Timing,
     /// The command that goes on where the machine does.
     command: Mutex<Option<CommandAbout>>,
+    /// What further commands find: the image's, as the user changed it for the first.
+    surroundings: Mutex<Surroundings>,
     books: Mutex<Books>,
     console: ConsoleLog,
 }
@@ -112,6 +114,12 @@ impl Books {
             origin: Some(frozen.state.clone()),
             ..Self::default()
         }
+    }
+
+    /// The layers of memory that are not those of the base in the store.
+    fn own_layers(&self) -> &[Layer] {
+        let of_base = self.base.as_ref().map_or(0, |base| base.layers);
+        self.memory.get(of_base..).unwrap_or_default()
     }
 }
 
@@ -154,10 +162,11 @@ impl Vm {
     }
 
     /// Starts the command that goes on where the machine does; or, without a request, takes up the
-    /// one that runs.
+    /// one that runs. Further commands find `surroundings`.
     pub(crate) fn command(
         &self,
         about: CommandAbout,
+        surroundings: &Surroundings,
         request: Option<ExecRequest>,
     ) -> Result<ExecSession<GuestStream>, HostError> {
         let stream = self.connect()?;
@@ -167,6 +176,7 @@ impl Vm {
         };
         let session = session?;
         *self.shared.command.lock() = Some(about);
+        self.shared.surroundings.lock().clone_from(surroundings);
         Ok(session)
     }
 

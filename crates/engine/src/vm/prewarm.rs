@@ -65,8 +65,8 @@ impl Vm {
     /// Runs a command to its end, which must be a success, so that what it leaves in memory is there
     /// for those who go on from here.
     pub fn prewarm(&self, spec: &CommandSpec) -> Result<(), EngineError> {
-        let surroundings = &self.shared.about.surroundings;
-        let request = command::request(spec.command.clone(), surroundings, spec);
+        let surroundings = self.shared.surroundings.lock().clone();
+        let request = command::request(spec.command.clone(), &surroundings, spec);
         let (mut output, mut errors) = (Vec::new(), Vec::new());
         let ended = self
             .exec(request)
@@ -89,15 +89,15 @@ impl Vm {
     /// Starts a command and waits until it has written `mark`. It goes on, here and in those who go
     /// on from here, who can take its input and output up.
     pub fn leave_running(&self, spec: &CommandSpec, mark: &str) -> Result<(), EngineError> {
-        let surroundings = &self.shared.about.surroundings;
-        let request = command::request(spec.command.clone(), surroundings, spec);
+        let surroundings = self.shared.surroundings.lock().clone();
+        let request = command::request(spec.command.clone(), &surroundings, spec);
         let about = CommandAbout {
             argv: spec.command.clone(),
             tty: spec.tty.is_some(),
             stdin: spec.stdin,
             session: LEFT_RUNNING,
         };
-        let session = match self.command(about, Some(request)) {
+        let session = match self.command(about, &surroundings, Some(request)) {
             Ok(session) => session,
             Err(HostError::NotStarted(failure)) => return Err(failed(spec, &failure.message)),
             Err(error) => return Err(self.explain(error)),

@@ -29,10 +29,10 @@ use crate::warm::Warm;
 use crate::{builtin, initrd};
 
 /// Context id of the guest on its socket device.
-const GUEST_CID: u64 = 3;
+pub(crate) const GUEST_CID: u64 = 3;
 /// Virtio serials by which the agent finds its disks.
-pub(super) const ROOT_DISK: &str = "root";
-pub(super) const SCRATCH_DISK: &str = "scratch";
+pub(crate) const ROOT_DISK: &str = "root";
+pub(crate) const SCRATCH_DISK: &str = "scratch";
 
 /// What may be said anew of a machine that goes on from where another one was kept.
 #[derive(Clone, Debug, Default)]
@@ -310,6 +310,7 @@ impl Place<'_> {
             agent: Mutex::new(agent),
             scratch,
             root: image,
+            surroundings: Mutex::new(about.surroundings.clone()),
             about,
             hostname: self.hostname.map(str::to_owned),
             timing: Timing {

@@ -202,7 +202,11 @@ pub fn host(
     });
     let (vm, listener, io) = match began {
         Ok(began) => began,
-        Err(error) => return Err(fail(entry, error)),
+        // It never was: whoever asked for it is told why.
+        Err(error) => {
+            entry.discard();
+            return Err(error);
+        }
     };
     let hosted = Arc::new(Hosted {
         vm,
@@ -242,18 +246,6 @@ fn listen(entry: &Entry) -> Result<UnixListener, EngineError> {
         what: "listen at a virtual machine's socket",
         source,
     })
-}
-
-fn fail(entry: Entry, error: EngineError) -> EngineError {
-    let told = entry.finish(|state| {
-        state.status = Status::Failed;
-        state.exit_code = Some(125);
-        state.error = Some(error.to_string());
-    });
-    if let Err(untold) = told {
-        tracing::warn!(%untold);
-    }
-    error
 }
 
 /// What the waiting thread is told.
@@ -314,7 +306,9 @@ impl Hosted {
 
     /// Starts the command, or takes up the one that runs, with threads for its streams.
     fn start(&self, plan: Plan, io: RunIo, ended: Sender<Ended>) -> Result<(), HostError> {
-        let session = self.vm.command(plan.about(), plan.request)?;
+        let session = self
+            .vm
+            .command(plan.about(), &plan.surroundings, plan.request)?;
         let _ = self.command.set(session.handle());
         let vm = self.vm.clone();
         attach(session, io, move |result| {

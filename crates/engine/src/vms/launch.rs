@@ -118,16 +118,22 @@ pub(super) fn begin(
     }
 }
 
-/// The whole life of a process that [`detach`] made: its standard input is a socket to its maker.
-pub fn run_detached() -> Result<(), EngineError> {
-    // Away from the terminal of its maker.
+/// Takes this process away from the terminal of its maker; gives the socket to that, which is its
+/// standard input.
+pub(crate) fn leave_terminal() -> Result<UnixStream, EngineError> {
+    // It fails in a process that leads a session already.
     let _ = rustix::process::setsid();
-    let stdin = rustix::io::dup(std::io::stdin())
-        .map_err(|error| failed("use its socket")(error.into()))?;
+    let socket = rustix::io::dup(std::io::stdin());
+    let socket = socket.map_err(|error| failed("use its socket")(error.into()))?;
     if let Ok(null) = std::fs::File::open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(null);
     }
-    let mut maker = UnixStream::from(stdin);
+    Ok(UnixStream::from(socket))
+}
+
+/// The whole life of a process that [`detach`] made: its standard input is a socket to its maker.
+pub fn run_detached() -> Result<(), EngineError> {
+    let mut maker = leave_terminal()?;
     let launch: Launch = receive(&mut maker).map_err(failed("hear what to run"))?;
     let result = run(&launch, &mut maker);
     if let Err(error) = &result {

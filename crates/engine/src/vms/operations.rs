@@ -1,5 +1,6 @@
 //! What any process may do with the virtual machines of its user.
 
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -9,7 +10,7 @@ use super::control::{Client, Forked, Reply, Request, Snapshotted};
 use super::output::LogReader;
 use super::registry::{Registry, Status, VmInfo};
 use crate::EngineError;
-use crate::command::{self, CommandSpec};
+use crate::command::{self, CommandSpec, Surroundings};
 use crate::run::{RunIo, RunOutcome, pass_events};
 
 /// How long a machine's process may take to answer what takes it no time.
@@ -46,7 +47,20 @@ pub fn exec(
         return Err(EngineError::VmPaused { name });
     }
     let (_, stream) = reach(registry, &info)?.ask(&Request::Exec)?;
-    let request = command::request(spec.command.clone(), &info.config.surroundings, spec);
+    let surroundings = &info.config.surroundings;
+    command_over(stream, surroundings, spec, io, || !ends(registry, &info))
+}
+
+/// Runs a command over a connection that has become one to a guest's agent. `alive` tells whether the
+/// guest can still be there.
+pub(crate) fn command_over(
+    stream: UnixStream,
+    surroundings: &Surroundings,
+    spec: &CommandSpec,
+    io: RunIo,
+    alive: impl Fn() -> bool,
+) -> Result<RunOutcome, EngineError> {
+    let request = command::request(spec.command.clone(), surroundings, spec);
     let RunIo {
         stdin,
         mut stdout,
@@ -73,7 +87,7 @@ pub fn exec(
     match session.wait(&mut stdout, &mut stderr) {
         Ok(status) => Ok(RunOutcome::Ended(status)),
         Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
-        Err(HostError::Connection(_)) if !is_alive(registry, &info) => {
+        Err(HostError::Connection(_)) if !alive() => {
             Err(EngineError::GuestEnded("it was stopped".to_owned()))
         }
         Err(error) => Err(error.into()),
@@ -83,6 +97,17 @@ pub fn exec(
 fn is_alive(registry: &Registry, info: &VmInfo) -> bool {
     let found = registry.find(&info.config.id);
     found.is_ok_and(|info| info.state.status.is_alive())
+}
+
+/// Whether a machine whose process has closed a connection is about to end: its lock goes soon after.
+fn ends(registry: &Registry, info: &VmInfo) -> bool {
+    const LOOKS: u32 = 50;
+    (0..LOOKS).any(|look| {
+        if look > 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        !is_alive(registry, info)
+    })
 }
 
 /// The output of a machine's command, where it is kept.

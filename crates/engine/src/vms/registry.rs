@@ -11,7 +11,7 @@
 //! process ids are never trusted for that. A folder appears whole, by a rename, with its lock held.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,6 +20,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::names;
+use super::places::{self, read_json, write_json};
 use crate::EngineError;
 use crate::command::Surroundings;
 use crate::paths::Paths;
@@ -169,25 +170,7 @@ fn is_id(name: &str) -> bool {
 
 /// Whether some process holds the lock in `folder`.
 fn is_held(folder: &Path) -> bool {
-    let Ok(lock) = File::open(folder.join(LOCK)) else {
-        return false;
-    };
-    let tried = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared);
-    tried == Err(rustix::io::Errno::WOULDBLOCK)
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?;
-    file.write_all(&serde_json::to_vec(value)?)
-}
-
-fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> io::Result<T> {
-    Ok(serde_json::from_slice(&fs::read(path)?)?)
+    places::is_held(&folder.join(LOCK))
 }
 
 impl Registry {
@@ -449,6 +432,11 @@ impl Entry {
         write_json(&staged, &self.state)
             .and_then(|()| fs::rename(&staged, folder.join(STATE)))
             .map_err(self.registry.failed("note the state of a virtual machine"))
+    }
+
+    /// The end of what never became a machine.
+    pub fn discard(self) {
+        self.registry.forget(&self.config);
     }
 
     /// The end: with this state, or forgotten where that was asked for.

@@ -129,7 +129,7 @@ fn unpause(hosted: &Hosted) -> Result<(), EngineError> {
 }
 
 /// Makes one connection of two, until both ends have closed.
-fn bridge(stream: UnixStream, guest: GuestStream) {
+pub(crate) fn bridge(stream: UnixStream, guest: GuestStream) {
     let (Ok(from_guest), Ok(to_client)) = (guest.try_clone(), stream.try_clone()) else {
         return;
     };

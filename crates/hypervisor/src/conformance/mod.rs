@@ -143,6 +143,7 @@ pub fn cases<H: Hypervisor>() -> Vec<Case<H>> {
         restore::random_states_do_no_harm,
         time::tsc_is_monotonic_after_restore,
         time::tsc_has_the_frequency_told(SPEED),
+        time::tsc_has_another_frequency_or_none(SPEED),
         time::clock_round_trip,
         time::apic_timer_one_shot,
         time::apic_timer_deadline,

@@ -421,22 +421,23 @@ pub(super) fn guest_sees_what_was_set<H: Hypervisor>(hypervisor: &H) {
     }
 }
 
+pub(super) const YMM: [AsmRegisterYmm; 16] = [
+    ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14,
+    ymm15,
+];
+
 /// XMM, YMM upper halves, x87 and MXCSR reach the guest; what the guest writes is in the state.
 pub(super) fn guest_sees_vectors_that_were_set<H: Hypervisor>(hypervisor: &H) {
-    let ymm: [AsmRegisterYmm; 16] = [
-        ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13,
-        ymm14, ymm15,
-    ];
     let guest = Guest::new(hypervisor, |a| {
         a.mov(ebx, DATA as u32)?;
         a.stmxcsr(dword_ptr(rbx + 0x400))?;
-        for (register, n) in ymm.into_iter().zip(0..) {
+        for (register, n) in YMM.into_iter().zip(0..) {
             a.vmovdqu(ymmword_ptr(rbx + n * 32), register)?;
         }
         a.fistp(dword_ptr(rbx + 0x408))?;
         report_value(a, 1)?;
         // Clobber: each register becomes its left neighbour's old value.
-        for (register, n) in ymm.into_iter().zip(0..) {
+        for (register, n) in YMM.into_iter().zip(0..) {
             a.vmovdqu(register, ymmword_ptr(rbx + (n + 1) % 16 * 32))?;
         }
         report_value(a, 2)?;

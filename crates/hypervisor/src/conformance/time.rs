@@ -8,6 +8,8 @@ use iced_x86::code_asm::*;
 use super::guest::{
     DATA, Guest, apic_enable, apic_write, report, report_value, reported, reporting_handler, stop,
 };
+use crate::cpuid::{CpuidEntry, CpuidResult};
+use crate::error::CreateVcpuError;
 use crate::probe::chain;
 use crate::traits::{Hypervisor, Vcpu, Vm};
 
@@ -66,9 +68,45 @@ pub(super) fn tsc_is_monotonic_after_restore<H: Hypervisor>(hypervisor: &H) {
 
 pub(super) fn tsc_has_the_frequency_told<H: Hypervisor>(hypervisor: &H) {
     let guest = tsc_reader(hypervisor);
-    let Some(khz) = guest.cpuid.tsc_khz() else {
-        return;
-    };
+    if let Some(khz) = guest.cpuid.tsc_khz() {
+        assert_frequency(&guest, khz);
+    }
+}
+
+/// A table may tell a frequency that is not the backend's own: the counter has it, or no processor is
+/// made.
+pub(super) fn tsc_has_another_frequency_or_none<H: Hypervisor>(hypervisor: &H) {
+    for khz in [1_000_000, 1_234_567, 4_800_000] {
+        let mut guest = tsc_reader(hypervisor);
+        for entry in &mut guest.cpuid.entries {
+            if matches!(entry.leaf, 0x15 | 0x4000_0010) {
+                entry.result = CpuidResult::default();
+            }
+        }
+        let result = CpuidResult {
+            eax: 1,
+            ebx: khz / 1000,
+            ecx: 1_000_000,
+            edx: 0,
+        };
+        let told = CpuidEntry {
+            leaf: 0x15,
+            subleaf: None,
+            result,
+        };
+        guest.cpuid.entries.insert(0, told);
+        let khz = guest.cpuid.tsc_khz().expect("a frequency");
+        match guest.vm.create_vcpu(1, &guest.cpuid) {
+            Ok(_) => assert_frequency(&guest, khz),
+            Err(CreateVcpuError::Unsupported { feature, .. }) => {
+                assert!(feature.contains(&khz.to_string()), "{feature}");
+            }
+            Err(error) => panic!("{}", chain(&error)),
+        }
+    }
+}
+
+fn assert_frequency<H: Hypervisor>(guest: &Guest<H>, khz: u32) {
     let mut vcpu = guest.start();
     reported(&mut vcpu);
     // Each reading lies between two moments of the host.

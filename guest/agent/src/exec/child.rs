@@ -121,6 +121,8 @@ pub struct Child<'a> {
     pub gid: u32,
     /// Supplementary groups.
     pub groups: &'a [u32],
+    /// The calling thread has that identity already.
+    pub keep_identity: bool,
     /// Descriptors for its standard streams, all of them above 2.
     pub streams: [BorrowedFd<'a>; 3],
     /// Whether the first is a terminal to control it.
@@ -156,7 +158,6 @@ impl Child<'_> {
     pub fn start(&self) -> Result<(i32, OwnedFd), Failure> {
         let argv = pointers(self.argv);
         let envp = pointers(self.envp);
-        let own = rustix::process::geteuid();
         let mut plan = Plan {
             program: self.program.as_ptr(),
             argv: argv.as_ptr(),
@@ -170,8 +171,7 @@ impl Child<'_> {
             tty: self.tty,
             namespace: self.namespace.map_or(-1, |fd| fd.as_raw_fd()),
             ignored: ignored_signals(),
-            // A test's ordinary process may only keep the identity that it has.
-            keep_identity: !own.is_root() && own.as_raw() == self.uid,
+            keep_identity: self.keep_identity,
             failed: None,
         };
         let mut pidfd: RawFd = -1;
@@ -291,8 +291,6 @@ unsafe fn prepare_and_exec(plan: &Plan) -> (Step, i32) {
     }
     // SAFETY: the kernel's own call on this process alone: the C library's would note it for the agent.
     unsafe { reset_signals(plan.ignored) };
-    // SAFETY: has no memory effects and can't fail.
-    unsafe { libc::umask(0o022) };
     if plan.namespace >= 0 {
         step!(
             Step::Session,

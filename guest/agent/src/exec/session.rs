@@ -12,26 +12,27 @@
 //! A command ends with its connection, but for a kept one: that goes on without, like under a host
 //! that is slow for ever, until another connection comes in through [`super::kept`].
 
-use std::io::{self, Read};
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
+use skerry_protocol::STDIN_WINDOW;
 use skerry_protocol::frame::{self, FrameDecoder, FrameError};
 use skerry_protocol::message::{
-    ExecCommand, ExecEvent, ExecFailure, ExecRequest, ExitStatus, FailureKind, GuestString,
+    ExecCommand, ExecEvent, ExecFailure, ExecRequest, ExitStatus, FailureKind,
 };
-use skerry_protocol::{MAX_DATA, STDIN_WINDOW};
 
 use super::environment::{DEFAULT_PATH, Environment};
 use super::kept::{Lease, Link};
 use super::output::Output;
 use super::spawn::{self, Launch, Running};
-use super::user::Accounts;
-use super::{ExecServer, failure, lookup, show};
+use super::{Desk, ExecServer, failure, lookup, show};
 use crate::sys;
 
 /// Output that may wait for the host before the command has to.
@@ -44,8 +45,16 @@ const QUIET: Duration = Duration::from_millis(300);
 /// ... and for a descendant that never falls silent so long in all.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// How long the news that a command runs may wait for more to say: for most of those that end at
+/// once it is one packet less.
+const TOGETHER: Duration = Duration::from_millis(4);
+
 /// Serves one exec connection.
-pub fn run(mut connection: UnixStream, server: &ExecServer) -> Result<(), FrameError> {
+pub fn run(
+    mut connection: UnixStream,
+    server: &ExecServer,
+    desk: &mut Desk,
+) -> Result<(), FrameError> {
     let mut decoder = FrameDecoder::new();
     let (request, id) = match frame::decode(decoder.read_frame(&mut connection)?)? {
         ExecCommand::Start(request) => (request, None),
@@ -67,8 +76,8 @@ pub fn run(mut connection: UnixStream, server: &ExecServer) -> Result<(), FrameE
     let stdin = request.stdin;
     let started = id.map(|id| server.kept.lease(id)).transpose();
     let started = started.and_then(|lease| {
-        let launch = prepare(request, &server.env)?;
-        Ok((launch.start(server.cgroup.as_deref())?, lease))
+        let launch = prepare(request, server)?;
+        Ok((launch.start(server, desk)?, lease))
     });
     match started {
         Ok((process, lease)) => {
@@ -77,10 +86,12 @@ pub fn run(mut connection: UnixStream, server: &ExecServer) -> Result<(), FrameE
                 decoder,
             };
             let mut session = Session::new(process, stdin, lease);
+            session.scratch = std::mem::take(&mut desk.scratch);
             let result = session.adopt(link, true).and_then(|()| session.serve());
             if session.status.is_none() {
                 session.kill();
             }
+            desk.scratch = session.scratch;
             result
         }
         Err(failure) => frame::write(&mut connection, &ExecEvent::Failed(failure)),
@@ -88,19 +99,15 @@ pub fn run(mut connection: UnixStream, server: &ExecServer) -> Result<(), FrameE
 }
 
 /// Turns a request into what the kernel takes.
-fn prepare(
-    request: ExecRequest,
-    env: &[(GuestString, GuestString)],
-) -> Result<Launch, ExecFailure> {
-    let user = Accounts::read("/".as_ref()).resolve(&request.user)?;
+fn prepare(request: ExecRequest, server: &ExecServer) -> Result<Launch, ExecFailure> {
+    let user = server.accounts.resolve("/".as_ref(), &request.user)?;
     let uname = rustix::system::uname();
     let hostname = uname.nodename().to_bytes();
     let mut environment = Environment::new(&user.home, hostname, request.tty.is_some());
-    environment.extend(env)?;
+    environment.extend(&server.env)?;
     environment.extend(&request.env)?;
 
     let cwd = std::path::Path::new("/").join(spawn_path(&request.cwd)?);
-    std::fs::create_dir_all(&cwd).map_err(|error| spawn::bad_cwd(&cwd, &error))?;
     let Some(name) = request.argv.first() else {
         return Err(failure(FailureKind::BadRequest, "No command to run"));
     };
@@ -160,7 +167,7 @@ impl<'a> Watch<'a> {
 
     fn poll(mut self, timeout: Option<&Timespec>) -> io::Result<Ready> {
         match rustix::event::poll(&mut self.fds, timeout) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         let none = PollFlags::empty();
@@ -206,6 +213,9 @@ struct Session {
     ended: Option<End>,
     /// The status is in the output buffer, or with the host.
     told: bool,
+    /// The host hasn't been told that the command runs, and waits for nothing else: the news may
+    /// travel with the next.
+    fresh: bool,
     scratch: Vec<u8>,
 }
 
@@ -224,7 +234,8 @@ impl Session {
             status: None,
             ended: None,
             told: false,
-            scratch: vec![0; MAX_DATA],
+            scratch: Vec::new(),
+            fresh: !wants_stdin,
         }
     }
 
@@ -245,13 +256,9 @@ impl Session {
             self.output.restart(&[pid, input])?;
             self.told = false;
         }
-        let kept = link.connection.set_nonblocking(true);
         self.link = Some(link);
         // The first frame may have come with others behind it.
-        let result = kept
-            .map_err(FrameError::from)
-            .and_then(|()| self.take_frames());
-        result.or_else(|error| self.lost(error))
+        self.take_frames().or_else(|error| self.lost(error))
     }
 
     /// Serves whoever waits for a kept command.
@@ -286,12 +293,15 @@ impl Session {
                 && self.is_drained()
             {
                 self.told = true;
+                self.fresh = false;
                 // What a descendant writes from here on is nobody's.
                 self.stdout = None;
                 self.stderr = None;
                 self.output.push(&ExecEvent::Ended(status))?;
             }
-            if let Err(error) = self.flush() {
+            if !self.fresh
+                && let Err(error) = self.flush()
+            {
                 self.lost(error)?;
             }
             // Who started a kept command may be gone without having read: its status stays until
@@ -305,14 +315,15 @@ impl Session {
                 end.last_output = Instant::now();
             }
             let ready = self.poll()?;
-            if !ready.process.is_empty() && self.status.is_none() {
-                self.collect()?;
-            }
+            self.fresh = false;
             if !ready.stdout.is_empty() {
                 self.read_output(false)?;
             }
             if !ready.stderr.is_empty() {
                 self.read_output(true)?;
+            }
+            if !ready.process.is_empty() && self.status.is_none() {
+                self.collect()?;
             }
             if !ready.stdin.is_empty() {
                 self.write_input(ready.stdin)?;
@@ -362,7 +373,7 @@ impl Session {
         let mut watch = Watch::default();
         if let Some(link) = &self.link {
             let mut wanted = PollFlags::IN;
-            wanted.set(PollFlags::OUT, self.output.pending() > 0);
+            wanted.set(PollFlags::OUT, self.output.pending() > 0 && !self.fresh);
             watch.add(&link.connection, wanted, |ready| &mut ready.connection);
         }
         let bell = self.lease.as_ref().map(Lease::bell);
@@ -395,15 +406,19 @@ impl Session {
                 &mut ready.process
             });
         }
-        let timeout = self.ended.filter(|_| reading && !self.told).map(|end| {
+        let silence = self.ended.filter(|_| reading && !self.told).map(|end| {
             let until = (end.last_output + QUIET).min(end.since + GRACE);
             // Rounded up by a little, so that the time is over when poll returns.
-            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            Timespec {
+            until.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
+        });
+        let timeout = self
+            .fresh
+            .then_some(TOGETHER)
+            .or(silence)
+            .map(|left| Timespec {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: i64::from(left.subsec_nanos()),
-            }
-        });
+            });
         Ok(watch.poll(timeout.as_ref())?)
     }
 
@@ -421,6 +436,12 @@ impl Session {
             },
             None => ExitStatus::Code(status.exit_status().unwrap_or(0) as u8),
         });
+        // Ours were the last but for a descendant's.
+        self.process.writers = None;
+        if self.output.pending() < OUTPUT_LIMIT {
+            self.read_output(false)?;
+            self.read_output(true)?;
+        }
         let now = Instant::now();
         let waiting = |stream: &Option<OwnedFd>| {
             let stream = stream.as_ref().filter(|_| self.process.terminal.is_none());
@@ -469,7 +490,7 @@ impl Session {
                     ExecEvent::Stdout(bytes)
                 })
             }
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(()),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(()),
             // A terminal that nobody has open reads as an error; while the command lives, it may
             // open it again, but no command of ours does. Linux, tty_ldisc.
             Err(_) => {
@@ -518,7 +539,7 @@ impl Session {
                 }
                 Ok(())
             }
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(()),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(()),
             Err(_) => self.close_input(),
         }
     }
@@ -534,15 +555,15 @@ impl Session {
         let Some(link) = &mut self.link else {
             return Ok(());
         };
-        match link.connection.read(&mut self.scratch) {
-            Ok(0) => Err(FrameError::Closed),
-            Ok(length) => {
+        match rustix::net::recv(&link.connection, &mut self.scratch, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => Err(FrameError::Closed),
+            Ok((length, _)) => {
                 let bytes = self.scratch.get(..length).unwrap_or_default();
                 link.decoder.push(bytes);
                 self.take_frames()
             }
-            Err(error) if is_transient(&error) => Ok(()),
-            Err(error) => Err(error.into()),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(()),
+            Err(error) => Err(io::Error::from(error).into()),
         }
     }
 
@@ -630,26 +651,31 @@ impl Session {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
         let id = WaitId::PidFd(self.process.pidfd.as_fd());
-        while let Err(rustix::io::Errno::INTR) =
-            rustix::process::waitid(id.clone(), WaitIdOptions::EXITED)
-        {}
+        while let Err(Errno::INTR) = rustix::process::waitid(id.clone(), WaitIdOptions::EXITED) {}
     }
 
     /// Sends what the host takes.
     fn flush(&mut self) -> Result<(), FrameError> {
-        match &mut self.link {
-            Some(link) if self.output.pending() > 0 => self.output.flush(&mut link.connection),
-            _ => Ok(()),
+        match &self.link {
+            Some(link) => self.output.flush(&mut Sender(&link.connection)),
+            None => Ok(()),
         }
+    }
+}
+
+/// A connection to write to without waiting.
+struct Sender<'a>(&'a UnixStream);
+
+impl Write for Sender<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(rustix::net::send(self.0, bytes, flags)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
 /// The terminal's end-of-file character (`VEOF`, termios(3)).
 const END_OF_TRANSMISSION: u8 = 4;
-
-fn is_transient(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
-}

@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use rustix::fs::{Mode, OFlags, Uid};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
@@ -14,7 +15,7 @@ use skerry_protocol::message::{ExecFailure, FailureKind, WinSize};
 
 use super::child::{self, Child, Step};
 use super::user::User;
-use super::{failure, lookup, show};
+use super::{Desk, ExecServer, failure, lookup, show};
 use crate::cgroup::Cgroup;
 
 /// What `execve` and the steps before it take.
@@ -49,8 +50,26 @@ pub struct Running {
     pub stdout: Option<OwnedFd>,
     /// Where to read its errors; with a terminal there is no such stream.
     pub stderr: Option<OwnedFd>,
+    /// The other ends of both pipes: held until the command has ended, so that the pipes' ends are
+    /// news only then.
+    pub writers: Option<[OwnedFd; 2]>,
     /// The terminal's controlling side.
     pub terminal: Option<OwnedFd>,
+}
+
+/// The child's end of a stream.
+enum Stream<'a> {
+    Own(OwnedFd),
+    Shared(BorrowedFd<'a>),
+}
+
+impl AsFd for Stream<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Own(fd) => fd.as_fd(),
+            Self::Shared(fd) => *fd,
+        }
+    }
 }
 
 /// The agent's ends of the streams.
@@ -63,7 +82,7 @@ struct Ends {
 
 impl Launch {
     /// Starts the command. The child belongs to the calling thread, which has to collect it.
-    pub fn start(self, cgroup: Option<&Cgroup>) -> Result<Running, ExecFailure> {
+    pub fn start(self, server: &ExecServer, desk: &mut Desk) -> Result<Running, ExecFailure> {
         let resources = |what: &str, error: io::Error| {
             failure(
                 FailureKind::Resources,
@@ -74,34 +93,45 @@ impl Launch {
             Some(size) => self
                 .terminal(size)
                 .map_err(|error| resources("terminal", error))?,
-            None => self.pipes().map_err(|error| resources("pipes", error))?,
+            None => self
+                .pipes(&server.null)
+                .map_err(|error| resources("pipes", error))?,
         };
-        let (pid, pidfd) = self
-            .spawn(&streams, cgroup)
-            .map_err(|(step, error)| self.explain(step, &error))?;
+        let cgroup = server.cgroup.as_deref();
+        let mut result = self.spawn(&streams, cgroup, desk);
+        if let Err((Step::Directory, error)) = &result
+            && error.kind() == io::ErrorKind::NotFound
+        {
+            std::fs::create_dir_all(&self.cwd).map_err(|error| bad_cwd(&self.cwd, &error))?;
+            result = self.spawn(&streams, cgroup, desk);
+        }
+        let (pid, pidfd) = result.map_err(|(step, error)| self.explain(step, &error))?;
+        let writers = match streams {
+            [_, Stream::Own(out), Stream::Own(err)] if self.tty.is_none() => Some([out, err]),
+            _ => None,
+        };
         Ok(Running {
             pid,
             pidfd,
             stdin: ends.stdin,
             stdout: ends.stdout,
             stderr: ends.stderr,
+            writers,
             terminal: ends.terminal,
         })
     }
 
     /// Pipes for output and errors, and for input where it is wanted: the child's ends and ours.
-    fn pipes(&self) -> io::Result<([OwnedFd; 3], Ends)> {
+    fn pipes<'a>(&self, null: &'a OnceLock<OwnedFd>) -> io::Result<([Stream<'a>; 3], Ends)> {
         let (out_read, out_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let (err_read, err_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let (stdin, in_write) = if self.stdin {
             let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
             self.give(&read)?;
             set_nonblocking(&write)?;
-            (read, Some(write))
+            (Stream::Own(above(read)?), Some(write))
         } else {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            let null = rustix::fs::open("/dev/null", flags, Mode::empty())?;
-            (null, None)
+            (Stream::Shared(open_null(null)?.as_fd()), None)
         };
         self.give(&out_write)?;
         self.give(&err_write)?;
@@ -113,10 +143,15 @@ impl Launch {
             stderr: Some(err_read),
             terminal: None,
         };
-        Ok(([above(stdin)?, above(out_write)?, above(err_write)?], ends))
+        let streams = [
+            stdin,
+            Stream::Own(above(out_write)?),
+            Stream::Own(above(err_write)?),
+        ];
+        Ok((streams, ends))
     }
 
-    fn terminal(&self, size: WinSize) -> io::Result<([OwnedFd; 3], Ends)> {
+    fn terminal(&self, size: WinSize) -> io::Result<([Stream<'static>; 3], Ends)> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = rustix::pty::openpt(flags)?;
         rustix::pty::unlockpt(&master)?;
@@ -132,12 +167,8 @@ impl Launch {
             stderr: None,
             terminal: Some(master),
         };
-        let streams = [
-            above(slave.try_clone()?)?,
-            above(slave.try_clone()?)?,
-            slave,
-        ];
-        Ok((streams, ends))
+        let copy = || slave.try_clone().and_then(above).map(Stream::Own);
+        Ok(([copy()?, copy()?, copy()?], ends))
     }
 
     /// Makes the command's user the owner of a stream, so that it can open `/dev/stdout` anew.
@@ -154,12 +185,14 @@ impl Launch {
 
     fn spawn(
         &self,
-        streams: &[OwnedFd; 3],
+        streams: &[Stream<'_>; 3],
         cgroup: Option<&Cgroup>,
+        desk: &mut Desk,
     ) -> Result<(i32, OwnedFd), child::Failure> {
         let no_nul = |_| (Step::Program, io::Error::from_raw_os_error(libc::ENOENT));
         let program = CString::new(self.program.as_os_str().as_bytes()).map_err(no_nul)?;
         let cwd = CString::new(self.cwd.as_os_str().as_bytes()).map_err(no_nul)?;
+        let keep_identity = self.match_identity(desk);
         let start = |directory: Option<BorrowedFd<'_>>| {
             let child = Child {
                 program: &program,
@@ -169,6 +202,7 @@ impl Launch {
                 uid: self.user.uid,
                 gid: self.user.gid,
                 groups: &self.user.groups,
+                keep_identity,
                 streams: [streams[0].as_fd(), streams[1].as_fd(), streams[2].as_fd()],
                 tty: self.tty.is_some(),
                 cgroup: directory,
@@ -188,6 +222,31 @@ impl Launch {
             }
             result => result,
         }
+    }
+
+    /// Whether this thread has the command's identity, so that the child inherits it: always root's,
+    /// where the agent is root, as a thread may have groups of its own.
+    fn match_identity(&self, desk: &mut Desk) -> bool {
+        let own = rustix::process::geteuid();
+        if !own.is_root() {
+            // A test's ordinary process may only keep the identity that it has.
+            return own.as_raw() == self.user.uid;
+        }
+        if (self.user.uid, self.user.gid) != (0, 0) {
+            return false;
+        }
+        if desk.groups.as_ref() != Some(&self.user.groups) {
+            let groups: Vec<Gid> = self
+                .user
+                .groups
+                .iter()
+                .copied()
+                .map(Gid::from_raw)
+                .collect();
+            let set = rustix::thread::set_thread_groups(&groups);
+            desk.groups = set.is_ok().then(|| self.user.groups.clone());
+        }
+        desk.groups.is_some()
     }
 
     /// What a failed step of the child means.
@@ -231,6 +290,16 @@ pub fn winsize(size: WinSize) -> Winsize {
         ws_xpixel: size.x_pixels,
         ws_ypixel: size.y_pixels,
     }
+}
+
+/// `/dev/null`, opened once.
+fn open_null(null: &OnceLock<OwnedFd>) -> io::Result<&OwnedFd> {
+    if let Some(null) = null.get() {
+        return Ok(null);
+    }
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let opened = above(rustix::fs::open("/dev/null", flags, Mode::empty())?)?;
+    Ok(null.get_or_init(|| opened))
 }
 
 /// The stream under a number that the standard streams don't have: the child gives it theirs.

@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use skerry_protocol::message::{ExecFailure, FailureKind};
 
@@ -28,6 +29,65 @@ pub struct User {
     pub home: String,
 }
 
+/// What tells one content of a file from another: device, inode, size, modification and change.
+type Stamp = Option<(u64, u64, i64, [i64; 4])>;
+
+/// Users that the last content of the files was asked for, at most so many.
+const MAX_KNOWN: usize = 16;
+
+/// What the account files say, read again when they have changed.
+#[derive(Debug, Default)]
+pub struct AccountCache {
+    known: Mutex<Known>,
+}
+
+/// Answers of one content of the files.
+#[derive(Debug, Default)]
+struct Known {
+    stamps: [Stamp; 2],
+    users: Vec<(String, User)>,
+}
+
+impl AccountCache {
+    /// [`Accounts::resolve`] by the files under `root`, always the same one.
+    pub fn resolve(&self, root: &Path, spec: &str) -> Result<User, ExecFailure> {
+        let stamps = [stamp(&root.join(PASSWD)), stamp(&root.join(GROUP))];
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.stamps != stamps {
+            known.users.clear();
+            known.stamps = stamps;
+        }
+        if let Some((_, user)) = known.users.iter().find(|(name, _)| name == spec) {
+            return Ok(user.clone());
+        }
+        let user = Accounts::read(root).resolve(spec)?;
+        // A file that was changed just now may change again without another time.
+        if known.users.len() < MAX_KNOWN && known.stamps.iter().all(is_settled) {
+            known.users.push((spec.to_owned(), user.clone()));
+        }
+        Ok(user)
+    }
+}
+
+fn stamp(path: &Path) -> Stamp {
+    let stat = rustix::fs::stat(path).ok()?;
+    let times = [
+        stat.st_mtime,
+        stat.st_mtime_nsec as i64,
+        stat.st_ctime,
+        stat.st_ctime_nsec as i64,
+    ];
+    Some((stat.st_dev, stat.st_ino, stat.st_size, times))
+}
+
+fn is_settled(stamp: &Stamp) -> bool {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+    stamp.is_none_or(|(.., [_, _, changed, _])| now.tv_sec.abs_diff(changed) > 1)
+}
+
+const PASSWD: &str = "etc/passwd";
+const GROUP: &str = "etc/group";
+
 /// The account files of an image.
 #[derive(Debug, Default)]
 pub struct Accounts {
@@ -40,8 +100,8 @@ impl Accounts {
     #[must_use]
     pub fn read(root: &Path) -> Self {
         Self {
-            passwd: read_text(&root.join("etc/passwd")),
-            group: read_text(&root.join("etc/group")),
+            passwd: read_text(&root.join(PASSWD)),
+            group: read_text(&root.join(GROUP)),
         }
     }
 
@@ -220,6 +280,30 @@ mod tests {
             assert_eq!(failure.kind, FailureKind::BadUser);
             assert!(failure.message.contains(named), "{}", failure.message);
         }
+    }
+
+    #[test]
+    fn the_cache_follows_every_change_of_the_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        let cache = AccountCache::default();
+        let uid = || cache.resolve(root, "me").map(|user| user.uid).ok();
+        assert_eq!(uid(), None);
+        std::fs::create_dir(root.join("etc")).unwrap();
+        // Of the same length, one right after the other.
+        for number in [1000, 1001, 1002] {
+            std::fs::write(root.join(PASSWD), format!("me:x:{number}:5::/:/bin/sh\n")).unwrap();
+            assert_eq!(uid(), Some(number));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2100));
+        assert_eq!(uid(), Some(1002));
+        assert_eq!(cache.known.lock().unwrap().users.len(), 1);
+        assert_eq!(uid(), Some(1002));
+        std::fs::write(root.join("new"), "me:x:1003:5::/:/bin/sh\n").unwrap();
+        std::fs::rename(root.join("new"), root.join(PASSWD)).unwrap();
+        assert_eq!(uid(), Some(1003));
+        std::fs::remove_file(root.join(PASSWD)).unwrap();
+        assert_eq!(uid(), None);
     }
 
     #[test]

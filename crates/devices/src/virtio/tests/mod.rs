@@ -2,5 +2,6 @@
 
 mod block;
 mod console;
+mod endless;
 mod queue;
 mod transport;

@@ -401,6 +401,14 @@ impl Shared {
     }
 }
 
+/// Where a device's ephemeral ports begin: anywhere. A restored guest has, until it notices that they
+/// are gone, connections of the device that it had before; a new one with the ports of such a one would
+/// be refused.
+fn first_port() -> u32 {
+    let offset = getrandom::u32().unwrap_or_default();
+    FIRST_EPHEMERAL_PORT + offset % FIRST_EPHEMERAL_PORT
+}
+
 /// The socket device.
 pub struct VsockDevice {
     shared: Arc<Shared>,
@@ -418,7 +426,7 @@ impl VsockDevice {
                 listeners: HashMap::new(),
                 control: VecDeque::new(),
                 ready: VecDeque::new(),
-                next_port: FIRST_EPHEMERAL_PORT,
+                next_port: first_port(),
                 active: false,
                 closed: false,
                 transmit_stalled: false,

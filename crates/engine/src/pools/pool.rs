@@ -288,6 +288,14 @@ impl<T: Template> Pool<T> {
         }
     }
 
+    /// Waits until there is a first member, or none can be made.
+    pub fn wait_first(&self) -> Result<(), PoolError> {
+        match self.shared.options.min {
+            0 => Ok(()),
+            _ => self.acquire().map(drop),
+        }
+    }
+
     /// Waits until as many are ready or in use as the minimum asks for; `false` if that takes longer
     /// than `patience`.
     #[must_use]

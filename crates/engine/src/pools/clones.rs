@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use skerry_oci::Image;
 
-use super::{ResumeSpec, Vm, VmSpec};
+use super::{Pool, PoolOptions, Template};
 use crate::command::{CommandSpec, Surroundings};
 use crate::error::EngineError;
 use crate::frozen::Frozen;
 use crate::hypervisor::select;
 use crate::paths::Paths;
-use crate::pool::{Pool, PoolOptions, Template};
+use crate::vm::{ResumeSpec, Vm, VmSpec};
 
 /// Makes a pool's machines: clones of one state.
 #[derive(Debug)]
