@@ -204,7 +204,7 @@ impl Guest {
 
     fn run(&self, request: ExecRequest) -> (u8, String, String) {
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        let status = self.exec(request).wait(&mut out, &mut err).unwrap();
+        let status = self.exec(request).wait(&mut out, &mut err).unwrap_or_else(|error| panic!("{error}: {}", self.log()));
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (status.shell_code(), text(out), text(err))
     }
