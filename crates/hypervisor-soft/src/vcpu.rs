@@ -1,7 +1,7 @@
 //! A virtual processor: its run loop.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use skerry_hypervisor::cancel::CallWord;
 use skerry_hypervisor::validate::StateLimits;
@@ -16,8 +16,44 @@ use crate::host::SoftHost;
 use crate::state;
 use crate::vm::{MAX_VCPUS, VmShared};
 
-/// After so long in one wait a processor gives back the memory of its decoded code.
-const IDLE: Duration = Duration::from_millis(200);
+/// After so long with little to do a processor gives back the memory of its decoded code.
+const IDLE: Duration = Duration::from_secs(1);
+/// More instructions than this within [`IDLE`] are not little: a guest that does nothing runs less for
+/// its timers, and a program in it takes more.
+const BUSY: u64 = 300_000;
+
+/// How much a processor has had to do lately.
+struct Workload {
+    /// When counting began, and at how many instructions.
+    since: Instant,
+    instructions: u64,
+    /// When it was last found to have much to do.
+    busy: Instant,
+}
+
+impl Workload {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            since: now,
+            instructions: 0,
+            busy: now,
+        }
+    }
+
+    /// How much longer it must have little to do to be idle, if it has run so many instructions.
+    fn until_idle(&mut self, instructions: u64, now: Instant) -> Duration {
+        let much = instructions.saturating_sub(self.instructions) > BUSY;
+        if much {
+            self.busy = now;
+        }
+        if much || now.duration_since(self.since) >= IDLE {
+            self.since = now;
+            self.instructions = instructions;
+        }
+        IDLE.saturating_sub(now.duration_since(self.busy))
+    }
+}
 
 /// Makes a processor leave its loop at the next block, or its thread wake up.
 struct SoftKick {
@@ -41,6 +77,7 @@ pub struct SoftVcpu {
     kick: Arc<SoftKick>,
     /// An exit that came up while an instruction was being finished.
     queued: Option<CpuExit>,
+    workload: Workload,
     vm: Arc<VmShared>,
 }
 
@@ -85,6 +122,7 @@ impl SoftVcpu {
             word: Arc::default(),
             kick,
             queued: None,
+            workload: Workload::new(),
             vm,
         })
     }
@@ -133,7 +171,10 @@ impl SoftVcpu {
     fn wait(&mut self) {
         let host = &self.vm.host;
         let (id, shared) = (self.cpu.id, self.cpu.shared.clone());
-        let idle = self.cpu.has_much_code().then_some(IDLE);
+        let left = self
+            .workload
+            .until_idle(self.cpu.instructions, Instant::now());
+        let idle = self.cpu.has_much_code().then_some(left);
         if !host.park(id, &shared, idle) {
             self.cpu.forget_code();
             host.park(id, &shared, None);
@@ -249,5 +290,37 @@ impl Vcpu for SoftVcpu {
         }
         self.queued = None;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_is_idle_when_it_has_run_little_for_long() {
+        let mut workload = Workload::new();
+        let start = workload.since;
+        let at = |ms| start + Duration::from_millis(ms);
+        assert_eq!(
+            workload.until_idle(1000, at(400)),
+            Duration::from_millis(600)
+        );
+        // Much at once.
+        assert_eq!(workload.until_idle(2 * BUSY, at(500)), IDLE);
+        // A little, now and then, is nothing.
+        for n in 1..10_u64 {
+            let now = at(500 + n * 200);
+            let left = workload.until_idle(2 * BUSY + n * (BUSY / 10), now);
+            assert_eq!(left, IDLE.saturating_sub(Duration::from_millis(n * 200)));
+        }
+        // Many littles within a second are much.
+        let mut now = at(10_000);
+        workload.until_idle(20 * BUSY, now);
+        for n in 1..=3_u64 {
+            now += Duration::from_millis(100);
+            let left = workload.until_idle(20 * BUSY + n * (BUSY / 2), now);
+            assert_eq!(left == IDLE, n == 3);
+        }
     }
 }
