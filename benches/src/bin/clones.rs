@@ -36,6 +36,9 @@ struct Bench {
     paths: Paths,
 }
 
+/// One of the things that are measured.
+type Measure = fn(&Bench) -> Result<()>;
+
 /// A list of durations, to be printed as medians.
 #[derive(Default)]
 struct Times(Vec<f64>);
@@ -311,7 +314,7 @@ fn main() -> Result<()> {
         data,
         paths,
     };
-    let all: [(&str, fn(&Bench) -> Result<()>); 6] = [
+    let all: [(&str, Measure); 6] = [
         ("restore", restore),
         ("exec", exec_true),
         ("reset", reset),

@@ -27,6 +27,7 @@ use crate::paths::Paths;
 
 const NAMES: &str = "names";
 const NEW: &str = ".new-";
+const GONE: &str = ".new-gone-";
 const LOCK: &str = "lock";
 const CONFIG: &str = "config";
 const STATE: &str = "state";
@@ -173,6 +174,16 @@ fn is_held(folder: &Path) -> bool {
     places::is_held(&folder.join(LOCK))
 }
 
+/// Removes a folder of a machine that is forgotten. Others may be at it, and take files away from under
+/// each other.
+fn clear(gone: &Path) {
+    const TRIES: u32 = 3;
+    let _ = (0..TRIES).any(|_| {
+        let _ = fs::remove_dir_all(gone);
+        !gone.exists()
+    });
+}
+
 impl Registry {
     /// The user's own; made where it doesn't exist.
     pub fn open(paths: &Paths) -> Result<Self, EngineError> {
@@ -308,7 +319,9 @@ impl Registry {
         for folder in folders.flatten() {
             let name = folder.file_name();
             let name = name.to_string_lossy();
-            if name.starts_with(NEW) {
+            if name.starts_with(GONE) {
+                clear(&folder.path());
+            } else if name.starts_with(NEW) {
                 self.sweep(&folder.path());
             } else if is_id(&name)
                 && let Some(info) = self.read(&name)
@@ -389,10 +402,10 @@ impl Registry {
 
     fn forget(&self, config: &VmConfig) {
         // First out of sight, so that no half of it is ever found.
-        let gone = self.root.join(format!("{NEW}gone-{}", config.id));
+        let gone = self.root.join(format!("{GONE}{}", config.id));
         if fs::rename(self.folder(&config.id), &gone).is_ok() {
             self.release_name(config);
-            let _ = fs::remove_dir_all(&gone);
+            clear(&gone);
         }
     }
 
@@ -577,7 +590,10 @@ mod tests {
         let staged = folder.path().join("vms/.new-0123");
         fs::create_dir(&staged).expect("folder");
         File::create(staged.join(LOCK)).expect("lock");
+        // As two that removed one machine at once left it.
+        let gone = folder.path().join("vms/.new-gone-0123");
+        fs::create_dir(&gone).expect("folder");
         assert!(registry.list().expect("list").is_empty());
-        assert!(!staged.exists());
+        assert!(!staged.exists() && !gone.exists());
     }
 }
