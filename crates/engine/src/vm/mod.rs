@@ -35,6 +35,8 @@ pub use capture::Captured;
 pub use pooled::{Clones, VmPool};
 pub use rewind::Rewound;
 pub use start::ResumeSpec;
+#[cfg(test)]
+pub(crate) use start::machine_config;
 pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// What a virtual machine is made with, its image apart.
