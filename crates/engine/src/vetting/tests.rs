@@ -79,17 +79,19 @@ fn frozen(state: MachineState) -> Frozen {
         base: Some(Base {
             id,
             layers: 1,
-            disk: vec![0..CLUSTER_SIZE],
+            disk: vec![0..CLUSTER_SIZE, 2 * CLUSTER_SIZE..scratch::SIZE],
         }),
         capture: 0,
     }
 }
 
+type Damage = fn(&mut Frozen);
+
 #[test]
 fn what_no_machine_says_is_refused_by_name() {
     let good = frozen(state());
     good.vet().expect("plausible");
-    let cases: [(&str, fn(&mut Frozen)); 16] = [
+    let cases: [(&str, Damage); 16] = [
         ("memory", |f| f.about.machine.memory = 1 << 62),
         ("CPUID tables", |f| f.about.cpuid.clear()),
         ("CPUID tables", |f| f.about.machine.cpus = 4_000_000),
@@ -123,7 +125,7 @@ fn what_no_machine_says_is_refused_by_name() {
         ("difference", |f| f.base.as_mut().expect("base").layers = 2),
         ("difference", |f| {
             let base = f.base.as_mut().expect("base");
-            base.disk = vec![CLUSTER_SIZE..u64::MAX];
+            base.disk[1].end = u64::MAX;
         }),
     ];
     for (text, damage) in cases {

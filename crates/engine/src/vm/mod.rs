@@ -194,7 +194,6 @@ impl Vm {
     }
 
     /// Waits until the machine has ended and its threads are gone.
-    #[must_use]
     pub fn wait(&self) -> Outcome {
         self.shared.handle.wait()
     }
