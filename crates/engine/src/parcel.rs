@@ -88,12 +88,10 @@ fn unpack(files: &[Arc<File>], layers: Vec<PackedLayer>) -> Result<Vec<Layer>, E
     unpacked.collect()
 }
 
-/// Hands a machine over.
-pub(crate) fn hand_over(stream: &mut UnixStream, frozen: &Frozen) -> Result<(), EngineError> {
-    let mut files = Files::default();
+fn packed_with(frozen: &Frozen, files: &mut Files) -> Packed {
     files.add(&frozen.root);
     let scratch = frozen.scratch.as_ref();
-    let packed = Packed {
+    Packed {
         about: frozen.about.clone(),
         state: (*frozen.state).clone(),
         memory: files.pack(&frozen.memory),
@@ -103,8 +101,13 @@ pub(crate) fn hand_over(stream: &mut UnixStream, frozen: &Frozen) -> Result<(), 
             .as_ref()
             .map(|base| (base.id.hex(), base.layers, base.disk.clone())),
         files: files.0.len(),
-    };
-    send(stream, &packed).map_err(failed)?;
+    }
+}
+
+/// Hands a machine over.
+pub(crate) fn hand_over(stream: &mut UnixStream, frozen: &Frozen) -> Result<(), EngineError> {
+    let mut files = Files::default();
+    send(stream, &packed_with(frozen, &mut files)).map_err(failed)?;
     for files in files.0.chunks(AT_ONCE) {
         send_files(stream, files).map_err(failed)?;
     }
@@ -179,4 +182,31 @@ fn receive_files(stream: &UnixStream, count: usize, files: &mut Vec<Arc<File>>) 
     }
     files.extend(received.into_iter().map(|fd| Arc::new(File::from(fd))));
     Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Parcels that somebody has changed.
+
+    use super::*;
+
+    fn pack(frozen: &Frozen) -> (Packed, Files) {
+        let mut files = Files::default();
+        let packed = packed_with(frozen, &mut files);
+        (packed, files)
+    }
+
+    /// What goes out as text.
+    pub(crate) fn packed(frozen: &Frozen) -> serde_json::Value {
+        serde_json::to_value(pack(frozen).0).expect("text")
+    }
+
+    /// Sends `packed` with the files of `frozen`, as far as anybody takes them.
+    pub(crate) fn hand_over(stream: &mut UnixStream, packed: &serde_json::Value, frozen: &Frozen) {
+        let _ = send(stream, packed);
+        for files in pack(frozen).1.0.chunks(AT_ONCE) {
+            let _ = send_files(stream, files);
+        }
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+    }
 }

@@ -34,6 +34,8 @@ pub use crate::transport::GuestStream;
 pub use capture::Captured;
 pub use rewind::Rewound;
 pub use start::ResumeSpec;
+#[cfg(test)]
+pub(crate) use start::machine_config;
 pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// What a virtual machine is made with, its image apart.

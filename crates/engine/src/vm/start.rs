@@ -359,7 +359,7 @@ fn greet(
     Ok((listener, agent))
 }
 
-fn machine_config(spec: &VmSpec) -> MachineConfig {
+pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
     let mut disks = vec![DiskConfig {
         name: ROOT_DISK.to_owned(),
         read_only: true,

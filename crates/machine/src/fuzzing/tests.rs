@@ -81,3 +81,101 @@ fn changed_machines_briefly() {
 fn changed_machines_for_long() {
     run(CASES + 1..=1_000_000);
 }
+
+/// A machine to be, with `change` made to what was saved of another.
+fn build(change: impl FnOnce(&mut Value)) -> (Result<Machine<Soft>, MachineError>, MachineState) {
+    let soft = Soft::open().unwrap();
+    let mut seed = Seed::make(&soft).unwrap();
+    change(&mut seed.saved);
+    let saved = Saved::deserialize(&seed.saved).unwrap();
+    (seed.build(&soft, &saved), saved.state)
+}
+
+#[test]
+fn machines_that_can_not_be_are_refused_before_they_are_made() {
+    let refused = |change: fn(&mut Value)| match build(change).0 {
+        Ok(_) => panic!("built"),
+        Err(error) => error,
+    };
+    use MachineError as E;
+    let error = refused(|saved| saved["config"]["memory"] = u64::MAX.into());
+    assert!(matches!(error, E::BadMemorySize(u64::MAX)), "{error}");
+    let error = refused(|saved| saved["config"]["cpus"] = 4_000_000.into());
+    assert!(matches!(error, E::BadCpuCount(4_000_000)), "{error}");
+    let error = refused(|saved| {
+        let disk = saved["config"]["disks"][0].clone();
+        saved["config"]["disks"] = vec![disk; 1_000_000].into();
+    });
+    assert!(matches!(error, E::DiskCount { .. }), "{error}");
+    for cid in [0, 2, u64::from(u32::MAX), u64::MAX] {
+        let (built, _) = build(|saved| saved["config"]["vsock"] = cid.into());
+        let error = built.map(drop).unwrap_err();
+        assert!(
+            matches!(error, E::BadContextId(bad) if bad == cid),
+            "{error}"
+        );
+    }
+    for run in [
+        [MEMORY, 4096, 0],
+        [0, 2 * MEMORY, 0],
+        [u64::MAX - 4095, 8192, 0],
+        [100, 4096, 0],
+        [0, 4096, MEMORY],
+        [0, 4096, u64::MAX - 4095],
+    ] {
+        let (built, _) = build(|saved| saved["memory"][0] = run.to_vec().into());
+        let error = built.map(drop).unwrap_err();
+        assert!(matches!(error, E::SavedMemory { .. }), "{error}");
+    }
+}
+
+#[test]
+fn states_that_can_not_be_are_refused() {
+    let refused = |change: fn(&mut Value)| {
+        let (built, state) = build(change);
+        built.unwrap().restore(state, None).map(drop).unwrap_err()
+    };
+    use MachineError as E;
+    let error = refused(|saved| saved["state"]["clock_ns"] = (1_u64 << 62).into());
+    assert!(matches!(error, E::BadClock(_)), "{error}");
+    let error = refused(|saved| saved["state"]["chipset"]["time_ns"] = u64::MAX.into());
+    assert!(matches!(error, E::DeviceState(_)), "{error}");
+    let error = refused(|saved| {
+        let cpu = saved["state"]["cpus"][0].clone();
+        saved["state"]["cpus"].as_array_mut().unwrap().push(cpu);
+    });
+    assert!(matches!(error, E::OtherMachine { cpus: 3, .. }), "{error}");
+    let error = refused(|saved| saved["state"]["version"] = 77.into());
+    assert!(
+        matches!(error, E::OtherMachine { version: 77, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_restored_machine_reads_no_file_when_it_is_reset() {
+    use std::os::unix::fs::FileExt;
+    // MOV AL, 0FEh; OUT 64h, AL; JMP $
+    const RESET: [u8; 6] = [0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
+    const PLACE: u64 = 0x18_0000;
+    let soft = Soft::open().unwrap();
+    let mut seed = Seed::make(&soft).unwrap();
+    seed.memory.write_all_at(&RESET, PLACE).unwrap();
+    let kernel = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(kernel.path(), guest::kernel(0)).unwrap();
+    let saved = &mut seed.saved;
+    let page = vec![PLACE, 4096, PLACE];
+    saved["memory"].as_array_mut().unwrap().push(page.into());
+    saved["state"]["cpus"][0]["general"]["rip"] = PLACE.into();
+    saved["config"]["no_reboot"] = false.into();
+    saved["config"]["kernel"] = kernel.path().to_str().into();
+    saved["config"]["initrd"] = "/etc/passwd".into();
+    let saved = Saved::deserialize(&seed.saved).unwrap();
+    let machine = seed.build(&soft, &saved).unwrap();
+    let handle = machine.restore(saved.state, Some(PATIENCE)).unwrap();
+    handle.remote().resume();
+    match handle.wait() {
+        Outcome::InternalError(text) => assert!(text.contains("can't boot again"), "{text}"),
+        outcome => panic!("{outcome:?}"),
+    }
+}
