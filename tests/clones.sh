@@ -63,8 +63,8 @@ same_as_before() { # WHAT: scratch files, machines, processes
     [ "$left" = 0 ] && [ "$vms" = 0 ] && [ "$(hosts)" = "$hosts_before" ] && break
     sleep 0.1
   done
-  [ "$left" = 0 ] && [ "$vms" = 0 ] && [ "$(hosts)" = "$hosts_before" ]
-  check "$1: no machine, process or scratch file is left ($vms, $(($(hosts) - hosts_before)), $left)" $?
+  [ "$left" = 0 ] && [ "$vms" = 0 ] && [ "$(hosts)" = "$hosts_before" ]; status=$?
+  check "$1: no machine, process or scratch file is left ($vms, $(($(hosts) - hosts_before)), $left)" "$status"
 }
 # Processes of this program, as Linux has it: by the file that they run.
 hosts() { find /proc -maxdepth 2 -name exe -lname "$(readlink -f "$skerry")" 2>/dev/null | wc -l; }
@@ -83,20 +83,20 @@ part_clones() {
   "$skerry" run -d "${soft[@]}" --name base demo sleep 100000 >/dev/null
   before=$(mib) begun=$(now)
   "$skerry" fork --count "$clones" --name clone --rm base > "$work/ids"
-  [ "$(wc -l < "$work/ids")" = "$clones" ]
-  check "$clones children at once in $(since "$begun") s" $?
+  [ "$(wc -l < "$work/ids")" = "$clones" ]; status=$?
+  check "$clones children at once in $(since "$begun") s" "$status"
   sleep 2
   idle=$(pss)
   begun=$(now)
   answers=$(xargs -P 4 -I{} "$skerry" exec {} sh -c 'echo $((6 * 7))' < "$work/ids" | grep -c '^42$')
-  [ "$answers" = "$clones" ]
-  check "$answers of $clones answer, in $(since "$begun") s" $?
+  [ "$answers" = "$clones" ]; status=$?
+  check "$answers of $clones answer, in $(since "$begun") s" "$status"
   during=$(mib)
-  [ "$during" -gt 1024 ]
-  check "memory available: $before MiB before, $during MiB with them; PSS of each $idle KiB idle, $(pss) KiB after that" $?
+  [ "$during" -gt 1024 ]; status=$?
+  check "memory available: $before MiB before, $during MiB with them; PSS of each $idle KiB idle, $(pss) KiB after that" "$status"
   begun=$(now)
-  xargs "$skerry" rm -f < "$work/ids" >/dev/null
-  check "all removed in $(since "$begun") s" $?
+  xargs "$skerry" rm -f < "$work/ids" >/dev/null; status=$?
+  check "all removed in $(since "$begun") s" "$status"
   "$skerry" rm -f base >/dev/null
   same_as_before "children"
   after=$(mib)
@@ -150,7 +150,8 @@ part_unique() {
     awk '$1 == "clone" { id = $2 } $1 == "drawn" && NF == 4 { if ($2 == id && $3 == id) print "own", $4; else print "before" }' "$file" > "$file.drawn"
     [ "$(grep -c before "$file.drawn")" -le 1 ] && [ "$(grep -c own "$file.drawn")" -ge 59 ] || echo "$file"
   done > "$work/early"
-  [ ! -s "$work/early" ]; check "no old process drew before its clone was one of its own: $(wc -l < "$work/early") did" $?
+  [ ! -s "$work/early" ]; status=$?
+  check "no old process drew before its clone was one of its own: $(wc -l < "$work/early") did" "$status"
   drawn=$(cat "$work"/found/*.drawn | grep -c own) twice=$(cat "$work"/found/*.drawn | grep own | sort | uniq -d | wc -l)
   [ "$twice" = 0 ]; check "$drawn numbers drawn by old processes: $twice twice" $?
   "$skerry" snapshot rm unique >/dev/null
@@ -177,7 +178,8 @@ part_runs() {
   for n in $(seq "$runs"); do
     [ "$("$skerry" run "${soft[@]}" --from-snapshot runs echo "run $n" 2>&1)" = "run $n" ] && good=$((good + 1))
   done
-  [ "$good" = "$runs" ]; check "$good of $runs restores by the command line, in $(since "$begun") s" $?
+  [ "$good" = "$runs" ]; status=$?
+  check "$good of $runs restores by the command line, in $(since "$begun") s" "$status"
   same_as_before "restores"
   grown=$(($(du -s --apparent-size "$XDG_DATA_HOME" | cut -f1) - size)) after=$(mib)
   [ "$grown" -lt 64 ]; check "everything kept has grown by $grown KiB" $?
@@ -232,8 +234,9 @@ part_kills() {
     if [ -s "$work/damaged" ]; then broken=$((broken + 1)); cat "$work/damaged"; fi
     [ $((n % 2)) = 0 ] && "$skerry" restore -d "${soft[@]}" --name victim kills >/dev/null
   done
-  [ "$broken" = 0 ] && [ $((absent + whole)) = "$kills" ]
-  check "$kills kills within $((span / 1000000)) ms of a snapshot: $absent absent, $whole whole, $broken broken, in $(since "$begun") s" $?
+  # One whose command was killed early may appear a round later.
+  [ "$broken" = 0 ] && [ $((absent + whole)) -ge "$kills" ]; status=$?
+  check "$kills kills within $((span / 1000000)) ms of a snapshot: $absent times none, $whole whole ones, $broken broken, in $(since "$begun") s" "$status"
   "$skerry" rm -f victim >/dev/null
   # A kept start goes where nothing is a difference to it.
   "$skerry" snapshot prune >/dev/null 2>&1

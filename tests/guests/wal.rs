@@ -101,21 +101,31 @@ fn whole(bytes: &[u8]) -> Option<(u64, usize)> {
     good.then_some((number, HEADER + length))
 }
 
+/// The number of the last record that the log need not have.
+fn read_base(path: &str) -> io::Result<u64> {
+    match std::fs::read_to_string(base_path(path)) {
+        Ok(text) => {
+            let number = text.trim().parse();
+            number.map_err(|_| broken(format!("the base is {text:?}")))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
 /// Reads the log; `Err` where something lacks that was said to be kept.
 fn replay(path: &str) -> io::Result<Replay> {
-    // Before the log: whoever cuts that has written this.
-    let base: u64 = match std::fs::read_to_string(base_path(path)) {
-        Ok(text) => text
-            .trim()
-            .parse()
-            .map_err(|_| broken(format!("the base is {text:?}")))?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(error),
-    };
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(error),
+    // Whoever cuts the log meanwhile has changed the base before.
+    let (base, bytes) = loop {
+        let base = read_base(path)?;
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        if read_base(path)? == base {
+            break (base, bytes);
+        }
     };
     let (mut last, mut end) = (None, 0);
     while let Some((number, length)) = whole(bytes.get(end..).unwrap_or_default()) {

@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::thread::{Builder, JoinHandle};
+use std::sync::OnceLock;
+use std::thread::Builder;
 
 use serde::{Deserialize, Serialize};
 use skerry_hypervisor::probe::ProbeReport;
@@ -42,11 +43,14 @@ impl Backend {
         }
     }
 
-    /// What it can do, or why it can't be used: with a small guest only where that can be doubted.
-    fn usable(self) -> Result<Capabilities, Unusable> {
+    /// What it can do, or why it can't be used: found out once, with a small guest only where that
+    /// can be doubted. [`Backend::probe`] looks again.
+    fn usable(self) -> &'static Result<Capabilities, Unusable> {
+        static KVM: OnceLock<Result<Capabilities, Unusable>> = OnceLock::new();
+        static SOFT: OnceLock<Result<Capabilities, Unusable>> = OnceLock::new();
         match self {
-            Self::Kvm => Kvm::usable(),
-            Self::Soft => Soft::usable(),
+            Self::Kvm => KVM.get_or_init(Kvm::usable),
+            Self::Soft => SOFT.get_or_init(Soft::usable),
         }
     }
 }
@@ -110,65 +114,47 @@ pub struct Selected {
     pub notes: Vec<String>,
 }
 
-/// A choice that is being made: what takes time goes on in a thread of its own, so that whoever
-/// asks early waits little.
-#[derive(Debug)]
-pub struct Selecting {
-    choice: Choice,
-    /// Finds out about the first candidate.
-    first: Option<JoinHandle<Result<Capabilities, Unusable>>>,
-}
-
-impl Selecting {
-    /// Starts to choose.
-    pub fn begin(choice: Choice) -> Self {
-        let first = choice.candidates().first().copied();
-        let doubtful = first.filter(|&backend| backend != Backend::Soft);
-        let first = doubtful.and_then(|backend| {
-            let thread = Builder::new().name("probe".to_owned());
-            // Where no thread can be had it is done in `finish`.
-            thread.spawn(move || backend.usable()).ok()
-        });
-        Self { choice, first }
-    }
-
-    /// Picks the backend. An explicit choice that can't be used is an error; [`Choice::Auto`] notes
-    /// what it passed over.
-    pub fn finish(mut self) -> Result<Selected, EngineError> {
-        let mut refusals = Vec::new();
-        for &backend in self.choice.candidates() {
-            let begun = self.first.take().and_then(|thread| thread.join().ok());
-            match begun.unwrap_or_else(|| backend.usable()) {
-                Ok(capabilities) => {
-                    let notes = refusals
-                        .iter()
-                        .map(|(passed_over, unusable): &(Backend, _)| {
-                            format!("using {backend}, not {passed_over}: {unusable}")
-                        })
-                        .collect();
-                    return Ok(Selected {
-                        backend,
-                        capabilities,
-                        notes,
-                    });
-                }
-                Err(unusable) => refusals.push((backend, unusable)),
-            }
-        }
-        match refusals.pop() {
-            Some((backend, unusable)) => Err(EngineError::Hypervisor {
-                backend,
-                remedy: unusable.remedy.clone(),
-                source: unusable,
-            }),
-            None => Err(EngineError::UnknownHypervisor(String::new())),
-        }
+/// Starts to find out, in a thread of its own, what [`select`] will want to know, so that whoever
+/// has something else to do first waits less for it.
+pub fn look_ahead(choice: Choice) {
+    let first = choice.candidates().first().copied();
+    if let Some(backend) = first.filter(|&backend| backend != Backend::Soft) {
+        let thread = Builder::new().name("probe".to_owned());
+        // Where no thread can be had, `select` finds out by itself.
+        let _ = thread.spawn(move || backend.usable());
     }
 }
 
-/// Picks the backend at once: [`Selecting`].
+/// Picks the backend. An explicit choice that can't be used is an error; [`Choice::Auto`] notes
+/// what it passed over.
 pub fn select(choice: Choice) -> Result<Selected, EngineError> {
-    Selecting::begin(choice).finish()
+    let mut refusals = Vec::new();
+    for &backend in choice.candidates() {
+        match backend.usable() {
+            Ok(capabilities) => {
+                let notes = refusals
+                    .iter()
+                    .map(|(passed_over, unusable): &(Backend, &Unusable)| {
+                        format!("using {backend}, not {passed_over}: {unusable}")
+                    })
+                    .collect();
+                return Ok(Selected {
+                    backend,
+                    capabilities: capabilities.clone(),
+                    notes,
+                });
+            }
+            Err(unusable) => refusals.push((backend, unusable)),
+        }
+    }
+    match refusals.pop() {
+        Some((backend, unusable)) => Err(EngineError::Hypervisor {
+            backend,
+            remedy: unusable.remedy.clone(),
+            source: unusable.clone(),
+        }),
+        None => Err(EngineError::UnknownHypervisor(String::new())),
+    }
 }
 
 /// Opens `backend` as `H`, without probing it again.

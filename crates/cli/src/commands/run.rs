@@ -11,7 +11,7 @@ use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::{self, Begin, Detached, Job, Launch, Source};
 use skerry_engine::warm::WarmSpec;
-use skerry_engine::{Image, Paths, WinSize, images};
+use skerry_engine::{Image, Paths, WinSize, hypervisor, images};
 
 use super::{choice, machine_options};
 use crate::args::{CommandArgs, RestoreArgs, RunArgs, WarmArgs};
@@ -55,6 +55,7 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
         },
         command,
     };
+    hypervisor::look_ahead(spec.vm.options.hypervisor);
     let how = How {
         detach: args.detach,
         name: args.name,

@@ -171,7 +171,11 @@ fn kill_process(registry: &Registry, info: &VmInfo) -> Result<u8, EngineError> {
         return Err(failed(rustix::io::Errno::SRCH));
     };
     // The descriptor first: what holds the lock afterwards is the process that it is of.
-    let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
+    let process = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        // It has just ended by itself.
+        Err(rustix::io::Errno::SRCH) if ends(registry, info) => return Ok(super::KILLED),
+        opened => opened.map_err(failed)?,
+    };
     if is_alive(registry, info) {
         rustix::process::pidfd_send_signal(&process, Signal::KILL).map_err(failed)?;
         for _ in 0..500 {
@@ -294,7 +298,11 @@ fn wait_for(
 pub fn remove(registry: &Registry, name: &str, force: bool) -> Result<(), EngineError> {
     let info = registry.find(name)?;
     if force && info.state.status.is_alive() {
-        kill(registry, &info.config.id)?;
+        match kill(registry, &info.config.id) {
+            // It ended by itself meanwhile, and was forgotten if it was to be.
+            Ok(_) | Err(EngineError::VmStopped { .. } | EngineError::NoSuchVm { .. }) => {}
+            Err(error) => return Err(error),
+        }
         // Its process holds on to its place until it is gone, and one that was to be removed goes by
         // itself.
         for _ in 0..500 {

@@ -105,6 +105,7 @@ impl Arena {
     }
 
     /// The piece that starts there.
+    #[inline(always)]
     pub(super) fn at(&self, index: u32) -> NonNull<u8> {
         debug_assert!(index as usize * UNIT < self.used);
         // SAFETY: indices are those of pieces, which lie within the mapping.

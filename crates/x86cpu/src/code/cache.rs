@@ -30,7 +30,7 @@ const LARGEST: usize = 64 << 10;
 /// Bytes of blocks that an idle guest, which runs little but its timers, doesn't come to.
 const MUCH: usize = 1 << 20;
 /// Entries of the jump cache.
-const JUMPS: usize = 1 << 13;
+const JUMPS: usize = 1 << 14;
 
 /// Ops that run one after the other, right behind this in memory.
 #[repr(C)]
@@ -122,6 +122,11 @@ impl Block {
         current
     }
 
+    /// Whether it was decoded as one instruction alone.
+    pub(super) fn is_one(&self) -> bool {
+        u64::from(self.bits) & KeyBits::ONE != 0
+    }
+
     /// Whether this is the key, apart from the page.
     fn has_key(&self, key: u64) -> bool {
         usize::from(self.offset) == in_page(key >> KEY_SHIFT) && self.bits == key as u16 & KEY_BITS
@@ -197,6 +202,9 @@ pub(super) struct NewBlock<'a> {
 const KEY_SHIFT: u32 = 9;
 const KEY_BITS: u16 = (1 << KEY_SHIFT) - 1;
 
+/// Where the epoch is in what must agree beside the linear address.
+const EPOCH_SHIFT: u32 = 21;
+
 /// Bits of a block's key beside its address and mode.
 pub(crate) struct KeyBits;
 
@@ -206,16 +214,18 @@ impl KeyBits {
 }
 
 #[derive(Clone, Copy)]
+#[repr(C)]
 struct Jump {
     linear: u64,
-    key: u64,
-    block: Option<BlockRef>,
+    key: u32,
+    /// Index in the arena; 0 for none.
+    block: u32,
 }
 
 const NO_JUMP: Jump = Jump {
     linear: 0,
     key: 0,
-    block: None,
+    block: 0,
 };
 
 /// Memory for decoding, kept from block to block.
@@ -248,9 +258,11 @@ pub struct CodeCache {
     directory: Directory,
     jumps: Box<[Jump; JUMPS]>,
     /// Address space, mode, privilege and epoch: what must agree beside the linear address.
-    key: u64,
+    key: u32,
+    /// The same for pages that all address spaces have.
+    global_key: u32,
     /// Counts what made linear addresses stale.
-    epoch: u64,
+    epoch: u32,
     /// Hashes of the linear pages that jump-cache entries of this epoch are for.
     pages: Box<[u64; 64]>,
     /// Base of CS, as code is addressed.
@@ -276,6 +288,7 @@ impl CodeCache {
             directory: Directory::new(),
             jumps: no_jumps(),
             key: 0,
+            global_key: 0,
             epoch: 0,
             pages: Box::new([0; 64]),
             base: 0,
@@ -315,6 +328,15 @@ impl CodeCache {
         self.pages.fill(0);
         self.fused = FusedCode::default();
         self.scratch = Scratch::new();
+    }
+
+    /// Makes all of the jump cache stale.
+    fn next_epoch(&mut self) {
+        self.epoch += 1;
+        if self.epoch == 1 << (u32::BITS - EPOCH_SHIFT) {
+            self.epoch = 0;
+            self.jumps.fill(NO_JUMP);
+        }
     }
 
     /// Whether any block fits, with the code that its ops call, without forgetting all.
@@ -432,7 +454,7 @@ fn listed(arena: &Arena, index: u32) -> Option<BlockRef> {
 
 /// A jump cache that takes memory as it is touched.
 fn no_jumps() -> Box<[Jump; JUMPS]> {
-    // SAFETY: jumps of zeros are `NO_JUMP`: no block is a null pointer.
+    // SAFETY: jumps of zeros are `NO_JUMP`.
     unsafe { Box::<[Jump; JUMPS]>::new_zeroed().assume_init() }
 }
 
@@ -444,7 +466,7 @@ impl Default for CodeCache {
 
 #[inline(always)]
 fn jump_index(linear: u64) -> usize {
-    (linear ^ (linear >> 13)) as usize & (JUMPS - 1)
+    (linear ^ (linear >> 14)) as usize & (JUMPS - 1)
 }
 
 impl Cpu {
@@ -482,18 +504,19 @@ impl Cpu {
             let limit = self.sys.segments[usize::from(seg::CS)].limit;
             if limit != self.code.limit {
                 self.code.limit = limit;
-                self.code.epoch += 1;
+                self.code.next_epoch();
             }
         }
-        self.code.key = u64::from(self.asid())
-            | u64::from(mode.raw()) << 16
-            | u64::from(self.cpl == 3) << 24
-            | self.code.epoch << 25;
+        // No address space has number 0, and none one of more than 12 bits.
+        self.code.global_key = u32::from(self.cpl == 3) << 12
+            | u32::from(mode.raw()) << 13
+            | self.code.epoch << EPOCH_SHIFT;
+        self.code.key = self.code.global_key | u32::from(self.asid());
     }
 
     /// All linear addresses may mean something else now.
     pub(crate) fn code_mappings_changed(&mut self) {
-        self.code.epoch += 1;
+        self.code.next_epoch();
         self.code.pages.fill(0);
         self.code_context_changed();
     }
@@ -511,21 +534,26 @@ impl Cpu {
     pub(crate) fn quick_block(&self) -> Option<BlockRef> {
         let linear = self.code_linear();
         let jump = &self.code.jumps[jump_index(linear)];
-        if jump.linear == linear && jump.key == self.code.key {
-            jump.block
+        let known = jump.key == self.code.key || jump.key == self.code.global_key;
+        if jump.linear == linear && known && jump.block != 0 {
+            Some(BlockRef(self.code.arena.at(jump.block).cast()))
         } else {
             None
         }
     }
 
-    /// Remembers a block by the current RIP.
-    pub(super) fn remember_block(&mut self, linear: u64, block: BlockRef) {
+    /// Remembers a block by the current RIP; `global` says that its page is in all address spaces.
+    pub(super) fn remember_block(&mut self, linear: u64, global: bool, block: BlockRef) {
         let (word, bit) = CodeCache::page_bit(linear);
         self.code.pages[word] |= bit;
         self.code.jumps[jump_index(linear)] = Jump {
             linear,
-            key: self.code.key,
-            block: Some(block),
+            key: if global {
+                self.code.global_key
+            } else {
+                self.code.key
+            },
+            block: self.code.arena.index_of(block.0.cast()),
         };
     }
 

@@ -66,17 +66,21 @@ impl Cpu {
             return Err(self.gp0());
         }
         let linear = self.code_linear();
-        let gpa = self.translate_fetch(linear)?;
+        let (gpa, global) = self.fetch_from(linear)?;
         let key = self.block_key(gpa, bits);
         if let Some(found) = self.code.find(key)
             && self.usable(found, linear)?
         {
             if bits == 0 {
-                self.remember_plain(linear, found);
+                self.remember_plain(linear, global, found);
             }
             return Ok(found);
         }
-        self.decode_block(linear, gpa, bits)
+        let block = self.decode_block(linear, gpa, bits)?;
+        if bits == 0 {
+            self.remember_plain(linear, global, block);
+        }
+        Ok(block)
     }
 
     /// Decodes at `linear`, which is `gpa`.
@@ -150,11 +154,7 @@ impl Cpu {
                 linkable: shape.linkable && bits == 0,
                 second: None,
             };
-            let block = self.enter_block(gpa, bits, &new)?;
-            if bits == 0 {
-                self.remember_block(linear, block);
-            }
-            return Ok(block);
+            return self.enter_block(gpa, bits, &new);
         }
         Err(self.resume())
     }

@@ -48,10 +48,11 @@ impl Cpu {
     }
 
     /// Remembers a block unless each of its entries needs the checks of [`Cpu::usable`].
-    pub(super) fn remember_plain(&mut self, linear: u64, block: BlockRef) {
+    pub(super) fn remember_plain(&mut self, linear: u64, global: bool, block: BlockRef) {
         // SAFETY: nothing has cleared the cache since the caller found the block.
-        if unsafe { block.get() }.second_gpa().is_none() {
-            self.remember_block(linear, block);
+        let found = unsafe { block.get() };
+        if found.second_gpa().is_none() && !found.is_one() {
+            self.remember_block(linear, global, block);
         }
     }
 

@@ -472,6 +472,11 @@ impl Cpu {
 
     /// Translates an address that instructions are fetched from.
     pub(crate) fn translate_fetch(&mut self, linear: u64) -> Result<u64, Trap> {
+        self.fetch_from(linear).map(|(gpa, _)| gpa)
+    }
+
+    /// The same, and whether all address spaces have the page.
+    pub(crate) fn fetch_from(&mut self, linear: u64) -> Result<(u64, bool), Trap> {
         if !self.is_canonical(linear) {
             return Err(self.gp0());
         }
@@ -482,7 +487,7 @@ impl Cpu {
             through_smap: false,
         };
         let mapping = self.mapping(linear, wants)?;
-        Ok(mapping.gpa | (linear & PAGE_MASK))
+        Ok((mapping.gpa | (linear & PAGE_MASK), mapping.global))
     }
 
     /// Translates without faults, limits of privilege or changes of accessed bits that matter, as a
