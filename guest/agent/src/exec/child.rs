@@ -3,8 +3,8 @@
 //!
 //! The child runs on a stack of its own in the agent's memory while the thread that made it waits
 //! (`CLONE_VM | CLONE_VFORK`, clone(2)): no page table is copied, and a failed step is simply
-//! written down where the agent reads it. It is born in the cgroup of the user's processes, so that
-//! a freeze can't miss it.
+//! written down where the agent reads it. The agent handles no signal, so neither does the child. It
+//! is born in the cgroup of the user's processes, so that a freeze can't miss it.
 #![expect(unsafe_code, reason = "code between clone and exec")]
 
 use std::arch::asm;
@@ -34,8 +34,7 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// Flags of `struct clone_args` that don't fit the older calls' type.
-const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+/// A flag of `struct clone_args` that doesn't fit the older calls' type.
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
 /// Makes a process that runs `entry(argument)` in this process's memory, and waits until that
@@ -51,7 +50,7 @@ unsafe fn vfork(
     argument: *mut c_void,
 ) -> io::Result<i32> {
     let mut stack = MaybeUninit::<[u128; STACK / 16]>::uninit();
-    args.flags |= (libc::CLONE_VM | libc::CLONE_VFORK) as u64 | CLONE_CLEAR_SIGHAND;
+    args.flags |= (libc::CLONE_VM | libc::CLONE_VFORK) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     args.stack = stack.as_mut_ptr() as u64;
     args.stack_size = STACK as u64;
