@@ -123,9 +123,10 @@ pub struct MachineArgs {
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     pub hypervisor: HypervisorArg,
 
-    /// Processor model the guest sees: x86-64-v2, x86-64-v3 or host [default: the best that the
+    /// Processor model the guest sees: x86-64-v2, x86-64-v3 or host; behind commas, features to leave out
+    /// (-pcid) and the frequency of its time-stamp counter (tsc-khz=N) [default: the best that the
     /// hypervisor can have of x86-64-v3 and x86-64-v2]
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     pub cpu_model: Option<String>,
 
     /// Stop the machine after this time and exit with 124: a number of seconds, or with ms, s, m, h

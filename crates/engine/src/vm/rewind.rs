@@ -2,10 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use skerry_protocol::host::Control;
-
-use super::start::new_generation;
-use super::{GuestStream, Vm, lost, root, setup};
+use super::start::{greet_again, new_generation};
+use super::{Shared, Vm, root, setup};
 use crate::error::EngineError;
 
 /// What taking a machine back came to.
@@ -42,9 +40,10 @@ impl Vm {
             root(self.shared.about.read_only),
             self.shared.hostname.as_deref(),
         );
-        let met = self.shared.listener.accept().map_err(lost);
-        let met = met.and_then(|stream| Control::accept(GuestStream(stream)));
-        let met = met.and_then(|mut agent| agent.set_up(&setup).map(|()| agent));
+        let Shared {
+            vsock, listener, ..
+        } = &*self.shared;
+        let met = greet_again(vsock, listener, &setup);
         *agent = met.map_err(|error| self.explain(error))?;
         *self.shared.command.lock() = None;
         Ok(Rewound {

@@ -2,13 +2,14 @@
 
 use std::borrow::Cow;
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
+use skerry_devices::virtio::vsock::{VsockHost, VsockListener, VsockStream};
 use skerry_hypervisor::probe::chain;
 use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
 use skerry_oci::Image;
@@ -30,6 +31,9 @@ use crate::{builtin, initrd};
 
 /// Context id of the guest on its socket device.
 pub(crate) const GUEST_CID: u64 = 3;
+/// How many seconds the agent of a restored guest may take to come back, before its guest is told
+/// again. A busy host may take a while; in the end it is an error.
+const PATIENCE: [u64; 4] = [4, 8, 16, 32];
 /// Virtio serials by which the agent finds its disks.
 pub(crate) const ROOT_DISK: &str = "root";
 pub(crate) const SCRATCH_DISK: &str = "scratch";
@@ -121,9 +125,10 @@ impl Vm {
     /// Has the guest run programs once, so that what the first ones take longer for is behind it when
     /// its state is kept: the agent itself, which every guest has, and which does nothing when it
     /// isn't process 1; then, where the image has one, a shell with nothing to do, for what most
-    /// programs share.
+    /// programs share. That more than once: the kernel does some things for the second and third.
     pub(crate) fn run_first_programs(&self) -> Result<(), EngineError> {
-        for argv in [&["/proc/1/exe"][..], &["/bin/sh", "-c", ":"]] {
+        let shell = &["/bin/sh", "-c", ":"];
+        for argv in [&["/proc/1/exe"][..], shell, shell, shell] {
             let argv: Vec<String> = argv.iter().map(|&word| word.to_owned()).collect();
             let ended = self
                 .exec(ExecRequest::new(argv))
@@ -237,7 +242,7 @@ impl Place<'_> {
             books: Books::default(),
             root,
         };
-        self.meet(paused, |_| {})
+        self.meet(paused, false)
     }
 
     /// Makes a machine in the state of `frozen`.
@@ -271,15 +276,12 @@ impl Place<'_> {
     /// Lets a machine in another one's state go on, as one of its own.
     fn go_on(&self, paused: Paused) -> Result<Vm, EngineError> {
         new_generation(&paused.about, paused.handle.remote())?;
-        self.meet(paused, |handle| handle.remote().resume())
+        self.meet(paused, true)
     }
 
-    /// Waits for the agent and has it set up its guest. `listening` is called when it can connect.
-    fn meet(
-        &self,
-        machine: Paused,
-        listening: impl FnOnce(&MachineHandle),
-    ) -> Result<Vm, EngineError> {
+    /// Waits for the agent, which has to come back where the machine stands still `restored`, and has
+    /// it set up its guest.
+    fn meet(&self, machine: Paused, restored: bool) -> Result<Vm, EngineError> {
         let Paused {
             handle,
             scratch,
@@ -291,13 +293,19 @@ impl Place<'_> {
         let vsock =
             vsock.ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
         let setup = setup(root(about.read_only), self.hostname);
-        let mut running = Duration::ZERO;
-        let met = greet(&vsock, &setup, || {
-            listening(&handle);
+        let listener = vsock.listen(CONTROL_PORT).map_err(lost)?;
+        let (running, met);
+        if restored {
+            handle.remote().resume();
             running = self.begun.elapsed();
-        });
-        let (listener, agent) = match met {
-            Ok(met) => met,
+            met = greet_again(&vsock, &listener, &setup);
+        } else {
+            running = self.begun.elapsed();
+            let stream = listener.accept().map_err(lost);
+            met = stream.and_then(|stream| greet(stream, &setup));
+        }
+        let agent = match met {
+            Ok(agent) => agent,
             Err(_) if handle.remote().is_ending() => {
                 return Err(ended(&handle.wait(), &self.console));
             }
@@ -341,14 +349,9 @@ pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(
     Ok(machine.new_generation(&id)?)
 }
 
-fn greet(
-    vsock: &VsockHost,
-    setup: &Setup,
-    listening: impl FnOnce(),
-) -> Result<(VsockListener, Control<GuestStream>), HostError> {
-    let listener = vsock.listen(CONTROL_PORT).map_err(lost)?;
-    listening();
-    let mut agent = Control::accept(GuestStream(listener.accept().map_err(lost)?))?;
+/// Waits for the agent of a guest that boots, for as long as that takes.
+fn greet(agent: VsockStream, setup: &Setup) -> Result<Control<GuestStream>, HostError> {
+    let mut agent = Control::accept(GuestStream(agent))?;
     tracing::debug!(
         agent = agent.hello().agent,
         kernel = agent.hello().kernel,
@@ -356,7 +359,38 @@ fn greet(
     );
     agent.set_up(setup)?;
     tracing::debug!("guest is ready");
-    Ok((listener, agent))
+    Ok(agent)
+}
+
+/// Waits for the agent of a guest that was put into another state, and tells the guest again that its
+/// connections are gone where it doesn't seem to know.
+pub(super) fn greet_again(
+    vsock: &VsockHost,
+    listener: &VsockListener,
+    setup: &Setup,
+) -> Result<Control<GuestStream>, HostError> {
+    let mut silent = io::Error::from(io::ErrorKind::TimedOut);
+    for seconds in PATIENCE {
+        let patience = Duration::from_secs(seconds);
+        let met = listener.accept_timeout(patience).and_then(|stream| {
+            stream.set_read_timeout(Some(patience))?;
+            Ok(stream)
+        });
+        match met {
+            Ok(stream) => match greet(stream.try_clone().map_err(lost)?, setup) {
+                Err(HostError::Connection(_)) => {}
+                met => {
+                    stream.set_read_timeout(None).map_err(lost)?;
+                    return met;
+                }
+            },
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => silent = error,
+            Err(error) => return Err(lost(error)),
+        }
+        tracing::debug!("the agent doesn't come back: its guest is told again");
+        vsock.reset();
+    }
+    Err(lost(silent))
 }
 
 pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {

@@ -37,6 +37,11 @@ impl VsockHost {
         })
     }
 
+    /// Breaks all connections and tells the guest so, as restoring it does. Listeners stay.
+    pub fn reset(&self) {
+        self.shared.reset_transport();
+    }
+
     /// Connects to `port` of the guest, giving up after ten seconds.
     pub fn connect(&self, port: u32) -> io::Result<VsockStream> {
         self.connect_timeout(port, CONNECT_TIMEOUT)

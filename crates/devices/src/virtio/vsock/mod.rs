@@ -384,6 +384,13 @@ impl Shared {
         Ok(served)
     }
 
+    /// Breaks all connections, and has the guest told.
+    fn reset_transport(&self) {
+        self.kill_all(io::ErrorKind::ConnectionReset);
+        self.table.lock().transport_reset_due = true;
+        self.link.serve(EVENT_QUEUE);
+    }
+
     fn process_event(&self, queue: &mut Queue) -> Result<Served, QueueError> {
         let ram = queue.ram().clone();
         if !self.table.lock().transport_reset_due {
