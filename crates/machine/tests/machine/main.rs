@@ -315,7 +315,7 @@ fn a_saved_machine_goes_on_in_a_fresh_one<H: Hypervisor>() {
         layers: vec![(tempfile::tempfile().unwrap(), vec![run])],
     };
     let refused = restored(&hypervisor, memory, state);
-    assert!(matches!(refused, Err(MachineError::Memory { .. })));
+    assert!(matches!(refused, Err(MachineError::SavedMemory { .. })));
 }
 
 /// The repository's own kernel, told to run a program that is not there: from its first
