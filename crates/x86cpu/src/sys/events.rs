@@ -137,6 +137,12 @@ impl Cpu {
             }
             return self.begin_step();
         }
+        // Before anybody stops the processor and takes its state, which tells of no interrupt that has
+        // ended and that the I/O APIC has not heard of.
+        if let Some(vector) = self.apic.take_ended() {
+            self.shared.request(requests & taken | request::EVENTS);
+            return Next::Exit(CpuExit::IoapicEoi { vector });
+        }
         if requests & request::EXIT != 0 {
             self.shared.request(requests & taken & !request::EXIT);
             return Next::Exit(CpuExit::Requested);
@@ -147,10 +153,6 @@ impl Cpu {
         }
         if requests & request::TIMER != 0 {
             self.apic_timer_due();
-        }
-        if let Some(vector) = self.apic.take_ended() {
-            self.want_events();
-            return Next::Exit(CpuExit::IoapicEoi { vector });
         }
         match self.sys.activity {
             Activity::WaitForInit | Activity::WaitForSipi => {
