@@ -137,12 +137,6 @@ impl Cpu {
             }
             return self.begin_step();
         }
-        // Before anybody stops the processor and takes its state, which tells of no interrupt that has
-        // ended and that the I/O APIC has not heard of.
-        if let Some(vector) = self.apic.take_ended() {
-            self.shared.request(requests & taken | request::EVENTS);
-            return Next::Exit(CpuExit::IoapicEoi { vector });
-        }
         if requests & request::EXIT != 0 {
             self.shared.request(requests & taken & !request::EXIT);
             return Next::Exit(CpuExit::Requested);
@@ -153,6 +147,10 @@ impl Cpu {
         }
         if requests & request::TIMER != 0 {
             self.apic_timer_due();
+        }
+        if let Some(vector) = self.apic.take_ended() {
+            self.want_events();
+            return Next::Exit(CpuExit::IoapicEoi { vector });
         }
         match self.sys.activity {
             Activity::WaitForInit | Activity::WaitForSipi => {
