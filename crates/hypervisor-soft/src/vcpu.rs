@@ -159,11 +159,20 @@ impl SoftVcpu {
             }
             CpuExit::IoapicEoi { vector } => Exit::IoapicEoi { vector },
             CpuExit::Shutdown => Exit::Shutdown,
-            CpuExit::Requested if self.word.is_cancelled() => Exit::Cancelled,
+            CpuExit::Requested if self.word.is_cancelled() => self.leave(),
             CpuExit::Requested if self.word.take_kick() => Exit::Interrupted,
             // What asked for it has been dealt with.
             CpuExit::Requested => return None,
         })
+    }
+
+    /// The exit of a call that was cancelled. Who saves the processor next finds nothing in its state of
+    /// an interrupt that has ended and that the I/O APIC has not heard of, so that comes first.
+    fn leave(&mut self) -> Exit {
+        match self.cpu.apic.take_ended() {
+            Some(vector) => Exit::IoapicEoi { vector },
+            None => Exit::Cancelled,
+        }
     }
 
     /// Waits until there is a reason to run. What a guest has decoded is of no use to one that does
@@ -222,7 +231,7 @@ impl Vcpu for SoftVcpu {
     fn run(&mut self) -> Result<Exit, RunError> {
         loop {
             if self.word.is_cancelled() {
-                return Ok(Exit::Cancelled);
+                return Ok(self.leave());
             }
             if self.cpu.wants_value() {
                 return Err(RunError::ReadNotCompleted { id: self.cpu.id });

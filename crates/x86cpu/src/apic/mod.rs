@@ -271,7 +271,7 @@ impl LocalApic {
     }
 
     /// The next ended vector that the I/O APIC has to hear of.
-    pub(crate) fn take_ended(&mut self) -> Option<u8> {
+    pub fn take_ended(&mut self) -> Option<u8> {
         let vector = highest(&self.ended)?;
         clear_bit(&mut self.ended, vector);
         Some(vector)
