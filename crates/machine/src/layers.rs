@@ -2,8 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, OnceLock};
+
+use rustix::mm::{MapFlags, ProtFlags};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::memory::SavedRun;
 
@@ -11,12 +17,57 @@ use crate::memory::SavedRun;
 #[derive(Clone, Debug)]
 struct Piece {
     len: u64,
-    file: Arc<File>,
+    file: Arc<LayerFile>,
     offset: u64,
 }
 
 /// Where a part of the base lies: in a file from an offset on, or nowhere and thus zero.
-pub(crate) type Source = Option<(Arc<File>, u64)>;
+pub(crate) type Source<'a> = Option<(&'a LayerFile, u64)>;
+
+/// A file that parts of the base lie in.
+#[derive(Debug)]
+pub(crate) struct LayerFile {
+    file: File,
+    /// The whole file, to be read without asking the kernel for each page; once anything is copied.
+    mapped: OnceLock<Option<MmapRegion>>,
+}
+
+impl LayerFile {
+    fn new(file: File) -> Arc<Self> {
+        Arc::new(Self {
+            file,
+            mapped: OnceLock::new(),
+        })
+    }
+
+    fn map(&self) -> Option<MmapRegion> {
+        let len = usize::try_from(self.file.metadata().ok()?.len()).ok()?;
+        let file = FileOffset::new(self.file.try_clone().ok()?, 0);
+        let (read, shared) = (ProtFlags::READ.bits(), MapFlags::SHARED.bits());
+        MmapRegion::build(Some(file), len, read.cast_signed(), shared.cast_signed()).ok()
+    }
+
+    /// Copies what is at `offset` to `to`, whole.
+    pub(crate) fn copy<B: BitmapSlice>(
+        &self,
+        offset: u64,
+        to: &VolatileSlice<'_, B>,
+    ) -> io::Result<()> {
+        let mapped = self.mapped.get_or_init(|| self.map()).as_ref();
+        let from = mapped.and_then(|map| {
+            let offset = usize::try_from(offset).ok()?;
+            map.get_slice(offset, to.len()).ok()
+        });
+        if let Some(from) = from {
+            from.copy_to_volatile_slice(to.clone());
+            return Ok(());
+        }
+        let mut bytes = vec![0; to.len()];
+        self.file.read_exact_at(&mut bytes, offset)?;
+        to.copy_from(&bytes);
+        Ok(())
+    }
+}
 
 /// The content that memory goes back to: pieces of files, zero elsewhere. A file that no piece is of
 /// any longer is closed.
@@ -25,7 +76,7 @@ pub(crate) struct Base {
     /// By place in guest memory; disjoint.
     pieces: BTreeMap<u64, Piece>,
     /// Layers that aren't in `pieces` yet: a machine that is never saved or rewound needs no index.
-    pending: Vec<(Arc<File>, Vec<SavedRun>)>,
+    pending: Vec<(Arc<LayerFile>, Vec<SavedRun>)>,
     layers: usize,
 }
 
@@ -33,7 +84,7 @@ impl Base {
     /// Lays `runs` of `file` over what there is.
     pub(crate) fn overlay(&mut self, file: File, runs: Vec<SavedRun>) {
         self.layers += 1;
-        self.pending.push((Arc::new(file), runs));
+        self.pending.push((LayerFile::new(file), runs));
     }
 
     /// Whether anything was ever laid down.
@@ -103,7 +154,7 @@ impl Base {
     pub(crate) fn find<E>(
         &mut self,
         range: Range<u64>,
-        mut each: impl FnMut(Range<u64>, Source) -> Result<(), E>,
+        mut each: impl FnMut(Range<u64>, Source<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let pieces = self.index();
         let mut at = range.start;
@@ -117,7 +168,7 @@ impl Base {
                 each(at..start, None)?;
                 at = start;
             }
-            let source = (piece.file.clone(), piece.offset + (at - start));
+            let source = (&*piece.file, piece.offset + (at - start));
             each(at..end, Some(source))?;
             at = end;
         }
@@ -168,7 +219,7 @@ mod tests {
                 assert!(part.start < part.end);
                 let mut bytes = vec![0; (part.end - part.start) as usize];
                 if let Some((file, offset)) = source {
-                    file.read_exact_at(&mut bytes, offset).unwrap();
+                    file.file.read_exact_at(&mut bytes, offset).unwrap();
                 }
                 found.extend(bytes);
                 Ok::<_, Infallible>(())

@@ -10,7 +10,6 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -25,8 +24,8 @@ use crate::pages::PageSet;
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Bytes that are read at a time where there may be many.
 const CHUNK: usize = 256 << 10;
-/// Bytes that are copied back at a time: what is written lies scattered.
-const PIECE: usize = 32 << 10;
+/// A page of the base that is in no file.
+const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 /// Bits of a page's entry in the host's pagemap: in memory, or swapped out.
 const PRESENT: u64 = 1 << 63 | 1 << 62;
 /// Bit of a page's entry in the host's pagemap: a page of a file, not a private copy.
@@ -312,7 +311,6 @@ impl TrackedMemory {
         }
         let pages = written.count();
         let discard = pages >= DISCARD_PAGES;
-        let mut buffer = vec![0; if discard { 0 } else { PIECE }];
         for run in written.runs() {
             let range = run.start * PAGE..run.end * PAGE;
             if discard {
@@ -321,7 +319,7 @@ impl TrackedMemory {
                     memory::discard(region, part).map_err(failed)?;
                 }
             } else {
-                self.copy_back(base, range, &mut buffer)?;
+                self.copy_back(base, range)?;
             }
         }
         // The copies are in the host's log, and are no writes that the base does not have.
@@ -334,31 +332,25 @@ impl TrackedMemory {
     }
 
     /// Copies the base's content over `range`.
-    fn copy_back(
-        &self,
-        base: &mut Base,
-        range: Range<u64>,
-        buffer: &mut [u8],
-    ) -> Result<(), MachineError> {
-        base.find(range, |part, source| {
-            let mut at = part.start;
-            while at < part.end {
-                let bytes = &mut buffer[..(part.end - at).min(PIECE as u64) as usize];
-                match &source {
-                    None => bytes.fill(0),
-                    Some((file, offset)) => file
-                        .read_exact_at(bytes, offset + (at - part.start))
-                        .map_err(failed)?,
+    fn copy_back(&self, base: &mut Base, range: Range<u64>) -> Result<(), MachineError> {
+        base.find(range, |found, source| {
+            for (at, region, part) in self.parts(found.clone()) {
+                let len = (part.end - part.start) as usize;
+                let slice = region
+                    .get_slice(MemoryRegionAddress(part.start), len)
+                    .map_err(other)?;
+                match source {
+                    None => {
+                        for at in (0..len).step_by(ZEROS.len()) {
+                            let len = ZEROS.len().min(len - at);
+                            slice.write_slice(&ZEROS[..len], at).map_err(other)?;
+                        }
+                    }
+                    Some((file, offset)) => {
+                        let offset = offset + (at - found.start);
+                        file.copy(offset, &slice).map_err(failed)?;
+                    }
                 }
-                let mut rest = &*bytes;
-                for (_, region, part) in self.parts(at..at + bytes.len() as u64) {
-                    let (now, later) = rest.split_at((part.end - part.start) as usize);
-                    region
-                        .write_slice(now, MemoryRegionAddress(part.start))
-                        .map_err(other)?;
-                    rest = later;
-                }
-                at += bytes.len() as u64;
             }
             Ok(())
         })
