@@ -281,7 +281,7 @@ fn what_cannot_go_on_here_is_refused_by_name() {
         (
             "no-processor",
             |_, state| state["cpus"] = serde_json::json!([]),
-            &["cpus"],
+            &["processors"],
         ),
         (
             "other-image",
