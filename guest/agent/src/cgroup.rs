@@ -46,7 +46,7 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup and shows it at [`MOUNT`]; where that fails the mount is as it was.
+    /// Makes the cgroup and shows it at `MOUNT`; where that fails the mount is as it was.
     ///
     /// To be called before there are other threads: the mount is away for a moment.
     pub fn set_up() -> io::Result<Self> {
