@@ -225,3 +225,21 @@ fn a_pool_of_a_snapshot_and_a_killed_one() {
     home.done(&args);
     home.done(&["pool", "rm", "p"]);
 }
+
+#[test]
+fn the_first_run_notes_what_it_touches_and_a_damaged_note_is_no_harm() {
+    let home = Home::new();
+    assert_eq!(run(&home, "echo 1"), "1");
+    let snapshots = std::fs::read_dir(home.path("skerry/snapshots")).expect("snapshots");
+    let notes: Vec<_> = snapshots
+        .map(|entry| entry.expect("entry").path().join("working-set"))
+        .filter(|note| note.exists())
+        .collect();
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    std::fs::write(&notes[0], b"SKRYWSET\x01\xff\xff\xff").expect("damage");
+    assert_eq!(run(&home, "echo 2"), "2");
+    assert!(
+        std::fs::metadata(&notes[0]).is_ok_and(|note| note.len() > 100),
+        "noted again"
+    );
+}

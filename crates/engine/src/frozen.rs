@@ -9,16 +9,18 @@
 
 use std::fs::File;
 use std::io::{self, Seek};
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
 
+use rustix::fs::Advice;
 use serde::{Deserialize, Serialize};
 use skerry_hypervisor::{CpuidTable, portability};
 use skerry_machine::{MachineConfig, MachineState, SavedMemory, SavedRun};
 use skerry_oci::Image;
 use skerry_snapshot::{
-    Content, Merged, PAGE_SIZE, SnapshotId, SnapshotStore, Trust, WriteOptions, merged_disks,
-    merged_memory,
+    Content, Merged, PAGE_SIZE, SnapshotId, SnapshotStore, Trust, WorkingSet, WriteOptions,
+    merged_disks, merged_memory,
 };
 use skerry_storage::{Access, Layer, Overlay, Part, RawDisk, flatten};
 
@@ -30,6 +32,8 @@ use crate::paths::Paths;
 
 /// Raised with every change of [`About`] or of what a guest is set up with.
 pub(crate) const FORMAT: u32 = 2;
+/// Enough for a loop over lists.
+const PREFETCH_STACK: usize = 64 << 10;
 /// Name of the writable disk in a snapshot.
 const SCRATCH: &str = "scratch";
 /// Name of the image's root file system, in the snapshots that carry it.
@@ -92,6 +96,8 @@ pub struct Frozen {
     pub(crate) base: Option<Base>,
     /// Which of the machine's states it is.
     pub(crate) capture: u64,
+    /// The pages of memory that machines from here touch first, where that is known.
+    pub(crate) working: Option<WorkingSet>,
 }
 
 /// What a machine was before, in the store.
@@ -149,6 +155,7 @@ impl Frozen {
             unreachable!("a chain holds the snapshot that it was asked for");
         };
         let about: About = last.config()?;
+        let working = last.working_set();
         let state: Result<MachineState, _> = serde_json::from_slice(last.state());
         let state = state.map_err(|source| EngineError::SavedState {
             snapshot: id.to_string(),
@@ -178,6 +185,7 @@ impl Frozen {
             root: Arc::new(root),
             base: Some(base),
             capture: 0,
+            working,
         };
         frozen.vet()?;
         Ok(frozen)
@@ -242,6 +250,27 @@ impl Frozen {
         Ok(losses.iter().map(ToString::to_string).collect())
     }
 
+    /// Has the host read what machines from here touch first, in as few and as large pieces as it lies
+    /// in; from memory that takes no time, from a disk it spares the guest a wait for each page.
+    pub(crate) fn prefetch(&self) -> Result<(), EngineError> {
+        let Some(working) = self.working.clone() else {
+            return Ok(());
+        };
+        let layers = self.memory.clone();
+        let thread = std::thread::Builder::new().name("prefetch".to_owned());
+        let reading = move || {
+            for layer in &layers {
+                for (offset, len) in wanted(layer, &working) {
+                    // It is advice: where it isn't taken, pages are read one by one.
+                    let len = NonZeroU64::new(len);
+                    let _ = rustix::fs::fadvise(layer.file(), offset, len, Advice::WillNeed);
+                }
+            }
+        };
+        let thread = thread.stack_size(PREFETCH_STACK).spawn(reading);
+        thread.map(drop).map_err(failed("start a thread"))
+    }
+
     /// Guest memory as a machine maps it: each page once.
     pub(crate) fn saved_memory(&self) -> Result<SavedMemory, EngineError> {
         let mut layers = Vec::with_capacity(self.memory.len());
@@ -262,6 +291,30 @@ impl Frozen {
     }
 }
 
+/// Where in a layer's file the pages of a working set lie.
+fn wanted(layer: &Layer, working: &WorkingSet) -> Vec<(u64, u64)> {
+    let mut found = Vec::new();
+    let mut ranges = working.ranges().iter().peekable();
+    for run in layer.runs().iter() {
+        let end = run.at + run.len;
+        while let Some(range) = ranges.peek() {
+            let (from, to) = (range.start * PAGE_SIZE, range.end * PAGE_SIZE);
+            if from >= end {
+                break;
+            }
+            let (start, stop) = (from.max(run.at), to.min(end));
+            if start < stop {
+                found.push((run.offset + (start - run.at), stop - start));
+            }
+            if to > end {
+                break;
+            }
+            ranges.next();
+        }
+    }
+    found
+}
+
 pub(crate) fn open_root(image: &Image) -> Result<File, EngineError> {
     let opened = RawDisk::open(&image.rootfs, Access::ReadOnly)?;
     opened.file().try_clone().map_err(failed("open an image"))
@@ -277,4 +330,30 @@ fn image_of(paths: &Paths, about: &ImageAbout) -> Result<Image, EngineError> {
     let found = store.list()?.images.into_iter();
     let mut found = found.filter(|image| image.rootfs_digest().hex() == about.rootfs);
     found.next().ok_or_else(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use skerry_storage::LayerRun;
+
+    #[test]
+    fn a_working_set_is_found_in_a_layer() {
+        let page = PAGE_SIZE;
+        let file = tempfile::tempfile().expect("file");
+        file.set_len(100 * page).expect("length");
+        let run = |at, len, offset| LayerRun {
+            at: at * page,
+            len: len * page,
+            offset: offset * page,
+        };
+        let layer = Layer::new(file, vec![run(10, 5, 0), run(20, 10, 5), run(40, 1, 50)]);
+        let working = WorkingSet::new([0..11, 13..22, 25..26, 29..60]).expect("set");
+        let found = wanted(&layer.expect("layer"), &working);
+        let pages: Vec<_> = found
+            .iter()
+            .map(|(at, len)| (at / page, len / page))
+            .collect();
+        assert_eq!(pages, [(0, 1), (3, 2), (5, 2), (10, 1), (14, 1), (50, 1)]);
+    }
 }

@@ -145,6 +145,7 @@ pub(crate) fn take_over(stream: &mut UnixStream) -> Result<Frozen, EngineError> 
         root: files.first().ok_or_else(broken)?.clone(),
         base,
         capture: 0,
+        working: None,
     };
     frozen.vet()?;
     Ok(frozen)

@@ -315,6 +315,11 @@ impl MachineRemote {
         self.memory.rebase(layer, runs)
     }
 
+    /// The pages of memory that this process has touched, and such as the host brought in with them.
+    pub fn resident(&self) -> Result<PageSet, MachineError> {
+        self.memory.touched()
+    }
+
     /// How many pieces of files memory is mapped from: each takes a mapping of the host's, or two.
     pub fn base_pieces(&self) -> usize {
         self.memory.pieces()

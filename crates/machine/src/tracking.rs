@@ -208,6 +208,11 @@ impl TrackedMemory {
         Ok(used)
     }
 
+    /// Everything that is mapped.
+    pub(crate) fn touched(&self) -> Result<PageSet, MachineError> {
+        self.resident(|entry| entry & PRESENT != 0)
+    }
+
     /// The pages whose entries in the host's pagemap `counts`.
     fn resident(&self, counts: impl Fn(u64) -> bool) -> Result<PageSet, MachineError> {
         let mut pagemap = File::open("/proc/self/pagemap").map_err(failed)?;

@@ -82,6 +82,7 @@ fn frozen(state: MachineState) -> Frozen {
             disk: vec![0..CLUSTER_SIZE, 2 * CLUSTER_SIZE..scratch::SIZE],
         }),
         capture: 0,
+        working: None,
     }
 }
 

@@ -16,15 +16,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skerry_machine::{MachineRemote, PageSet, SavedRun};
-use skerry_snapshot::SnapshotId;
+use skerry_snapshot::{SnapshotId, SnapshotStore, Trust, WorkingSet};
 use skerry_storage::{Disk, Layer, LayerRun};
 
 use super::{Base, Vm};
 use crate::error::EngineError;
 use crate::frozen::{About, Frozen};
+use crate::paths::Paths;
 
 /// Pages that are copied in no more time than anybody notices: 2 MiB.
 const FEW: u64 = 512;
+/// What a machine touches later is not what the next one needs first.
+const YOUTH: Duration = Duration::from_secs(2);
 /// Layers of a machine's own after which they are made one.
 const LAYERS: usize = 16;
 /// A guest that writes faster than it is copied is not waited for.
@@ -186,6 +189,7 @@ impl Vm {
                 ..base
             }),
             capture: books.captures,
+            working: None,
         };
         Ok((frozen, pages))
     }
@@ -228,6 +232,25 @@ impl Vm {
         }
         books.memory.push(layer);
         Ok(machine.rebase(mapped, saved)?)
+    }
+
+    /// Notes beside the snapshot that the machine came from which pages it has touched, if nobody knew
+    /// yet and it is young: later ones are to have them at hand.
+    pub(crate) fn note_working_set(&self, paths: &Paths) -> Result<(), EngineError> {
+        let mut books = self.shared.books.lock();
+        let young = self.shared.born.elapsed() < YOUTH;
+        let from = books.base.as_ref().map(|base| base.id);
+        let Some(id) = from.filter(|_| std::mem::take(&mut books.unknown) && young) else {
+            return Ok(());
+        };
+        drop(books);
+        let pages = self.machine().resident()?;
+        let set = WorkingSet::new(pages.runs()).map_err(|error| EngineError::Host {
+            what: "note what a machine touches",
+            source: io::Error::other(error),
+        })?;
+        let store = SnapshotStore::open(paths.snapshots())?;
+        Ok(store.get(&id, Trust::Seal)?.note_working_set(&set)?)
     }
 
     /// Whether a difference to something in the store can be taken.

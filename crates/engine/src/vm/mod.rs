@@ -14,7 +14,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -76,6 +76,7 @@ struct Shared {
     about: About,
     hostname: Option<String>,
     timing: Timing,
+    born: Instant,
     /// The command that goes on where the machine does.
     command: Mutex<Option<CommandAbout>>,
     /// What further commands find: the image's, as the user changed it for the first.
@@ -104,6 +105,8 @@ struct Books {
     captures: u64,
     /// What was written to its disk before each of these, since the base.
     disk: Vec<(u64, Vec<Range<u64>>)>,
+    /// It was not known which pages machines from the base touch first.
+    unknown: bool,
     /// The state that belongs to the memory's layers and the disk's.
     origin: Option<Arc<MachineState>>,
 }
@@ -114,6 +117,7 @@ impl Books {
             memory: frozen.memory.clone(),
             base: frozen.base.clone(),
             origin: Some(frozen.state.clone()),
+            unknown: frozen.base.is_some() && frozen.working.is_none() && frozen.capture == 0,
             ..Self::default()
         }
     }

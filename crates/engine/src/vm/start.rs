@@ -255,6 +255,7 @@ impl Place<'_> {
             }
         };
         let mut attachments = self.attachments(&frozen.root, scratch.as_ref())?;
+        frozen.prefetch()?;
         attachments.memory = Some(frozen.saved_memory()?);
         attachments.track = self.track;
         let config = frozen.about.machine.clone();
@@ -321,6 +322,7 @@ impl Place<'_> {
             surroundings: Mutex::new(about.surroundings.clone()),
             about,
             hostname: self.hostname.map(str::to_owned),
+            born: self.begun,
             timing: Timing {
                 running,
                 ready: self.begun.elapsed(),

@@ -294,6 +294,9 @@ impl Hosted {
             Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
             Err(error) => Err(self.vm.explain(error)),
         };
+        if let Err(error) = self.vm.note_working_set(&self.paths) {
+            tracing::debug!(%error, "no working set is noted");
+        }
         self.vm.kill();
         // The machine's threads, memory and files are gone when the watcher has told the end.
         while let Ok(ended) = receiver.recv() {
