@@ -11,6 +11,7 @@ use skerry_boot::layout::GENERATION_ID;
 use skerry_devices::serial::SerialInput;
 use skerry_hypervisor::Vm;
 use skerry_hypervisor::probe::chain;
+use skerry_hypervisor::state::CpuState;
 
 use crate::chipset::Chipset;
 use crate::control::{Command, Control, Reply, Task};
@@ -165,6 +166,22 @@ pub struct Rewound {
     pub pages: u64,
 }
 
+/// Whether a processor has yet to take or to end an interrupt: it is in its local APIC's request or
+/// in-service register (Intel SDM 3A §12.8.4).
+fn has_interrupt(cpu: &CpuState, vector: u8) -> bool {
+    const IN_SERVICE: usize = 0x10;
+    const REQUEST: usize = 0x20;
+    let Some(lapic) = &cpu.lapic else {
+        return false;
+    };
+    let (word, bit) = (usize::from(vector / 32), vector % 32);
+    let registers = [IN_SERVICE, REQUEST].map(|first| lapic.registers.get(first + word));
+    registers
+        .into_iter()
+        .flatten()
+        .any(|register| register & (1 << bit) != 0)
+}
+
 /// What may be done to a running machine from any thread.
 #[derive(Clone)]
 pub struct MachineRemote {
@@ -210,12 +227,20 @@ impl MachineRemote {
     /// finished, then devices, sources of interrupts before the controllers.
     pub fn save_state(&self) -> Result<MachineState, MachineError> {
         self.paused()?;
-        let mut cpus = Vec::with_capacity(self.cpus);
-        for cpu in 0..self.cpus {
-            match self.command(cpu, Command::Save)? {
-                Reply::State(state) => cpus.push(*state),
-                Reply::Text(_) | Reply::Done => return Err(MachineError::Ended),
-            }
+        let mut cpus = self.save_processors()?;
+        // A backend may hold back what a processor told of an interrupt's end until it runs again (KVM
+        // does), where no saved state has it: the device would never be heard again.
+        let ended: Vec<u8> = self.chipset.ioapic.unfinished();
+        let ended = ended.into_iter();
+        let ended: Vec<u8> = ended
+            .filter(|vector| !cpus.iter().any(|cpu| has_interrupt(cpu, *vector)))
+            .collect();
+        if !ended.is_empty() {
+            ended
+                .iter()
+                .for_each(|vector| self.chipset.ioapic.eoi(*vector));
+            // What that made the I/O APIC send is theirs now.
+            cpus = self.save_processors()?;
         }
         Ok(MachineState {
             version: MACHINE_STATE_VERSION,
@@ -224,6 +249,17 @@ impl MachineRemote {
             virtio: self.virtio.save(),
             chipset: self.chipset.save(),
         })
+    }
+
+    fn save_processors(&self) -> Result<Vec<CpuState>, MachineError> {
+        let mut cpus = Vec::with_capacity(self.cpus);
+        for cpu in 0..self.cpus {
+            match self.command(cpu, Command::Save)? {
+                Reply::State(state) => cpus.push(*state),
+                Reply::Text(_) | Reply::Done => return Err(MachineError::Ended),
+            }
+        }
+        Ok(cpus)
     }
 
     /// Puts a saved state back into a machine that is paused, and whose memory is that of the
@@ -460,5 +496,28 @@ impl Drop for MachineHandle {
     fn drop(&mut self) {
         self.remote.kill();
         let _ = self.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use skerry_hypervisor::state::LocalApicState;
+
+    #[test]
+    fn interrupts_are_found_where_they_wait() {
+        let mut lapic = LocalApicState {
+            registers: vec![0; 0x40],
+            tsc_deadline: 0,
+        };
+        lapic.registers[0x11] = 1 << 3;
+        lapic.registers[0x27] = 1 << 31;
+        let cpu = CpuState {
+            lapic: Some(lapic),
+            ..CpuState::default()
+        };
+        let found = (0..=255).filter(|vector| has_interrupt(&cpu, *vector));
+        assert_eq!(found.collect::<Vec<u8>>(), [35, 255]);
+        assert!(!has_interrupt(&CpuState::default(), 35));
     }
 }

@@ -182,6 +182,14 @@ impl IoApic {
         }
     }
 
+    /// The vectors of level-triggered interrupts that were sent and whose end was not heard of yet.
+    pub fn unfinished(&self) -> Vec<u8> {
+        let state = self.state.lock();
+        let entries = state.redirections.iter();
+        let waiting = entries.filter(|entry| entry.is_level() && entry.remote_irr());
+        waiting.map(|entry| entry.vector()).collect()
+    }
+
     /// Reads an indirect register.
     pub fn read_register(&self, register: u8) -> u32 {
         self.state.lock().read_register(register)
