@@ -2,10 +2,10 @@
 
 mod common;
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::process::Stdio;
 
-use common::{data_folder, demo, demo_command, eventually, run, run_with};
+use common::{data_folder, demo, demo_command, echoes_as_typed, eventually, noise, run, run_with};
 
 #[test]
 fn output_and_statuses_are_the_commands_own() {
@@ -40,12 +40,7 @@ fn commands_that_cannot_be_invoked() {
 
 #[test]
 fn bytes_survive_the_way_in_and_out() {
-    let mut bytes = vec![0u8; 3 << 20];
-    let mut state = 1u32;
-    for byte in &mut bytes {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        *byte = (state >> 24) as u8;
-    }
+    let bytes = noise(3 << 20, 1);
     let ran = run_with(demo_command(&["-i"], &["cat"]), &bytes);
     assert_eq!(ran.status, 0, "{}", ran.stderr);
     assert!(ran.stdout == bytes, "{} bytes came back", ran.stdout.len());
@@ -151,24 +146,12 @@ fn signals_are_passed_on() {
 
 #[test]
 fn interactive_input_arrives_as_it_is_typed() {
-    let mut child = demo_command(&["-i"], &["cat"])
+    let child = demo_command(&["-i"], &["cat"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        .spawn()
-        .expect("skerry starts");
-    let (mut input, mut output) = (
-        child.stdin.take().expect("a pipe"),
-        child.stdout.take().expect("a pipe"),
-    );
-    for line in ["one\n", "two\n"] {
-        input.write_all(line.as_bytes()).expect("write");
-        let mut back = vec![0; line.len()];
-        output.read_exact(&mut back).expect("read");
-        assert_eq!(back, line.as_bytes());
-    }
-    drop(input);
-    assert_eq!(child.wait().expect("end").code(), Some(0));
+        .spawn();
+    echoes_as_typed(child.expect("skerry starts"));
 }
 
 #[test]

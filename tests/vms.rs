@@ -3,12 +3,12 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use common::home::Home;
-use common::{eventually, golden, run_with};
+use common::{echoes_as_typed, eventually, golden, noise, run_with};
 
 /// Goes on until `/go` is there, and ends with 7.
 const UNTIL_TOLD: &str = "while [ ! -e /go ]; do sleep 0.05; done; exit 7";
@@ -126,29 +126,14 @@ fn commands_in_a_running_machine() {
 fn bytes_survive_an_exec() {
     let home = Home::new();
     home.start("vm", "sleep 1000");
-    let mut bytes = vec![0u8; 2 << 20];
-    let mut state = 7u32;
-    for byte in &mut bytes {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        *byte = (state >> 24) as u8;
-    }
+    let bytes = noise(2 << 20, 7);
     let ran = run_with(home.command(&["exec", "-i", "vm", "cat"]), &bytes);
     assert_eq!(ran.status, 0, "{}", ran.stderr);
     assert!(ran.stdout == bytes, "{} bytes came back", ran.stdout.len());
     let ran = run_with(home.command(&["exec", "vm", "wc", "-c"]), b"not passed on");
     assert_eq!(ran.text().trim(), "0");
     // As it is typed, and to the end of it.
-    let mut child = home.spawn(&["exec", "-i", "vm", "cat"]);
-    let mut input = child.stdin.take().expect("a pipe");
-    let mut output = child.stdout.take().expect("a pipe");
-    for line in ["one\n", "two\n"] {
-        input.write_all(line.as_bytes()).expect("write");
-        let mut back = vec![0; line.len()];
-        output.read_exact(&mut back).expect("read");
-        assert_eq!(back, line.as_bytes());
-    }
-    drop(input);
-    assert_eq!(child.wait().expect("end").code(), Some(0));
+    echoes_as_typed(home.spawn(&["exec", "-i", "vm", "cat"]));
 }
 
 #[test]

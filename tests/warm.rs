@@ -64,6 +64,18 @@ fn a_command_left_running_takes_up_the_streams_of_who_goes_on() {
 }
 
 #[test]
+fn a_mark_of_no_bytes_is_there_with_the_command() {
+    let home = Home::new();
+    let warmed = warm(
+        &home,
+        &["--ready", ""],
+        &["sh", "-c", "echo up; sleep 1000"],
+    );
+    assert_eq!(warmed.status, 0, "{}", warmed.stderr);
+    assert_eq!(run(&home, "pidof sleep | wc -w"), "1");
+}
+
+#[test]
 fn a_command_that_fails_keeps_nothing() {
     let home = Home::new();
     let before = home.done(&["snapshot", "ls", "--quiet"]);

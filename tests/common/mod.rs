@@ -7,9 +7,9 @@
 
 pub mod home;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -131,4 +131,29 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
         std::thread::sleep(Duration::from_millis(50));
     }
     panic!("{what} did not happen in 30 s");
+}
+
+/// Asserts that a program behind pipes gives each line back as it is typed, and ends with its input.
+#[track_caller]
+pub fn echoes_as_typed(mut child: Child) {
+    let mut input = child.stdin.take().expect("a pipe");
+    let mut output = child.stdout.take().expect("a pipe");
+    for line in ["one\n", "two\n"] {
+        input.write_all(line.as_bytes()).expect("write");
+        let mut back = vec![0; line.len()];
+        output.read_exact(&mut back).expect("read");
+        assert_eq!(back, line.as_bytes());
+    }
+    drop(input);
+    assert_eq!(child.wait().expect("end").code(), Some(0));
+}
+
+/// Bytes of every value, the same for the same seed.
+pub fn noise(len: usize, seed: u32) -> Vec<u8> {
+    let mut state = seed;
+    let next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    std::iter::repeat_with(next).take(len).collect()
 }

@@ -1,11 +1,17 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
-use std::path::PathBuf;
-use std::str::FromStr;
-use std::time::Duration;
+mod pool;
+mod snapshot;
+mod values;
 
-use clap::builder::{PathBufValueParser, TypedValueParser};
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use pool::*;
+pub use snapshot::*;
+use values::parse_port;
+pub use values::{DiskArg, SerialArg, SignalArg, Size, Span};
 
 /// Any Linux guest or OCI image in its own virtual machine, on any x86-64 machine.
 #[derive(Debug, Parser)]
@@ -156,6 +162,19 @@ pub struct CommandArgs {
     /// Pass stdin to the command
     #[arg(short = 'i', long)]
     pub interactive: bool,
+}
+
+/// The command of a machine that runs already: it has to be told.
+#[derive(Debug, Args)]
+pub struct CommandLine {
+    /// The command and its arguments
+    #[arg(
+        value_name = "CMD",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<String>,
 }
 
 /// `skerry run`.
@@ -327,14 +346,9 @@ pub struct ExecArgs {
     #[arg(value_name = "VM")]
     pub vm: String,
 
-    /// The command and its arguments
-    #[arg(
-        value_name = "CMD",
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
-    pub command: Vec<String>,
+    /// The command
+    #[command(flatten)]
+    pub line: CommandLine,
 }
 
 /// `skerry ps`.
@@ -412,170 +426,6 @@ pub struct RmArgs {
     pub vms: Vec<String>,
 }
 
-/// `skerry pool`.
-#[derive(Debug, Args)]
-#[command(disable_help_subcommand = true)]
-pub struct PoolArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub verb: PoolVerb,
-}
-
-/// The verbs of `skerry pool`.
-#[derive(Debug, Subcommand)]
-pub enum PoolVerb {
-    /// Make a pool; it lives in the background until it is removed
-    Create(PoolCreateArgs),
-    /// Run a command in a clean machine, which is given back when the command ends
-    Exec(PoolExecArgs),
-    /// Take a clean machine for several commands, and print its number
-    Acquire(PoolNameArgs),
-    /// Give a machine back
-    Release(PoolReleaseArgs),
-    /// List the pools
-    Ls(PoolLsArgs),
-    /// Print what a pool has and has done
-    Stats(PoolStatsArgs),
-    /// End pools, with the machines in use
-    Rm(PoolRmArgs),
-}
-
-/// `skerry pool create`.
-#[derive(Debug, Args)]
-pub struct PoolCreateArgs {
-    /// Machines that there are at least
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub min: usize,
-
-    /// Machines that there are at most
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub max: usize,
-
-    /// Remove machines beyond the least number when nobody wanted them for so long: a number of
-    /// seconds, or with ms, s, m, h
-    #[arg(long, value_name = "TIME")]
-    pub idle_timeout: Option<Span>,
-
-    /// How long to wait for a machine when all are in use
-    #[arg(long, value_name = "TIME", default_value = "30")]
-    pub acquire_timeout: Span,
-
-    /// What becomes of used machines: rewind takes them back to where they began, replace makes new
-    /// ones
-    #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
-    pub reset: ResetArg,
-
-    /// Clone a snapshot instead of a start of an image
-    #[arg(
-        long,
-        value_name = "SNAPSHOT",
-        conflicts_with_all = ["memory", "cpus", "cpu_model", "read_only", "image"]
-    )]
-    pub from_snapshot: Option<String>,
-
-    /// Keep the root file system as it is: writes fail
-    #[arg(long)]
-    pub read_only: bool,
-
-    /// The machines
-    #[command(flatten)]
-    pub machine: MachineArgs,
-
-    /// Name of the pool
-    #[arg(value_name = "NAME")]
-    pub name: String,
-
-    /// What names the image, as for run
-    #[arg(value_name = "IMAGE", required_unless_present = "from_snapshot")]
-    pub image: Option<String>,
-
-    /// Run this before the first machine is cloned: a command and, up to the end of the line, its
-    /// arguments
-    #[arg(long, value_name = "CMD", num_args = 1.., allow_hyphen_values = true)]
-    pub exec: Vec<String>,
-}
-
-/// What becomes of a pool's used machines.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ResetArg {
-    /// They go back to where they began
-    #[default]
-    Rewind,
-    /// New ones are made
-    Replace,
-}
-
-/// `skerry pool exec`.
-#[derive(Debug, Args)]
-pub struct PoolExecArgs {
-    /// The command's surroundings
-    #[command(flatten)]
-    pub io: CommandArgs,
-
-    /// In the machine that was acquired under this number, instead of a clean one
-    #[arg(long, value_name = "NUMBER")]
-    pub lease: Option<u64>,
-
-    /// Name of the pool
-    #[arg(value_name = "NAME")]
-    pub name: String,
-
-    /// The command and its arguments
-    #[arg(
-        value_name = "CMD",
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
-    pub command: Vec<String>,
-}
-
-/// A pool, for verbs that need nothing else.
-#[derive(Debug, Args)]
-pub struct PoolNameArgs {
-    /// Name of the pool
-    #[arg(value_name = "NAME")]
-    pub name: String,
-}
-
-/// `skerry pool release`.
-#[derive(Debug, Args)]
-pub struct PoolReleaseArgs {
-    /// Name of the pool
-    #[arg(value_name = "NAME")]
-    pub name: String,
-    /// The number that acquire printed
-    #[arg(value_name = "NUMBER")]
-    pub lease: u64,
-}
-
-/// `skerry pool ls`.
-#[derive(Debug, Args)]
-pub struct PoolLsArgs {
-    /// How to print
-    #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
-}
-
-/// `skerry pool stats`.
-#[derive(Debug, Args)]
-pub struct PoolStatsArgs {
-    /// How to print
-    #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
-    /// Name of the pool
-    #[arg(value_name = "NAME")]
-    pub name: String,
-}
-
-/// `skerry pool rm`.
-#[derive(Debug, Args)]
-pub struct PoolRmArgs {
-    /// Names of pools
-    #[arg(required = true, value_name = "NAME")]
-    pub names: Vec<String>,
-}
-
 /// `skerry boot`.
 #[derive(Debug, Args)]
 pub struct BootArgs {
@@ -631,107 +481,6 @@ pub struct RmiArgs {
     pub images: Vec<String>,
 }
 
-/// `skerry snapshot`.
-#[derive(Debug, Args)]
-#[command(disable_help_subcommand = true)]
-pub struct SnapshotArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub verb: SnapshotVerb,
-}
-
-/// The verbs of `skerry snapshot`. A snapshot is called by a name, its ID or the ID's first digits.
-#[derive(Debug, Subcommand)]
-pub enum SnapshotVerb {
-    /// Take a snapshot of a running virtual machine, which goes on meanwhile
-    Create(SnapshotCreateArgs),
-    /// List the snapshots in the store
-    Ls(SnapshotLsArgs),
-    /// Verify a snapshot and print everything about it as JSON
-    Inspect(SnapshotInspectArgs),
-    /// Remove snapshots from the store
-    Rm(SnapshotRmArgs),
-    /// Copy a snapshot out of the store
-    Export(SnapshotExportArgs),
-    /// Verify a snapshot and take it into the store
-    Import(SnapshotImportArgs),
-    /// Remove the kept starts of images, which the next run makes again, and what killed processes
-    /// left
-    Prune,
-}
-
-/// `skerry snapshot create`.
-#[derive(Debug, Args)]
-pub struct SnapshotCreateArgs {
-    /// Only what differs from the snapshot that the machine goes on from, or that was taken of it last
-    #[arg(long)]
-    pub diff: bool,
-    /// Put the image's root file system into it, so that it can go where the image is not
-    #[arg(long)]
-    pub with_image: bool,
-    /// How to print
-    #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
-    /// Name of the virtual machine, its ID or the ID's first digits
-    #[arg(value_name = "VM")]
-    pub vm: String,
-    /// Name it, taking the name from another that has it
-    #[arg(value_name = "NAME")]
-    pub name: Option<String>,
-}
-
-/// `skerry snapshot ls`.
-#[derive(Debug, Args)]
-pub struct SnapshotLsArgs {
-    /// How to print
-    #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
-    /// Only the IDs
-    #[arg(short, long)]
-    pub quiet: bool,
-}
-
-/// `skerry snapshot inspect`.
-#[derive(Debug, Args)]
-pub struct SnapshotInspectArgs {
-    /// Name, ID or its first digits
-    #[arg(value_name = "NAME")]
-    pub name: String,
-}
-
-/// `skerry snapshot rm`.
-#[derive(Debug, Args)]
-pub struct SnapshotRmArgs {
-    /// Names, IDs or their first digits; by one of several names, only that name is removed
-    #[arg(required = true, value_name = "NAME")]
-    pub names: Vec<String>,
-}
-
-/// `skerry snapshot export`.
-#[derive(Debug, Args)]
-pub struct SnapshotExportArgs {
-    /// With all that the snapshot is a difference to
-    #[arg(long)]
-    pub with_parents: bool,
-    /// Name, ID or its first digits
-    #[arg(value_name = "NAME")]
-    pub name: String,
-    /// What to make: a tar archive if it ends in .tar, else a directory
-    #[arg(value_name = "TARGET", value_parser = place())]
-    pub target: PathBuf,
-}
-
-/// `skerry snapshot import`.
-#[derive(Debug, Args)]
-pub struct SnapshotImportArgs {
-    /// Directory or tar archive, as export makes it
-    #[arg(value_name = "SOURCE", value_parser = place())]
-    pub source: PathBuf,
-    /// Name it, taking the name from another that has it
-    #[arg(long, value_name = "NAME")]
-    pub name: Option<String>,
-}
-
 /// `skerry doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -764,160 +513,6 @@ pub struct ManArgs {
     pub dir: PathBuf,
 }
 
-/// A number of bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size(pub u64);
-
-impl FromStr for Size {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-        let shift = match &text[digits.len()..] {
-            "" | "b" | "B" => 0,
-            "k" | "K" | "KiB" => 10,
-            "m" | "M" | "MiB" => 20,
-            "g" | "G" | "GiB" => 30,
-            "t" | "T" | "TiB" => 40,
-            unit => return Err(format!("unknown unit {unit:?}: use K, M or G")),
-        };
-        let number: u64 = digits
-            .parse()
-            .map_err(|_| "not a size: write a number with K, M or G, such as 512M".to_owned())?;
-        number
-            .checked_mul(1 << shift)
-            .map(Size)
-            .ok_or_else(|| "too large".to_owned())
-    }
-}
-
-/// A length of time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span(pub Duration);
-
-impl FromStr for Span {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-        let scale = match &text[digits.len()..] {
-            "ms" => 0.001,
-            "" | "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            unit => return Err(format!("unknown unit {unit:?}: use ms, s, m or h")),
-        };
-        let number: f64 = digits
-            .parse()
-            .map_err(|_| "not a time: write a number of seconds, such as 30 or 1.5s".to_owned())?;
-        Duration::try_from_secs_f64(number * scale)
-            .map(Span)
-            .map_err(|_| "out of range".to_owned())
-    }
-}
-
-/// A signal of Linux on x86-64.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SignalArg(pub u8);
-
-/// Signals by name; their numbers are their places from 1 on (signal(7)).
-const SIGNALS: [&str; 31] = [
-    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
-    "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
-    "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-];
-
-impl FromStr for SignalArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        const LAST: u8 = 64;
-        if let Ok(number @ 1..=LAST) = text.parse() {
-            return Ok(Self(number));
-        }
-        let upper = text.to_ascii_uppercase();
-        let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-        let place = SIGNALS.iter().position(|signal| *signal == name);
-        let number = place.and_then(|place| u8::try_from(place + 1).ok());
-        number
-            .map(Self)
-            .ok_or_else(|| format!("no signal {text:?}: use a name such as TERM, or 1 to 64"))
-    }
-}
-
-/// A disk of the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskArg {
-    /// The image file.
-    pub path: PathBuf,
-    /// Not written.
-    pub read_only: bool,
-}
-
-impl FromStr for DiskArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (path, read_only) = match text.rsplit_once(',') {
-            Some((path, "ro")) => (path, true),
-            Some((path, "rw")) => (path, false),
-            Some((_, option)) if !text.contains('/') || !option.contains('/') => {
-                return Err(format!("unknown option {option:?}: use ro or rw"));
-            }
-            _ => (text, false),
-        };
-        if path.is_empty() {
-            return Err("no file is named".to_owned());
-        }
-        Ok(Self {
-            path: path.into(),
-            read_only,
-        })
-    }
-}
-
-/// Where a serial port goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SerialArg {
-    /// Output to stdout, input from stdin.
-    Stdio,
-    /// Output to a file.
-    File(PathBuf),
-    /// Nowhere.
-    None,
-}
-
-impl FromStr for SerialArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "stdio" => Ok(Self::Stdio),
-            "none" => Ok(Self::None),
-            _ => match text.strip_prefix("file=") {
-                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
-                _ => Err("use stdio, file=FILE or none".to_owned()),
-            },
-        }
-    }
-}
-
-/// A file or directory, never a stream: what is exported appears whole, by a rename.
-fn place() -> impl TypedValueParser<Value = PathBuf> {
-    PathBufValueParser::new().try_map(|path| match path.as_os_str() == "-" {
-        true => Err("a snapshot can't go through a pipe: name a .tar file or a directory"),
-        false => Ok(path),
-    })
-}
-
-fn parse_port(text: &str) -> Result<u16, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u16::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|_| "not a port: write a number up to 0xffff, such as 0xf4".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -926,47 +521,6 @@ mod tests {
     #[test]
     fn definitions_are_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes() {
-        assert_eq!("512M".parse(), Ok(Size(512 << 20)));
-        assert_eq!("8G".parse(), Ok(Size(8 << 30)));
-        assert_eq!("4096".parse(), Ok(Size(4096)));
-        assert!("".parse::<Size>().is_err());
-        assert!("M".parse::<Size>().is_err());
-        assert!("5X".parse::<Size>().is_err());
-        assert!("99999999999999G".parse::<Size>().is_err());
-    }
-
-    #[test]
-    fn times() {
-        assert_eq!("250ms".parse(), Ok(Span(Duration::from_millis(250))));
-        assert_eq!("1.5".parse(), Ok(Span(Duration::from_millis(1500))));
-        assert_eq!("2m".parse(), Ok(Span(Duration::from_secs(120))));
-        assert!("-1s".parse::<Span>().is_err());
-        assert!("soon".parse::<Span>().is_err());
-    }
-
-    #[test]
-    fn signals() {
-        let signal = |text: &str| text.parse::<SignalArg>().ok().map(|signal| signal.0);
-        assert_eq!(signal("KILL"), Some(9));
-        assert_eq!(signal("sigterm"), Some(15));
-        assert_eq!(signal("SYS"), Some(31));
-        assert_eq!(signal("64"), Some(64));
-        assert_eq!(signal("0"), None);
-        assert_eq!(signal("65"), None);
-        assert_eq!(signal("NONE"), None);
-    }
-
-    #[test]
-    fn disks() {
-        let disk = |text: &str| text.parse::<DiskArg>();
-        assert!(disk("a.img,ro").unwrap().read_only);
-        assert!(!disk("a.img").unwrap().read_only);
-        assert!(disk("a.img,fast").is_err());
-        assert!(disk(",ro").is_err());
     }
 
     #[test]

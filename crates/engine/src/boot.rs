@@ -130,10 +130,7 @@ fn feed_serial(remote: &MachineRemote, mut input: Box<dyn Read + Send>) -> Resul
                 }
             }
         })
-        .map_err(|source| EngineError::Host {
-            what: "start a thread",
-            source,
-        })?;
+        .map_err(EngineError::host("start a thread"))?;
     Ok(())
 }
 

@@ -299,3 +299,10 @@ pub enum EngineError {
         source: io::Error,
     },
 }
+
+impl EngineError {
+    /// What turns an error of the host into one that says what was tried.
+    pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}

@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::{self, Seek};
+use std::io::Seek;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
@@ -122,10 +122,6 @@ pub(crate) struct Writing {
     pub(crate) with_root: bool,
 }
 
-fn failed(what: &'static str) -> impl Fn(io::Error) -> EngineError {
-    move |source| EngineError::Host { what, source }
-}
-
 impl Frozen {
     /// Opens and verifies a snapshot of the store, and finds the image that it needs.
     pub fn open(paths: &Paths, name: &str) -> Result<Self, EngineError> {
@@ -199,9 +195,9 @@ impl Frozen {
         writing: Writing,
     ) -> Result<SnapshotId, EngineError> {
         let base = self.base.as_ref().filter(|_| writing.difference);
-        let state = serde_json::to_vec(&*self.state).map_err(|error| {
-            failed("write down a machine's state")(io::Error::other(error.to_string()))
-        })?;
+        let state = serde_json::to_vec(&*self.state);
+        let unwritable = EngineError::host("write down a machine's state");
+        let state = state.map_err(|error| unwritable(error.into()))?;
         let mut writer = store.writer(WriteOptions {
             durable: writing.durable,
             parent: base.map(|base| base.id),
@@ -217,7 +213,7 @@ impl Frozen {
         let memory = Overlay::new(size, layers.to_vec(), folder)?;
         writer.memory(size, |pages| {
             memory.read_ranges(&memory.used(), |at, bytes| -> Result<(), EngineError> {
-                Ok(pages.write(at / PAGE_SIZE, bytes)?)
+                Ok(pages.write_at(at, bytes)?)
             })
         })?;
         drop(memory);
@@ -230,13 +226,16 @@ impl Frozen {
             };
             writer.disk(SCRATCH, *size, content, |pages| {
                 disk.read_ranges(&ranges, |at, bytes| -> Result<(), EngineError> {
-                    Ok(pages.write(at / PAGE_SIZE, bytes)?)
+                    Ok(pages.write_at(at, bytes)?)
                 })
             })?;
         }
         if writing.with_root {
-            let mut root = self.root.try_clone().map_err(failed("read an image"))?;
-            root.rewind().map_err(failed("read an image"))?;
+            let mut root = self
+                .root
+                .try_clone()
+                .map_err(EngineError::host("read an image"))?;
+            root.rewind().map_err(EngineError::host("read an image"))?;
             writer.extra(ROOT, root)?;
         }
         Ok(writer.commit(&self.about)?)
@@ -268,7 +267,9 @@ impl Frozen {
             }
         };
         let thread = thread.stack_size(PREFETCH_STACK).spawn(reading);
-        thread.map(drop).map_err(failed("start a thread"))
+        thread
+            .map(drop)
+            .map_err(EngineError::host("start a thread"))
     }
 
     /// Guest memory as a machine maps it: each page once.
@@ -283,7 +284,7 @@ impl Frozen {
                 offset: run.offset,
             });
             layers.push((
-                file.map_err(failed("share a machine's memory"))?,
+                file.map_err(EngineError::host("share a machine's memory"))?,
                 runs.collect(),
             ));
         }
@@ -317,7 +318,10 @@ fn wanted(layer: &Layer, working: &WorkingSet) -> Vec<(u64, u64)> {
 
 pub(crate) fn open_root(image: &Image) -> Result<File, EngineError> {
     let opened = RawDisk::open(&image.rootfs, Access::ReadOnly)?;
-    opened.file().try_clone().map_err(failed("open an image"))
+    opened
+        .file()
+        .try_clone()
+        .map_err(EngineError::host("open an image"))
 }
 
 /// The image that a snapshot needs.

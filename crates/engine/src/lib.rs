@@ -24,6 +24,7 @@ mod machine;
 mod parcel;
 mod paths;
 pub mod pools;
+mod random;
 pub mod run;
 pub mod snapshots;
 mod transport;

@@ -42,10 +42,7 @@ struct Packed {
 }
 
 fn failed(source: io::Error) -> EngineError {
-    EngineError::Host {
-        what: "hand a machine's state over to another process",
-        source,
-    }
+    EngineError::host("hand a machine's state over to another process")(source)
 }
 
 fn broken() -> EngineError {

@@ -1,13 +1,13 @@
 //! `skerry run`: one command from an image, in a machine of its own.
 
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::sync::mpsc::Receiver;
 
 use serde::{Deserialize, Serialize};
 use skerry_oci::Image;
 use skerry_protocol::Transport;
-use skerry_protocol::host::ExecHandle;
+use skerry_protocol::host::{ExecHandle, ExecSession};
 use skerry_protocol::message::{ExecFailure, ExitStatus, WinSize};
 
 use crate::command::CommandSpec;
@@ -100,8 +100,27 @@ pub fn run(
     host(paths, job, |_| Ok(io), |_| {}, note)
 }
 
+impl RunIo {
+    /// Has threads of their own pass input, signals and sizes on to a command; gives what takes its
+    /// output and its errors.
+    pub(crate) fn feed<T: Transport>(
+        self,
+        session: &ExecSession<T>,
+    ) -> io::Result<[Box<dyn Write + Send>; 2]> {
+        if let Some(stdin) = self.stdin {
+            session.pump_stdin(stdin)?;
+        }
+        if let Some(events) = self.events {
+            let handle = session.handle();
+            let thread = std::thread::Builder::new().name("run-events".to_owned());
+            thread.spawn(move || pass_events(&events, &handle))?;
+        }
+        Ok([self.stdout, self.stderr])
+    }
+}
+
 /// Passes signals and sizes on until either side is gone.
-pub(crate) fn pass_events<T: Transport>(events: &Receiver<Event>, handle: &ExecHandle<T>) {
+fn pass_events<T: Transport>(events: &Receiver<Event>, handle: &ExecHandle<T>) {
     while let Ok(event) = events.recv() {
         let passed = match event {
             Event::Signal(signal) => handle.signal(signal),

@@ -45,7 +45,8 @@ struct Kind<'a> {
 
 /// The first digits of the digest of a document.
 fn digest(document: &impl Serialize, digits: usize) -> Result<String, EngineError> {
-    let bytes = serde_json::to_vec(document).map_err(|source| unwritable(&source))?;
+    let unwritable = EngineError::host("write down what a start depends on");
+    let bytes = serde_json::to_vec(document).map_err(|error| unwritable(error.into()))?;
     let mut hex = Digest::of(&bytes).hex();
     hex.truncate(digits);
     Ok(hex)
@@ -262,11 +263,4 @@ pub fn warm(
         kept.store.tag(&id, name)?;
     }
     Ok(id)
-}
-
-fn unwritable(source: &serde_json::Error) -> EngineError {
-    EngineError::Host {
-        what: "write down a machine's state",
-        source: std::io::Error::other(source.to_string()),
-    }
 }

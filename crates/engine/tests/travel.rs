@@ -26,54 +26,39 @@ fn kvm() -> Option<(Kvm, u32, bool)> {
     }
 }
 
+fn travels<A: Hypervisor, B: Hypervisor>(from: &A, to: &B, tsc_khz: u32, real: bool) {
+    everything(&Journey {
+        from,
+        to,
+        tsc_khz,
+        real,
+    });
+}
+
 #[test]
 fn guests_travel_from_kvm_to_soft() {
     if let Some((kvm, tsc_khz, real)) = kvm() {
-        let (from, to) = (&kvm, &soft());
-        everything(&Journey {
-            from,
-            to,
-            tsc_khz,
-            real,
-        });
+        travels(&kvm, &soft(), tsc_khz, real);
     }
 }
 
 #[test]
 fn guests_travel_from_soft_to_kvm() {
     if let Some((kvm, tsc_khz, real)) = kvm() {
-        let (from, to) = (&soft(), &kvm);
-        everything(&Journey {
-            from,
-            to,
-            tsc_khz,
-            real,
-        });
+        travels(&soft(), &kvm, tsc_khz, real);
     }
 }
 
 #[test]
 fn guests_travel_between_machines_of_kvm() {
     if let Some((kvm, tsc_khz, real)) = kvm() {
-        let (from, to) = (&kvm, &kvm);
-        everything(&Journey {
-            from,
-            to,
-            tsc_khz,
-            real,
-        });
+        travels(&kvm, &kvm, tsc_khz, real);
     }
 }
 
 #[test]
 fn guests_travel_between_machines_of_the_software_processor() {
     for tsc_khz in [1_000_000, 2_400_123] {
-        let (from, to, real) = (&soft(), &soft(), true);
-        everything(&Journey {
-            from,
-            to,
-            tsc_khz,
-            real,
-        });
+        travels(&soft(), &soft(), tsc_khz, true);
     }
 }

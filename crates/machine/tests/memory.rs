@@ -4,11 +4,14 @@
 mod common;
 #[path = "machine/guest.rs"]
 mod guest;
+#[path = "machine/processor.rs"]
+mod processor;
 
 use std::time::{Duration, Instant};
 
 use common::{Output, PAGE, PATIENCE, all, layer, rebase};
-use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, Hypervisor};
+use processor::cpuid;
+use skerry_hypervisor::Hypervisor;
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
 use skerry_machine::{
@@ -30,24 +33,6 @@ fn config(command_line: &str, cpus: u32) -> MachineConfig {
         command_line: Some(command_line.into()),
         no_reboot: true,
         ..MachineConfig::default()
-    }
-}
-
-fn cpuid(id: u32) -> CpuidTable {
-    let entry = |leaf, eax, ebx, edx| CpuidEntry {
-        leaf,
-        subleaf: None,
-        result: CpuidResult {
-            eax,
-            ebx,
-            ecx: 0,
-            edx,
-        },
-    };
-    // FPU, PSE, TSC, MSR, PAE, CX8, APIC, CMOV.
-    let features = 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 9 | 1 << 15;
-    CpuidTable {
-        entries: vec![entry(0, 1, 0, 0), entry(1, 0x600, id << 24, features)],
     }
 }
 

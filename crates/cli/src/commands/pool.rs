@@ -86,7 +86,7 @@ fn create(paths: &Paths, args: PoolCreateArgs, verbose: u8) -> Result<u8> {
 
 fn exec(paths: &Paths, args: PoolExecArgs) -> Result<u8> {
     let attached = Attached::new(args.io.tty, args.io.interactive)?;
-    let spec = command(args.io, args.command);
+    let spec = command(args.io, args.line.command);
     let outcome = pools::exec(paths, &args.name, args.lease, &spec, attached.io);
     drop(attached.raw);
     Ok(finish(outcome?))

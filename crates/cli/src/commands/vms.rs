@@ -32,7 +32,7 @@ pub fn host() -> Result<u8> {
 pub fn exec(args: ExecArgs) -> Result<u8> {
     let registry = registry()?;
     let attached = Attached::new(args.io.tty, args.io.interactive)?;
-    let spec = command(args.io, args.command);
+    let spec = command(args.io, args.line.command);
     let outcome = vms::exec(&registry, &args.vm, &spec, attached.io);
     drop(attached.raw);
     Ok(finish(outcome?))

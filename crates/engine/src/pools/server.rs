@@ -1,11 +1,8 @@
 //! The process of a pool.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
@@ -21,7 +18,7 @@ use crate::hypervisor::Choice;
 use crate::images;
 use crate::paths::Paths;
 use crate::vm::{ResumeSpec, Vm, VmSpec};
-use crate::vms::{Begin, bridge, listen, receive, send, told_of};
+use crate::vms::{Begin, bridge, children, listen, receive, send, told_of};
 
 /// What a pool's process is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,28 +74,16 @@ enum Told {
     Failed(String),
 }
 
-fn failed(what: &'static str) -> impl Fn(io::Error) -> EngineError {
-    move |source| EngineError::Host { what, source }
-}
-
 /// Has another process, `program pool-host`, keep a pool; returns when it has its first machines.
 pub fn create(
     program: &Path,
     launch: &PoolLaunch,
     note: &mut dyn FnMut(&str),
 ) -> Result<(), EngineError> {
-    let (mut own, theirs) = UnixStream::pair().map_err(failed("make a socket"))?;
-    let mut command = Command::new(program);
-    command
-        .arg("pool-host")
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let child = command.spawn().map_err(failed("start another skerry"))?;
-    drop((command, child));
-    send(&mut own, launch).map_err(failed("tell another skerry what to keep"))?;
+    let mut own = children::start(program, "pool-host")?;
+    send(&mut own, launch).map_err(EngineError::host("tell another skerry what to keep"))?;
     loop {
-        match receive(&mut own).map_err(failed("hear from another skerry"))? {
+        match receive(&mut own).map_err(EngineError::host("hear from another skerry"))? {
             Told::Note(text) => note(&text),
             Told::Open => return Ok(()),
             Told::Failed(reason) => return Err(EngineError::Detached(reason)),
@@ -108,8 +93,8 @@ pub fn create(
 
 /// The whole life of a process that [`create`] made: its standard input is a socket to its maker.
 pub fn run_pool() -> Result<(), EngineError> {
-    let mut maker = crate::vms::leave_terminal()?;
-    let launch: PoolLaunch = receive(&mut maker).map_err(failed("hear what to keep"))?;
+    let mut maker = children::leave_terminal()?;
+    let launch: PoolLaunch = receive(&mut maker).map_err(EngineError::host("hear what to keep"))?;
     let result = keep(&launch, &maker);
     if let Err(error) = &result {
         let _ = send(&mut maker, &Told::Failed(chain(error)));
@@ -135,7 +120,8 @@ struct Leases {
 fn keep(launch: &PoolLaunch, maker: &UnixStream) -> Result<(), EngineError> {
     let paths = Paths::at(&launch.root);
     let place = Place::take(&paths, &launch.name)?;
-    let listener = listen(&control(&paths, &launch.name)).map_err(failed("listen at a socket"))?;
+    let listener =
+        listen(&control(&paths, &launch.name)).map_err(EngineError::host("listen at a socket"))?;
     let tell = |told: Told| {
         // Nobody may listen any more, and the pool is kept all the same.
         let _ = send(&mut &*maker, &told);
@@ -170,7 +156,9 @@ fn keep(launch: &PoolLaunch, maker: &UnixStream) -> Result<(), EngineError> {
         }
     };
     let thread = std::thread::Builder::new().name("accept".to_owned());
-    thread.spawn(accepting).map_err(failed("start a thread"))?;
+    thread
+        .spawn(accepting)
+        .map_err(EngineError::host("start a thread"))?;
     tell(Told::Open);
     let _ = maker.shutdown(std::net::Shutdown::Both);
     let mut closed = kept.closed.lock();

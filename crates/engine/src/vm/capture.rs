@@ -48,10 +48,7 @@ pub struct Captured {
 }
 
 fn failed(source: io::Error) -> EngineError {
-    EngineError::Host {
-        what: "copy a machine's memory",
-        source,
-    }
+    EngineError::host("copy a machine's memory")(source)
 }
 
 /// A copy of some of guest memory, each page at its own place in a sparse file in memory.
@@ -245,10 +242,9 @@ impl Vm {
         };
         drop(books);
         let pages = self.machine().resident()?;
-        let set = WorkingSet::new(pages.runs()).map_err(|error| EngineError::Host {
-            what: "note what a machine touches",
-            source: io::Error::other(error),
-        })?;
+        let unnoted = EngineError::host("note what a machine touches");
+        let set = WorkingSet::new(pages.runs());
+        let set = set.map_err(|error| unnoted(io::Error::other(error)))?;
         let store = SnapshotStore::open(paths.snapshots())?;
         Ok(store.get(&id, Trust::Seal)?.note_working_set(&set)?)
     }

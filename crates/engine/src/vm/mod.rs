@@ -129,7 +129,7 @@ impl Books {
     }
 }
 
-fn lost(source: std::io::Error) -> HostError {
+pub(crate) fn lost(source: std::io::Error) -> HostError {
     HostError::LocalStream {
         stream: "connection",
         source,

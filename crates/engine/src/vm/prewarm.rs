@@ -102,13 +102,17 @@ impl Vm {
             Err(HostError::NotStarted(failure)) => return Err(failed(spec, &failure.message)),
             Err(error) => return Err(self.explain(error)),
         };
+        if mark.is_empty() {
+            // It is there as soon as the command is.
+            return Ok(());
+        }
         let watch = || Watch {
             mark: mark.as_bytes(),
             seen: Vec::new(),
         };
         let (mut output, mut errors) = (watch(), watch());
         let ended = session.wait(&mut output, &mut errors);
-        if mark.is_empty() || output.found() || errors.found() {
+        if output.found() || errors.found() {
             return Ok(());
         }
         self.command_ended();

@@ -26,6 +26,7 @@ use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
 use crate::paths::Paths;
+use crate::random::random;
 use crate::warm::Warm;
 use crate::{builtin, initrd};
 
@@ -343,12 +344,7 @@ pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(
     if !about.machine.generation_id {
         return Ok(());
     }
-    let mut id = [0; 16];
-    getrandom::fill(&mut id).map_err(|error| EngineError::Host {
-        what: "get random numbers",
-        source: std::io::Error::other(error.to_string()),
-    })?;
-    Ok(machine.new_generation(&id)?)
+    Ok(machine.new_generation(&random()?)?)
 }
 
 /// Waits for the agent of a guest that boots, for as long as that takes.

@@ -1,7 +1,6 @@
 //! The process of one virtual machine: its command from start to end, and all that the outside may
 //! ask of it meanwhile.
 
-use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,8 +20,8 @@ use crate::command::{self, Surroundings};
 use crate::error::EngineError;
 use crate::frozen::{About, CommandAbout, Frozen};
 use crate::paths::Paths;
-use crate::run::{RunIo, RunOutcome, RunSpec, pass_events};
-use crate::vm::{GuestStream, ResumeSpec, Vm};
+use crate::run::{RunIo, RunOutcome, RunSpec};
+use crate::vm::{GuestStream, ResumeSpec, Vm, lost};
 
 /// The agent's number for the first command of a machine.
 const FIRST_SESSION: u32 = 1;
@@ -242,10 +241,8 @@ fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm,
 }
 
 fn listen(entry: &Entry) -> Result<UnixListener, EngineError> {
-    control::listen(&entry.control()).map_err(|source| EngineError::Host {
-        what: "listen at a virtual machine's socket",
-        source,
-    })
+    let failed = EngineError::host("listen at a virtual machine's socket");
+    control::listen(&entry.control()).map_err(failed)
 }
 
 /// What the waiting thread is told.
@@ -257,10 +254,7 @@ enum Ended {
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), EngineError> {
     let thread = std::thread::Builder::new().name(name.to_owned());
     let thread = thread.spawn(body).map(drop);
-    thread.map_err(|source| EngineError::Host {
-        what: "start a thread",
-        source,
-    })
+    thread.map_err(EngineError::host("start a thread"))
 }
 
 impl Hosted {
@@ -280,17 +274,16 @@ impl Hosted {
             let _ = machine.send(Ended::Machine(outcome));
         })?;
         let outcome = match self.start(plan, io, sender) {
-            Ok(()) => {
-                self.update(|entry| {
+            Ok(()) => self
+                .update(|entry| {
                     entry.update(|state| {
                         state.status = Status::Running;
                         state.started = Some(now());
                     })?;
                     started(&entry.config);
                     Ok(())
-                })?;
-                self.first_end(&receiver)
-            }
+                })
+                .and_then(|()| self.first_end(&receiver)),
             Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
             Err(error) => Err(self.vm.explain(error)),
         };
@@ -436,25 +429,7 @@ fn attach(
     io: RunIo,
     ended: impl FnOnce(Result<ExitStatus, HostError>) + Send + 'static,
 ) -> Result<(), HostError> {
-    let lost = |source: io::Error| HostError::LocalStream {
-        stream: "connection",
-        source,
-    };
-    let RunIo {
-        stdin,
-        mut stdout,
-        mut stderr,
-        events,
-    } = io;
-    if let Some(stdin) = stdin {
-        session.pump_stdin(stdin).map_err(lost)?;
-    }
-    if let Some(events) = events {
-        let handle = session.handle();
-        let thread = std::thread::Builder::new().name("run-events".to_owned());
-        let thread = thread.spawn(move || pass_events(&events, &handle));
-        thread.map_err(lost)?;
-    }
+    let [mut stdout, mut stderr] = io.feed(&session).map_err(lost)?;
     let thread = std::thread::Builder::new().name("run-output".to_owned());
     let thread = thread.spawn(move || ended(session.wait(&mut stdout, &mut stderr)));
     thread.map(drop).map_err(lost)

@@ -6,16 +6,15 @@
 //! ```
 
 use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::mpsc::Receiver;
 
 use serde::{Deserialize, Serialize};
 use skerry_oci::Progress;
 use skerry_protocol::message::ExecFailure;
 
+use super::children;
 use super::control::{receive, send};
 use super::host::{Job, Source, host};
 use super::output;
@@ -73,10 +72,6 @@ pub enum Detached {
     NotStarted(ExecFailure),
 }
 
-fn failed(what: &'static str) -> impl Fn(std::io::Error) -> EngineError {
-    move |source| EngineError::Host { what, source }
-}
-
 /// Has another process, `program vm-host`, run a virtual machine; returns once its command runs.
 pub fn detach(
     program: &Path,
@@ -93,23 +88,13 @@ pub(super) fn begin(
     frozen: Option<&Frozen>,
     note: &mut dyn FnMut(&str),
 ) -> Result<Detached, EngineError> {
-    let (mut own, theirs) = UnixStream::pair().map_err(failed("make a socket"))?;
-    let mut program = Command::new(program);
-    program
-        .arg("vm-host")
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let child = program.spawn().map_err(failed("start another skerry"))?;
-    // With its end of the socket: the new process alone has that now.
-    drop(program);
-    super::children::reap(child);
-    send(&mut own, launch).map_err(failed("tell another skerry what to run"))?;
+    let mut own = children::start(program, "vm-host")?;
+    send(&mut own, launch).map_err(EngineError::host("tell another skerry what to run"))?;
     if let Some(frozen) = frozen {
         parcel::hand_over(&mut own, frozen)?;
     }
     loop {
-        match receive(&mut own).map_err(failed("hear from another skerry"))? {
+        match receive(&mut own).map_err(EngineError::host("hear from another skerry"))? {
             Told::Note(text) => note(&text),
             Told::Started(id) => return Ok(Detached::Runs(id)),
             Told::NotStarted(failure) => return Ok(Detached::NotStarted(failure)),
@@ -118,23 +103,10 @@ pub(super) fn begin(
     }
 }
 
-/// Takes this process away from the terminal of its maker; gives the socket to that, which is its
-/// standard input.
-pub(crate) fn leave_terminal() -> Result<UnixStream, EngineError> {
-    // It fails in a process that leads a session already.
-    let _ = rustix::process::setsid();
-    let socket = rustix::io::dup(std::io::stdin());
-    let socket = socket.map_err(|error| failed("use its socket")(error.into()))?;
-    if let Ok(null) = std::fs::File::open("/dev/null") {
-        let _ = rustix::stdio::dup2_stdin(null);
-    }
-    Ok(UnixStream::from(socket))
-}
-
 /// The whole life of a process that [`detach`] made: its standard input is a socket to its maker.
 pub fn run_detached() -> Result<(), EngineError> {
-    let mut maker = leave_terminal()?;
-    let launch: Launch = receive(&mut maker).map_err(failed("hear what to run"))?;
+    let mut maker = children::leave_terminal()?;
+    let launch: Launch = receive(&mut maker).map_err(EngineError::host("hear what to run"))?;
     let result = run(&launch, &mut maker);
     if let Err(error) = &result {
         let _ = send(
@@ -215,7 +187,7 @@ pub fn told_of(image: &str, progress: Progress) -> Option<String> {
 
 /// The streams of a command behind no terminal.
 fn log(entry: &Entry) -> Result<RunIo, EngineError> {
-    let [stdout, stderr] = output::create(&entry.log()).map_err(failed("keep a log"))?;
+    let [stdout, stderr] = output::create(&entry.log()).map_err(EngineError::host("keep a log"))?;
     let stdin: Option<Box<dyn Read + Send>> = None;
     let events: Option<Receiver<Event>> = None;
     Ok(RunIo {

@@ -7,7 +7,7 @@
 //!  exec, pause, stop, kill, wait ── Client ──► control socket ──► serve
 //! ```
 
-mod children;
+pub(crate) mod children;
 mod control;
 mod copies;
 mod host;
@@ -23,7 +23,6 @@ pub use control::{Client, Reply, Request};
 pub use control::{Forked, Snapshotted};
 pub(crate) use control::{connect, listen, receive, send};
 pub use host::{Job, Source, host};
-pub(crate) use launch::leave_terminal;
 pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
 pub(crate) use names::check as check_name;
 pub(crate) use operations::command_over;

@@ -11,7 +11,7 @@ use super::output::LogReader;
 use super::registry::{Registry, Status, VmInfo};
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
-use crate::run::{RunIo, RunOutcome, pass_events};
+use crate::run::{RunIo, RunOutcome};
 
 /// How long a machine's process may take to answer what takes it no time.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -61,29 +61,12 @@ pub(crate) fn command_over(
     alive: impl Fn() -> bool,
 ) -> Result<RunOutcome, EngineError> {
     let request = command::request(spec.command.clone(), surroundings, spec);
-    let RunIo {
-        stdin,
-        mut stdout,
-        mut stderr,
-        events,
-    } = io;
     let session = match ExecSession::start(stream, request) {
         Err(HostError::NotStarted(failure)) => return Ok(RunOutcome::NotStarted(failure)),
         started => started?,
     };
-    let no_thread = |source| EngineError::Host {
-        what: "start a thread",
-        source,
-    };
-    if let Some(stdin) = stdin {
-        session.pump_stdin(stdin).map_err(no_thread)?;
-    }
-    if let Some(events) = events {
-        let handle = session.handle();
-        let thread = std::thread::Builder::new().name("events".to_owned());
-        let thread = thread.spawn(move || pass_events(&events, &handle));
-        thread.map_err(no_thread)?;
-    }
+    let fed = io.feed(&session);
+    let [mut stdout, mut stderr] = fed.map_err(EngineError::host("start a thread"))?;
     match session.wait(&mut stdout, &mut stderr) {
         Ok(status) => Ok(RunOutcome::Ended(status)),
         Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
@@ -163,10 +146,8 @@ pub fn kill(registry: &Registry, name: &str) -> Result<u8, EngineError> {
 
 /// Ends the process of a machine. Its id is trusted as long as its lock is held.
 fn kill_process(registry: &Registry, info: &VmInfo) -> Result<u8, EngineError> {
-    let failed = |error: rustix::io::Errno| EngineError::Host {
-        what: "kill the process of a virtual machine",
-        source: error.into(),
-    };
+    let unkilled = EngineError::host("kill the process of a virtual machine");
+    let failed = |error: rustix::io::Errno| unkilled(error.into());
     let Some(pid) = i32::try_from(info.state.pid).ok().and_then(Pid::from_raw) else {
         return Err(failed(rustix::io::Errno::SRCH));
     };

@@ -24,6 +24,7 @@ use super::places::{self, read_json, write_json};
 use crate::EngineError;
 use crate::command::Surroundings;
 use crate::paths::Paths;
+use crate::random::random;
 
 const NAMES: &str = "names";
 const NEW: &str = ".new-";
@@ -157,11 +158,7 @@ pub fn now() -> u64 {
 
 /// A new identity.
 pub(crate) fn new_id() -> Result<String, EngineError> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|error| EngineError::Host {
-        what: "get random numbers",
-        source: io::Error::other(error.to_string()),
-    })?;
+    let bytes: [u8; 16] = random()?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 

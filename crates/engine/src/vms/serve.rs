@@ -39,11 +39,8 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
 
 /// Begins to serve.
 pub(super) fn start(listener: UnixListener, hosted: Arc<Hosted>) -> Result<Server, EngineError> {
-    let failed = |source| EngineError::Host {
-        what: "serve a virtual machine's socket",
-        source,
-    };
-    let server = Server(listener.try_clone().map_err(failed)?);
+    let failed = EngineError::host("serve a virtual machine's socket");
+    let server = Server(listener.try_clone().map_err(&failed)?);
     let accepting = move || {
         while let Ok((stream, _)) = listener.accept() {
             let hosted = hosted.clone();
@@ -106,16 +103,9 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
     };
     let reply = match result {
         Ok(reply) => reply,
-        Err(error) => Reply::Failed(format!("{error}{}", causes(&error))),
+        Err(error) => Reply::Failed(chain(&error)),
     };
     let _ = control::send(&mut stream, &reply);
-}
-
-/// The causes of an error, with a colon in front.
-fn causes(error: &EngineError) -> String {
-    let own = error.to_string();
-    let all = chain(error);
-    all.strip_prefix(&own).unwrap_or_default().to_owned()
 }
 
 fn pause(hosted: &Hosted) -> Result<(), EngineError> {

@@ -6,7 +6,8 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::guest::{
-    DATA, Guest, apic_enable, apic_write, report, report_value, reported, reporting_handler, stop,
+    DATA, Guest, Handlers, apic_enable, apic_write, report, report_value, reported,
+    reporting_handler, stop,
 };
 use crate::cpuid::{CpuidEntry, CpuidResult};
 use crate::error::CreateVcpuError;
@@ -14,17 +15,19 @@ use crate::probe::chain;
 use crate::traits::{Hypervisor, Vcpu, Vm};
 
 /// Stores the time-stamp counter and reports, for ever.
+pub(super) fn read_tsc(a: &mut CodeAssembler) -> Result<Handlers, IcedError> {
+    let mut again = a.create_label();
+    a.set_label(&mut again)?;
+    a.rdtsc()?;
+    a.mov(dword_ptr(DATA), eax)?;
+    a.mov(dword_ptr(DATA + 4), edx)?;
+    report(a)?;
+    a.jmp(again)?;
+    Ok(vec![])
+}
+
 fn tsc_reader<H: Hypervisor>(hypervisor: &H) -> Guest<H> {
-    Guest::new(hypervisor, |a| {
-        let mut again = a.create_label();
-        a.set_label(&mut again)?;
-        a.rdtsc()?;
-        a.mov(dword_ptr(DATA), eax)?;
-        a.mov(dword_ptr(DATA + 4), edx)?;
-        report(a)?;
-        a.jmp(again)?;
-        Ok(vec![])
-    })
+    Guest::new(hypervisor, read_tsc)
 }
 
 pub(super) fn tsc_is_monotonic_after_restore<H: Hypervisor>(hypervisor: &H) {

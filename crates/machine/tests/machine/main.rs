@@ -2,13 +2,15 @@
 //! good enough: the guest uses integer instructions alone.
 
 mod guest;
+mod processor;
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use processor::cpuid;
+use skerry_hypervisor::Hypervisor;
 use skerry_hypervisor::cpu_model::CpuModel;
-use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, Hypervisor};
 use skerry_machine::{
     Attachments, CrashReason, Machine, MachineConfig, MachineError, MachineHandle, MachineRemote,
     MachineState, Outcome, SavedMemory, SavedRun,
@@ -56,25 +58,6 @@ fn config(command_line: &str) -> MachineConfig {
         no_reboot: true,
         debug_exit: Some(0xf4),
         ..MachineConfig::default()
-    }
-}
-
-/// A processor with little more than a local APIC.
-fn cpuid(id: u32) -> CpuidTable {
-    let entry = |leaf, eax, ebx, edx| CpuidEntry {
-        leaf,
-        subleaf: None,
-        result: CpuidResult {
-            eax,
-            ebx,
-            ecx: 0,
-            edx,
-        },
-    };
-    // FPU, PSE, TSC, MSR, PAE, CX8, APIC, CMOV.
-    let features = 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 9 | 1 << 15;
-    CpuidTable {
-        entries: vec![entry(0, 1, 0, 0), entry(1, 0x600, id << 24, features)],
     }
 }
 

@@ -8,6 +8,7 @@ use iced_x86::code_asm::*;
 use super::super::guest::{
     DATA, Guest, apic_enable, apic_write, report, report_value, reported, reporting_handler, stop,
 };
+use super::super::time::read_tsc;
 use super::{Journey, set, state_of};
 use crate::exit::Exit;
 use crate::traits::{Hypervisor, Irqchip, Vm};
@@ -118,19 +119,9 @@ pub(super) fn one_shot_timer_stays_over<A: Hypervisor, B: Hypervisor>(journey: &
     super::stop_anywhere(&mut vcpu, |exit| panic!("fired again: {exit:?}"));
 }
 
-/// Stores the time-stamp counter and reports, for ever.
 fn reader<A: Hypervisor, B: Hypervisor>(journey: &Journey<'_, A, B>) -> Guest<A> {
     let guest = journey.home();
-    guest.load(|a| {
-        let mut again = a.create_label();
-        a.set_label(&mut again)?;
-        a.rdtsc()?;
-        a.mov(dword_ptr(DATA), eax)?;
-        a.mov(dword_ptr(DATA + 4), edx)?;
-        report(a)?;
-        a.jmp(again)?;
-        Ok(vec![])
-    });
+    guest.load(read_tsc);
     guest
 }
 
