@@ -32,6 +32,7 @@ pub mod sys;
 pub mod testing;
 mod time;
 mod trap;
+mod tuning;
 
 pub use apic::{InvalidMessage, InvalidPage, LocalApic, PAGE_REGISTERS};
 pub use cpu::{Cpu, reg, seg};
@@ -41,7 +42,8 @@ pub use cpuid::{
 };
 pub use exit::CpuExit;
 pub use fpu::{XSAVE_IMAGE_LEN, XsaveImageError};
-pub use shared::{CpuShared, Host, Machine};
+pub use shared::{CpuShared, Doing, Host, Machine};
 pub use simd::prepare_executable_memory;
 pub use time::TscScale;
 pub use trap::{Trap, TrapKind, TrapState, vector};
+pub use tuning::{CounterValues, Counters, Tuning};

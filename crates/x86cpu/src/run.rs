@@ -4,9 +4,10 @@ use std::sync::atomic::Ordering;
 
 use crate::cpu::Cpu;
 use crate::exit::CpuExit;
-use crate::shared::request;
+use crate::shared::{Doing, request};
 use crate::sys::events::Next;
 use crate::trap::{Trap, TrapKind};
+use crate::tuning::Counters;
 
 impl Cpu {
     /// Runs guest code until something needs the caller. An exit that reads is answered with
@@ -14,7 +15,10 @@ impl Cpu {
     pub fn run(&mut self) -> CpuExit {
         self.fpu_enter();
         self.catch_up_with_memory();
+        self.shared.set_doing(Doing::Interpreting);
         let exit = self.run_inside();
+        self.shared.set_doing(Doing::Outside);
+        self.count();
         self.leave_memory();
         self.fpu_sync();
         exit
@@ -23,6 +27,13 @@ impl Cpu {
     /// Whether the last exit was a read whose value has not been given.
     pub fn wants_value(&self) -> bool {
         self.devices.wants_value()
+    }
+
+    /// Shows others what is counted elsewhere.
+    fn count(&self) {
+        let counters = &self.shared.counters;
+        Counters::set(&counters.interpreted_instructions, self.instructions);
+        self.code.count(counters);
     }
 
     fn run_inside(&mut self) -> CpuExit {

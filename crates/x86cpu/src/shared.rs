@@ -1,9 +1,10 @@
 //! What threads other than the processor's own may touch.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::mem::Memory;
+use crate::tuning::{Counters, Tuning};
 
 /// Bits of [`CpuShared::requests`]: reasons to leave the fast path at the next block.
 pub mod request {
@@ -46,6 +47,24 @@ pub struct CpuShared {
     /// Memory generation that this processor's TLB has caught up with; `u64::MAX` while it runs no
     /// guest code (it catches up before it does).
     pub memory_seen: AtomicU64,
+    /// What the processor is at, as a [`Doing`]: for whoever takes samples.
+    pub doing: AtomicU8,
+    /// What the processor counts.
+    pub counters: Counters,
+}
+
+/// What a processor's thread is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Doing {
+    /// Not in [`crate::Cpu::run`].
+    Outside = 0,
+    /// Interpreting, or looking for what comes next.
+    Interpreting = 1,
+    /// Compiling.
+    Compiling = 2,
+    /// In compiled code.
+    Compiled = 3,
 }
 
 impl Default for CpuShared {
@@ -62,6 +81,8 @@ impl Default for CpuShared {
             apic_dfr: AtomicU32::new(0),
             apic_mode: AtomicU32::new(0),
             memory_seen: AtomicU64::new(u64::MAX),
+            doing: AtomicU8::new(Doing::Outside as u8),
+            counters: Counters::default(),
         }
     }
 }
@@ -70,6 +91,22 @@ impl CpuShared {
     /// Sets bits of [`request`], for the processor to see at its next block.
     pub fn request(&self, bits: u32) {
         self.requests.fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// What the processor is at.
+    pub fn doing(&self) -> Doing {
+        match self.doing.load(Ordering::Relaxed) {
+            1 => Doing::Interpreting,
+            2 => Doing::Compiling,
+            3 => Doing::Compiled,
+            _ => Doing::Outside,
+        }
+    }
+
+    /// Takes note of what the processor is at.
+    #[inline]
+    pub(crate) fn set_doing(&self, doing: Doing) {
+        self.doing.store(doing as u8, Ordering::Relaxed);
     }
 
     /// Makes the current or next run return [`crate::CpuExit::Requested`].
@@ -116,12 +153,20 @@ pub struct Machine {
     pub cpus: Box<[OnceLock<Arc<CpuShared>>]>,
     /// Bit per vector: the I/O APIC wants to know of its end (level-triggered pins).
     pub eoi_exit: [AtomicU32; 8],
+    /// How its processors run code.
+    pub tuning: Tuning,
 }
 
 impl Machine {
     /// A machine without memory for up to `processors` processors.
     pub fn new(host: Arc<dyn Host>, processors: usize) -> Self {
+        Self::with_tuning(host, processors, Tuning::default())
+    }
+
+    /// The same, whose processors run code as `tuning` says.
+    pub fn with_tuning(host: Arc<dyn Host>, processors: usize, tuning: Tuning) -> Self {
         Self {
+            tuning,
             memory: Memory::new(),
             host,
             cpus: (0..processors).map(|_| OnceLock::new()).collect(),

@@ -22,6 +22,7 @@ use crate::code::op::Op;
 use crate::cpu::{Cpu, seg};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState, code_changes};
 use crate::simd::fused::FusedCode;
+use crate::tuning::Counters;
 
 /// Bytes of all blocks together.
 const CAPACITY: usize = 32 << 20;
@@ -328,6 +329,13 @@ impl CodeCache {
         self.pages.fill(0);
         self.fused = FusedCode::default();
         self.scratch = Scratch::new();
+    }
+
+    /// Shows others what is counted here.
+    pub(crate) fn count(&self, counters: &Counters) {
+        Counters::set(&counters.decoded_blocks, self.decoded);
+        Counters::set(&counters.decoded_bytes, self.arena.used() as u64);
+        Counters::set(&counters.flushes, self.clears);
     }
 
     /// Makes all of the jump cache stale.

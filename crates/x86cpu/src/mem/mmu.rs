@@ -11,6 +11,7 @@ use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, TlbVie
 use crate::mem::walk::{self, Levels, Paging, Wants};
 use crate::sys::state::{cr0, cr4, efer};
 use crate::trap::{Trap, TrapKind, vector};
+use crate::tuning::Counters;
 
 /// PCIDs that there are.
 const PCIDS: usize = 4096;
@@ -409,8 +410,10 @@ impl Cpu {
             && mmu.paging.allows(&found, wants)
             && (found.dirty || !wants.write)
         {
+            Counters::add(&self.shared.counters.tlb_second_hits, 1);
             return Ok(found);
         }
+        Counters::add(&self.shared.counters.tlb_walks, 1);
         let cr3 = self.sys.cr3;
         match walk::walk(&mmu.slots, &mmu.paging, cr3, &mmu.pdptes, linear, wants) {
             Ok(walked) => {
