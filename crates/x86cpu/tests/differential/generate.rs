@@ -11,9 +11,8 @@ use iced_x86::{
     RflagsBits,
 };
 
-use crate::native::End;
 use crate::operands::{Style, address, operand, target};
-use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, Random, State};
+use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, End, Random, State};
 
 /// One test: code, start state, and what isn't to be compared.
 pub struct Case {
