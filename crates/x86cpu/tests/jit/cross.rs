@@ -102,7 +102,7 @@ fn seen_after_a_serialising_instruction() {
             function(&t);
             t.write(WRITER, writer);
             t.write(READER, reader);
-            let rounds = if readers == 1 { 3000 } else { 200 };
+            let rounds = if readers == 1 { 500 } else { 60 };
             run_all(&t, readers, alias, rounds, name);
         }
     }
@@ -168,6 +168,10 @@ fn breakpoint_and_interrupts() {
         "mov eax, 0x1ff",
         "xor edx, edx",
         "wrmsr",
+        "7:",
+        "pause",
+        "cmp dword ptr [{ready}], 0",
+        "je 7b",
         "2:",
         "inc qword ptr [{sequence}]",
         "mov byte ptr [rbx], 0xcc",
@@ -200,6 +204,7 @@ fn breakpoint_and_interrupts() {
         "cmp [{ack}], r11",
         "je 6b",
         "ret";
+        ready = const DONE,
         sequence = const SEQUENCE,
         value = const VALUE,
         stop = const STOP,
@@ -216,6 +221,7 @@ fn breakpoint_and_interrupts() {
         "wrmsr",
         "mov ebx, {function}",
         "sti",
+        "mov dword ptr [{ready}], 1",
         "2:",
         "mov rsi, [{sequence}]",
         "mov edx, [{value}]",
@@ -253,6 +259,7 @@ fn breakpoint_and_interrupts() {
         "mov r15d, 2",
         "jmp 7b";
         function = const FUNCTION,
+        ready = const DONE,
         sequence = const SEQUENCE,
         value = const VALUE,
         stop = const STOP,

@@ -120,6 +120,9 @@ impl Watch {
                     && since.elapsed() > limit
                 {
                     shared.request_exit();
+                    if since.elapsed() > 3 * limit {
+                        crate::signal::stuck();
+                    }
                 }
                 drop(slot);
                 std::thread::sleep(limit / 8);
