@@ -114,7 +114,7 @@ impl Samples {
         while !*stop {
             // The generator of Numerical Recipes: its high bits do for this.
             random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let period = LEAST_PERIOD_US + (LEAST_PERIOD_US * 2 * u64::from(random >> 16) >> 16);
+            let period = LEAST_PERIOD_US + u64::from(random >> 16) % (2 * LEAST_PERIOD_US);
             self.changed
                 .wait_for(&mut stop, Duration::from_micros(period));
             for (id, seen) in (0..).zip(&self.seen) {
