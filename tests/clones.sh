@@ -17,7 +17,8 @@
 #                cached dropped, and goes on
 #
 # 0 leaves a part out. SKERRY names the program (default: the release build; bench-cycles lies beside
-# it), SKERRY_TEST_SOFT_MODE a mode of the software processor (--soft-mode). Prints a line a check and ends with "N passed, M failed".
+# it), SKERRY_TEST_SOFT_MODE a mode of the software processor (--soft-mode). Prints a line a check and
+# ends with "N passed, M failed".
 set -u
 clones=20 unique=20 cycles=60 runs=10 kills=8 wal=4
 while [ $# -gt 0 ]; do
