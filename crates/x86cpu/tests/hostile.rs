@@ -1,8 +1,8 @@
 //! No bytes that a guest can execute, in any mode, may make the processor panic. Debug builds check
 //! arithmetic too.
 
-use skerry_x86cpu::{CpuExit, Tuning};
 use skerry_x86cpu::testing::{CODE, DATA, TestCpu};
+use skerry_x86cpu::{CpuExit, Tuning};
 
 struct Random(u64);
 

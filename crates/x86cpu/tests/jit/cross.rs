@@ -3,7 +3,7 @@
 use skerry_x86cpu::testing::{CODE, DATA, TestCpu};
 
 use crate::assemble;
-use crate::machine::{ALIAS, TUNINGS, another, gate, machine, run_to_halt};
+use crate::machine::{ALIAS, TUNINGS, alone, another, gate, machine, run_to_halt};
 
 /// The function that changes: MOV EAX, imm32; RET, its immediate aligned.
 const FUNCTION: u64 = CODE + 0x4003;
@@ -24,6 +24,7 @@ fn function(t: &TestCpu) {
 
 /// One writer and `readers` readers, to their ends. Readers say in R15 what went wrong.
 fn run_all(t: &TestCpu, readers: u32, alias: bool, rounds: u64, name: &str) {
+    let _alone = alone();
     let mut cpus = vec![another(t, 1, WRITER)];
     for n in 0..readers {
         cpus.push(another(t, 2 + n, READER));

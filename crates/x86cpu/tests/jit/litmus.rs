@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use skerry_x86cpu::testing::{CODE, DATA};
 
 use crate::assemble;
-use crate::machine::{TUNINGS, another, machine, run_to_halt};
+use crate::machine::{TUNINGS, alone, another, machine, run_to_halt};
 
 const SYNC: u64 = DATA - 0x1000;
 const RESULTS: u64 = DATA + 0x20_0000;
@@ -59,6 +59,7 @@ struct Litmus {
 
 /// Runs a test; how often `forbidden` holds.
 fn seen(test: &Litmus, tuning: skerry_x86cpu::Tuning, what: &str) -> u64 {
+    let _alone = alone();
     let count = test.threads.len();
     let t = machine(count + 1, tuning);
     // With more threads than the host has processors, meeting takes a turn of its scheduler.

@@ -1,8 +1,8 @@
 //! A machine at level 0 with descriptor tables, and ways to run it that end.
 
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use skerry_x86cpu::sys::state::DescriptorTable;
@@ -145,6 +145,13 @@ pub fn run(cpu: &mut Cpu, limit: Duration) -> CpuExit {
     let joined = watch.join();
     assert!(joined.is_ok());
     exit
+}
+
+/// Held by tests of several processors: they wait for each other by spinning, and want the host's
+/// processors for themselves.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs until HLT.
