@@ -103,7 +103,7 @@ fn seen_after_a_serialising_instruction() {
             function(&t);
             t.write(WRITER, writer);
             t.write(READER, reader);
-            let rounds = if readers == 1 { 500 } else { 60 };
+            let rounds = if readers == 1 { 200 } else { 40 };
             run_all(&t, readers, alias, rounds, name);
         }
     }
@@ -297,7 +297,7 @@ fn breakpoint_and_interrupts() {
             t.write(HANDLERS + 0x100, interrupt);
             gate(&t, 3, HANDLERS);
             gate(&t, 0x40, HANDLERS + 0x100);
-            run_all(&t, 1, alias, 200, name);
+            run_all(&t, 1, alias, 60, name);
         }
     }
 }

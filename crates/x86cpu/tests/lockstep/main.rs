@@ -12,7 +12,7 @@
 //! compose.rs ─ programs ─▶ program.rs: laid out ─▶ world.rs: run in each machine ─▶ report.rs
 //!
 //! Programs loop, call, return, fault, reach devices and change their own code, at level 0 and at
-//! level 3; an exception handler of the guest's logs each fault and goes on elsewhere. A mismatch is
+//! level 3; one of the compiling processors is interrupted all the time. An exception handler of the guest's logs each fault and goes on elsewhere. A mismatch is
 //! shrunk and printed: seed and number of the case, listing, start state and what differs.
 #![expect(unsafe_code, reason = "assembled guest code; a signal handler")]
 
@@ -50,7 +50,7 @@ use world::{Outcome, Watch, World};
 const DEFAULT_CASES: u64 = if cfg!(debug_assertions) {
     2_000
 } else {
-    60_000
+    30_000
 };
 
 /// Programs that run in the same machines.
@@ -103,8 +103,8 @@ pub struct Worlds {
     others: Vec<(&'static str, World)>,
 }
 
-/// How compiled code runs.
-fn tunings(number: u64) -> Vec<(&'static str, Tuning)> {
+/// How compiled code runs, and whether it is interrupted all the time.
+fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
     let hardened = (number / RENEWED_AFTER) % 4 == 3;
     vec![
         (
@@ -113,6 +113,7 @@ fn tunings(number: u64) -> Vec<(&'static str, Tuning)> {
                 hardened,
                 ..Tuning::STRESS
             },
+            false,
         ),
         (
             "jit",
@@ -120,6 +121,7 @@ fn tunings(number: u64) -> Vec<(&'static str, Tuning)> {
                 threshold: 6,
                 ..Tuning::JIT
             },
+            true,
         ),
     ]
 }
@@ -128,10 +130,10 @@ impl Worlds {
     /// New machines for the case of this number.
     pub fn new(number: u64, watch: &Watch) -> Self {
         Self {
-            interpreter: World::new(Tuning::INTERPRETER, watch),
+            interpreter: World::new(Tuning::INTERPRETER, watch, false),
             others: tunings(number)
                 .into_iter()
-                .map(|(name, tuning)| (name, World::new(tuning, watch)))
+                .map(|(name, tuning, pest)| (name, World::new(tuning, watch, pest)))
                 .collect(),
         }
     }
@@ -167,6 +169,7 @@ struct Tally {
     exits: u64,
     instructions: u64,
     compiled: u64,
+    interrupts: u64,
     mismatches: u64,
 }
 
@@ -185,13 +188,14 @@ fn main() -> ExitCode {
     signal::install();
     let tally = run(&options);
     println!(
-        "{} programs ({} could not be laid out, {} endless), {} instructions, {} faults, {} exits, {} traces compiled, {} mismatches",
+        "{} programs ({} could not be laid out, {} endless), {} instructions, {} faults, {} exits, {} interrupts, {} traces compiled, {} mismatches",
         tally.programs,
         tally.unusable,
         tally.endless,
         tally.instructions,
         tally.faults,
         tally.exits,
+        tally.interrupts,
         tally.compiled,
         tally.mismatches
     );
@@ -285,6 +289,7 @@ impl Tally {
         self.instructions += worlds.interpreter.instructions();
         for (_, world) in &worlds.others {
             self.compiled += world.compiled();
+            self.interrupts += world.interrupts();
         }
     }
 }
