@@ -301,6 +301,14 @@ fn vector(i: &Instruction) -> Option<Class> {
         | M::Vmaskmovpd
         | M::Vpmaskmovd
         | M::Vpmaskmovq
+        | M::Cvtpd2pi
+        | M::Cvttpd2pi
+        | M::Cvtps2pi
+        | M::Cvttps2pi
+        | M::Cvtpi2ps
+        | M::Cvtpi2pd
+        | M::Movq2dq
+        | M::Movdq2q
         | M::Ldmxcsr
         | M::Stmxcsr
         | M::Vldmxcsr

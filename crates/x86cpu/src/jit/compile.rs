@@ -948,6 +948,8 @@ impl Compiler<'_> {
             call,
             resume: Some(self.asm.at()),
         });
+        // Whoever comes back from there has nothing in it.
+        self.held = None;
     }
 
     /// Emits an instruction.
