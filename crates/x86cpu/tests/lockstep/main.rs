@@ -5,7 +5,10 @@
 //! cargo test --release -p skerry-x86cpu --test lockstep                      # as in CI
 //! cargo test --release -p skerry-x86cpu --test lockstep -- --seconds 3600 --seed 7
 //! cargo test --release -p skerry-x86cpu --test lockstep -- --seed 7 --case 1234
+//! cargo test --release -p skerry-x86cpu --test lockstep -- --seed 7 --case 1234 --apart
 //! ```
+//! (the last for a case of which the process dies or hangs: shrinks it in processes of their own)
+//!
 //! compose.rs ─ programs ─▶ program.rs: laid out ─▶ world.rs: run in each machine ─▶ report.rs
 //!
 //! Programs loop, call, return, fault, reach devices and change their own code, at level 0 and at
@@ -60,6 +63,7 @@ struct Options {
     case: Option<u64>,
     mismatches: u64,
     shrink: bool,
+    apart: bool,
 }
 
 fn options() -> Result<Options, String> {
@@ -70,6 +74,7 @@ fn options() -> Result<Options, String> {
         case: None,
         mismatches: 5,
         shrink: true,
+        apart: false,
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -83,6 +88,7 @@ fn options() -> Result<Options, String> {
             "--seconds" => options.seconds = Some(value()?),
             "--case" => options.case = Some(value()?),
             "--mismatches" => options.mismatches = value()?,
+            "--apart" => options.apart = true,
             "--no-shrink" => options.shrink = false,
             // What the test harness would understand.
             _ => {}
@@ -237,6 +243,13 @@ fn run(options: &Options) -> Tally {
             continue;
         };
         tally.programs += 1;
+        if options.apart {
+            match shrink::shrink(&program, number - 1) {
+                Some(program) => report::shrunk(&program, number - 1),
+                None => println!("doesn't fail"),
+            }
+            continue;
+        }
         let Some((expected, different)) = worlds.run(&program, &image) else {
             tally.endless += 1;
             continue;
@@ -247,9 +260,9 @@ fn run(options: &Options) -> Tally {
             tally.mismatches += 1;
             println!("case {} of seed {}, {name}:", number - 1, options.seed);
             if options.shrink
-                && let Some(program) = shrink::shrink(&program, number - 1, &watch)
+                && let Some(program) = shrink::shrink(&program, number - 1)
             {
-                report::shrunk(&program, number - 1, &watch);
+                report::shrunk(&program, number - 1);
             } else {
                 println!(
                     "  only after the {} programs before it",

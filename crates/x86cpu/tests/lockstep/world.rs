@@ -56,6 +56,8 @@ const PRESENT: u64 = 1;
 const WRITABLE: u64 = 2;
 const USER: u64 = 4;
 const ACCESSED: u64 = 0x20;
+/// Data isn't code: what flags its bytes would leave undefined isn't known.
+const NO_EXECUTE: u64 = 1 << 63;
 
 /// Instructions of a device's exits, at most.
 const EXITS: usize = 3000;
@@ -120,6 +122,9 @@ impl Watch {
                     && since.elapsed() > limit
                 {
                     shared.request_exit();
+                    if since.elapsed() > 3 * limit {
+                        crate::signal::stuck();
+                    }
                 }
                 drop(slot);
                 std::thread::sleep(limit / 8);
@@ -245,7 +250,7 @@ impl World {
             attributes: 0x8b,
             unusable: false,
         };
-        let rights = PRESENT | WRITABLE | USER;
+        let rights = PRESENT | WRITABLE | USER | NO_EXECUTE;
         self.map(VARIABLES, VARIABLES_GPA, rights);
         for page in 0..4 {
             let offset = page * 4096;
@@ -278,6 +283,7 @@ impl World {
                 }
                 _ => (DATA_GPA + offset, PRESENT | USER),
             };
+            let rights = if rights == 0 { 0 } else { rights | NO_EXECUTE };
             self.map(DATA + offset, gpa, rights);
         }
         self.t.cpu.tlb_flush_all();
