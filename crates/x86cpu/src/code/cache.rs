@@ -167,6 +167,11 @@ impl Block {
         self.checked.get() == changes || self.check(changes)
     }
 
+    /// Whether it was decoded from this version of its page.
+    pub(crate) fn is_of(&self, version: u32) -> bool {
+        self.version == version
+    }
+
     #[inline(never)]
     fn check(&self, changes: u64) -> bool {
         // SAFETY: the memory map that has the page is kept until the cache is cleared.

@@ -302,6 +302,13 @@ impl Jit {
         }
     }
 
+    /// Whether a page has traces of another version than this.
+    fn has_others(&self, page: usize, version: u32) -> bool {
+        self.pages
+            .get(&page)
+            .is_some_and(|page| page.version != version && !page.traces.is_empty())
+    }
+
     /// Drops the traces of a page if it has changed. Says how many those were.
     fn drop_changed(&mut self, page: usize) -> usize {
         let Some(traces) = self.pages.get_mut(&page) else {

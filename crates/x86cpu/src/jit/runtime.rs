@@ -137,7 +137,7 @@ impl Cpu {
             return None;
         }
         let version = page.state.version();
-        if !found.is_current() || !page.state.is_claimed() {
+        if !found.is_of(version) || !page.state.is_claimed() {
             return None;
         }
         let mut bytes = std::mem::replace(&mut self.code.jit.bytes, Box::new([0; _]));
@@ -147,7 +147,7 @@ impl Cpu {
             // SAFETY: blocks of the cache as it is.
             self.code
                 .find(key)
-                .filter(|block| unsafe { block.get() }.is_current())
+                .filter(|block| unsafe { block.get() }.is_of(version))
         };
         let trace = Trace::new(block, &bytes, &find);
         let compiled = trace.as_ref().and_then(|trace| {
@@ -166,6 +166,13 @@ impl Cpu {
         // is doing so, has changed the version, or will.
         if page.state.version() != version {
             return None;
+        }
+        // Those of another version are stale, whether or not the change has been counted yet: the
+        // version that is noted now would hide them.
+        let key = std::ptr::from_ref(page.state) as usize;
+        if self.code.jit.has_others(key, version) {
+            self.code.jit.drop_changed(key);
+            self.mmu.drop_jumps();
         }
         let counters = &self.shared.counters;
         Counters::add(&counters.compiled_traces, 1);
