@@ -14,7 +14,7 @@
 //! Programs loop, call, return, fault, reach devices and change their own code, at level 0 and at
 //! level 3; one of the compiling processors is interrupted all the time. An exception handler of the guest's logs each fault and goes on elsewhere. A mismatch is
 //! shrunk and printed: seed and number of the case, listing, start state and what differs.
-#![expect(unsafe_code, reason = "assembled guest code; a signal handler")]
+#![expect(unsafe_code, reason = "assembled guest code")]
 
 #[path = "../common/assemble.rs"]
 mod assemble;

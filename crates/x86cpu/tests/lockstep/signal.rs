@@ -1,4 +1,8 @@
 //! Says which program ran when the process was about to die of a signal or a panic.
+#![expect(
+    unsafe_code,
+    reason = "a signal handler, and a process of its own for each case"
+)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
