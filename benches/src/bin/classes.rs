@@ -46,7 +46,7 @@ fn collect(text: &str, costs: &mut Costs, order: &mut Vec<String>) -> Result<()>
 fn main() -> Result<()> {
     let options = Options::parse();
     let folder = tempfile::tempdir()?;
-    let guest = static_guest()?;
+    let guest = static_guest("classes-guest")?;
     let initrd = folder.path().join("initrd");
     write_initrd(&std::fs::read(&guest)?, &initrd)?;
     let Some(version) = qemu() else {
