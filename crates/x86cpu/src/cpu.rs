@@ -135,7 +135,7 @@ impl Cpu {
             fpu: FpuState::default(),
             sys: SystemState::reset(),
             apic: LocalApic::new(id),
-            code: CodeCache::new(),
+            code: CodeCache::new(machine.tuning),
             devices: DeviceReplay::default(),
             instructions: 0,
             id,

@@ -24,6 +24,7 @@ mod exec;
 mod exit;
 pub mod flags;
 mod fpu;
+mod jit;
 pub mod mem;
 mod run;
 pub mod shared;

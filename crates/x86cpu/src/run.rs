@@ -61,7 +61,13 @@ impl Cpu {
                     .fetch_and(!request::MEMORY, Ordering::SeqCst);
                 self.catch_up_with_memory();
             }
-            if first || requests & !request::MEMORY != 0 {
+            if requests & request::CODE != 0 {
+                // `run_blocks` looks before it runs any.
+                self.shared
+                    .requests
+                    .fetch_and(!request::CODE, Ordering::SeqCst);
+            }
+            if first || requests & !(request::MEMORY | request::CODE) != 0 {
                 first = false;
                 match self.poll_events() {
                     Next::Run => {}

@@ -18,6 +18,8 @@ pub mod request {
     pub const MEMORY: u32 = 1 << 3;
     /// The processor itself wants its events looked at (a window opened, a shadow ended).
     pub const EVENTS: u32 = 1 << 4;
+    /// Another processor has changed code.
+    pub const CODE: u32 = 1 << 5;
 }
 
 /// Per processor.
@@ -116,7 +118,7 @@ impl CpuShared {
 
     /// Whether a halted processor has a reason to run again.
     pub fn wake_pending(&self) -> bool {
-        self.requests.load(Ordering::SeqCst) & !request::MEMORY != 0
+        self.requests.load(Ordering::SeqCst) & !(request::MEMORY | request::CODE) != 0
     }
 }
 

@@ -22,10 +22,11 @@ use crate::code::op::Op;
 use crate::cpu::{Cpu, seg};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState, code_changes};
 use crate::simd::fused::FusedCode;
-use crate::tuning::Counters;
+use crate::jit::Jit;
+use crate::tuning::{Counters, Tuning};
 
-/// Bytes of all blocks together.
-const CAPACITY: usize = 32 << 20;
+/// [`Tuning::code_bytes`] shared out: this part is for decoded blocks.
+const SHARE: usize = 2;
 /// More than any block takes.
 const LARGEST: usize = 64 << 10;
 /// Bytes of blocks that an idle guest, which runs little but its timers, doesn't come to.
@@ -38,8 +39,12 @@ const JUMPS: usize = 1 << 14;
 pub(crate) struct Block {
     /// [`code_changes`] when it was last found current.
     checked: Cell<u64>,
-    /// Past the last op that runs.
-    end: *const Op,
+    /// Number of its trace plus one; 0 for none.
+    code: Cell<u32>,
+    /// How often it has been run.
+    heat: Cell<u16>,
+    /// Ops that run one after the other.
+    main: u16,
     /// Where control goes from here, within the same page; by distance of RIP from the start.
     links: [Cell<Option<BlockRef>>; 2],
     page: NonNull<PageState>,
@@ -103,7 +108,56 @@ impl Block {
     /// Past the last op that runs.
     #[inline(always)]
     pub(crate) fn end(&self) -> *const Op {
-        self.end
+        // SAFETY: there are as many ops behind the block.
+        unsafe { self.ops().add(usize::from(self.main)) }
+    }
+
+    /// Offset in the page.
+    pub(crate) fn offset(&self) -> usize {
+        usize::from(self.offset)
+    }
+
+    /// Its page.
+    pub(crate) fn page(&self) -> &PageState {
+        // SAFETY: the memory map that has the page is kept until the cache is cleared.
+        unsafe { self.page.as_ref() }
+    }
+
+    /// Whether it is within its page, and ends where blocks end.
+    pub(crate) fn is_whole(&self) -> bool {
+        !self.crosses && !self.is_one()
+    }
+
+    /// Number of the trace that starts with it, plus one; 0 for none.
+    #[inline(always)]
+    pub(crate) fn code(&self) -> u32 {
+        self.code.get()
+    }
+
+    /// Sets it.
+    pub(crate) fn set_code(&self, code: u32) {
+        self.code.set(code);
+    }
+
+    /// How often it has been run, about.
+    pub(crate) fn heat(&self) -> u16 {
+        self.heat.get()
+    }
+
+    /// Sets it; [`u16::MAX`] is for what must not be compiled.
+    pub(crate) fn set_heat(&self, heat: u16) {
+        self.heat.set(heat);
+    }
+
+    /// Counts one more run.
+    #[inline(always)]
+    pub(crate) fn warm(&self) -> u16 {
+        let heat = self.heat.get();
+        if heat >= u16::MAX - 1 {
+            return heat;
+        }
+        self.heat.set(heat + 1);
+        heat + 1
     }
 
     /// Whether the bytes that it was decoded from are still those in memory.
@@ -276,6 +330,7 @@ pub struct CodeCache {
     pub(crate) decoded: u64,
     /// How often all was forgotten.
     pub(super) clears: u64,
+    pub(crate) jit: Jit,
 }
 
 // SAFETY: the block references in it are to its own arena.
@@ -283,9 +338,11 @@ unsafe impl Send for CodeCache {}
 
 impl CodeCache {
     /// Empty.
-    pub fn new() -> Self {
+    pub fn new(tuning: Tuning) -> Self {
+        let capacity = tuning.code_bytes.max(Tuning::LEAST_CODE_BYTES) / SHARE;
         let mut cache = Self {
-            arena: Arena::new(CAPACITY),
+            arena: Arena::new(capacity.next_multiple_of(LARGEST)),
+            jit: Jit::new(tuning),
             directory: Directory::new(),
             jumps: no_jumps(),
             key: 0,
@@ -317,6 +374,7 @@ impl CodeCache {
         self.jumps.fill(NO_JUMP);
         self.pages.fill(0);
         self.fused.clear();
+        self.jit.clear();
     }
 
     /// The same, and gives the memory back to the host.
@@ -329,13 +387,14 @@ impl CodeCache {
         self.pages.fill(0);
         self.fused = FusedCode::default();
         self.scratch = Scratch::new();
+        self.jit.give_back();
     }
 
     /// Shows others what is counted here.
     pub(crate) fn count(&self, counters: &Counters) {
         Counters::set(&counters.decoded_blocks, self.decoded);
         Counters::set(&counters.decoded_bytes, self.arena.used() as u64);
-        Counters::set(&counters.flushes, self.clears);
+        Counters::set(&counters.compiled_bytes, self.jit.used() as u64);
     }
 
     /// Makes all of the jump cache stale.
@@ -365,11 +424,11 @@ impl CodeCache {
             return None;
         }
         let piece = self.arena.take(len)?.cast::<Block>();
-        // SAFETY: the piece has room for the block and its ops, of which these are the first.
-        let end = unsafe { piece.add(1).cast::<Op>().add(new.main.min(new.ops.len())) };
         let block = Block {
             checked: Cell::new(0),
-            end: end.as_ptr(),
+            code: Cell::new(0),
+            heat: Cell::new(0),
+            main: new.main.min(new.ops.len()) as u16,
             links: [Cell::new(None), Cell::new(None)],
             deltas: [Cell::new(0), Cell::new(0)],
             all: all as u16,
@@ -430,7 +489,7 @@ impl CodeCache {
     }
 
     /// The block under a key, current or not.
-    pub(super) fn find(&self, key: u64) -> Option<BlockRef> {
+    pub(crate) fn find(&self, key: u64) -> Option<BlockRef> {
         let gpa = key >> KEY_SHIFT;
         let lists = self.directory.find(gpa >> PAGE_SHIFT)?;
         let list = self.arena.get::<Lists>(lists)[granule(gpa)];
@@ -447,6 +506,12 @@ impl CodeCache {
             next = found.next.get();
         }
         None
+    }
+
+    /// Remembers that there is a jump to a linear page.
+    pub(crate) fn note_page(&mut self, linear: u64) {
+        let (word, bit) = Self::page_bit(linear);
+        self.pages[word] |= bit;
     }
 
     fn page_bit(linear: u64) -> (usize, u64) {
@@ -466,12 +531,6 @@ fn no_jumps() -> Box<[Jump; JUMPS]> {
     unsafe { Box::<[Jump; JUMPS]>::new_zeroed().assume_init() }
 }
 
-impl Default for CodeCache {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 #[inline(always)]
 fn jump_index(linear: u64) -> usize {
     (linear ^ (linear >> 14)) as usize & (JUMPS - 1)
@@ -487,6 +546,8 @@ impl Cpu {
     /// Forgets all decoded code and gives its memory back. Between two calls of [`Cpu::run`] only.
     pub fn forget_code(&mut self) {
         self.code.give_back();
+        self.mmu.drop_jumps();
+        self.mmu.give_back();
     }
 
     /// Linear address of the next instruction.
@@ -526,6 +587,7 @@ impl Cpu {
     pub(crate) fn code_mappings_changed(&mut self) {
         self.code.next_epoch();
         self.code.pages.fill(0);
+        self.mmu.drop_jumps();
         self.code_context_changed();
     }
 
@@ -552,8 +614,7 @@ impl Cpu {
 
     /// Remembers a block by the current RIP; `global` says that its page is in all address spaces.
     pub(super) fn remember_block(&mut self, linear: u64, global: bool, block: BlockRef) {
-        let (word, bit) = CodeCache::page_bit(linear);
-        self.code.pages[word] |= bit;
+        self.code.note_page(linear);
         self.code.jumps[jump_index(linear)] = Jump {
             linear,
             key: if global {
@@ -573,7 +634,7 @@ impl Cpu {
     }
 
     /// The key of the block at a guest-physical address in the current mode.
-    pub(super) fn block_key(&self, gpa: u64, bits: u64) -> u64 {
+    pub(crate) fn block_key(&self, gpa: u64, bits: u64) -> u64 {
         gpa << KEY_SHIFT | u64::from(self.sys.mode.raw()) | bits
     }
 }

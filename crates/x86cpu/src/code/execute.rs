@@ -61,6 +61,7 @@ impl Cpu {
         // `Arc` keeps it in place while the processor is borrowed by handlers.
         let shared = self.shared.clone();
         let mut last: Option<(BlockRef, u64)> = None;
+        self.forget_way();
         loop {
             if shared.requests.load(Ordering::Relaxed) != 0 {
                 return Ok(());
@@ -86,6 +87,16 @@ impl Cpu {
                     from.link(delta, block);
                 }
             }
+            if self.code.jit.is_on() && self.mmu.is_fast() {
+                self.drop_stale_traces();
+                let code = self.compiled(block);
+                if code != 0 {
+                    last = None;
+                    self.run_compiled(code)?;
+                    continue;
+                }
+            }
+            self.forget_way();
             let mut block = block;
             loop {
                 // SAFETY: blocks stay in place while they run: only `find_block` and requests,
@@ -97,7 +108,12 @@ impl Cpu {
                 let delta = self.rip.wrapping_sub(start);
                 match current.follow(delta) {
                     // SAFETY: links are between blocks of the cache as it is.
-                    Some(next) if unsafe { next.get() }.is_current() => block = next,
+                    Some(next) if unsafe { next.get() }.is_current() => {
+                        block = next;
+                        if self.code.jit.is_on() && self.is_hot(block) {
+                            break;
+                        }
+                    }
                     _ => {
                         if current.linkable
                             && (start_linear ^ self.code_linear()) & !PAGE_MASK == 0
@@ -115,6 +131,28 @@ impl Cpu {
         }
     }
 
+    /// Whether a block is compiled, or is to be; counts that it is run.
+    #[inline(always)]
+    fn is_hot(&self, block: BlockRef) -> bool {
+        // SAFETY: the caller has just found the block.
+        let block = unsafe { block.get() };
+        block.code() != 0 || {
+            let heat = block.warm();
+            heat >= self.code.jit.threshold() && heat != u16::MAX
+        }
+    }
+
+    /// Runs what is left of a block from one of its ops on, whose block's RIP is set.
+    pub(crate) fn execute_rest(&mut self, block: BlockRef, op: *const Op) -> Result<(), Trap> {
+        // SAFETY: as in `execute`.
+        let end = unsafe { block.get() }.end();
+        let before = self.instructions;
+        self.uncount(op, end);
+        self.instructions = before + (before - self.instructions);
+        self.block_end.0 = end;
+        self.run_ops(op, end)
+    }
+
     /// Runs one instruction at the current RIP.
     pub(crate) fn run_one(&mut self) -> Result<(), Trap> {
         let block = self.find_block(KeyBits::ONE)?;
@@ -129,12 +167,17 @@ impl Cpu {
         self.gpr[usize::from(reg::BLOCK_RIP)] = self.rip;
         self.instructions += u64::from(block.count);
         self.block_end.0 = block.end();
-        let mut op = block.ops();
+        self.run_ops(block.ops(), block.end())
+    }
+
+    /// Runs ops up to the block's end.
+    #[inline(always)]
+    fn run_ops(&mut self, mut op: *const Op, end: *const Op) -> Result<(), Trap> {
         loop {
             // SAFETY: `op` is within the block: it starts at the first and stops at the end.
             let current = unsafe { &*op };
             if (current.run)(self, current).is_err() {
-                return self.stopped(current, block.end());
+                return self.stopped(current, end);
             }
             // SAFETY: at most one past the last op.
             op = unsafe { op.add(1) };
@@ -142,8 +185,8 @@ impl Cpu {
                 break;
             }
         }
-        if op != block.end() {
-            return self.ended_early(op, block.end());
+        if op != end {
+            return self.ended_early(op, end);
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 )]
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use thiserror::Error;
@@ -44,6 +44,37 @@ fn granules_of(offset: usize, len: usize) -> u64 {
 /// Counts changes of any page's version, so that what was found current needn't look at its page
 /// again until something has changed somewhere.
 static CODE_CHANGES: AtomicU64 = AtomicU64::new(1);
+
+/// One of the last changes: its number, and the address of the page's state.
+struct Change {
+    number: AtomicU64,
+    page: AtomicUsize,
+}
+
+static CHANGED: [Change; 256] = [const {
+    Change {
+        number: AtomicU64::new(0),
+        page: AtomicUsize::new(0),
+    }
+}; 256];
+
+/// Names the pages whose code has changed, by the addresses of their states, from the change after
+/// `since` up to `now`. `false` if not all of them are known any more.
+pub(crate) fn changed_pages(since: u64, now: u64, mut each: impl FnMut(usize)) -> bool {
+    if now.wrapping_sub(since) >= CHANGED.len() as u64 {
+        return false;
+    }
+    for number in since + 1..=now {
+        let change = &CHANGED[number as usize % CHANGED.len()];
+        let before = change.number.load(Ordering::SeqCst);
+        let page = change.page.load(Ordering::SeqCst);
+        if before != number || change.number.load(Ordering::SeqCst) != number {
+            return false;
+        }
+        each(page);
+    }
+    true
+}
 
 /// How often decoded code has become stale in this process, counted from 1. To be read before the
 /// versions of pages are.
@@ -118,7 +149,13 @@ impl PageState {
 
     fn make_stale(&self) {
         self.version.fetch_add(1, Ordering::SeqCst);
-        CODE_CHANGES.fetch_add(1, Ordering::SeqCst);
+        let number = CODE_CHANGES.fetch_add(1, Ordering::SeqCst) + 1;
+        let change = &CHANGED[number as usize % CHANGED.len()];
+        change.number.store(0, Ordering::SeqCst);
+        change
+            .page
+            .store(std::ptr::from_ref(self) as usize, Ordering::SeqCst);
+        change.number.store(number, Ordering::SeqCst);
     }
 
     /// Makes the page plain data again, and `cpu` one of its writers. `true` if code was dropped.

@@ -9,6 +9,7 @@ use crate::mem::PAGE_MASK;
 use crate::mem::memory::SlotTable;
 use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, TlbView};
 use crate::mem::walk::{self, Levels, Paging, Wants};
+use crate::shared::request;
 use crate::sys::state::{cr0, cr4, efer};
 use crate::trap::{Trap, TrapKind, vector};
 use crate::tuning::Counters;
@@ -94,8 +95,29 @@ impl Mmu {
         self.physical_bits = bits.clamp(32, 52) as u8;
     }
 
-    pub(crate) fn view(&self) -> TlbView {
+    pub(crate) fn view(&mut self) -> TlbView {
         self.first.view(self.table, self.asid)
+    }
+
+    /// Has jumps of the current address space and privilege to a linear address go to `code`.
+    pub(crate) fn enter_jump(&mut self, linear: u64, code: u64) {
+        let view = self.view();
+        self.first.enter_jump(view, linear, code);
+    }
+
+    /// Forgets all of [`Mmu::enter_jump`].
+    pub(crate) fn drop_jumps(&mut self) {
+        self.first.drop_jumps();
+    }
+
+    /// Gives memory back to the host.
+    pub(crate) fn give_back(&mut self) {
+        self.first.give_back();
+    }
+
+    /// Whether accesses of instructions may take the fast path.
+    pub(crate) fn is_fast(&self) -> bool {
+        self.table != Table::Slow
     }
 
     pub(crate) fn slots(&self) -> &Arc<SlotTable> {
@@ -340,7 +362,7 @@ impl Cpu {
                 if Arc::ptr_eq(&slots, &self.mmu.slots) {
                     self.mmu.first.drop_writes();
                 } else {
-                    self.code.clear();
+                    self.clear_code();
                     self.mmu.slots = slots;
                     self.tlb_flush_all();
                 }
@@ -370,7 +392,7 @@ impl Cpu {
 
     /// The view for an access that isn't made with the current privilege.
     #[inline]
-    pub(super) fn view_of(&self, access: Access) -> TlbView {
+    pub(super) fn view_of(&mut self, access: Access) -> TlbView {
         if access == Access::Current {
             self.view
         } else {
@@ -526,7 +548,19 @@ impl Cpu {
             None => false,
         };
         if dropped {
-            self.end_block_early();
+            self.code_changed();
+        }
+    }
+
+    /// Ends the running block, and has the other processors look for code that is stale.
+    fn code_changed(&mut self) {
+        self.end_block_early();
+        for (id, cpu) in self.machine.cpus.iter().enumerate() {
+            if id != self.id as usize
+                && let Some(cpu) = cpu.get()
+            {
+                cpu.request(request::CODE);
+            }
         }
     }
 
@@ -538,7 +572,7 @@ impl Cpu {
             None => false,
         };
         if dropped {
-            self.end_block_early();
+            self.code_changed();
         }
     }
 

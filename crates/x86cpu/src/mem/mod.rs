@@ -7,6 +7,7 @@
 //! ```
 
 mod access;
+pub(crate) mod area;
 mod bulk;
 mod device;
 mod int;
@@ -25,7 +26,7 @@ pub use memory::{Backing, MapRefused, Memory, PageState, Slot};
 pub use mmu::{Access, Mmu};
 
 pub(crate) use device::DeviceReplay;
-pub(crate) use memory::{SlotTable, code_changes};
+pub(crate) use memory::{SlotTable, changed_pages, code_changes};
 pub(crate) use tlb::TlbView;
 
 /// Log2 of the page size.

@@ -6,85 +6,61 @@
 
 use std::ptr::NonNull;
 
+use crate::mem::area::{Area, OwnArea, index};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT};
 
-/// Entries of each first-level table.
-const FIRST: usize = 1024;
 /// Entries of the second level.
 const SECOND: usize = 4096;
 /// Matches no address: there is no address space 0. Tables of it needn't be written when they are made.
 const NEVER: u64 = 0;
 /// Numbers of address spaces: 1 to this.
 pub(super) const LAST_ASID: u16 = 0xffe;
+/// Address spaces that have first-level TLBs of their own.
+const SPACES: usize = 6;
 
-/// A page that the first level translates. The JIT will read it too: 32 bytes, this order.
+/// What the fast path needs: the area of the current address space and privilege.
 #[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct Entry {
-    /// Linear page address and address space, if reads may go ahead.
-    pub read: u64,
-    /// The same for writes.
-    pub write: u64,
-    /// Host address minus linear address.
-    pub addend: u64,
-    /// Guest-physical address of the page.
-    pub gpa: u64,
-}
-
-const EMPTY: Entry = Entry {
-    read: NEVER,
-    write: NEVER,
-    addend: 0,
-    gpa: 0,
-};
-
-/// What the fast path needs: the table in use and the tag of the current address space.
-#[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(transparent)]
 pub struct TlbView {
-    table: NonNull<Entry>,
-    asid: u64,
+    area: NonNull<Area>,
 }
 
-// SAFETY: the pointer is to a table that the same `Cpu` owns and moves with it; nobody else has it.
+// SAFETY: the pointer is to an area that the same `Cpu` owns and moves with it; nobody else has it.
 unsafe impl Send for TlbView {}
 
 impl TlbView {
     /// Translates a read of `size` bytes that stays within one page of RAM.
     #[inline(always)]
     pub(crate) fn read(&self, linear: u64, size: usize) -> Option<usize> {
-        // SAFETY: the index is within the table, which lives as long as the processor.
-        let entry = unsafe { self.table.add(index(linear)).as_ref() };
-        if entry.read == self.tag(linear, size) {
-            Some(linear.wrapping_add(entry.addend) as usize)
-        } else {
-            None
-        }
+        let n = index(linear);
+        // SAFETY: the area lives as long as the processor, and is written between accesses only.
+        let area = unsafe { self.area.as_ref() };
+        Self::hit(area.read[n], linear, size)
+            .then(|| linear.wrapping_add(area.addend[n]) as usize)
     }
 
     /// The same for a write.
     #[inline(always)]
     pub(crate) fn write(&self, linear: u64, size: usize) -> Option<usize> {
+        let n = index(linear);
         // SAFETY: as in `read`.
-        let entry = unsafe { self.table.add(index(linear)).as_ref() };
-        if entry.write == self.tag(linear, size) {
-            Some(linear.wrapping_add(entry.addend) as usize)
-        } else {
-            None
-        }
+        let area = unsafe { self.area.as_ref() };
+        Self::hit(area.write[n], linear, size)
+            .then(|| linear.wrapping_add(area.addend[n]) as usize)
     }
 
-    /// The tag of the page of the access's last byte: an access that crosses into the next page
-    /// finds the entry of the page before, and misses.
+    /// Whether the access's last byte is in the tag's page. The entry is that of its first byte: an
+    /// access that crosses into the next page finds the one of the page before, and misses.
     #[inline(always)]
-    fn tag(&self, linear: u64, size: usize) -> u64 {
-        (linear.wrapping_add(size as u64 - 1) & !PAGE_MASK) | self.asid
+    fn hit(tag: u64, linear: u64, size: usize) -> bool {
+        linear.wrapping_add(size as u64 - 1).wrapping_add(tag) <= PAGE_MASK
     }
-}
 
-#[inline(always)]
-fn index(linear: u64) -> usize {
-    (linear >> PAGE_SHIFT) as usize & (FIRST - 1)
+    /// The area itself.
+    #[inline(always)]
+    pub(crate) fn area(&self) -> NonNull<Area> {
+        self.area
+    }
 }
 
 /// Which first-level table serves an access.
@@ -100,35 +76,67 @@ pub(super) enum Table {
     Slow = 3,
 }
 
-/// The first level.
-pub(super) struct FirstLevel {
-    tables: NonNull<[[Entry; FIRST]; 4]>,
+/// The areas of one address space.
+#[derive(Default)]
+struct Space {
+    /// 0: nobody's.
+    asid: u16,
+    /// When it was last switched to.
+    used: u64,
+    areas: [Option<OwnArea>; 3],
 }
 
-// SAFETY: it owns its memory, like a box.
-unsafe impl Send for FirstLevel {}
+/// The first level: areas by address space and kind of access. Those of address spaces that have not
+/// been used for longest are taken for new ones.
+pub(super) struct FirstLevel {
+    spaces: [Space; SPACES],
+    current: usize,
+    switches: u64,
+    slow: OwnArea,
+}
 
 impl FirstLevel {
     pub(super) fn new() -> Self {
-        // SAFETY: entries of zeros are `EMPTY`.
-        let tables = unsafe { Box::<[[Entry; FIRST]; 4]>::new_zeroed().assume_init() };
         Self {
-            // Kept as a pointer, because views of it are around.
-            tables: NonNull::from(Box::leak(tables)),
+            spaces: Default::default(),
+            current: 0,
+            switches: 0,
+            slow: OwnArea::new(),
         }
     }
 
-    fn table(&mut self, table: Table) -> &mut [Entry; FIRST] {
-        // SAFETY: allocated in `new`, freed in `drop` only; views read it on the same thread, while
-        // no method of this runs.
-        unsafe { &mut self.tables.as_mut()[table as usize] }
+    /// Makes `asid` the current address space.
+    fn switch(&mut self, asid: u16) {
+        if self.spaces[self.current].asid == asid {
+            return;
+        }
+        self.switches += 1;
+        let known = self.spaces.iter().position(|space| space.asid == asid);
+        let oldest = || (0..SPACES).min_by_key(|&n| self.spaces[n].used);
+        self.current = known.or_else(oldest).unwrap_or(0);
+        let space = &mut self.spaces[self.current];
+        space.used = self.switches;
+        if known.is_none() {
+            space.asid = asid;
+            for area in space.areas.iter_mut().flatten() {
+                area.get().drop_all();
+                area.drop_jumps();
+            }
+        }
     }
 
-    pub(super) fn view(&self, table: Table, asid: u16) -> TlbView {
+    /// The area of a table in the current address space.
+    fn own(&mut self, table: Table) -> &mut OwnArea {
+        match self.spaces[self.current].areas.get_mut(table as usize) {
+            Some(area) => area.get_or_insert_with(OwnArea::new),
+            None => &mut self.slow,
+        }
+    }
+
+    pub(super) fn view(&mut self, table: Table, asid: u16) -> TlbView {
+        self.switch(asid);
         TlbView {
-            // SAFETY: within the allocation: there are four tables.
-            table: unsafe { self.tables.cast::<Entry>().add(table as usize * FIRST) },
-            asid: u64::from(asid),
+            area: self.own(table).pointer(),
         }
     }
 
@@ -142,61 +150,89 @@ impl FirstLevel {
         gpa: u64,
         write: bool,
     ) {
-        let page = linear & !PAGE_MASK;
-        let tag = page | u64::from(asid);
-        let entry = &mut self.table(table)[index(linear)];
-        let keep = entry.read == tag && entry.gpa == gpa;
-        *entry = Entry {
-            read: tag,
-            write: if write || (keep && entry.write == tag) {
-                tag
-            } else {
-                NEVER
-            },
-            addend: (host as u64).wrapping_sub(page),
-            gpa,
-        };
+        self.switch(asid);
+        if table != Table::Slow {
+            self.own(table).get().fill(linear, host, gpa, write);
+        }
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut OwnArea> {
+        self.spaces
+            .iter_mut()
+            .flat_map(|space| space.areas.iter_mut().flatten())
     }
 
     /// Drops a linear page, whatever its address space.
     pub(super) fn drop_page(&mut self, linear: u64) {
-        for table in [Table::Supervisor, Table::User, Table::SupervisorAc] {
-            self.table(table)[index(linear)] = EMPTY;
+        for area in self.all() {
+            area.get().drop_page(linear);
         }
     }
 
     /// Drops everything.
     pub(super) fn clear(&mut self) {
-        for table in [Table::Supervisor, Table::User, Table::SupervisorAc] {
-            self.table(table).fill(EMPTY);
+        for space in &mut self.spaces {
+            space.used = 0;
+            if std::mem::take(&mut space.asid) != 0 {
+                for area in space.areas.iter_mut().flatten() {
+                    area.get().drop_all();
+                    area.drop_jumps();
+                }
+            }
         }
     }
 
     /// Makes every write take the slow path once more.
     pub(super) fn drop_writes(&mut self) {
-        for table in [Table::Supervisor, Table::User, Table::SupervisorAc] {
-            for entry in self.table(table) {
-                entry.write = NEVER;
-            }
+        for area in self.all() {
+            area.get().drop_writes();
         }
     }
 
     /// Makes writes to one guest-physical page take the slow path.
     pub(super) fn drop_writes_to(&mut self, gpa: u64) {
-        for table in [Table::Supervisor, Table::User, Table::SupervisorAc] {
-            for entry in self.table(table) {
-                if entry.gpa == gpa {
-                    entry.write = NEVER;
+        let current = self.current;
+        for (n, space) in self.spaces.iter_mut().enumerate() {
+            if n != current {
+                // A look at all of them would take longer than to fill them once more: that there
+                // is code where there was data tends to come in showers.
+                space.used = 0;
+                if std::mem::take(&mut space.asid) != 0 {
+                    for area in space.areas.iter_mut().flatten() {
+                        area.get().drop_all();
+                        area.drop_jumps();
+                    }
                 }
+                continue;
+            }
+            for area in space.areas.iter_mut().flatten() {
+                area.get().drop_writes_to(gpa);
             }
         }
     }
-}
 
-impl Drop for FirstLevel {
-    fn drop(&mut self) {
-        // SAFETY: from `Box::leak` in `new`; views of it are not used any more.
-        drop(unsafe { Box::from_raw(self.tables.as_ptr()) });
+    /// Has jumps to a linear address go to `code`, in one area.
+    pub(super) fn enter_jump(&mut self, view: TlbView, linear: u64, code: u64) {
+        if let Some(area) = self.all().find(|area| area.pointer() == view.area) {
+            area.enter_jump(linear, code);
+        }
+    }
+
+    /// Forgets all jumps.
+    pub(super) fn drop_jumps(&mut self) {
+        for area in self.all() {
+            area.drop_jumps();
+        }
+    }
+
+    /// Gives the memory back to the host that is not needed until guest code runs again.
+    pub(super) fn give_back(&mut self) {
+        let current = self.current;
+        for (n, space) in self.spaces.iter_mut().enumerate() {
+            if n != current {
+                *space = Space::default();
+            }
+        }
     }
 }
 

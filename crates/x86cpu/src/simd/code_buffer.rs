@@ -67,6 +67,30 @@ impl CodeBuffer {
 }
 
 impl CodeBuffer {
+    /// Bytes handed out.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Whether code of `len` bytes can be appended.
+    pub fn has_room(&self, len: usize) -> bool {
+        self.capacity - self.used >= len + ALIGN
+    }
+
+    /// Writes over code that was handed out; `at` counts from the buffer's start. What is executed
+    /// by this thread only may be changed while it is elsewhere.
+    pub fn write(&mut self, at: usize, bytes: &[u8]) {
+        if at + bytes.len() > self.used {
+            return;
+        }
+        // SAFETY: within what was handed out, as just seen; nothing else refers to the mapping.
+        unsafe {
+            self.writable
+                .add(at)
+                .copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len());
+        }
+    }
+
     /// Forgets all code; what was handed out must not be called any more.
     pub fn reset(&mut self) {
         self.used = 0;

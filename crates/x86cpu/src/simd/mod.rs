@@ -22,6 +22,7 @@ use iced_x86::{EncodingKind, Instruction};
 
 use crate::code::Lowering;
 
+pub(crate) use code_buffer::CodeBuffer;
 pub use thunk::prepare_executable_memory;
 
 /// Adds the ops of `i` if it is an x87, MMX, SSE or AVX instruction.

@@ -1,0 +1,1035 @@
+//! From a trace to machine code.
+//!
+//! The guest's instructions are the host's: most are copied with other registers, and memory
+//! operands that go through the TLB. The guest's flags are the host's; nothing that is emitted
+//! between the guest's instructions changes them.
+
+use std::mem::offset_of;
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::asm::{Asm, Mem, Near, R10, R11, R15, RAX, RCX, RDX, Reg, Rm};
+use super::classify::{Align, Class, alignment, classify, writes_memory, writes_register};
+use super::encoding::{Encoding, Field, General, Operands, generals};
+use super::trace::{Step, Trace};
+use crate::Cpu;
+use crate::cpu::reg;
+use crate::cpuid::Features;
+use crate::fpu::FpuState;
+use crate::mem::area::{Area, Frame};
+
+/// What the interpreter is asked to do for compiled code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    /// Run the instruction, then go on behind it.
+    Run,
+    /// The same; the flags are those of before a division was tried.
+    Divide,
+    /// Run it and leave: it is a branch.
+    Branch,
+    /// Run it and all others up to its block's end, and leave.
+    ToEnd,
+    /// Have what it needs in the host's registers; or else as [`Work::ToEnd`].
+    Sse,
+    Avx,
+    X87,
+}
+
+/// One reason to call the interpreter. The step is by number.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Call {
+    pub work: Work,
+    pub step: usize,
+    /// The memory access missed the TLB; else the instruction is the interpreter's.
+    pub missed: bool,
+}
+
+/// Where a trace is left.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Goal {
+    /// For an offset from the page's start.
+    Direct(i64),
+    /// For where [`Frame::target`] says.
+    Indirect,
+}
+
+/// One way out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way {
+    pub goal: Goal,
+    /// Where the jump's displacement ends that may be linked to another trace.
+    pub link: Option<usize>,
+}
+
+/// Machine code, and what goes with it. Calls and ways have their numbers in the code, counted from
+/// where the compiler was told to start.
+pub(super) struct Compiled {
+    pub bytes: Vec<u8>,
+    /// Offset of the entry for jumps from within the page; at 0 is that for others.
+    pub direct: usize,
+    pub calls: Vec<Call>,
+    pub ways: Vec<Way>,
+}
+
+/// What is asked of the compiler beside the trace.
+#[derive(Clone, Copy)]
+pub(super) struct Request<'a> {
+    pub features: &'a Features,
+    pub first_call: u32,
+    pub first_way: u32,
+    pub hardened: bool,
+}
+
+/// Bit of a way's number: it is left because something is requested.
+pub(super) const POLLED: u32 = 1 << 31;
+
+/// The host register of each guest register; guest registers without one are in the frame.
+const HOST: [Option<Reg>; 16] = [
+    Some(RAX),
+    Some(R10),
+    Some(RDX),
+    Some(3),
+    Some(R15),
+    Some(5),
+    Some(6),
+    Some(7),
+    Some(8),
+    Some(9),
+    None,
+    None,
+    Some(12),
+    Some(13),
+    Some(14),
+    None,
+];
+
+/// The guest registers that have a host register, with it.
+pub(super) fn pinned() -> impl Iterator<Item = (usize, Reg)> {
+    HOST.into_iter()
+        .enumerate()
+        .filter_map(|(guest, host)| Some((guest, host?)))
+}
+
+/// Guest registers that are in the frame, and where.
+pub(super) const SPILLED: [(usize, usize); 3] = [
+    (10, offset_of!(Frame, r10)),
+    (11, offset_of!(Frame, r11)),
+    (15, offset_of!(Frame, r15)),
+];
+
+/// Host register of the guest's RCX, and of its RSP.
+const GUEST_RCX: Reg = R10;
+const GUEST_RSP: Reg = R15;
+
+fn slot(guest: u8) -> Mem {
+    let offset = match guest {
+        10 => offset_of!(Frame, r10),
+        11 => offset_of!(Frame, r11),
+        _ => offset_of!(Frame, r15),
+    };
+    Mem::frame(offset)
+}
+
+/// Where a part of an address is.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    Host(Reg),
+    Frame(Mem),
+}
+
+/// A guest address in the making: `base + index << scale + disp`, in a segment.
+#[derive(Clone, Copy, Debug)]
+struct Address {
+    segment: Option<Mem>,
+    base: Option<Part>,
+    index: Option<(Part, u8)>,
+    disp: i32,
+}
+
+fn part(register: Register) -> Option<Part> {
+    if !register.is_gpr64() {
+        return None;
+    }
+    let guest = register.number() as u8;
+    Some(match HOST.get(usize::from(guest)).copied().flatten() {
+        Some(host) => Part::Host(host),
+        None => Part::Frame(slot(guest)),
+    })
+}
+
+impl Address {
+    fn new(i: &Instruction) -> Option<Self> {
+        let segment = match i.memory_segment() {
+            Register::FS => Some(Mem::frame(offset_of!(Frame, fs_base))),
+            Register::GS => Some(Mem::frame(offset_of!(Frame, gs_base))),
+            _ => None,
+        };
+        let base = match i.memory_base() {
+            Register::None => None,
+            Register::RIP => Some(Part::Frame(Mem::frame(offset_of!(Frame, rip_page)))),
+            register => Some(part(register)?),
+        };
+        let index = match i.memory_index() {
+            Register::None => None,
+            register => Some((part(register)?, i.memory_index_scale().trailing_zeros() as u8)),
+        };
+        let disp = i32::try_from(i.memory_displacement64() as i64).ok()?;
+        // Room for what is added to reach the last byte.
+        (disp.unsigned_abs() < i32::MAX as u32 - 4096).then_some(Self {
+            segment,
+            base,
+            index,
+            disp,
+        })
+    }
+
+    /// A host register plus a constant.
+    fn of(base: Reg, disp: i32) -> Self {
+        Self {
+            segment: None,
+            base: Some(Part::Host(base)),
+            index: None,
+            disp,
+        }
+    }
+
+    /// The same operand for an instruction of the host, if all parts are in registers.
+    fn plain(&self) -> Option<Mem> {
+        let base = match self.base {
+            Some(Part::Host(base)) => Some(base),
+            Some(Part::Frame(_)) => return None,
+            None => None,
+        };
+        let index = match self.index {
+            Some((Part::Host(index), scale)) => Some((index, scale)),
+            Some((Part::Frame(_), _)) => return None,
+            None => None,
+        };
+        Some(Mem {
+            base,
+            index,
+            disp: self.disp,
+        })
+    }
+}
+
+/// A jump to the slow path of an access, and the call that is made there.
+struct Slow {
+    from: Near,
+    call: u32,
+    /// Where to go on; `None` while the instruction isn't complete.
+    resume: Option<usize>,
+}
+
+pub(super) struct Compiler<'a> {
+    asm: Asm,
+    request: Request<'a>,
+    calls: Vec<Call>,
+    ways: Vec<Way>,
+    slow: Vec<Slow>,
+    /// Jumps out, each with its way.
+    leaving: Vec<(Near, Exit)>,
+    direct: usize,
+    head: u16,
+    sse: bool,
+    avx: bool,
+    x87: bool,
+}
+
+/// A way out in the making: where to, and whether to look for requests first.
+#[derive(Clone, Copy)]
+struct Exit {
+    target: i64,
+    poll: bool,
+}
+
+/// Compiles a trace. `bytes` are those of its page.
+pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Option<Compiled> {
+    let head = trace.steps.first()?.at;
+    let mut c = Compiler {
+        asm: Asm::default(),
+        request,
+        calls: Vec::new(),
+        ways: Vec::new(),
+        slow: Vec::new(),
+        leaving: Vec::new(),
+        direct: 0,
+        head,
+        sse: false,
+        avx: false,
+        x87: false,
+    };
+    c.asm.bytes.reserve(4096);
+    c.entry();
+    for (n, step) in trace.steps.iter().enumerate() {
+        if c.step(n, step, bytes) {
+            break;
+        }
+    }
+    c.finish();
+    Some(Compiled {
+        bytes: c.asm.bytes,
+        direct: c.direct,
+        calls: c.calls,
+        ways: c.ways,
+    })
+}
+
+impl Compiler<'_> {
+    /// Jumps through the jump cache come here, with the target in R11.
+    fn entry(&mut self) {
+        let head = i32::from(self.head);
+        self.asm.lea(R11, Mem::base(R11, -head));
+        self.asm
+            .store(Mem::frame(offset_of!(Frame, rip_page)), R11);
+        self.poll(i64::from(head));
+        self.direct = self.asm.at();
+    }
+
+    /// Leaves for `target` if something is requested.
+    fn poll(&mut self, target: i64) {
+        self.asm.load(RCX, Mem::frame(offset_of!(Frame, requests)));
+        self.asm.load32(RCX, Mem::base(RCX, 0));
+        let quiet = self.asm.jrcxz();
+        let way = self.way(Goal::Direct(target), None);
+        self.leave(way | POLLED);
+        self.asm.here(quiet);
+    }
+
+    fn way(&mut self, goal: Goal, link: Option<usize>) -> u32 {
+        self.ways.push(Way { goal, link });
+        self.request.first_way + self.ways.len() as u32 - 1
+    }
+
+    fn leave(&mut self, way: u32) {
+        self.asm.constant32(RCX, way);
+        self.asm.jmp_memory(Mem::frame(offset_of!(Frame, leave)));
+    }
+
+    fn call(&mut self, work: Work, step: usize, missed: bool) -> u32 {
+        self.calls.push(Call { work, step, missed });
+        self.request.first_call + self.calls.len() as u32 - 1
+    }
+
+    /// Calls the interpreter here and now.
+    fn interpret(&mut self, call: u32) {
+        self.asm.constant32(RCX, call);
+        self.asm
+            .call_memory(Mem::frame(offset_of!(Frame, replay)));
+    }
+
+    /// What is behind the trace: slow paths and ways out.
+    fn finish(&mut self) {
+        for slow in std::mem::take(&mut self.slow) {
+            self.asm.bind_here(slow.from);
+            self.interpret(slow.call);
+            let back = self.asm.jmp();
+            self.asm.bind(back, slow.resume.unwrap_or(slow.from.0));
+        }
+        for (from, exit) in std::mem::take(&mut self.leaving) {
+            self.asm.bind_here(from);
+            self.go(exit);
+        }
+    }
+
+    /// Goes to another trace, or to this one's start.
+    fn go(&mut self, exit: Exit) {
+        let offset = super::trace::in_page(exit.target);
+        let Some(offset) = offset else {
+            self.asm.load(R11, Mem::frame(offset_of!(Frame, rip_page)));
+            match i32::try_from(exit.target) {
+                Ok(target) => self.asm.lea(R11, Mem::base(R11, target)),
+                // No branch in the page goes so far.
+                Err(_) => self.asm.constant32(R11, 0),
+            }
+            self.jump();
+            return;
+        };
+        if exit.poll {
+            self.poll(exit.target);
+        }
+        let link = self.asm.jmp();
+        if offset == self.head {
+            self.asm.bind(link, self.direct);
+            return;
+        }
+        self.asm.bind_here(link);
+        let way = self.way(Goal::Direct(exit.target), Some(link.0));
+        self.leave(way);
+    }
+
+    /// Jumps to the guest address in R11.
+    fn jump(&mut self) {
+        let mask = Mem::frame(offset_of!(Frame, jump_mask));
+        let tags = (offset_of!(Area, jump_tag)) as i32;
+        let codes = (offset_of!(Area, jump_code)) as i32;
+        self.asm.pext(RCX, R11, mask);
+        self.asm.load(RCX, Mem::indexed(super::asm::RSP, RCX, 3, tags));
+        self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, 0));
+        let hit = self.asm.jrcxz();
+        let way = self.way(Goal::Indirect, None);
+        self.leave(way);
+        self.asm.here(hit);
+        self.asm.pext(RCX, R11, mask);
+        self.asm
+            .jmp_memory(Mem::indexed(super::asm::RSP, RCX, 3, codes));
+    }
+
+    /// Compiles one instruction; `true` if nothing comes after it.
+    fn step(&mut self, n: usize, step: &Step, bytes: &[u8]) -> bool {
+        let before = self.slow.len();
+        let done = self.one(n, step, bytes);
+        let here = self.asm.at();
+        for slow in &mut self.slow[before..] {
+            slow.resume.get_or_insert(here);
+        }
+        done
+    }
+
+    fn one(&mut self, n: usize, step: &Step, bytes: &[u8]) -> bool {
+        let i = &step.instruction;
+        if step.last {
+            if let Some(done) = self.branch(n, step) {
+                return done;
+            }
+            if !step.falls_through() {
+                let call = self.call(Work::ToEnd, n, false);
+                self.interpret(call);
+                return true;
+            }
+        }
+        let at = usize::from(step.at);
+        let known = bytes.get(at..at + i.len()).and_then(|bytes| {
+            let class = classify(i).filter(|_| self.request.features.has_all(i.cpuid_features()))?;
+            self.copy(n, step, class, bytes)
+        });
+        if known.is_none() {
+            let call = self.call(Work::Run, n, false);
+            self.interpret(call);
+            (self.sse, self.avx, self.x87) = (false, false, false);
+        }
+        if step.last && step.follow.is_none() {
+            let target = i64::from(step.at) + i.len() as i64;
+            self.go(Exit {
+                target,
+                poll: false,
+            });
+            return true;
+        }
+        false
+    }
+
+    // --- memory -----------------------------------------------------------------------------
+
+    /// Computes an address within its segment (and adds the segment's base if `linear`) into R11.
+    fn address(&mut self, address: &Address, linear: bool) {
+        let disp = address.disp;
+        let index = match address.index {
+            Some((Part::Host(index), scale)) => Some((index, scale)),
+            Some((Part::Frame(slot), scale)) => {
+                self.asm.load(RCX, slot);
+                Some((RCX, scale))
+            }
+            None => None,
+        };
+        let base = match address.base {
+            Some(Part::Host(base)) => Some(base),
+            Some(Part::Frame(slot)) => {
+                self.asm.load(R11, slot);
+                Some(R11)
+            }
+            None => None,
+        };
+        self.asm.lea(R11, Mem { base, index, disp });
+        if let Some(segment) = address.segment
+            && linear
+        {
+            self.asm.load(RCX, segment);
+            self.asm.lea(R11, Mem::indexed(R11, RCX, 0, 0));
+        }
+    }
+
+    /// Looks an address up in the TLB. What is returned is good for one access of `size` bytes and
+    /// uses R11 and guest registers; RCX is free.
+    fn access(
+        &mut self,
+        address: &Address,
+        size: usize,
+        align: Align,
+        write: bool,
+        call: u32,
+    ) -> Mem {
+        let tags = if write {
+            offset_of!(Area, write)
+        } else {
+            offset_of!(Area, read)
+        } as i32;
+        let last = if align == Align::None {
+            size as i32 - 1
+        } else {
+            0
+        };
+        let simple = match *address {
+            Address {
+                segment: None,
+                base: Some(Part::Host(base)),
+                index: None,
+                disp,
+            } => Some((base, disp)),
+            _ => None,
+        };
+        let entry = |index: Reg, column: i32| Mem::indexed(super::asm::RSP, index, 3, column);
+        let addend = offset_of!(Area, addend) as i32;
+        let index_mask = Mem::frame(offset_of!(Frame, index_mask));
+        let mask = Mem::frame(offset_of!(Frame, masks) + 8 * align as usize);
+        let asm = &mut self.asm;
+        let (index, base, disp) = match simple {
+            Some((base, 0)) => {
+                asm.pext(R11, base, index_mask);
+                (R11, base, 0)
+            }
+            Some((base, disp)) => {
+                asm.lea(RCX, Mem::base(base, disp));
+                asm.pext(R11, RCX, index_mask);
+                (R11, base, disp)
+            }
+            None => {
+                self.address(address, true);
+                self.asm.pext(RCX, R11, index_mask);
+                (RCX, R11, 0)
+            }
+        };
+        let asm = &mut self.asm;
+        asm.load(RCX, entry(index, tags));
+        asm.lea(RCX, Mem::indexed(RCX, base, 0, disp + last));
+        asm.pext(RCX, RCX, mask);
+        let hit = asm.jrcxz();
+        let miss = asm.jmp();
+        asm.here(hit);
+        let operand = if simple.is_some() {
+            asm.load(R11, entry(R11, addend));
+            Mem::indexed(R11, base, 0, disp)
+        } else {
+            asm.pext(RCX, R11, index_mask);
+            asm.load(RCX, entry(RCX, addend));
+            asm.lea(R11, Mem::indexed(R11, RCX, 0, 0));
+            Mem::base(R11, 0)
+        };
+        if self.request.hardened {
+            // Nothing is read ahead of the comparison above (SDM 3A §9.2.2: LFENCE orders it).
+            self.asm.put(&[0x0f, 0xae, 0xe8]);
+        }
+        self.slow.push(Slow {
+            from: miss,
+            call,
+            resume: None,
+        });
+        operand
+    }
+
+    // --- copies -----------------------------------------------------------------------------
+
+    /// Makes sure that the vector or x87 registers are where copied instructions find them.
+    fn ready(&mut self, n: usize, class: Class) {
+        let (known, field, work) = match class {
+            Class::Sse => (&mut self.sse, offset_of!(Frame, sse_away), Work::Sse),
+            Class::Avx => (&mut self.avx, offset_of!(Frame, avx_away), Work::Avx),
+            Class::X87 | Class::Mmx => (&mut self.x87, offset_of!(Frame, x87_away), Work::X87),
+            _ => return,
+        };
+        if std::mem::replace(known, true) {
+            return;
+        }
+        self.asm.load_byte(RCX, Mem::frame(field));
+        let ready = self.asm.jrcxz();
+        let from = self.asm.jmp();
+        self.asm.here(ready);
+        let call = self.call(work, n, false);
+        self.slow.push(Slow {
+            from,
+            call,
+            resume: Some(self.asm.at()),
+        });
+    }
+
+    /// Copies an instruction. `None`, and nothing emitted, if it has a form that isn't known here.
+    fn copy(&mut self, n: usize, step: &Step, class: Class, bytes: &[u8]) -> Option<()> {
+        let i = &step.instruction;
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        if bytes.contains(&0x67) && memory {
+            let base = i.memory_base();
+            let index = i.memory_index();
+            if base.is_gpr32() || index.is_gpr32() || base == Register::EIP {
+                return None;
+            }
+        }
+        match class {
+            Class::Nothing => return Some(()),
+            Class::Push | Class::Pop | Class::Leave => return self.stack(n, i, class),
+            Class::Divide { signed } => return self.divide(n, i, signed),
+            _ => {}
+        }
+        let encoding = Encoding::new(bytes, i)?;
+        let address = if memory { Some(Address::new(i)?) } else { None };
+        let mut plan = Plan::new(i, memory, class == Class::Lea)?;
+        if plan.high && (memory || encoding.needs_rex(&plan.operands)) {
+            return None;
+        }
+        self.ready(n, class);
+        if let Some(address) = &address {
+            let operand = if class == Class::Lea {
+                address.plain().unwrap_or_else(|| {
+                    self.address(address, false);
+                    Mem::base(R11, 0)
+                })
+            } else {
+                let size = i.memory_size().size();
+                let align = alignment(i, class, size);
+                let write = writes_memory(i, class);
+                let call = self.call(Work::Run, n, true);
+                self.access(address, size.max(1), align, write, call)
+            };
+            plan.operands.rm = Some(Rm::Mem(operand));
+        }
+        if plan.count {
+            self.asm.mov(RCX, GUEST_RCX);
+        }
+        for spill in plan.spills() {
+            self.asm.load(spill.temporary, slot(spill.guest));
+        }
+        encoding.emit(&mut self.asm, &plan.operands);
+        for spill in plan.spills().filter(|spill| spill.written) {
+            self.asm.store(slot(spill.guest), spill.temporary);
+        }
+        if class == Class::X87 {
+            self.note_x87(step, bytes, address.as_ref());
+        }
+        Some(())
+    }
+
+    /// FIP, FOP and FDP, which the host's unit has for its own addresses.
+    fn note_x87(&mut self, step: &Step, bytes: &[u8], address: Option<&Address>) {
+        let fpu = offset_of!(Cpu, fpu);
+        let opcode = bytes
+            .iter()
+            .skip_while(|b| !(0xd8..=0xdf).contains(*b))
+            .take(2)
+            .fold(0, |opcode, &b| opcode << 8 | u16::from(b))
+            & 0x7ff;
+        let cpu = Mem::frame(offset_of!(Frame, cpu));
+        if let Some(address) = address {
+            self.address(address, false);
+            self.asm.load(RCX, cpu);
+            let at = fpu + offset_of!(FpuState, last_dp);
+            self.asm.store(Mem::base(RCX, at as i32), R11);
+        }
+        self.asm.load(R11, Mem::frame(offset_of!(Frame, rip_page)));
+        self.asm.lea(R11, Mem::base(R11, i32::from(step.at)));
+        self.asm.load(RCX, cpu);
+        let at = fpu + offset_of!(FpuState, last_ip);
+        self.asm.store(Mem::base(RCX, at as i32), R11);
+        let at = fpu + offset_of!(FpuState, last_opcode);
+        self.asm.byte(0x66);
+        self.asm
+            .op32(0xc7, 0, Rm::Mem(Mem::base(RCX, at as i32)));
+        self.asm.put(&opcode.to_le_bytes());
+    }
+
+    /// PUSH, POP of registers and constants; LEAVE.
+    fn stack(&mut self, n: usize, i: &Instruction, class: Class) -> Option<()> {
+        match class {
+            Class::Push => {
+                let source = match i.op0_kind() {
+                    OpKind::Register if i.op0_register().is_gpr64() => None,
+                    OpKind::Immediate8to64 => Some(i.immediate8to64() as i32),
+                    OpKind::Immediate32to64 => Some(i.immediate32to64() as i32),
+                    _ => return None,
+                };
+                let call = self.call(Work::Run, n, true);
+                let to = self.access(&Address::of(GUEST_RSP, -8), 8, Align::None, true, call);
+                match source {
+                    Some(value) => self.asm.store_constant(to, value),
+                    None => {
+                        let source = self.value(i.op0_register().number() as u8, RCX);
+                        self.asm.store(to, source);
+                    }
+                }
+                self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, -8));
+            }
+            Class::Pop => {
+                if i.op0_kind() != OpKind::Register || !i.op0_register().is_gpr64() {
+                    return None;
+                }
+                let guest = i.op0_register().number() as u8;
+                let call = self.call(Work::Run, n, true);
+                let from = self.access(&Address::of(GUEST_RSP, 0), 8, Align::None, false, call);
+                if guest == reg::RSP {
+                    self.asm.load(GUEST_RSP, from);
+                    return Some(());
+                }
+                match HOST[usize::from(guest & 15)] {
+                    Some(host) => self.asm.load(host, from),
+                    None => {
+                        self.asm.load(RCX, from);
+                        self.asm.store(slot(guest), RCX);
+                    }
+                }
+                self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8));
+            }
+            _ => {
+                // LEAVE with a 64-bit stack.
+                if i.code() != iced_x86::Code::Leaveq {
+                    return None;
+                }
+                let rbp = 5;
+                let call = self.call(Work::Run, n, true);
+                let from = self.access(&Address::of(rbp, 0), 8, Align::None, false, call);
+                self.asm.load(RCX, from);
+                self.asm.lea(GUEST_RSP, Mem::base(rbp, 8));
+                self.asm.mov(rbp, RCX);
+            }
+        }
+        Some(())
+    }
+
+    /// A register that holds the guest's: its own, or `temporary`, into which it is loaded.
+    fn value(&mut self, guest: u8, temporary: Reg) -> Reg {
+        match HOST[usize::from(guest & 15)] {
+            Some(host) => host,
+            None => {
+                self.asm.load(temporary, slot(guest));
+                temporary
+            }
+        }
+    }
+
+    /// DIV and IDIV of 32 and 64 bits, where no #DE can come of it; else the interpreter's.
+    fn divide(&mut self, n: usize, i: &Instruction, signed: bool) -> Option<()> {
+        let wide = match (i.op0_kind(), i.op0_register()) {
+            (OpKind::Register, r) if r.is_gpr64() => true,
+            (OpKind::Register, r) if r.is_gpr32() => false,
+            (OpKind::Memory, _) => match i.memory_size().size() {
+                8 => true,
+                4 => false,
+                _ => return None,
+            },
+            _ => return None,
+        };
+        if i.op0_kind() == OpKind::Memory {
+            let address = Address::new(i)?;
+            let call = self.call(Work::Run, n, true);
+            let size = if wide { 8 } else { 4 };
+            let from = self.access(&address, size, Align::None, false, call);
+            self.operation(wide, 0x8b, RCX, Rm::Mem(from));
+        } else {
+            let guest = i.op0_register().full_register().number() as u8;
+            let from = self.value(guest, RCX);
+            self.operation(wide, 0x8b, RCX, Rm::Reg(from));
+        }
+        // All flags are undefined after a division, so that these may change them; but it may turn
+        // out that there is an exception instead.
+        self.asm.mov(R11, RAX);
+        self.asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
+        self.asm
+            .store32(Mem::frame(offset_of!(Frame, divide_flags)), RAX);
+        self.asm.mov(RAX, R11);
+        if signed {
+            // What is divided is a sign-extended number, and the divisor is neither 0 nor -1.
+            self.operation(wide, 0x8b, R11, Rm::Reg(RAX));
+            self.operation(wide, 0xc1, 7, Rm::Reg(R11));
+            self.asm.byte(if wide { 63 } else { 31 });
+            self.operation(wide, 0x3b, R11, Rm::Reg(RDX));
+            let odd = self.asm.jcc(5);
+            self.slow_from(odd, n);
+            self.operation(wide, 0x8d, R11, Rm::Mem(Mem::base(RCX, 1)));
+            self.operation(wide, 0x83, 7, Rm::Reg(R11));
+            self.asm.byte(1);
+            let odd = self.asm.jcc(6);
+            self.slow_from(odd, n);
+        } else {
+            // The quotient fits if the upper half is less than the divisor.
+            self.operation(wide, 0x3b, RDX, Rm::Reg(RCX));
+            let odd = self.asm.jcc(3);
+            self.slow_from(odd, n);
+        }
+        self.operation(wide, 0xf7, if signed { 7 } else { 6 }, Rm::Reg(RCX));
+        Some(())
+    }
+
+    fn slow_from(&mut self, from: Near, n: usize) {
+        let call = self.call(Work::Divide, n, false);
+        self.slow.push(Slow {
+            from,
+            call,
+            resume: None,
+        });
+    }
+
+    fn operation(&mut self, wide: bool, opcode: u8, reg: Reg, rm: Rm) {
+        if wide {
+            self.asm.op64(opcode, reg, rm);
+        } else {
+            self.asm.op32(opcode, reg, rm);
+        }
+    }
+
+    // --- branches ---------------------------------------------------------------------------
+
+    /// Compiles a near branch; `None` if the instruction is none. Says whether the trace ends here.
+    fn branch(&mut self, n: usize, step: &Step) -> Option<bool> {
+        use iced_x86::{Code, FlowControl, Mnemonic};
+        let i = &step.instruction;
+        let after = i64::from(step.at) + i.len() as i64;
+        let target = super::trace::direct_target(i);
+        match (i.flow_control(), target) {
+            (FlowControl::ConditionalBranch, Some(target)) if i.is_jcc_short_or_near() => {
+                let condition = i.condition_code() as u8 - 1;
+                let taken = step.follow.is_some_and(|next| i64::from(next) == target)
+                    && step.follow.map(i64::from) != Some(after);
+                let (condition, aside) = if taken {
+                    (condition ^ 1, after)
+                } else {
+                    (condition, target)
+                };
+                let from = self.asm.jcc(condition);
+                self.leaving.push((from, self.exit(step, aside)));
+                if step.follow.is_some() {
+                    self.poll_inside(step, if taken { target } else { after });
+                    return Some(false);
+                }
+                self.go(self.exit(step, after));
+                Some(true)
+            }
+            (FlowControl::ConditionalBranch, Some(target))
+                if matches!(i.code(), Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX) =>
+            {
+                let is_loop = i.mnemonic() == Mnemonic::Loop;
+                if is_loop {
+                    self.asm.lea(GUEST_RCX, Mem::base(GUEST_RCX, -1));
+                }
+                self.asm.mov(RCX, GUEST_RCX);
+                let zero = self.asm.jrcxz();
+                let other = self.asm.jmp();
+                self.asm.here(zero);
+                let (if_zero, if_not) = if is_loop {
+                    (after, target)
+                } else {
+                    (target, after)
+                };
+                self.leaving.push((other, self.exit(step, if_not)));
+                self.go(self.exit(step, if_zero));
+                Some(true)
+            }
+            (FlowControl::UnconditionalBranch, Some(target)) => {
+                if step.follow.is_some() {
+                    self.poll_inside(step, target);
+                    return Some(false);
+                }
+                self.go(self.exit(step, target));
+                Some(true)
+            }
+            (FlowControl::Call, Some(target)) => {
+                self.push_return(n, after);
+                if step.follow.is_some() {
+                    self.poll_inside(step, target);
+                    return Some(false);
+                }
+                self.go(self.exit(step, target));
+                Some(true)
+            }
+            (FlowControl::Return, _) => self.ret(n, i),
+            (FlowControl::IndirectBranch, _) => {
+                self.indirect_target(n, i)?;
+                self.asm
+                    .load(R11, Mem::frame(offset_of!(Frame, target)));
+                self.jump();
+                Some(true)
+            }
+            (FlowControl::IndirectCall, _) => {
+                self.indirect_target(n, i)?;
+                self.push_return(n, after);
+                self.asm
+                    .load(R11, Mem::frame(offset_of!(Frame, target)));
+                self.jump();
+                Some(true)
+            }
+            _ => None,
+        }
+    }
+
+    /// Where the trace itself goes back in the page: a loop may have no other way to look.
+    fn poll_inside(&mut self, step: &Step, target: i64) {
+        if self.exit(step, target).poll {
+            self.poll(target);
+        }
+    }
+
+    fn exit(&self, step: &Step, target: i64) -> Exit {
+        Exit {
+            target,
+            poll: target <= i64::from(step.at),
+        }
+    }
+
+    fn push_return(&mut self, n: usize, after: i64) {
+        let call = self.call(Work::Branch, n, true);
+        let to = self.access(&Address::of(GUEST_RSP, -8), 8, Align::None, true, call);
+        self.asm.load(RCX, Mem::frame(offset_of!(Frame, rip_page)));
+        self.asm.lea(RCX, Mem::base(RCX, after as i32));
+        self.asm.store(to, RCX);
+        self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, -8));
+    }
+
+    fn ret(&mut self, n: usize, i: &Instruction) -> Option<bool> {
+        use iced_x86::Code;
+        let extra = match i.code() {
+            Code::Retnq => 0,
+            Code::Retnq_imm16 => i32::from(i.immediate16()),
+            _ => return None,
+        };
+        let call = self.call(Work::Branch, n, true);
+        let from = self.access(&Address::of(GUEST_RSP, 0), 8, Align::None, false, call);
+        self.asm.load(R11, from);
+        self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
+        self.jump();
+        Some(true)
+    }
+
+    /// Leaves the target of an indirect near branch in [`Frame::target`].
+    fn indirect_target(&mut self, n: usize, i: &Instruction) -> Option<()> {
+        use iced_x86::Code;
+        let to = Mem::frame(offset_of!(Frame, target));
+        match i.code() {
+            Code::Jmp_rm64 | Code::Call_rm64 => {}
+            _ => return None,
+        }
+        if i.op0_kind() == OpKind::Register {
+            let guest = i.op0_register().number() as u8;
+            let source = self.value(guest, R11);
+            self.asm.store(to, source);
+            return Some(());
+        }
+        if i.memory_base().is_gpr32() || i.memory_index().is_gpr32() {
+            return None;
+        }
+        let address = Address::new(i)?;
+        let call = self.call(Work::Branch, n, true);
+        let from = self.access(&address, 8, Align::None, false, call);
+        self.asm.load(RCX, from);
+        self.asm.store(to, RCX);
+        Some(())
+    }
+}
+
+/// A guest register that has to be brought into a host register for one instruction.
+#[derive(Clone, Copy)]
+struct Spill {
+    guest: u8,
+    temporary: Reg,
+    written: bool,
+}
+
+/// Which registers a copied instruction gets.
+struct Plan {
+    operands: Operands,
+    spills: [Option<Spill>; 2],
+    /// CL is a count: host RCX must hold the guest's.
+    count: bool,
+    /// AH, DH or BH is an operand.
+    high: bool,
+}
+
+impl Plan {
+    fn spills(&self) -> impl Iterator<Item = Spill> + use<> {
+        self.spills.into_iter().flatten()
+    }
+
+    fn new(i: &Instruction, memory: bool, lea: bool) -> Option<Self> {
+        let (generals, number) = generals(i)?;
+        let generals = || generals.iter().take(number).flatten();
+        let mut plan = Self {
+            operands: Operands::default(),
+            spills: [None; 2],
+            count: generals().any(|g| g.field == Field::Fixed && g.number == reg::RCX),
+            high: false,
+        };
+        if matches!(
+            i.mnemonic(),
+            iced_x86::Mnemonic::Cmpxchg8b | iced_x86::Mnemonic::Cmpxchg16b
+        ) {
+            plan.count16(i)?;
+        }
+        // An address may need R11, and RCX until the operand is reached.
+        let free: &[Reg] = match (memory, plan.count) {
+            (true, true) => &[],
+            (true, false) => &[RCX],
+            (false, true) => &[R11],
+            (false, false) => &[RCX, R11],
+        };
+        let mut free = free.iter().copied();
+        let _ = lea;
+        for g in generals() {
+            plan.assign(i, g, &mut free)?;
+        }
+        Some(plan)
+    }
+
+    /// CMPXCHG8B and CMPXCHG16B take the new upper half from RCX.
+    fn count16(&mut self, i: &Instruction) -> Option<()> {
+        // With 32 bits the upper half of RCX doesn't matter.
+        (i.op0_kind() == OpKind::Memory).then(|| self.count = true)
+    }
+
+    fn assign(
+        &mut self,
+        i: &Instruction,
+        g: &General,
+        free: &mut impl Iterator<Item = Reg>,
+    ) -> Option<()> {
+        if g.high {
+            self.high = true;
+            return (g.number != reg::RCX).then_some(());
+        }
+        if g.field == Field::Fixed {
+            return Some(());
+        }
+        let written = writes_register(i, g.operand);
+        let host = match HOST[usize::from(g.number & 15)] {
+            Some(host) => host,
+            None => self.spill(g.number, written, free)?,
+        };
+        if g.size == 1 && (4..8).contains(&host) {
+            self.operands.byte_low = true;
+        }
+        match g.field {
+            Field::Reg => self.operands.reg = Some(host),
+            Field::Rm => self.operands.rm = Some(Rm::Reg(host)),
+            Field::Vvvv => self.operands.vvvv = Some(host),
+            Field::Opcode => self.operands.opcode = Some(host),
+            Field::Fixed => {}
+        }
+        Some(())
+    }
+
+    fn spill(
+        &mut self,
+        guest: u8,
+        written: bool,
+        free: &mut impl Iterator<Item = Reg>,
+    ) -> Option<Reg> {
+        for spill in self.spills.iter_mut().flatten() {
+            if spill.guest == guest {
+                spill.written |= written;
+                return Some(spill.temporary);
+            }
+        }
+        let temporary = free.next()?;
+        let empty = self.spills.iter_mut().find(|spill| spill.is_none())?;
+        *empty = Some(Spill {
+            guest,
+            temporary,
+            written,
+        });
+        Some(temporary)
+    }
+}

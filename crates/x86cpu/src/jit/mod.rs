@@ -1,0 +1,335 @@
+//! The compiler: traces of 64-bit guest code become code of the host.
+//!
+//! ```text
+//! run_blocks: block ─ heat ≥ threshold ─▶ Trace (trace.rs) ─▶ compile.rs ─▶ CodeBuffer
+//!     │                                                        classify, encoding, asm
+//!     └─ block has code ─▶ glue.rs: enter ─▶ trace ─▶ trace ─▶ … ─ leave ─▶ run_blocks
+//!                                             │ ▲ linked as they are found
+//!                             TLB miss, rare  ▼ │
+//!                                       runtime.rs: the interpreter's own op
+//! ```
+//! The interpreter stays what decides: it decodes, it raises every exception, and what compiled code
+//! doesn't have in itself it asks of the interpreter's op for that instruction.
+
+mod asm;
+mod classify;
+mod compile;
+mod encoding;
+mod glue;
+mod perf;
+mod runtime;
+mod trace;
+
+use std::collections::HashMap;
+
+use crate::code::{BlockRef, Op};
+use crate::mem::{PAGE_SIZE, PageState};
+use crate::simd::CodeBuffer;
+use crate::tuning::Tuning;
+
+use compile::{Compiled, Goal, Work};
+
+/// Times that a page's code may change before its blocks have to be hotter to be compiled again.
+const PATIENCE: u32 = 4;
+
+/// A trace that is compiled.
+struct Entry {
+    head: BlockRef,
+    /// Its page, as a key of [`Jit::pages`].
+    page: usize,
+    /// Offsets in the buffer of its code for jumps from elsewhere, and from its page.
+    indirect: u32,
+    direct: u32,
+    /// Ways of other traces that jump here.
+    linked: Vec<u32>,
+    live: bool,
+}
+
+/// A call of the interpreter.
+#[derive(Clone, Copy)]
+struct Call {
+    op: *const Op,
+    /// The op of the block that it is, or begins; null if it is in the midst of one.
+    whole: *const Op,
+    block: BlockRef,
+    ops: u8,
+    work: Work,
+    missed: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Way {
+    goal: Goal,
+    /// Offset in the buffer where the jump's displacement ends.
+    link: Option<u32>,
+    trace: u32,
+}
+
+/// The traces of a page.
+#[derive(Default)]
+struct PageTraces {
+    version: u32,
+    traces: Vec<u32>,
+    /// How often they were dropped because the page changed.
+    changes: u32,
+}
+
+/// What the compiler keeps for one processor.
+pub(crate) struct Jit {
+    tuning: Tuning,
+    made: Option<Made>,
+    /// Executable memory was refused.
+    refused: bool,
+    traces: Vec<Entry>,
+    calls: Vec<Call>,
+    ways: Vec<Way>,
+    pages: HashMap<usize, PageTraces>,
+    /// [`crate::mem::code_changes`] that have been dealt with.
+    seen: u64,
+    /// The way by which compiled code was left last, to be linked.
+    pending: Option<u32>,
+    /// An indirect jump went where the jump cache has nothing.
+    missed_jump: bool,
+    bytes: Box<[u8; PAGE_SIZE]>,
+    perf: perf::Map,
+}
+
+// SAFETY: the pointers in it are into the code cache of the same processor, which it moves with.
+#[expect(unsafe_code, reason = "holds pointers to ops")]
+unsafe impl Send for Jit {}
+
+/// What needs executable memory.
+struct Made {
+    buffer: CodeBuffer,
+    glue: glue::Glue,
+    /// Where the buffer's code runs, and how much of it is glue.
+    base: u64,
+    avx: bool,
+}
+
+impl Jit {
+    pub(crate) fn new(tuning: Tuning) -> Self {
+        Self {
+            tuning,
+            made: None,
+            refused: !tuning.compile || !host_can(),
+            traces: Vec::new(),
+            calls: Vec::new(),
+            ways: Vec::new(),
+            pages: HashMap::new(),
+            seen: 0,
+            pending: None,
+            missed_jump: false,
+            bytes: Box::new([0; PAGE_SIZE]),
+            perf: perf::Map::new(tuning.perf_map),
+        }
+    }
+
+    /// Whether anything is compiled at all.
+    #[inline(always)]
+    pub(crate) fn is_on(&self) -> bool {
+        !self.refused
+    }
+
+    /// How hot a block must be.
+    #[inline(always)]
+    pub(crate) fn threshold(&self) -> u16 {
+        self.tuning.threshold
+    }
+
+    /// Bytes of code and of what goes with it.
+    pub(crate) fn used(&self) -> usize {
+        let code = self.made.as_ref().map_or(0, |made| made.buffer.used());
+        code + self.side_tables()
+    }
+
+    fn side_tables(&self) -> usize {
+        self.calls.len() * size_of::<Call>()
+            + self.ways.len() * (size_of::<Way>() + size_of::<u32>())
+            + self.traces.len() * (size_of::<Entry>() + size_of::<u32>())
+    }
+
+    /// Forgets all traces. Their blocks are gone, or going.
+    pub(crate) fn clear(&mut self) {
+        self.traces.clear();
+        self.calls.clear();
+        self.ways.clear();
+        self.pages.clear();
+        self.pending = None;
+        self.missed_jump = false;
+        if let Some(made) = &mut self.made {
+            made.reset();
+        }
+    }
+
+    /// The same, and gives their memory back.
+    pub(crate) fn give_back(&mut self) {
+        self.clear();
+        self.made = None;
+        self.traces = Vec::new();
+        self.calls = Vec::new();
+        self.ways = Vec::new();
+        self.pages = HashMap::new();
+    }
+
+    fn made(&mut self) -> Option<&mut Made> {
+        if self.made.is_none() && !self.refused {
+            match Made::new(self.tuning.code_bytes / 8 * 3) {
+                Some(made) => self.made = Some(made),
+                None => self.refused = true,
+            }
+        }
+        self.made.as_mut()
+    }
+
+    /// Whether another trace may be added.
+    fn has_room(&self) -> bool {
+        let code = self
+            .made
+            .as_ref()
+            .is_none_or(|made| made.buffer.has_room(LARGEST));
+        code && self.side_tables() < self.tuning.code_bytes / 8
+    }
+
+    /// Puts compiled code in its place. `None` if there is no room for it.
+    fn add(
+        &mut self,
+        head: BlockRef,
+        page: &PageState,
+        version: u32,
+        trace: &trace::Trace,
+        compiled: &Compiled,
+    ) -> Option<u32> {
+        let made = self.made.as_mut()?;
+        let code = made.buffer.push(&compiled.bytes)?.as_ptr() as u64;
+        let offset = (code - made.base) as u32;
+        let number = u32::try_from(self.traces.len()).ok()?;
+        self.perf.add(code, compiled.bytes.len(), number);
+        self.calls.extend(compiled.calls.iter().map(|call| {
+            let step = &trace.steps[call.step];
+            Call {
+                op: step.op,
+                whole: step.whole,
+                block: step.block,
+                ops: step.ops,
+                work: call.work,
+                missed: call.missed,
+            }
+        }));
+        self.ways.extend(compiled.ways.iter().map(|way| Way {
+            goal: way.goal,
+            link: way.link.map(|at| offset + at as u32),
+            trace: number,
+        }));
+        let key = std::ptr::from_ref(page) as usize;
+        self.traces.push(Entry {
+            head,
+            page: key,
+            indirect: offset,
+            direct: offset + compiled.direct as u32,
+            linked: Vec::new(),
+            live: true,
+        });
+        let traces = self.pages.entry(key).or_default();
+        traces.version = version;
+        traces.traces.push(number);
+        Some(number)
+    }
+
+    /// Has a way of one trace go straight to another of the same page.
+    fn link(&mut self, way: u32, to: u32) {
+        let Some(from) = self.ways.get(way as usize).copied() else {
+            return;
+        };
+        let same_page = self.traces[from.trace as usize].page == self.traces[to as usize].page;
+        let live = self.traces[from.trace as usize].live && self.traces[to as usize].live;
+        if let (Some(link), true, Some(made)) = (from.link, same_page && live, &mut self.made) {
+            let distance = i64::from(self.traces[to as usize].direct) - i64::from(link);
+            made.patch(link, distance as i32);
+            self.traces[to as usize].linked.push(way);
+        }
+    }
+
+    /// Takes a trace out: nothing leads there any more.
+    fn drop_trace(&mut self, number: u32) {
+        let Some(entry) = self.traces.get_mut(number as usize) else {
+            return;
+        };
+        if !std::mem::replace(&mut entry.live, false) {
+            return;
+        }
+        let linked = std::mem::take(&mut entry.linked);
+        forget_code(entry.head);
+        if let Some(made) = &mut self.made {
+            for way in linked {
+                if let Some(link) = self.ways[way as usize].link {
+                    made.patch(link, 0);
+                }
+            }
+        }
+    }
+
+    /// Drops the traces of a page if it has changed. Says how many those were.
+    fn drop_changed(&mut self, page: usize) -> usize {
+        let Some(traces) = self.pages.get_mut(&page) else {
+            return 0;
+        };
+        if page_version(page) == traces.version || traces.traces.is_empty() {
+            return 0;
+        }
+        traces.changes += 1;
+        let dropped = std::mem::take(&mut traces.traces);
+        for &number in &dropped {
+            self.drop_trace(number);
+        }
+        dropped.len()
+    }
+}
+
+/// More than the code of any trace takes.
+const LARGEST: usize = 64 << 10;
+
+/// Whether the host has the instructions that traces are made with.
+fn host_can() -> bool {
+    std::arch::is_x86_feature_detected!("bmi2")
+}
+
+#[expect(unsafe_code, reason = "looks at a block")]
+fn forget_code(head: BlockRef) {
+    // SAFETY: traces go when their blocks go.
+    unsafe { head.get() }.set_code(0);
+}
+
+#[expect(unsafe_code, reason = "looks at a page's state by its address")]
+fn page_version(page: usize) -> u32 {
+    // SAFETY: keys are the addresses of page states; all are forgotten with the memory map that
+    // has them.
+    unsafe { &*(page as *const PageState) }.version()
+}
+
+impl Made {
+    fn new(capacity: usize) -> Option<Self> {
+        let mut buffer = CodeBuffer::new(capacity).ok()?;
+        let avx = std::arch::is_x86_feature_detected!("avx");
+        let (code, glue) = glue::glue(avx);
+        let base = buffer.push(&code)?.as_ptr() as u64;
+        Some(Self {
+            buffer,
+            glue,
+            base,
+            avx,
+        })
+    }
+
+    fn reset(&mut self) {
+        self.buffer.reset();
+        // It comes to lie where it was.
+        let (code, _) = glue::glue(self.avx);
+        let _ = self.buffer.push(&code);
+    }
+
+    /// Writes the displacement of a jump that ends at an offset.
+    fn patch(&mut self, end: u32, distance: i32) {
+        self.buffer.write(end as usize - 4, &distance.to_le_bytes());
+    }
+}

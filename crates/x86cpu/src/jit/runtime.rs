@@ -1,0 +1,405 @@
+//! Compiled code and the processor around it: in, out, and what it asks of the interpreter.
+#![expect(unsafe_code, reason = "runs compiled code, and serves it")]
+
+use std::time::Instant;
+
+use super::compile::{self, Goal, POLLED, Request, Work};
+use super::trace::Trace;
+use super::{Call, PATIENCE};
+use crate::code::{BlockRef, Op};
+use crate::cpu::{Cpu, reg, seg};
+use crate::fpu::{attention, blocked, prepare_x87};
+use crate::mem::area::{Area, Frame};
+use crate::mem::{PAGE_MASK, changed_pages, code_changes};
+use crate::shared::Doing;
+use crate::trap::{Trap, TrapKind};
+use crate::tuning::Counters;
+
+/// What [`replay`] tells the glue: back to the trace.
+const BACK: u64 = 0;
+/// Leave: RIP is set.
+const LEAVE: u64 = 1;
+/// Leave: the reason is in `cpu.trap`.
+const TRAP: u64 = 2;
+
+/// Flags as LAHF and SETO give them, at their places in RFLAGS.
+fn to_bits(flags: u32) -> u64 {
+    u64::from(flags >> 8 & 0xd5) | u64::from(flags & 1) << 11
+}
+
+fn from_bits(bits: u64) -> u32 {
+    ((bits as u32 & 0xd5) | 2) << 8 | (bits >> 11 & 1) as u32
+}
+
+impl Cpu {
+    /// Forgets all code, decoded and compiled.
+    pub(crate) fn clear_code(&mut self) {
+        self.code.clear();
+        self.mmu.drop_jumps();
+    }
+
+    /// Drops compiled code that is stale. To be called before any is entered.
+    #[inline(always)]
+    pub(crate) fn drop_stale_traces(&mut self) {
+        let now = code_changes();
+        if self.code.jit.seen != now {
+            self.drop_traces_before(now);
+        }
+    }
+
+    #[cold]
+    fn drop_traces_before(&mut self, now: u64) {
+        let jit = &mut self.code.jit;
+        let since = std::mem::replace(&mut jit.seen, now);
+        let mut dropped = 0;
+        if !changed_pages(since, now, |page| dropped += jit.drop_changed(page)) {
+            let pages: Vec<usize> = jit.pages.keys().copied().collect();
+            dropped += pages
+                .into_iter()
+                .map(|page| jit.drop_changed(page))
+                .sum::<usize>();
+        }
+        if dropped > 0 {
+            jit.pending = None;
+            self.mmu.drop_jumps();
+            Counters::add(&self.shared.counters.invalidated_traces, dropped as u64);
+        }
+    }
+
+    /// The number of a block's trace plus one, compiled now if it is hot; 0 for none.
+    #[inline(always)]
+    pub(crate) fn compiled(&mut self, block: BlockRef) -> u32 {
+        // SAFETY: the caller has just found the block.
+        let found = unsafe { block.get() };
+        let code = found.code();
+        if code != 0 {
+            return code;
+        }
+        let heat = found.warm();
+        if heat < self.code.jit.threshold() || heat == u16::MAX {
+            return 0;
+        }
+        self.compile_block(block)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn compile_block(&mut self, block: BlockRef) -> u32 {
+        // SAFETY: as above.
+        let found = unsafe { block.get() };
+        if !self.sys.mode.is64() || !found.is_whole() || !found.linkable && found.count == 1 {
+            found.set_heat(u16::MAX);
+            return 0;
+        }
+        let page = found.page();
+        let changes = self
+            .code
+            .jit
+            .pages
+            .get(&(std::ptr::from_ref(page) as usize))
+            .map_or(0, |page| page.changes);
+        if changes > PATIENCE {
+            let wanted = u32::from(self.code.jit.threshold()) << (changes - PATIENCE).min(7);
+            if u32::from(found.heat()) < wanted.min(u32::from(u16::MAX) - 1) {
+                return 0;
+            }
+        }
+        self.shared.set_doing(Doing::Compiling);
+        let start = Instant::now();
+        let number = self.compile_now(block);
+        let counters = &self.shared.counters;
+        Counters::add(&counters.compiler_ns, start.elapsed().as_nanos() as u64);
+        self.shared.set_doing(Doing::Interpreting);
+        match number {
+            Some(number) => {
+                found.set_code(number + 1);
+                number + 1
+            }
+            None => {
+                found.set_heat(u16::MAX);
+                0
+            }
+        }
+    }
+
+    fn compile_now(&mut self, block: BlockRef) -> Option<u32> {
+        let (gpa, _) = self.fetch_from(self.code_linear()).ok()?;
+        if !self.code.jit.has_room() {
+            self.flush_traces();
+        }
+        self.code.jit.made()?;
+        // SAFETY: as above.
+        let found = unsafe { block.get() };
+        let slots = self.mmu.slots().clone();
+        let page = slots.page(gpa)?;
+        if !std::ptr::eq(page.state, found.page()) || (gpa & PAGE_MASK) as usize != found.offset() {
+            return None;
+        }
+        let version = page.state.version();
+        if !found.is_current() || !page.state.is_claimed() {
+            return None;
+        }
+        let mut bytes = std::mem::replace(&mut self.code.jit.bytes, Box::new([0; _]));
+        page.read(0, &mut bytes[..]);
+        let find = |offset: u16| {
+            let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
+            // SAFETY: blocks of the cache as it is.
+            self.code
+                .find(key)
+                .filter(|block| unsafe { block.get() }.is_current())
+        };
+        let trace = Trace::new(block, &bytes, &find);
+        let compiled = trace.as_ref().and_then(|trace| {
+            let request = Request {
+                features: &self.features,
+                first_call: self.code.jit.calls.len() as u32,
+                first_way: self.code.jit.ways.len() as u32,
+                hardened: self.code.jit.tuning.hardened,
+            };
+            compile::compile(trace, &bytes[..], request)
+        });
+        self.code.jit.bytes = bytes;
+        let (trace, compiled) = (trace?, compiled?);
+        // Whoever writes the page from here on makes the trace stale; who has done so before, or
+        // is doing so, has changed the version, or will.
+        if page.state.version() != version {
+            return None;
+        }
+        let counters = &self.shared.counters;
+        Counters::add(&counters.compiled_traces, 1);
+        Counters::add(&counters.compiled_instructions, trace.steps.len() as u64);
+        self.code
+            .jit
+            .add(block, page.state, version, &trace, &compiled)
+    }
+
+    /// Forgets all compiled code; the blocks stay.
+    fn flush_traces(&mut self) {
+        for n in 0..self.code.jit.traces.len() {
+            self.code.jit.drop_trace(n as u32);
+        }
+        self.code.jit.clear();
+        self.mmu.drop_jumps();
+        Counters::add(&self.shared.counters.flushes, 1);
+    }
+
+    /// Has what was left for this trace lead here from now on.
+    fn connect(&mut self, number: u32) {
+        let jit = &mut self.code.jit;
+        if let Some(way) = jit.pending.take() {
+            jit.link(way, number);
+        }
+        if std::mem::take(&mut jit.missed_jump) && let Some(made) = &jit.made {
+            let entry = made.base + u64::from(jit.traces[number as usize].indirect);
+            let linear = self.rip;
+            self.code.note_page(linear);
+            self.mmu.enter_jump(linear, entry);
+        }
+    }
+
+    /// Runs compiled code from the trace of this number plus one, until it is left.
+    pub(crate) fn run_compiled(&mut self, code: u32) -> Result<(), Trap> {
+        let number = code - 1;
+        self.connect(number);
+        let mut area = self.view.area();
+        let rip_page = self.rip & !PAGE_MASK;
+        let requests = &raw const self.shared.requests;
+        let cpu: *mut Cpu = self;
+        let jit = &self.code.jit;
+        let Some(made) = &jit.made else {
+            return Ok(());
+        };
+        let entry = made.base + u64::from(jit.traces[number as usize].direct);
+        // SAFETY: the area is the processor's, and nobody uses it now.
+        let frame = unsafe { &mut area.as_mut().frame };
+        frame.cpu = cpu as u64;
+        frame.requests = requests as u64;
+        frame.rip_page = rip_page;
+        frame.replay = made.base + made.glue.replay as u64;
+        frame.leave = made.base + made.glue.leave as u64;
+        frame.helper = replay as *const () as u64;
+        frame.flags = from_bits(self.flags.bits());
+        frame.vectors_live = 0;
+        let glue = made.base;
+        self.refresh(frame);
+        self.shared.set_doing(Doing::Compiled);
+        Counters::add(&self.shared.counters.entries, 1);
+        // SAFETY: the glue's code is such a function: it keeps what a function must keep, and runs
+        // code that is made to use the frame, its area and the processor that the frame names, and
+        // guest memory that the TLB has; none of that is borrowed now.
+        let out = unsafe {
+            let enter: extern "sysv64" fn(*mut Frame, u64) -> u64 =
+                std::mem::transmute(glue as *const ());
+            enter(area.cast::<Frame>().as_ptr(), entry)
+        };
+        self.shared.set_doing(Doing::Interpreting);
+        // SAFETY: as above.
+        let frame = unsafe { &area.as_ref().frame };
+        self.flags.set_bits(to_bits(frame.flags));
+        self.left(out, frame.number, frame.rip_page, frame.target)
+    }
+
+    /// What comes after compiled code.
+    fn left(&mut self, out: u64, number: u32, page: u64, target: u64) -> Result<(), Trap> {
+        let counters = &self.shared.counters;
+        match out {
+            BACK => {
+                let Some(way) = self.code.jit.ways.get((number & !POLLED) as usize) else {
+                    return Ok(());
+                };
+                match way.goal {
+                    Goal::Direct(offset) => {
+                        self.rip = page.wrapping_add(offset as u64);
+                        if number & POLLED != 0 {
+                            Counters::add(&counters.exits_request, 1);
+                        } else {
+                            Counters::add(&counters.exits_unlinked, 1);
+                            self.code.jit.pending = Some(number);
+                        }
+                    }
+                    Goal::Indirect => {
+                        Counters::add(&counters.exits_indirect, 1);
+                        self.rip = target;
+                        self.code.jit.missed_jump = true;
+                    }
+                }
+                Ok(())
+            }
+            TRAP => {
+                Counters::add(&counters.exits_trap, 1);
+                Err(Trap)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets for what compiled code was left: control has gone elsewhere since.
+    #[inline(always)]
+    pub(crate) fn forget_way(&mut self) {
+        self.code.jit.pending = None;
+        self.code.jit.missed_jump = false;
+    }
+
+    /// What compiled code finds in its frame, as it is now.
+    fn refresh(&self, frame: &mut Frame) {
+        frame.fs_base = self.seg_base[usize::from(seg::FS)];
+        frame.gs_base = self.seg_base[usize::from(seg::GS)];
+        let idle = attention::X87_IDLE | attention::X87_UNMASKED;
+        let x87 = self.simd_blocked & blocked::X87 == 0 && self.fpu.attention & idle == 0;
+        let sse = self.can_copy(blocked::SSE);
+        if !sse {
+            frame.vectors_live = 0;
+        }
+        let live = frame.vectors_live != 0;
+        frame.x87_away = u8::from(!x87);
+        frame.sse_away = u8::from(!live);
+        frame.avx_away = u8::from(!live || !self.can_copy(blocked::AVX));
+    }
+
+    /// Whether vector instructions of a kind may run as they are.
+    fn can_copy(&self, kind: u32) -> bool {
+        self.simd_blocked & kind == 0 && self.fpu.attention & attention::MXCSR == 0
+    }
+
+    fn can_copy_x87(&mut self) -> bool {
+        self.simd_blocked & blocked::X87 == 0
+            && self.fpu.attention & attention::X87_UNMASKED == 0
+            && prepare_x87(self).is_ok()
+    }
+
+    /// Does a call of compiled code.
+    fn serve(&mut self, call: Call, frame: &mut Frame) -> u64 {
+        if call.missed {
+            Counters::add(&self.shared.counters.tlb_misses, 1);
+        } else if call.work == Work::Run {
+            Counters::add(&self.shared.counters.calls_interpreter, 1);
+        }
+        // SAFETY: traces go before their blocks do.
+        let block = unsafe { call.block.get() };
+        self.rip = frame.rip_page + block.offset() as u64;
+        self.gpr[usize::from(reg::BLOCK_RIP)] = self.rip;
+        self.flags.set_bits(to_bits(match call.work {
+            Work::Divide => frame.divide_flags,
+            _ => frame.flags,
+        }));
+        let ready = match call.work {
+            Work::Sse => self.can_copy(blocked::SSE),
+            Work::Avx => self.can_copy(blocked::AVX) && self.can_copy(blocked::SSE),
+            Work::X87 => self.can_copy_x87(),
+            Work::Run | Work::Divide | Work::Branch => return self.run_one_op(call, frame),
+            Work::ToEnd => false,
+        };
+        if ready {
+            if call.work != Work::X87 {
+                frame.vectors_live = 1;
+            }
+            self.refresh(frame);
+            return BACK;
+        }
+        Counters::add(&self.shared.counters.exits_interpreter, 1);
+        let result = if call.whole.is_null() {
+            // In the midst of a fused op: a block of its own begins here.
+            // SAFETY: the first op of the instruction.
+            self.rip = self.own_rip(unsafe { &*call.op });
+            Ok(())
+        } else {
+            self.execute_rest(call.block, call.whole)
+        };
+        frame.flags = from_bits(self.flags.bits());
+        match result {
+            Ok(()) => LEAVE,
+            Err(Trap) => TRAP,
+        }
+    }
+
+    /// Runs the ops of one instruction.
+    fn run_one_op(&mut self, call: Call, frame: &mut Frame) -> u64 {
+        // SAFETY: as above.
+        let block = unsafe { call.block.get() };
+        self.block_end.0 = block.end();
+        self.instructions += 1;
+        let area = self.view.area();
+        for n in 0..usize::from(call.ops) {
+            // SAFETY: that many ops of the instruction follow each other.
+            let op: &Op = unsafe { &*call.op.add(n) };
+            if (op.run)(self, op).is_err() {
+                if !matches!(self.trap.kind, TrapKind::Resume) {
+                    self.rip = self.own_rip(op);
+                    self.instructions -= 1;
+                }
+                frame.flags = from_bits(self.flags.bits());
+                return TRAP;
+            }
+        }
+        frame.flags = from_bits(self.flags.bits());
+        if call.work == Work::Branch {
+            return LEAVE;
+        }
+        if self.block_end.0.is_null() || self.view.area() != area {
+            // SAFETY: the first of them.
+            let op: &Op = unsafe { &*call.op };
+            self.rip = self.next_rip(op);
+            return LEAVE;
+        }
+        self.refresh(frame);
+        BACK
+    }
+}
+
+/// What the glue calls when compiled code wants something done. A panic ends the process: it can't
+/// pass through compiled frames, and the calling convention doesn't let it.
+extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
+    // SAFETY: the glue passes on what `run_compiled` has put into the frame: the processor, which
+    // lent itself to compiled code, and the frame, which is apart from it.
+    let (cpu, frame) = unsafe { (&mut *cpu, &mut *frame) };
+    cpu.shared.set_doing(Doing::Interpreting);
+    let call = cpu.code.jit.calls.get(frame.number as usize).copied();
+    let out = match call {
+        Some(call) => cpu.serve(call, frame),
+        None => LEAVE,
+    };
+    cpu.shared.set_doing(Doing::Compiled);
+    out
+}
+
+const _: () = assert!(std::mem::offset_of!(Area, frame) == 0);

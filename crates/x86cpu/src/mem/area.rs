@@ -1,0 +1,270 @@
+//! What compiled code finds relative to its stack pointer: a frame, the first-level TLB of one
+//! address space and kind of access, and the jump cache that goes with it.
+//!
+//! ```text
+//!  guard │ room for signal handlers │ Frame │ TLB: read, write, addend, gpa │ jumps: tag, code
+//!                                   ▲ RSP while compiled code runs
+//! ```
+//! The same code runs on every area, and so needs to know neither address space nor privilege.
+#![expect(unsafe_code, reason = "maps memory, and hands out pointers into it")]
+
+use std::alloc::{Layout, handle_alloc_error};
+use std::ptr::NonNull;
+
+use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
+
+/// Entries of a first-level TLB.
+pub(crate) const FIRST: usize = 1024;
+/// Entries of a jump cache.
+pub(crate) const JUMPS: usize = 4096;
+/// The lowest bit of an address that tells jumps apart.
+const JUMP_SHIFT: u32 = 2;
+/// Pointers that a trace may keep from one of its accesses to the next.
+pub(crate) const WINDOWS: usize = 32;
+
+/// Room below the frame for the host's signal handlers (with AVX-512 and AMX state).
+const SIGNAL_ROOM: usize = 64 << 10;
+
+/// The part of an area that compiled code and its callers share.
+#[repr(C, align(64))]
+pub(crate) struct Frame {
+    /// What PEXT takes the page number from, and with it the index in the TLB.
+    pub index_mask: u64,
+    /// Bits of the distance from a page's start that an access must not have; by alignment.
+    pub masks: [u64; 3],
+    /// The same for jumps.
+    pub jump_mask: u64,
+    /// Linear address of the page that the running trace is in.
+    pub rip_page: u64,
+    /// Address of [`crate::CpuShared::requests`].
+    pub requests: u64,
+    /// Guest registers that no host register is left for.
+    pub r10: u64,
+    pub r11: u64,
+    pub r15: u64,
+    /// Bases of FS and GS.
+    pub fs_base: u64,
+    pub gs_base: u64,
+    /// Where to go for an instruction's replay, and to leave.
+    pub replay: u64,
+    pub leave: u64,
+    /// Not zero if what is in the name can't be used as it is.
+    pub sse_away: u8,
+    pub avx_away: u8,
+    pub x87_away: u8,
+    /// Not zero if the guest's vector registers are in the host's.
+    pub vectors_live: u8,
+    _pad: u32,
+    /// The processor.
+    pub cpu: u64,
+    pub host_rsp: u64,
+    /// Where to go on in compiled code.
+    pub resume: u64,
+    /// The guest's flags: AH as of LAHF, AL as of SETO.
+    pub flags: u32,
+    /// The same, from before a division was tried.
+    pub divide_flags: u32,
+    /// Number of a call or way.
+    pub number: u32,
+    _pad2: u32,
+    /// Target of an indirect jump.
+    pub target: u64,
+    /// Address of the function that replays.
+    pub helper: u64,
+    /// See [`WINDOWS`].
+    pub windows: [u64; WINDOWS],
+}
+
+/// See the module's text.
+#[repr(C)]
+pub(crate) struct Area {
+    pub frame: Frame,
+    /// Minus the linear page that may be read; by index.
+    pub read: [u64; FIRST],
+    /// Minus the linear page that may be written.
+    pub write: [u64; FIRST],
+    /// Host address minus linear address.
+    pub addend: [u64; FIRST],
+    /// Guest-physical address of the page.
+    pub gpa: [u64; FIRST],
+    /// Minus the linear address of a trace.
+    pub jump_tag: [u64; JUMPS],
+    /// Its code.
+    pub jump_code: [u64; JUMPS],
+}
+
+/// The index of an address's page.
+#[inline(always)]
+pub(crate) const fn index(linear: u64) -> usize {
+    (linear >> PAGE_SHIFT) as usize & (FIRST - 1)
+}
+
+/// The index of a jump's target.
+#[inline(always)]
+pub(crate) const fn jump_index(linear: u64) -> usize {
+    (linear >> JUMP_SHIFT) as usize & (JUMPS - 1)
+}
+
+/// A tag that no access finds at `index`: it is of another page of that hash, and not of the next.
+const fn no_page(index: usize) -> u64 {
+    ((((index + FIRST / 2) & (FIRST - 1)) as u64) << PAGE_SHIFT).wrapping_neg()
+}
+
+/// A tag that no jump finds at `index`.
+const fn no_jump(index: usize) -> u64 {
+    ((index as u64 ^ 1) << JUMP_SHIFT).wrapping_neg()
+}
+
+impl Area {
+    fn init(&mut self) {
+        self.frame.index_mask = ((FIRST as u64) - 1) << PAGE_SHIFT;
+        self.frame.masks = [!PAGE_MASK, !PAGE_MASK | 15, !PAGE_MASK | 31];
+        self.frame.jump_mask = ((JUMPS as u64) - 1) << JUMP_SHIFT;
+        self.drop_all();
+        for (n, tag) in self.jump_tag.iter_mut().enumerate() {
+            *tag = no_jump(n);
+        }
+    }
+
+    /// Empties the TLB.
+    pub(super) fn drop_all(&mut self) {
+        for n in 0..FIRST {
+            self.read[n] = no_page(n);
+            self.write[n] = no_page(n);
+            self.gpa[n] = u64::MAX;
+        }
+    }
+
+    pub(super) fn drop_page(&mut self, linear: u64) {
+        let n = index(linear);
+        self.read[n] = no_page(n);
+        self.write[n] = no_page(n);
+        self.gpa[n] = u64::MAX;
+    }
+
+    pub(super) fn drop_writes(&mut self) {
+        for n in 0..FIRST {
+            self.write[n] = no_page(n);
+        }
+    }
+
+    pub(super) fn drop_writes_to(&mut self, gpa: u64) {
+        for n in 0..FIRST {
+            if self.gpa[n] == gpa {
+                self.write[n] = no_page(n);
+            }
+        }
+    }
+
+    /// Enters a page for reading, and for writing if `write`.
+    pub(super) fn fill(&mut self, linear: u64, host: usize, gpa: u64, write: bool) {
+        let page = linear & !PAGE_MASK;
+        let tag = page.wrapping_neg();
+        let n = index(linear);
+        let keep = self.read[n] == tag && self.gpa[n] == gpa && self.write[n] == tag;
+        self.read[n] = tag;
+        self.write[n] = if write || keep { tag } else { no_page(n) };
+        self.addend[n] = (host as u64).wrapping_sub(page);
+        self.gpa[n] = gpa;
+    }
+
+    pub(crate) fn enter_jump(&mut self, linear: u64, code: u64) {
+        let n = jump_index(linear);
+        self.jump_tag[n] = linear.wrapping_neg();
+        self.jump_code[n] = code;
+    }
+
+    fn drop_jump(&mut self, n: usize) {
+        if let Some(tag) = self.jump_tag.get_mut(n) {
+            *tag = no_jump(n);
+        }
+    }
+}
+
+/// An area in memory of its own, and which of its jumps are in use.
+pub(crate) struct OwnArea {
+    area: NonNull<Area>,
+    /// Entries of the jump cache that may be filled; all of them if there are very many.
+    jumps: Vec<u16>,
+}
+
+// SAFETY: it owns its memory, like a box.
+unsafe impl Send for OwnArea {}
+
+/// Bytes in front of an area: guard and room.
+const FRONT: usize = PAGE_SIZE + SIGNAL_ROOM;
+const SIZE: usize = (FRONT + size_of::<Area>()).next_multiple_of(PAGE_SIZE);
+
+impl OwnArea {
+    pub(super) fn new() -> Self {
+        // SAFETY: a new mapping at an address of the kernel's choice, then its first page alone.
+        let base = unsafe {
+            let base = libc::mmap(
+                std::ptr::null_mut(),
+                SIZE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            if base != libc::MAP_FAILED {
+                libc::mprotect(base, PAGE_SIZE, libc::PROT_NONE);
+            }
+            base
+        };
+        let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
+        let Some(base) = base.and_then(|base| NonNull::new(base.cast::<u8>())) else {
+            handle_alloc_error(Layout::new::<Area>());
+        };
+        // SAFETY: within the mapping, aligned, and all zeros, which make an area.
+        let mut area = unsafe { base.add(FRONT).cast::<Area>() };
+        // SAFETY: as above, and nobody else has it.
+        unsafe { area.as_mut() }.init();
+        Self {
+            area,
+            jumps: Vec::new(),
+        }
+    }
+
+    pub(crate) fn pointer(&self) -> NonNull<Area> {
+        self.area
+    }
+
+    /// The area. Not while compiled code runs on it.
+    pub(crate) fn get(&mut self) -> &mut Area {
+        // SAFETY: allocated in `new`, freed in `drop` only; others read it through pointers on the
+        // same thread, while no method of this runs.
+        unsafe { self.area.as_mut() }
+    }
+
+    /// Has jumps to a linear address go to `code`.
+    pub(crate) fn enter_jump(&mut self, linear: u64, code: u64) {
+        if self.jumps.len() < JUMPS {
+            self.jumps.push(jump_index(linear) as u16);
+        }
+        self.get().enter_jump(linear, code);
+    }
+
+    /// Forgets all jumps.
+    pub(crate) fn drop_jumps(&mut self) {
+        let jumps = std::mem::take(&mut self.jumps);
+        if jumps.len() >= JUMPS {
+            for n in 0..JUMPS {
+                self.get().drop_jump(n);
+            }
+        } else {
+            for &n in &jumps {
+                self.get().drop_jump(usize::from(n));
+            }
+        }
+        self.jumps = jumps;
+        self.jumps.clear();
+    }
+}
+
+impl Drop for OwnArea {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this size and offset; pointers to it are not used any more.
+        unsafe { libc::munmap(self.area.as_ptr().byte_sub(FRONT).cast(), SIZE) };
+    }
+}
