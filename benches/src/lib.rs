@@ -189,7 +189,7 @@ impl<'a> Machine<'a> {
 
 /// The command line with the time-stamp counter's frequency, before what is for `/init`.
 fn with_tsc(command_line: &str) -> String {
-    let frequency = format!("tsc_early_khz={}", host_tsc_khz());
+    let frequency = format!("tsc_early_khz={} tsc=reliable", host_tsc_khz());
     match command_line.split_once(" -- ") {
         Some((kernel, init)) => format!("{kernel} {frequency} -- {init}"),
         None => format!("{command_line} {frequency}"),
