@@ -57,6 +57,27 @@ fn boots_to_a_script_and_powers_off() {
 }
 
 #[test]
+fn boots_in_every_mode() {
+    for mode in ["interpreter", "jit", "jit-stress"] {
+        let script = "seq 1 2000 | sha256sum; echo BOOT-OK $(nproc)";
+        let options = ["--cpus", "2", "--soft-mode", mode, "--stats"];
+        let Some(ran) = boot(script, &options) else {
+            return;
+        };
+        let text = ran.text();
+        assert_eq!(ran.status, 0, "{mode}: {text}\n{}", ran.stderr);
+        // As `sha256sum` has it of the same numbers anywhere.
+        let sum = "6251e5743b6fd6a7d606130bdf7c1507";
+        assert!(
+            text.contains(sum) && text.contains("BOOT-OK 2"),
+            "{mode}: {text}"
+        );
+        let told = format!("ran on soft ({mode},");
+        assert!(ran.stderr.contains(&told), "{}", ran.stderr);
+    }
+}
+
+#[test]
 fn memory_on_both_sides_of_the_hole() {
     let script = "grep MemTotal /proc/meminfo; mount -t tmpfs -o size=5G tmp /mnt 2>/dev/null";
     let Some(ran) = boot(script, &["--memory", "8G"]) else {

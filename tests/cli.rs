@@ -18,6 +18,7 @@ fn help_texts() {
         &["fork"],
         &["exec"],
         &["ps"],
+        &["inspect"],
         &["logs"],
         &["pause"],
         &["unpause"],
@@ -49,6 +50,7 @@ fn error_lines() {
     let folder = tempfile::tempdir().expect("folder");
     let lines: &[&[&str]] = &[
         &["exec", "nobody", "true"],
+        &["inspect", "nobody"],
         &["logs", "nobody"],
         &["pause", "nobody"],
         &["stop", "nobody", "no/name"],
@@ -67,6 +69,16 @@ fn error_lines() {
         ],
         &["run"],
         &["run", "-d", "-i", "demo"],
+        &["run", "-d", "--stats", "demo"],
+        &["run", "--soft-mode", "fast", "demo"],
+        &[
+            "run",
+            "--hypervisor",
+            "soft",
+            "--soft-code-memory",
+            "1K",
+            "demo",
+        ],
         &["run", "-d", "--name", "a b", "demo", "true"],
         &["exec", "nobody"],
         &["stop", "--time", "soon", "nobody"],

@@ -17,7 +17,8 @@
 #                cached dropped, and goes on
 #
 # 0 leaves a part out. SKERRY names the program (default: the release build; bench-cycles lies beside
-# it). Prints a line a check and ends with "N passed, M failed".
+# it), SKERRY_TEST_SOFT_MODE a mode of the software processor (--soft-mode). Prints a line a check and
+# ends with "N passed, M failed".
 set -u
 clones=20 unique=20 cycles=60 runs=10 kills=8 wal=4
 while [ $# -gt 0 ]; do
@@ -32,7 +33,7 @@ skerry=${SKERRY:-${CARGO_TARGET_DIR:-$root/target}/release/skerry}
 work=$(mktemp -d)
 export XDG_DATA_HOME=$work/data
 store=$XDG_DATA_HOME/skerry/snapshots
-soft=(--hypervisor soft)
+soft=(--hypervisor soft ${SKERRY_TEST_SOFT_MODE:+--soft-mode "$SKERRY_TEST_SOFT_MODE"})
 RANDOM=${SEED:-1}
 clean() {
   "$skerry" ps -q --no-trunc | xargs -r "$skerry" rm -f >/dev/null 2>&1

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # The long form of the end-to-end tests: many boots, many runs, much data, on one backend.
 #
-#   tests/soak.sh [--hypervisor soft] [--boots 20] [--runs 50] [--kernel FILE]... [--image REF]
+#   tests/soak.sh [--hypervisor soft] [--soft-mode MODE] [--boots 20] [--runs 50] [--kernel FILE]...
+#                 [--image REF]
 #
 # --kernel adds kernels to the built-in one (Debian's: unpack linux-image-cloud-amd64);
 # --image names an image with bash and coreutils (default: demo). Prints a line a check and ends
 # with "N passed, M failed".
 set -u
-hypervisor=soft boots=20 runs=50 image=demo kernels=("")
+on=(--hypervisor soft) boots=20 runs=50 image=demo kernels=("")
 while [ $# -gt 0 ]; do
   case $1 in
-    --hypervisor) hypervisor=$2; shift 2;;
+    --hypervisor) on=(--hypervisor "$2" "${on[@]:2}"); shift 2;;
+    --soft-mode) on+=("$1" "$2"); shift 2;;
     --boots) boots=$2; shift 2;;
     --runs) runs=$2; shift 2;;
     --kernel) kernels+=("$2"); shift 2;;
@@ -45,7 +47,7 @@ for kernel in "${kernels[@]}"; do
   for cpus in 1 2; do
     good=0
     for _ in $(seq "$boots"); do
-      out=$("$skerry" boot --hypervisor "$hypervisor" ${kernel:+--kernel "$kernel"} --cpus "$cpus" \
+      out=$("$skerry" boot "${on[@]}" ${kernel:+--kernel "$kernel"} --cpus "$cpus" \
         --initrd "$work/initrd.cpio" --timeout 300 </dev/null 2>&1) &&
         [[ $out == *"BOOT-OK cpus=$cpus"* ]] && good=$((good + 1))
     done
@@ -54,7 +56,7 @@ for kernel in "${kernels[@]}"; do
   done
 done
 
-run() { "$skerry" run --hypervisor "$hypervisor" --timeout 600 "$@"; }
+run() { "$skerry" run "${on[@]}" --timeout 600 "$@"; }
 head -c 100000000 /dev/urandom > "$work/bytes"
 want=$(sha256sum < "$work/bytes")
 got=$(run -i "$image" sha256sum < "$work/bytes"); [ "$got" = "$want" ]

@@ -51,11 +51,31 @@ pub fn data_folder() -> PathBuf {
         .clone()
 }
 
+/// What the software processor does with code in all tests that don't say: `SKERRY_TEST_SOFT_MODE`, which
+/// the tests alone know, or its default.
+pub fn soft_mode() -> Option<String> {
+    std::env::var("SKERRY_TEST_SOFT_MODE").ok()
+}
+
+/// The arguments, with the mode that the tests are to run in behind `--hypervisor soft`.
+fn in_mode(args: &[&str], mode: Option<String>) -> Vec<String> {
+    let mut args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+    let place = args
+        .windows(2)
+        .position(|pair| pair == ["--hypervisor", "soft"]);
+    if let (Some(place), Some(mode)) = (place, mode)
+        && !args.iter().any(|arg| arg == "--soft-mode")
+    {
+        args.splice(place + 2..place + 2, ["--soft-mode".to_owned(), mode]);
+    }
+    args
+}
+
 /// `skerry` with these arguments, its own data folder and a clean environment.
 pub fn skerry(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_skerry"));
     command
-        .args(args)
+        .args(in_mode(args, soft_mode()))
         .env("XDG_DATA_HOME", data_folder())
         .env("COLUMNS", "100")
         .env_remove("NO_COLOR");

@@ -2,6 +2,7 @@
 
 mod pool;
 mod snapshot;
+mod soft;
 mod values;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use pool::*;
 pub use snapshot::*;
+pub use soft::*;
 use values::parse_port;
 pub use values::{DiskArg, SerialArg, SignalArg, Size, Span};
 
@@ -50,6 +52,8 @@ pub enum Command {
     Exec(ExecArgs),
     /// List virtual machines
     Ps(PsArgs),
+    /// Print all that is known of a virtual machine, and what its processors do, as JSON
+    Inspect(InspectArgs),
     /// Print what the command of a detached virtual machine wrote
     Logs(LogsArgs),
     /// Have virtual machines stand still
@@ -138,6 +142,25 @@ pub struct MachineArgs {
     /// Stop the machine after this time and exit with 124: a number of seconds, or with ms, s, m, h
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<Span>,
+
+    /// How the software processor runs code
+    #[command(flatten)]
+    pub soft: SoftArgs,
+}
+
+/// What is told of a machine that has ended.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct StatsArgs {
+    /// Say on stderr, when the machine has ended, what its processors did; in JSON as the last line
+    #[arg(
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "text"
+    )]
+    pub stats: Option<Format>,
 }
 
 /// How a command is run, in a new machine or in one that runs.
@@ -185,7 +208,7 @@ pub struct RunArgs {
     pub io: CommandArgs,
 
     /// Run it in the background and print its ID
-    #[arg(short = 'd', long, conflicts_with = "interactive")]
+    #[arg(short = 'd', long, conflicts_with_all = ["interactive", "stats"])]
     pub detach: bool,
 
     /// Name of the virtual machine [default: one is made up]
@@ -211,6 +234,10 @@ pub struct RunArgs {
     /// Host name inside
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
+
+    /// What is told at the end
+    #[command(flatten)]
+    pub stats: StatsArgs,
 
     /// The machine
     #[command(flatten)]
@@ -283,7 +310,7 @@ pub struct WarmArgs {
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     /// Run it in the background and print its ID
-    #[arg(short = 'd', long)]
+    #[arg(short = 'd', long, conflicts_with = "stats")]
     pub detach: bool,
 
     /// Name of the virtual machine [default: one is made up]
@@ -305,6 +332,14 @@ pub struct RestoreArgs {
     /// Stop the machine after this time and exit with 124: a number of seconds, or with ms, s, m, h
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<Span>,
+
+    /// What is told at the end
+    #[command(flatten)]
+    pub stats: StatsArgs,
+
+    /// How the software processor runs code
+    #[command(flatten)]
+    pub soft: SoftArgs,
 
     /// Name of the snapshot, its ID or the ID's first digits
     #[arg(value_name = "SNAPSHOT")]
@@ -366,6 +401,17 @@ pub struct PsArgs {
     /// Whole IDs and commands
     #[arg(long)]
     pub no_trunc: bool,
+}
+
+/// `skerry inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// How long to look at how the processors spend their time: a number of seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME", default_value = "100ms")]
+    pub sample: Span,
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
 }
 
 /// `skerry logs`.
@@ -456,6 +502,10 @@ pub struct BootArgs {
     /// Port of a debug-exit device: a guest that writes V there ends skerry with (V << 1) | 1
     #[arg(long, value_name = "PORT", value_parser = parse_port)]
     pub debug_exit: Option<u16>,
+
+    /// What is told at the end
+    #[command(flatten)]
+    pub stats: StatsArgs,
 
     /// The machine
     #[command(flatten)]

@@ -7,12 +7,16 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
+use skerry_machine::{
+    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Sampler,
+};
 use skerry_storage::{Access, Disk, RawDisk};
 
 use crate::builtin;
 use crate::error::EngineError;
+use crate::hypervisor::Selected;
 use crate::machine::{MachineOptions, prepare, start};
+use crate::statistics::Statistics;
 
 /// A disk of the host for the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,10 +64,29 @@ pub struct BootSpec {
     pub no_reboot: bool,
     /// Port of the debug-exit device.
     pub debug_exit: Option<u16>,
+    /// How its processors spend their time is sampled, for [`Booted::statistics`].
+    pub sampled: bool,
+}
+
+/// A machine that boots or has booted.
+#[derive(Debug)]
+pub struct Booted {
+    /// The machine.
+    pub handle: MachineHandle,
+    selected: Selected,
+    sampler: Option<Sampler>,
+}
+
+impl Booted {
+    /// What its processors have done; how they spent their time if [`BootSpec::sampled`] says so.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        Statistics::of(self.handle.remote(), &self.selected, self.sampler.as_ref())
+    }
 }
 
 /// Starts the machine. `note` is told what the user should know once.
-pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<MachineHandle, EngineError> {
+pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, EngineError> {
     let mut attachments = Attachments::default();
     if spec.kernel.is_none() {
         attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
@@ -99,10 +122,18 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<MachineHandle,
     let prepared = prepare(&spec.options, note)?;
     let limit = spec.options.time_limit;
     let handle = start(&prepared, config, attachments, None, limit)?;
+    let sampler = match spec.sampled {
+        true => handle.remote().sample()?,
+        false => None,
+    };
     if let Some(input) = input {
         feed_serial(handle.remote(), input)?;
     }
-    Ok(handle)
+    Ok(Booted {
+        handle,
+        selected: prepared.selected,
+        sampler,
+    })
 }
 
 /// Passes `input` to COM1 as fast as the guest takes it, in a thread that ends with the input.

@@ -39,6 +39,32 @@ pub enum EngineError {
         /// What the probe found.
         source: Unusable,
     },
+    /// An option of the software processor, for a machine that has none.
+    #[error(
+        "{option} is for the software processor, and {backend} runs this machine: use --hypervisor soft, \
+         or leave {option} out"
+    )]
+    SoftOption {
+        /// The option.
+        option: &'static str,
+        /// What runs the machine.
+        backend: Backend,
+    },
+    /// An option for compiled code where there is none.
+    #[error(
+        "{option} is about compiled code, and with --soft-mode interpreter there is none: use another \
+         mode, or leave {option} out"
+    )]
+    NothingCompiled {
+        /// The option.
+        option: &'static str,
+    },
+    /// Too little or too much memory for code.
+    #[error("--soft-code-memory can't be {bytes} bytes: use from 1M to 1G")]
+    CodeMemory {
+        /// What was asked for.
+        bytes: u64,
+    },
     /// The processor model can't be had.
     #[error(transparent)]
     CpuModel(#[from] CpuModelError),

@@ -12,6 +12,7 @@ use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
 
 use crate::error::EngineError;
+use crate::soft::SoftOptions;
 
 /// The backends of this build, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,6 +111,8 @@ pub struct Selected {
     pub backend: Backend,
     /// What it can do.
     pub capabilities: Capabilities,
+    /// How it runs code, where it is [`Backend::Soft`].
+    pub soft: SoftOptions,
     /// Why better ones were passed over: a sentence for the user, once.
     pub notes: Vec<String>,
 }
@@ -126,12 +129,14 @@ pub fn look_ahead(choice: Choice) {
 }
 
 /// Picks the backend. An explicit choice that can't be used is an error; [`Choice::Auto`] notes
-/// what it passed over.
-pub fn select(choice: Choice) -> Result<Selected, EngineError> {
+/// what it passed over. Options of the software processor are errors where another one is picked: they
+/// are no reason to pick it.
+pub fn select(choice: Choice, soft: &SoftOptions) -> Result<Selected, EngineError> {
     let mut refusals = Vec::new();
     for &backend in choice.candidates() {
         match backend.usable() {
             Ok(capabilities) => {
+                soft.check(backend)?;
                 let notes = refusals
                     .iter()
                     .map(|(passed_over, unusable): &(Backend, &Unusable)| {
@@ -141,6 +146,7 @@ pub fn select(choice: Choice) -> Result<Selected, EngineError> {
                 return Ok(Selected {
                     backend,
                     capabilities: capabilities.clone(),
+                    soft: soft.clone(),
                     notes,
                 });
             }

@@ -27,6 +27,8 @@ pub mod pools;
 mod random;
 pub mod run;
 pub mod snapshots;
+mod soft;
+mod statistics;
 mod transport;
 mod vetting;
 pub mod vm;
@@ -36,6 +38,10 @@ pub mod warm;
 pub use error::EngineError;
 pub use machine::MachineOptions;
 pub use paths::Paths;
-pub use skerry_machine::{CrashReason, MachineHandle, MachineRemote, Outcome};
+pub use skerry_machine::{
+    CrashReason, MachineHandle, MachineRemote, Outcome, ProcessorStatistics, Sampler, TimeShares,
+};
 pub use skerry_oci::{Image, ImageRef, Progress, Removed};
 pub use skerry_protocol::message::{ExitStatus, FailureKind, WinSize};
+pub use soft::{SoftMode, SoftOptions};
+pub use statistics::Statistics;

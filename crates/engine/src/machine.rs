@@ -12,6 +12,7 @@ use skerry_machine::{Attachments, Machine, MachineConfig, MachineHandle, Machine
 
 use crate::error::EngineError;
 use crate::hypervisor::{Backend, Choice, Selected, open, select};
+use crate::soft::SoftOptions;
 
 /// What every machine needs to be told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -23,6 +24,8 @@ pub struct MachineOptions {
     pub cpus: u32,
     /// Which backend.
     pub hypervisor: Choice,
+    /// How it runs code, if it is the software processor.
+    pub soft: SoftOptions,
     /// The processor model, by name and with changes ([`CpuChoice`]); `None` is the best that the
     /// backend can have.
     pub cpu_model: Option<String>,
@@ -36,6 +39,7 @@ impl Default for MachineOptions {
             memory: 512 << 20,
             cpus: 1,
             hypervisor: Choice::Auto,
+            soft: SoftOptions::default(),
             cpu_model: None,
             time_limit: None,
         }
@@ -55,7 +59,7 @@ pub(crate) fn prepare(
     options: &MachineOptions,
     note: &mut dyn FnMut(&str),
 ) -> Result<Prepared, EngineError> {
-    let selected = select(options.hypervisor)?;
+    let selected = select(options.hypervisor, &options.soft)?;
     for text in &selected.notes {
         note(text);
     }
@@ -71,9 +75,16 @@ pub(crate) fn start(
     saved: Option<MachineState>,
     time_limit: Option<Duration>,
 ) -> Result<MachineHandle, EngineError> {
-    match prepared.selected.backend {
-        Backend::Kvm => start_on::<Kvm>(prepared, config, attachments, saved, time_limit),
-        Backend::Soft => start_on::<Soft>(prepared, config, attachments, saved, time_limit),
+    let Selected { backend, soft, .. } = &prepared.selected;
+    match backend {
+        Backend::Kvm => {
+            let kvm: Kvm = open(*backend)?;
+            start_on(&kvm, prepared, config, attachments, saved, time_limit)
+        }
+        Backend::Soft => {
+            let soft = open::<Soft>(*backend)?.with_tuning(soft.tuning());
+            start_on(&soft, prepared, config, attachments, saved, time_limit)
+        }
     }
 }
 
@@ -92,18 +103,18 @@ fn cpuid_tables(
 }
 
 fn start_on<H: Hypervisor>(
+    hypervisor: &H,
     prepared: &Prepared,
     config: MachineConfig,
     attachments: Attachments,
     saved: Option<MachineState>,
     time_limit: Option<Duration>,
 ) -> Result<MachineHandle, EngineError> {
-    let hypervisor: H = open(prepared.selected.backend)?;
     let cpuid = |id: u32| {
         let table = prepared.tables.get(id as usize);
         table.cloned().unwrap_or_default()
     };
-    let machine = Machine::<H>::new(&hypervisor, config, attachments, cpuid)?;
+    let machine = Machine::<H>::new(hypervisor, config, attachments, cpuid)?;
     Ok(match saved {
         None => machine.start(time_limit)?,
         Some(state) => machine.restore(state, time_limit)?,

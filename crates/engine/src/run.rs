@@ -96,6 +96,7 @@ pub fn run(
         auto_remove: true,
         detached: false,
         program: None,
+        statistics: None,
     };
     host(paths, job, |_| Ok(io), |_| {}, note)
 }

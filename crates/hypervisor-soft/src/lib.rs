@@ -27,5 +27,6 @@ mod vcpu;
 mod vm;
 
 pub use probe::Soft;
+pub use skerry_x86cpu::Tuning;
 pub use vcpu::SoftVcpu;
 pub use vm::SoftVm;

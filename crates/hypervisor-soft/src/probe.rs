@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use skerry_hypervisor::probe::{self, GuestSpeed};
 use skerry_hypervisor::{Capabilities, CpuidTable, CreateVmError, Hypervisor, Unusable, VmSpec};
-use skerry_x86cpu::{HostFeatures, TSC_HZ};
+use skerry_x86cpu::{HostFeatures, TSC_HZ, Tuning};
 
 use crate::state;
 use crate::vm::{MAX_VCPUS, SoftVm};
@@ -20,6 +20,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 pub struct Soft {
     supported_cpuid: CpuidTable,
     accepted_cpuid: CpuidTable,
+    tuning: Tuning,
 }
 
 /// Every CPUID bit that a guest may be shown.
@@ -39,6 +40,12 @@ pub(crate) fn accepted() -> CpuidTable {
 }
 
 impl Soft {
+    /// The same, whose machines run code as `tuning` says.
+    #[must_use]
+    pub fn with_tuning(self, tuning: Tuning) -> Self {
+        Self { tuning, ..self }
+    }
+
     fn capabilities(self, measured_mips: Option<f64>) -> Capabilities {
         let physical_address_bits = self
             .supported_cpuid
@@ -92,6 +99,7 @@ impl Hypervisor for Soft {
         Ok(Self {
             supported_cpuid: supported(),
             accepted_cpuid: accepted(),
+            tuning: Tuning::default(),
         })
     }
 
@@ -104,6 +112,6 @@ impl Hypervisor for Soft {
     }
 
     fn create_vm(&self, spec: &VmSpec) -> Result<SoftVm, CreateVmError> {
-        SoftVm::new(spec)
+        SoftVm::new(spec, self.tuning)
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
 use skerry_hypervisor::cancel::CallWord;
 use skerry_hypervisor::validate::StateLimits;
 use skerry_hypervisor::{
@@ -16,17 +17,19 @@ use crate::host::SoftHost;
 use crate::state;
 use crate::vm::{MAX_VCPUS, VmShared};
 
-/// After so long with little to do a processor gives back the memory of its decoded code.
+/// After so long with little to do a processor gives back the memory of what it has derived from
+/// guest code.
 const IDLE: Duration = Duration::from_secs(1);
-/// More instructions than this within [`IDLE`] are not little: a guest that does nothing runs less for
-/// its timers, and a program in it takes more.
-const BUSY: u64 = 300_000;
+/// More of its thread's time than this within [`IDLE`] is not little: a guest that does nothing takes less
+/// for its timers, and a program in it takes more.
+const BUSY: Duration = Duration::from_millis(10);
 
-/// How much a processor has had to do lately.
+/// How much a processor has had to do lately. That is told from the time of its thread, which is the
+/// same whether code is interpreted or compiled, and in which no other thread of a busy host has a part.
 struct Workload {
-    /// When counting began, and at how many instructions.
+    /// When counting began, and what the thread had taken by then.
     since: Instant,
-    instructions: u64,
+    taken: Duration,
     /// When it was last found to have much to do.
     busy: Instant,
 }
@@ -36,23 +39,30 @@ impl Workload {
         let now = Instant::now();
         Self {
             since: now,
-            instructions: 0,
+            taken: Duration::ZERO,
             busy: now,
         }
     }
 
-    /// How much longer it must have little to do to be idle, if it has run so many instructions.
-    fn until_idle(&mut self, instructions: u64, now: Instant) -> Duration {
-        let much = instructions.saturating_sub(self.instructions) > BUSY;
+    /// How much longer it must have little to do to be idle, if its thread has taken so much time.
+    fn until_idle(&mut self, taken: Duration, now: Instant) -> Duration {
+        // It may go on in another thread, which has taken less.
+        let much = taken.saturating_sub(self.taken) > BUSY;
         if much {
             self.busy = now;
         }
         if much || now.duration_since(self.since) >= IDLE {
             self.since = now;
-            self.instructions = instructions;
+            self.taken = taken;
         }
         IDLE.saturating_sub(now.duration_since(self.busy))
     }
+}
+
+/// The processor time that the calling thread has taken.
+fn thread_time() -> Duration {
+    let taken = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(taken).unwrap_or_default()
 }
 
 /// Makes a processor leave its loop at the next block, or its thread wake up.
@@ -175,15 +185,13 @@ impl SoftVcpu {
         }
     }
 
-    /// Waits until there is a reason to run. What a guest has decoded is of no use to one that does
-    /// nothing for long.
+    /// Waits until there is a reason to run. What was derived from a guest's code is of no use to one
+    /// that does nothing for long.
     fn wait(&mut self) {
         let host = &self.vm.host;
         let (id, shared) = (self.cpu.id, self.cpu.shared.clone());
-        let left = self
-            .workload
-            .until_idle(self.cpu.instructions, Instant::now());
-        let idle = self.cpu.has_much_code().then_some(left);
+        let much = self.cpu.has_much_code();
+        let idle = much.then(|| self.workload.until_idle(thread_time(), Instant::now()));
         if !host.park(id, &shared, idle) {
             self.cpu.forget_code();
             host.park(id, &shared, None);
@@ -311,25 +319,47 @@ mod tests {
         let mut workload = Workload::new();
         let start = workload.since;
         let at = |ms| start + Duration::from_millis(ms);
+        let little = BUSY / 10;
         assert_eq!(
-            workload.until_idle(1000, at(400)),
+            workload.until_idle(little, at(400)),
             Duration::from_millis(600)
         );
         // Much at once.
         assert_eq!(workload.until_idle(2 * BUSY, at(500)), IDLE);
         // A little, now and then, is nothing.
-        for n in 1..10_u64 {
-            let now = at(500 + n * 200);
-            let left = workload.until_idle(2 * BUSY + n * (BUSY / 10), now);
-            assert_eq!(left, IDLE.saturating_sub(Duration::from_millis(n * 200)));
+        for n in 1..10_u32 {
+            let waited = Duration::from_millis(u64::from(n) * 200);
+            let left = workload.until_idle(2 * BUSY + n * little, at(500) + waited);
+            assert_eq!(left, IDLE.saturating_sub(waited));
         }
         // Many littles within a second are much.
         let mut now = at(10_000);
         workload.until_idle(20 * BUSY, now);
-        for n in 1..=3_u64 {
+        for n in 1..=3_u32 {
             now += Duration::from_millis(100);
             let left = workload.until_idle(20 * BUSY + n * (BUSY / 2), now);
             assert_eq!(left == IDLE, n == 3);
         }
+        // Another thread begins again.
+        now += Duration::from_millis(200);
+        assert!(workload.until_idle(Duration::ZERO, now) < IDLE);
+        now += Duration::from_secs(1);
+        workload.until_idle(little, now);
+        assert_eq!(workload.until_idle(2 * BUSY, now), IDLE);
+    }
+
+    #[test]
+    fn a_threads_time_is_what_it_works_and_not_what_it_waits() {
+        let before = thread_time();
+        std::thread::sleep(4 * BUSY);
+        let slept = thread_time();
+        assert!(slept.saturating_sub(before) < BUSY);
+        // Only this thread's own work ends the loop.
+        while thread_time().saturating_sub(slept) <= BUSY {
+            std::hint::spin_loop();
+        }
+        let mut workload = Workload::new();
+        workload.taken = slept;
+        assert_eq!(workload.until_idle(thread_time(), Instant::now()), IDLE);
     }
 }

@@ -7,16 +7,19 @@ use skerry_hypervisor::memory::HostWriteObserver;
 use skerry_hypervisor::state::SharedTscOffset;
 use skerry_hypervisor::{
     CpuidTable, CreateVcpuError, CreateVmError, DirtyLogError, Gpa, InterruptError, Irqchip,
-    MapError, MemorySlot, RamRegion, StateError, Vm, VmSpec,
+    MapError, MemorySlot, RamRegion, StateError, Statistics, Vm, VmSpec,
 };
 use skerry_x86cpu::mem::{Backing, MapRefused};
-use skerry_x86cpu::{Host, Machine};
+use skerry_x86cpu::{Doing, Host, Machine, Tuning};
 
 use crate::host::{SoftHost, TimerThread};
 use crate::vcpu::SoftVcpu;
 
 /// Processors that a machine can have, by the width of the sets that are kept of them.
 pub(crate) const MAX_VCPUS: u32 = 64;
+/// What a processor can be at, in the order of [`Doing`]: its devices' work and its waiting are both
+/// outside of guest code.
+const ACTIVITIES: [&str; 4] = ["outside", "interpreter", "compiler", "compiled"];
 
 /// What all processors of a VM share.
 pub(crate) struct VmShared {
@@ -47,7 +50,7 @@ impl HostWriteObserver for CodeWatch {
 }
 
 impl SoftVm {
-    pub(crate) fn new(spec: &VmSpec) -> Result<Self, CreateVmError> {
+    pub(crate) fn new(spec: &VmSpec, tuning: Tuning) -> Result<Self, CreateVmError> {
         let processors = spec.max_vcpus.clamp(1, MAX_VCPUS);
         let host = Arc::new(SoftHost::new(processors as usize));
         let timers = host
@@ -58,7 +61,11 @@ impl SoftVm {
             })?;
         Ok(Self {
             shared: Arc::new(VmShared {
-                machine: Arc::new(Machine::new(host.clone(), processors as usize)),
+                machine: Arc::new(Machine::with_tuning(
+                    host.clone(),
+                    processors as usize,
+                    tuning,
+                )),
                 host,
                 irqchip: spec.irqchip,
                 tsc_offset: SharedTscOffset::default(),
@@ -178,5 +185,41 @@ impl Vm for SoftVm {
         self.shared.host.set_clock_ns(ns);
         self.shared.tsc_offset.forget();
         Ok(())
+    }
+
+    fn statistics(&self) -> Option<&dyn Statistics> {
+        Some(self)
+    }
+}
+
+impl Statistics for SoftVm {
+    fn counters(&self, id: u32) -> Vec<(&'static str, u64)> {
+        let cpu = self.machine().cpus.get(id as usize);
+        let cpu = cpu.and_then(|cpu| cpu.get());
+        cpu.map_or_else(Vec::new, |cpu| cpu.counters.values().each().collect())
+    }
+
+    fn refresh(&self) {
+        let cpus = self.machine().cpus.iter();
+        for cpu in cpus.filter_map(|cpu| cpu.get()) {
+            // Outside it has shown all that there is, and where it waits it needn't be woken.
+            if cpu.doing() != Doing::Outside {
+                cpu.request_exit();
+            }
+        }
+    }
+
+    fn activities(&self) -> &'static [&'static str] {
+        &ACTIVITIES
+    }
+
+    fn activity(&self, id: u32) -> Option<usize> {
+        let cpu = self.machine().cpus.get(id as usize)?.get()?;
+        Some(match cpu.doing() {
+            Doing::Outside => 0,
+            Doing::Interpreting => 1,
+            Doing::Compiling => 2,
+            Doing::Compiled => 3,
+        })
     }
 }

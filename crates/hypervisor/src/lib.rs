@@ -24,6 +24,7 @@ pub mod msr;
 pub mod portability;
 pub mod probe;
 pub mod state;
+pub mod statistics;
 pub mod traits;
 pub mod validate;
 
@@ -39,4 +40,5 @@ pub use memory::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
 pub use portability::{Loss, NotPortable};
 pub use probe::ProbeReport;
 pub use state::{BootRegisters, CpuState};
+pub use statistics::Statistics;
 pub use traits::{Capabilities, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};

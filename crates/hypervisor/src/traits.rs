@@ -9,6 +9,7 @@ use crate::error::{
 use crate::exit::Exit;
 use crate::memory::{Gpa, MemorySlot};
 use crate::state::{BootRegisters, CpuState};
+use crate::statistics::Statistics;
 use serde::Serialize;
 
 /// What a backend that can be used can do here.
@@ -129,6 +130,11 @@ pub trait Vm: Send + Sync + 'static {
     /// Sets the guest's clock. To restore a machine set it first: the time-stamp counters of the
     /// processors' states that follow go on with it, and in step.
     fn set_clock_ns(&self, ns: u64) -> Result<(), StateError>;
+
+    /// What its processors have counted, where the backend counts anything.
+    fn statistics(&self) -> Option<&dyn Statistics> {
+        None
+    }
 }
 
 /// A virtual processor. Owned by one thread at a time; its [`Canceller`] is for all others.

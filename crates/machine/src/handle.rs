@@ -20,6 +20,7 @@ use crate::memory::SavedRun;
 use crate::outcome::Outcome;
 use crate::pages::PageSet;
 use crate::state::{MACHINE_STATE_VERSION, MachineState};
+use crate::statistics::{self, ProcessorStatistics, Sampler};
 use crate::tracking::{AnyVm, TrackedMemory};
 use crate::virtio::VirtioSet;
 use crate::{MachineError, layout};
@@ -424,6 +425,30 @@ impl MachineRemote {
     /// The machine's virtio devices.
     pub fn virtio(&self) -> &VirtioSet {
         &self.virtio
+    }
+
+    /// Begins to look at what the processors are at; `None` where the backend can't tell.
+    pub fn sample(&self) -> Result<Option<Sampler>, MachineError> {
+        let sampler = Sampler::start(self.vm.clone(), self.cpus);
+        sampler.map_err(|source| MachineError::Resource {
+            what: "statistics thread",
+            source,
+        })
+    }
+
+    /// What the processors have done, with how they spent their time as the sampler saw it; `None` where
+    /// the backend doesn't count. The counters of a processor that runs may be some time behind:
+    /// [`MachineRemote::refresh_statistics`] has it catch up.
+    pub fn statistics(&self, sampler: Option<&Sampler>) -> Option<Vec<ProcessorStatistics>> {
+        let found = self.vm.statistics()?;
+        Some(statistics::read(found, self.cpus, sampler))
+    }
+
+    /// Has processors that run show what they have counted, within moments.
+    pub fn refresh_statistics(&self) {
+        if let Some(found) = self.vm.statistics() {
+            found.refresh();
+        }
     }
 
     /// Whether the run is over or about to be: then there will be an outcome shortly.

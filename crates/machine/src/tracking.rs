@@ -13,7 +13,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
-use skerry_hypervisor::{DirtyLogError, Gpa, GuestRam, MapError, PAGE_SIZE, StateError, Vm};
+use skerry_hypervisor::{
+    DirtyLogError, Gpa, GuestRam, MapError, PAGE_SIZE, StateError, Statistics, Vm,
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::MachineError;
@@ -42,6 +44,7 @@ pub(crate) trait AnyVm: Send + Sync {
     /// Logs guest writes in the slot at `gpa` from now on.
     fn log_writes(&self, gpa: Gpa) -> Result<(), MapError>;
     fn dirty_pages(&self, gpa: Gpa) -> Result<Vec<u64>, DirtyLogError>;
+    fn statistics(&self) -> Option<&dyn Statistics>;
 }
 
 impl<V: Vm> AnyVm for V {
@@ -59,6 +62,10 @@ impl<V: Vm> AnyVm for V {
 
     fn dirty_pages(&self, gpa: Gpa) -> Result<Vec<u64>, DirtyLogError> {
         Vm::dirty_pages(self, gpa)
+    }
+
+    fn statistics(&self) -> Option<&dyn Statistics> {
+        Vm::statistics(self)
     }
 }
 

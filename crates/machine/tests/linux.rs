@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::{Output, PAGE, PATIENCE, all, rebase};
 use skerry_hypervisor::Hypervisor;
 use skerry_hypervisor::cpu_model::CpuModel;
-use skerry_hypervisor_soft::Soft;
+use skerry_hypervisor_soft::{Soft, Tuning};
 use skerry_machine::{
     Attachments, DiskConfig, Machine, MachineConfig, MachineError, MachineRemote, PageSet,
     SavedMemory,
@@ -36,6 +36,16 @@ fn config(memory: u64, program: Program) -> MachineConfig {
     }
 }
 
+/// The software processor, in the mode in which all tests are to run, where one is named.
+fn soft() -> Soft {
+    let tuning = match std::env::var("SKERRY_TEST_SOFT_MODE").as_deref() {
+        Ok("interpreter") => Tuning::INTERPRETER,
+        Ok("jit-stress") => Tuning::STRESS,
+        _ => Tuning::JIT,
+    };
+    Soft::open().unwrap().with_tuning(tuning)
+}
+
 fn machine(
     config: MachineConfig,
     program: Program,
@@ -47,7 +57,7 @@ fn machine(
     let found = Soft::probe().unwrap();
     let model = CpuModel::best(&found);
     let tables = [0, 1].map(|id| model.cpuid(&found, 2, id).unwrap());
-    let machine = Machine::new(&Soft::open().unwrap(), config, attachments, |id| {
+    let machine = Machine::new(&soft(), config, attachments, |id| {
         tables[id as usize].clone()
     });
     (machine.unwrap(), output)

@@ -4,6 +4,8 @@
 mod common;
 #[path = "machine/guest.rs"]
 mod guest;
+#[path = "common/modes.rs"]
+mod modes;
 #[path = "machine/processor.rs"]
 mod processor;
 
@@ -316,3 +318,5 @@ macro_rules! on {
 
 on!(kvm, super::Kvm, 50);
 on!(soft, super::Soft, 1000);
+on!(interpreter, super::modes::Interpreter, 50);
+on!(stress, super::modes::Stress, 50);

@@ -29,6 +29,7 @@ pub fn execute(args: BootArgs) -> Result<u8> {
         serial,
         no_reboot,
         debug_exit,
+        stats,
         machine,
     } = args;
     let remote: Arc<OnceLock<MachineRemote>> = Arc::default();
@@ -67,18 +68,24 @@ pub fn execute(args: BootArgs) -> Result<u8> {
         serial,
         no_reboot,
         debug_exit,
+        sampled: stats.stats.is_some(),
     };
-    let handle = boot(spec, &mut output::note)?;
-    let _ = remote.set(handle.remote().clone());
-    let signal = end_on_signals(handle.remote().clone())?;
-    let outcome = handle.wait();
-    drop(handle);
+    let machine = boot(spec, &mut output::note)?;
+    let _ = remote.set(machine.handle.remote().clone());
+    let signal = end_on_signals(machine.handle.remote().clone())?;
+    let outcome = machine.handle.wait();
+    let statistics = stats.stats.map(|format| (machine.statistics(), format));
+    drop(machine);
     drop(raw);
     io::stdout().flush().ok();
-    Ok(match (&outcome, signal.get()) {
+    let status = match (&outcome, signal.get()) {
         (Outcome::Killed, Some(signal)) => status::SIGNALLED.saturating_add(*signal),
         _ => status_of(outcome),
-    })
+    };
+    if let Some((statistics, format)) = statistics {
+        super::stats::print(&statistics, format)?;
+    }
+    Ok(status)
 }
 
 /// Serial input: stdin, with escapes where it is a raw terminal.

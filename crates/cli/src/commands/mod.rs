@@ -7,12 +7,13 @@ pub mod images;
 pub mod pool;
 pub mod run;
 pub mod snapshot;
+pub mod stats;
 pub mod vms;
 
-use skerry_engine::MachineOptions;
 use skerry_engine::hypervisor::{Backend, Choice};
+use skerry_engine::{MachineOptions, SoftMode, SoftOptions};
 
-use crate::args::{HypervisorArg, MachineArgs};
+use crate::args::{HypervisorArg, MachineArgs, SoftArgs, SoftModeArg};
 
 /// A number of bytes, for people.
 fn mib(bytes: u64) -> String {
@@ -28,6 +29,26 @@ fn choice(hypervisor: HypervisorArg) -> Choice {
     }
 }
 
+/// How the software processor is to run code.
+fn soft_options(args: &SoftArgs) -> SoftOptions {
+    let &SoftArgs {
+        soft_mode,
+        soft_code_memory,
+        soft_hardened,
+        soft_perf_map,
+    } = args;
+    SoftOptions {
+        mode: soft_mode.map(|mode| match mode {
+            SoftModeArg::Interpreter => SoftMode::Interpreter,
+            SoftModeArg::Jit => SoftMode::Jit,
+            SoftModeArg::JitStress => SoftMode::JitStress,
+        }),
+        code_memory: soft_code_memory.map(|size| size.0),
+        hardened: soft_hardened,
+        perf_map: soft_perf_map,
+    }
+}
+
 /// The machine that the options describe.
 fn machine_options(args: MachineArgs) -> MachineOptions {
     let MachineArgs {
@@ -36,11 +57,13 @@ fn machine_options(args: MachineArgs) -> MachineOptions {
         hypervisor,
         cpu_model,
         timeout,
+        soft,
     } = args;
     MachineOptions {
         memory: memory.0,
         cpus,
         hypervisor: choice(hypervisor),
+        soft: soft_options(&soft),
         cpu_model,
         time_limit: timeout.map(|span| span.0),
     }

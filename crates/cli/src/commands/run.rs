@@ -1,6 +1,7 @@
 //! `skerry run`.
 
 use std::io::{self, Write};
+use std::sync::OnceLock;
 use std::sync::mpsc::{self, Receiver};
 
 use anyhow::{Context, Result, bail};
@@ -13,8 +14,8 @@ use skerry_engine::vms::{self, Begin, Detached, Job, Launch, Source};
 use skerry_engine::warm::WarmSpec;
 use skerry_engine::{Image, Paths, WinSize, hypervisor, images};
 
-use super::{choice, machine_options};
-use crate::args::{CommandArgs, RestoreArgs, RunArgs, WarmArgs};
+use super::{choice, machine_options, soft_options, stats};
+use crate::args::{CommandArgs, Format, RestoreArgs, RunArgs, WarmArgs};
 use crate::output;
 use crate::terminal::{self, Raw};
 
@@ -24,6 +25,7 @@ const PASSED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
 /// How a machine is run, whatever it begins with.
 struct How {
     detach: bool,
+    stats: Option<Format>,
     name: Option<String>,
     rm: bool,
 }
@@ -52,12 +54,14 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
             fresh: args.fresh,
             hostname: args.hostname,
             show_console: verbose > 0,
+            sampled: args.stats.stats.is_some(),
         },
         command,
     };
     hypervisor::look_ahead(spec.vm.options.hypervisor);
     let how = How {
         detach: args.detach,
+        stats: args.stats.stats,
         name: args.name,
         rm: args.rm,
     };
@@ -68,11 +72,14 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
 pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
     let mut spec = RunSpec::default();
     spec.vm.options.hypervisor = choice(args.hypervisor);
+    spec.vm.options.soft = soft_options(&args.soft);
+    spec.vm.sampled = args.stats.stats.is_some();
     spec.vm.options.time_limit = args.timeout.map(|span| span.0);
     spec.vm.hostname = args.hostname;
     spec.vm.show_console = verbose > 0;
     let how = How {
         detach: args.detach,
+        stats: args.stats.stats,
         name: args.name,
         rm: args.rm,
     };
@@ -152,6 +159,7 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
         }
     };
     let program = std::env::current_exe().ok();
+    let statistics = OnceLock::new();
     let job = Job {
         source,
         spec: &spec,
@@ -159,11 +167,16 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
         auto_remove: true,
         detached: false,
         program: program.as_deref(),
+        statistics: how.stats.is_some().then_some(&statistics),
     };
     let attached = Attached::new(tty, interactive)?;
     let outcome = vms::host(&paths, job, |_| Ok(attached.io), |_| {}, &mut output::note);
     drop(attached.raw);
-    Ok(finish(outcome?))
+    let status = outcome.map(finish);
+    if let (Some(format), Some(statistics)) = (how.stats, statistics.get()) {
+        stats::print(statistics, format)?;
+    }
+    Ok(status?)
 }
 
 /// Has another process run the machine.

@@ -31,7 +31,7 @@ impl Clones {
         spec: ResumeSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
-        let selected = select(spec.hypervisor)?;
+        let selected = select(spec.hypervisor, &spec.soft)?;
         selected.notes.iter().for_each(|text| note(text));
         frozen.check(&selected)?.iter().for_each(|text| note(text));
         Ok(Self {
@@ -62,10 +62,12 @@ impl Clones {
         vm.kill();
         let resume = ResumeSpec {
             hypervisor: frozen.about.backend.into(),
+            soft: spec.options.soft.clone(),
             time_limit: None,
             hostname: spec.hostname.clone(),
             show_console: spec.show_console,
             rewindable: true,
+            sampled: false,
         };
         Self::of(paths, frozen, resume, note)
     }

@@ -190,10 +190,12 @@ fn clones(
         Begin::Snapshot(name) | Begin::Machine(name) => {
             let mut spec = ResumeSpec {
                 hypervisor: launch.vm.options.hypervisor,
+                soft: launch.vm.options.soft.clone(),
                 time_limit: None,
                 hostname: launch.vm.hostname.clone(),
                 show_console: false,
                 rewindable: true,
+                sampled: false,
             };
             let mut frozen = Frozen::open(paths, name)?;
             if let Some(command) = prewarm {

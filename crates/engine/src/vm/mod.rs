@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener};
-use skerry_machine::{MachineHandle, MachineRemote, MachineState, Outcome};
+use skerry_machine::{MachineHandle, MachineRemote, MachineState, Outcome, Sampler};
 use skerry_protocol::EXEC_PORT;
 use skerry_protocol::host::{Control, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, RootSpec, Setup, Upper};
@@ -28,8 +28,11 @@ use skerry_storage::{Layer, Overlay};
 use crate::command::Surroundings;
 use crate::error::EngineError;
 use crate::frozen::{About, Base, CommandAbout, Frozen};
+use crate::hypervisor::Selected;
 use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
+use crate::soft::SoftOptions;
+use crate::statistics::Statistics;
 pub use crate::transport::GuestStream;
 pub use capture::Captured;
 pub use rewind::Rewound;
@@ -37,6 +40,9 @@ pub use start::ResumeSpec;
 #[cfg(test)]
 pub(crate) use start::machine_config;
 pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
+
+/// How long processors that run get to show what they have counted.
+const SETTLING: Duration = Duration::from_millis(5);
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -54,6 +60,8 @@ pub struct VmSpec {
     pub show_console: bool,
     /// Boot, whether or not a start of the image was kept, and keep none.
     pub fresh: bool,
+    /// How its processors spend their time is sampled from the start, for [`Vm::statistics`].
+    pub sampled: bool,
 }
 
 /// A running virtual machine whose agent answers. Clones are the same one; the last to go ends it.
@@ -65,6 +73,8 @@ pub struct Vm {
 #[derive(Debug)]
 struct Shared {
     handle: MachineHandle,
+    sampler: Option<Sampler>,
+    selected: Selected,
     vsock: VsockHost,
     /// Where the agent comes back to after its guest was put into another state.
     listener: VsockListener,
@@ -153,6 +163,32 @@ impl Vm {
     #[must_use]
     pub fn timing(&self) -> Timing {
         self.shared.timing
+    }
+
+    /// How it runs code, if it is the software processor.
+    #[must_use]
+    pub fn soft(&self) -> &SoftOptions {
+        &self.shared.selected.soft
+    }
+
+    /// What its processors have done since it was made; how they spent their time if it was started
+    /// [sampled](VmSpec::sampled).
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        let Shared {
+            selected, sampler, ..
+        } = &*self.shared;
+        Statistics::of(self.machine(), selected, sampler.as_ref())
+    }
+
+    /// The same, with how they spend their time while it is sampled for as long as `span`.
+    pub fn sample(&self, span: Duration) -> Result<Statistics, EngineError> {
+        let sampler = self.machine().sample()?;
+        std::thread::sleep(span.saturating_sub(SETTLING));
+        self.machine().refresh_statistics();
+        std::thread::sleep(SETTLING);
+        let selected = &self.shared.selected;
+        Ok(Statistics::of(self.machine(), selected, sampler.as_ref()))
     }
 
     /// A connection to the agent for one command.

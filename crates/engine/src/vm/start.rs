@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener, VsockStream};
 use skerry_hypervisor::probe::chain;
-use skerry_machine::{Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote};
+use skerry_machine::{
+    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Sampler,
+};
 use skerry_oci::Image;
 use skerry_protocol::CONTROL_PORT;
 use skerry_protocol::host::{Control, HostError};
@@ -27,6 +29,7 @@ use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
 use crate::paths::Paths;
 use crate::random::random;
+use crate::soft::SoftOptions;
 use crate::warm::Warm;
 use crate::{builtin, initrd};
 
@@ -44,6 +47,8 @@ pub(crate) const SCRATCH_DISK: &str = "scratch";
 pub struct ResumeSpec {
     /// What runs it.
     pub hypervisor: Choice,
+    /// How it runs code, if it is the software processor.
+    pub soft: SoftOptions,
     /// The longest that it may run.
     pub time_limit: Option<Duration>,
     /// Host name; `None` is `skerry`.
@@ -53,6 +58,8 @@ pub struct ResumeSpec {
     /// It is to be taken back to where it began again and again: what it writes is noted from the
     /// start.
     pub rewindable: bool,
+    /// How its processors spend their time is sampled from the start, for [`Vm::statistics`].
+    pub sampled: bool,
 }
 
 impl Vm {
@@ -81,6 +88,7 @@ impl Vm {
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
             track: false,
+            sampled: spec.sampled,
             begun,
         };
         if let Some(kept) = &warm {
@@ -150,7 +158,7 @@ impl Vm {
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
         let begun = Instant::now();
-        let selected = select(spec.hypervisor)?;
+        let selected = select(spec.hypervisor, &spec.soft)?;
         selected.notes.iter().for_each(|text| note(text));
         let prepared = Prepared {
             selected,
@@ -163,6 +171,7 @@ impl Vm {
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
             track: spec.rewindable,
+            sampled: spec.sampled,
             begun,
         };
         frozen
@@ -182,6 +191,8 @@ struct Place<'a> {
     console: ConsoleLog,
     /// Writes to memory are noted from the start.
     track: bool,
+    /// How its processors spend their time is sampled.
+    sampled: bool,
     /// When it was asked for.
     begun: Instant,
 }
@@ -189,6 +200,7 @@ struct Place<'a> {
 /// A machine that stands still, in the state of another one.
 struct Paused {
     handle: MachineHandle,
+    sampler: Option<Sampler>,
     scratch: Option<Arc<Overlay>>,
     about: About,
     books: Books,
@@ -222,6 +234,13 @@ impl Place<'_> {
         Ok(attachments)
     }
 
+    fn sampler(&self, handle: &MachineHandle) -> Result<Option<Sampler>, EngineError> {
+        match self.sampled {
+            true => Ok(handle.remote().sample()?),
+            false => Ok(None),
+        }
+    }
+
     /// Boots a machine.
     fn boot(&self, image: &Image, spec: &VmSpec, about: About) -> Result<Vm, EngineError> {
         let scratch = match spec.read_only {
@@ -237,6 +256,7 @@ impl Place<'_> {
         let config = about.machine.clone();
         let handle = start(self.prepared, config, attachments, None, self.time_limit)?;
         let paused = Paused {
+            sampler: self.sampler(&handle)?,
             handle,
             scratch,
             about,
@@ -267,6 +287,7 @@ impl Place<'_> {
             ..frozen.about.clone()
         };
         Ok(Paused {
+            sampler: self.sampler(&handle)?,
             handle,
             scratch,
             about,
@@ -286,6 +307,7 @@ impl Place<'_> {
     fn meet(&self, machine: Paused, restored: bool) -> Result<Vm, EngineError> {
         let Paused {
             handle,
+            sampler,
             scratch,
             about,
             books,
@@ -315,6 +337,8 @@ impl Place<'_> {
         };
         let shared = Shared {
             handle,
+            sampler,
+            selected: self.prepared.selected.clone(),
             vsock,
             listener,
             agent: Mutex::new(agent),

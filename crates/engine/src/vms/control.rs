@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::EngineError;
+use crate::statistics::Statistics;
 
 /// The longest message.
 const LONGEST: usize = 1 << 20;
@@ -55,6 +56,11 @@ pub enum Request {
         /// They are forgotten when they end.
         auto_remove: bool,
     },
+    /// Tell what the processors do.
+    Statistics {
+        /// For how long to look at how they spend their time.
+        sample_ms: u64,
+    },
 }
 
 /// A snapshot of a running machine.
@@ -80,7 +86,7 @@ pub struct Forked {
 }
 
 /// What a machine's process answers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
     /// It is done.
@@ -91,6 +97,8 @@ pub enum Reply {
     Snapshotted(Snapshotted),
     /// There are more machines.
     Forked(Forked),
+    /// What the processors have done.
+    Statistics(Statistics),
     /// It can't be done, for this reason.
     Failed(String),
 }
@@ -214,6 +222,7 @@ mod tests {
                 names: vec![String::new(); 3],
                 auto_remove: true,
             },
+            Request::Statistics { sample_ms: 100 },
         ];
         for request in requests {
             let mut wire = Vec::new();

@@ -73,6 +73,7 @@ pub(super) fn fork(
     let captured = hosted.vm.capture()?;
     let mut spec = RunSpec::default();
     spec.vm.options.hypervisor = captured.frozen.about.backend.into();
+    spec.vm.options.soft = hosted.vm.soft().clone();
     let next = AtomicUsize::new(0);
     let ids = Mutex::new(vec![String::new(); wanted.len()]);
     let failure = Mutex::new(None);

@@ -21,6 +21,7 @@ use crate::error::EngineError;
 use crate::frozen::{About, CommandAbout, Frozen};
 use crate::paths::Paths;
 use crate::run::{RunIo, RunOutcome, RunSpec};
+use crate::statistics::Statistics;
 use crate::vm::{GuestStream, ResumeSpec, Vm, lost};
 
 /// The agent's number for the first command of a machine.
@@ -61,6 +62,8 @@ pub struct Job<'a> {
     pub detached: bool,
     /// What runs other machines, asked with `vm-host`; without one, this machine can't be forked.
     pub program: Option<&'a Path>,
+    /// What its processors have done is put here when it has ended.
+    pub statistics: Option<&'a OnceLock<Statistics>>,
 }
 
 /// The command of a machine to be.
@@ -219,6 +222,9 @@ pub fn host(
     });
     let server = serve::start(listener, hosted.clone());
     let result = server.and_then(|_server| hosted.run(plan, io, started));
+    if let Some(place) = job.statistics {
+        let _ = place.set(hosted.vm.statistics());
+    }
     hosted.finish(result)
 }
 
@@ -230,10 +236,12 @@ fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm,
         Source::Frozen { frozen, .. } => {
             let spec = ResumeSpec {
                 hypervisor: spec.options.hypervisor,
+                soft: spec.options.soft.clone(),
                 time_limit: spec.options.time_limit,
                 hostname: spec.hostname.clone(),
                 show_console: spec.show_console,
                 rewindable: false,
+                sampled: spec.sampled,
             };
             Vm::resume(paths, frozen, &spec, note)
         }

@@ -160,6 +160,7 @@ fn run(launch: &Launch, maker: &mut UnixStream) -> Result<(), EngineError> {
         auto_remove: launch.auto_remove,
         detached: true,
         program: program.as_deref(),
+        statistics: None,
     };
     let started = |config: &super::VmConfig| {
         tell(Told::Started(config.id.clone()));

@@ -26,7 +26,9 @@ pub use host::{Job, Source, host};
 pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
 pub(crate) use names::check as check_name;
 pub(crate) use operations::command_over;
-pub use operations::{exec, fork, kill, log, pause, remove, signal, snapshot, stop, unpause, wait};
+pub use operations::{
+    Inspected, exec, fork, inspect, kill, log, pause, remove, signal, snapshot, stop, unpause, wait,
+};
 pub use output::{Line, LogReader, Stream};
 pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};
 pub(crate) use serve::bridge;

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
+use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
@@ -12,6 +13,7 @@ use super::registry::{Registry, Status, VmInfo};
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
 use crate::run::{RunIo, RunOutcome};
+use crate::statistics::Statistics;
 
 /// How long a machine's process may take to answer what takes it no time.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -221,6 +223,37 @@ pub fn fork(
         (Reply::Forked(forked), _) => Ok(forked),
         _ => Err(strange(&info)),
     }
+}
+
+/// What a running machine is, and what its processors do, looked at for as long as `span`.
+pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspected, EngineError> {
+    let info = registry.find(name)?;
+    if !matches!(info.state.status, Status::Running | Status::Paused) {
+        return Ok(Inspected {
+            info,
+            statistics: None,
+        });
+    }
+    let client = reach(registry, &info)?;
+    client.limit(PATIENCE.saturating_add(span))?;
+    let sample_ms = u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+    match client.ask(&Request::Statistics { sample_ms })? {
+        (Reply::Statistics(statistics), _) => Ok(Inspected {
+            info,
+            statistics: Some(statistics),
+        }),
+        _ => Err(strange(&info)),
+    }
+}
+
+/// A machine, as [`inspect`] found it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Inspected {
+    /// What the registry has of it.
+    #[serde(flatten)]
+    pub info: VmInfo,
+    /// What runs it and what its processors do, while its command runs.
+    pub statistics: Option<Statistics>,
 }
 
 /// An answer to another question.

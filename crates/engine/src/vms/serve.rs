@@ -4,6 +4,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::net::Shutdown as SocketShutdown;
 
@@ -21,6 +22,8 @@ use skerry_protocol::Transport;
 const STACK: usize = 256 << 10;
 /// Bytes that are passed on at a time.
 const PIECE: usize = 32 << 10;
+/// For so long at most it is looked at how processors spend their time: nobody waits longer.
+const LONGEST_SAMPLE: Duration = Duration::from_secs(3600);
 
 /// A server; dropping it ends the accepting of connections.
 pub(super) struct Server(UnixListener);
@@ -99,6 +102,10 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
         }
         Request::Fork { names, auto_remove } => {
             copies::fork(hosted, &names, auto_remove).map(Reply::Forked)
+        }
+        Request::Statistics { sample_ms } => {
+            let span = Duration::from_millis(sample_ms).min(LONGEST_SAMPLE);
+            hosted.vm.sample(span).map(Reply::Statistics)
         }
     };
     let reply = match result {

@@ -187,6 +187,15 @@ fn run_case<H: Hypervisor>(hypervisor: &Arc<H>, case: fn(&H)) -> Outcome {
 /// (other flags of the standard test harness are ignored). `missing` says what this backend can't
 /// be asked here, and why.
 pub fn main<H: Hypervisor>(hypervisor: H, missing: &[(Needs, &str)]) -> ExitCode {
+    main_of_each(vec![(None, hypervisor)], missing)
+}
+
+/// The same, for a backend that runs guests in more than one way: each case is run in each, and is
+/// named `WAY::CASE`.
+pub fn main_of_each<H: Hypervisor>(
+    ways: Vec<(Option<&'static str>, H)>,
+    missing: &[(Needs, &str)],
+) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let exact = arguments.iter().any(|a| a == "--exact");
     let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
@@ -200,37 +209,42 @@ pub fn main<H: Hypervisor>(hypervisor: H, missing: &[(Needs, &str)]) -> ExitCode
                 }
             })
     };
-    let cases: Vec<Case<H>> = cases()
-        .into_iter()
-        .filter(|case| wanted(case.name))
-        .collect();
+    let mut chosen = Vec::new();
+    for (way, hypervisor) in ways {
+        let hypervisor = Arc::new(hypervisor);
+        for case in cases::<H>() {
+            let name = way.map_or(case.name.to_owned(), |way| format!("{way}::{}", case.name));
+            if wanted(&name) {
+                chosen.push((name, hypervisor.clone(), case));
+            }
+        }
+    }
     if arguments.iter().any(|a| a == "--list") {
-        for case in &cases {
-            println!("{}: test", case.name);
+        for (name, ..) in &chosen {
+            println!("{name}: test");
         }
         return ExitCode::SUCCESS;
     }
-    let hypervisor = Arc::new(hypervisor);
     let (mut passed, mut skipped, mut failed) = (0, 0, Vec::new());
-    println!("\nrunning {} conformance cases", cases.len());
-    for case in &cases {
+    println!("\nrunning {} conformance cases", chosen.len());
+    for (name, hypervisor, case) in &chosen {
         if let Some((_, reason)) = missing
             .iter()
             .find(|(lack, _)| case.needs.intersects(*lack))
         {
-            println!("skipped {}: {reason}", case.name);
+            println!("skipped {name}: {reason}");
             skipped += 1;
             continue;
         }
         let start = Instant::now();
-        match run_case(&hypervisor, case.run) {
+        match run_case(hypervisor, case.run) {
             Outcome::Passed => {
-                println!("test {} ... ok ({:.1?})", case.name, start.elapsed());
+                println!("test {name} ... ok ({:.1?})", start.elapsed());
                 passed += 1;
             }
             Outcome::Failed(why) => {
-                println!("test {} ... FAILED: {why}", case.name);
-                failed.push(case.name);
+                println!("test {name} ... FAILED: {why}");
+                failed.push(name);
             }
         }
     }

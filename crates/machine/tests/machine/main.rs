@@ -2,6 +2,8 @@
 //! good enough: the guest uses integer instructions alone.
 
 mod guest;
+#[path = "../common/modes.rs"]
+mod modes;
 mod processor;
 
 use std::io::Write;
@@ -411,6 +413,8 @@ macro_rules! on {
 
 on!(kvm, skerry_hypervisor_kvm::Kvm);
 on!(soft, skerry_hypervisor_soft::Soft);
+on!(interpreter, crate::modes::Interpreter);
+on!(stress, crate::modes::Stress);
 
 #[test]
 fn what_can_not_be_is_refused_in_words() {

@@ -1,0 +1,34 @@
+//! What a machine's processors have done, for `--stats` and `inspect`.
+
+use serde::{Deserialize, Serialize};
+use skerry_machine::{MachineRemote, ProcessorStatistics, Sampler};
+
+use crate::hypervisor::{Backend, Selected};
+use crate::soft::SoftOptions;
+
+/// What a machine's processors have done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Statistics {
+    /// What runs the machine.
+    pub hypervisor: Backend,
+    /// How its software processors run code, where it has such.
+    pub soft: Option<SoftOptions>,
+    /// By processor; `None` where the hypervisor counts nothing.
+    pub processors: Option<Vec<ProcessorStatistics>>,
+}
+
+impl Statistics {
+    /// Those of a machine.
+    pub(crate) fn of(
+        machine: &MachineRemote,
+        selected: &Selected,
+        sampler: Option<&Sampler>,
+    ) -> Self {
+        let soft = selected.backend == Backend::Soft;
+        Self {
+            hypervisor: selected.backend,
+            soft: soft.then(|| selected.soft.in_full()),
+            processors: machine.statistics(sampler),
+        }
+    }
+}
