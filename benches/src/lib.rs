@@ -36,16 +36,18 @@ pub fn skerry() -> Result<PathBuf> {
 /// The peer, where none else is named.
 pub const QEMU: &str = "qemu-system-x86_64";
 
-/// QEMU, if it is installed, and its version line.
-pub fn qemu() -> Option<String> {
-    qemu_version(Path::new(QEMU))
-}
-
 /// The version line of a QEMU.
-pub fn qemu_version(program: &Path) -> Option<String> {
-    let output = Command::new(program).arg("--version").output().ok()?;
+pub fn qemu_version(program: &Path) -> Result<String> {
+    let output = Command::new(program).arg("--version").output();
+    let output = output.with_context(|| {
+        format!(
+            "There is no {} to compare with: install qemu-system-x86, or run benches/qemu.sh",
+            program.display()
+        )
+    })?;
     let text = String::from_utf8_lossy(&output.stdout);
-    text.lines().next().map(str::to_owned)
+    let line = text.lines().next().context("QEMU has no version")?;
+    Ok(line.to_owned())
 }
 
 /// Builds a program of `benches/guests` without shared libraries.
@@ -104,9 +106,9 @@ pub fn skerry_boot(initrd: &Path, command_line: &str, hypervisor: &str) -> Resul
     Machine::small(initrd, command_line).skerry(hypervisor)
 }
 
-/// QEMU with TCG, booting the same.
-pub fn qemu_boot(initrd: &Path, command_line: &str) -> Command {
-    Machine::small(initrd, command_line).qemu(Path::new(QEMU))
+/// A QEMU with TCG, booting the same.
+pub fn qemu_boot(program: &Path, initrd: &Path, command_line: &str) -> Command {
+    Machine::small(initrd, command_line).qemu(program)
 }
 
 /// What is booted, on Skerry and on its peer.

@@ -52,28 +52,33 @@ impl Arrays {
 pub fn sse2(count: u64) -> u64 {
     let mut arrays = Arrays::new();
     for _ in 0..count / 8 {
-        black_box(&mut arrays);
-        // SAFETY: SSE2 is a part of x86-64; every index is below NUMBERS, which 4 divides, and
-        // the arrays are aligned to 64 bytes.
-        unsafe {
-            let (half, factor) = (_mm_set1_ps(0.5), _mm_set1_ps(0.9));
-            for at in (0..NUMBERS).step_by(4) {
-                let x = _mm_load_ps(arrays.x.0.as_ptr().add(at));
-                let to = arrays.y.0.as_mut_ptr().add(at);
-                let y = _mm_mul_ps(_mm_load_ps(to), half);
-                _mm_store_ps(to, _mm_max_ps(_mm_add_ps(_mm_mul_ps(x, factor), y), x));
-
-                let a = _mm_load_si128(arrays.a.0.as_ptr().add(at).cast());
-                let to: *mut __m128i = arrays.b.0.as_mut_ptr().add(at).cast();
-                let b = _mm_load_si128(to);
-                let product = _mm_add_epi64(_mm_mul_epu32(a, b), _mm_sad_epu8(a, b));
-                let mixed =
-                    _mm_xor_si128(_mm_shuffle_epi32::<0x1b>(product), _mm_srli_epi32::<3>(b));
-                _mm_store_si128(to, _mm_add_epi32(mixed, _mm_unpacklo_epi16(a, b)));
-            }
-        }
+        let Arrays { x, y, a, b } = black_box(&mut arrays);
+        sse2_once(x, y, a, b);
     }
     arrays.checksum()
+}
+
+fn sse2_once(x: &Floats, y: &mut Floats, a: &Integers, b: &mut Integers) {
+    let (x, y) = (x.0.as_ptr(), y.0.as_mut_ptr());
+    let (a, b) = (a.0.as_ptr(), b.0.as_mut_ptr());
+    // SAFETY: SSE2 is a part of x86-64; every index is below NUMBERS, which 4 divides, and the
+    // arrays are aligned to 64 bytes.
+    unsafe {
+        let (half, factor) = (_mm_set1_ps(0.5), _mm_set1_ps(0.9));
+        for at in (0..NUMBERS).step_by(4) {
+            let x = _mm_load_ps(x.add(at));
+            let to = y.add(at);
+            let y = _mm_mul_ps(_mm_load_ps(to), half);
+            _mm_store_ps(to, _mm_max_ps(_mm_add_ps(_mm_mul_ps(x, factor), y), x));
+
+            let a = _mm_load_si128(a.add(at).cast());
+            let to: *mut __m128i = b.add(at).cast();
+            let b = _mm_load_si128(to);
+            let product = _mm_add_epi64(_mm_mul_epu32(a, b), _mm_sad_epu8(a, b));
+            let mixed = _mm_xor_si128(_mm_shuffle_epi32::<0x1b>(product), _mm_srli_epi32::<3>(b));
+            _mm_store_si128(to, _mm_add_epi32(mixed, _mm_unpacklo_epi16(a, b)));
+        }
+    }
 }
 
 /// The same with twice the width, in AVX and AVX2. 0 where there is none.
@@ -83,29 +88,29 @@ pub fn avx2(count: u64) -> u64 {
     }
     let mut arrays = Arrays::new();
     for _ in 0..count / 4 {
-        black_box(&mut arrays);
+        let Arrays { x, y, a, b } = black_box(&mut arrays);
         // SAFETY: AVX2 is there, as asked above.
-        unsafe { avx2_once(&mut arrays) };
+        unsafe { avx2_once(x, y, a, b) };
     }
     arrays.checksum()
 }
 
 #[target_feature(enable = "avx2")]
-fn avx2_once(arrays: &mut Arrays) {
+fn avx2_once(x: &Floats, y: &mut Floats, a: &Integers, b: &mut Integers) {
+    let (x, y) = (x.0.as_ptr(), y.0.as_mut_ptr());
+    let (a, b) = (a.0.as_ptr(), b.0.as_mut_ptr());
     let (half, factor) = (_mm256_set1_ps(0.5), _mm256_set1_ps(0.9));
     for at in (0..NUMBERS).step_by(8) {
         // SAFETY: every index is below NUMBERS, which 8 divides, and the arrays are aligned.
         unsafe {
-            let x = _mm256_load_ps(arrays.x.0.as_ptr().add(at));
-            let to = arrays.y.0.as_mut_ptr().add(at);
+            let x = _mm256_load_ps(x.add(at));
+            let to = y.add(at);
             let y = _mm256_mul_ps(_mm256_load_ps(to), half);
-            _mm256_store_ps(
-                to,
-                _mm256_max_ps(_mm256_add_ps(_mm256_mul_ps(x, factor), y), x),
-            );
+            let sum = _mm256_add_ps(_mm256_mul_ps(x, factor), y);
+            _mm256_store_ps(to, _mm256_max_ps(sum, x));
 
-            let a = _mm256_load_si256(arrays.a.0.as_ptr().add(at).cast());
-            let to: *mut __m256i = arrays.b.0.as_mut_ptr().add(at).cast();
+            let a = _mm256_load_si256(a.add(at).cast());
+            let to: *mut __m256i = b.add(at).cast();
             let b = _mm256_load_si256(to);
             let product = _mm256_add_epi64(_mm256_mul_epu32(a, b), _mm256_sad_epu8(a, b));
             let turned = _mm256_permute4x64_epi64::<0x4e>(_mm256_shuffle_epi32::<0x1b>(product));
