@@ -54,6 +54,10 @@ struct Options {
     /// Seconds that a guest may take for one group
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     timeout: u64,
+    /// Compare the host's processor time instead, for a host that has other things to do; not where
+    /// several processors are compared
+    #[arg(long)]
+    cpu_time: bool,
     /// Write all that was measured to this file too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -81,7 +85,7 @@ fn main() -> Result<ExitCode> {
         "none".into()
     };
     let bench = Bench::new(&options)?;
-    let mut results = Results::new(peer, options.rounds, options.scale);
+    let mut results = Results::new(peer, options.rounds, options.scale, options.cpu_time);
     for round in 0..options.rounds {
         for group in &GROUPS {
             let names: Vec<&str> = group
@@ -127,7 +131,7 @@ fn measure(
         return Ok(());
     }
     for cpus in group.cpus {
-        for found in bench.workloads(system, *cpus, names, results)? {
+        for found in bench.workloads(system, group, *cpus, names, results)? {
             results.add(system, *cpus, &found.name, found.seconds);
         }
     }

@@ -15,6 +15,7 @@ pub struct Results {
     peer: String,
     rounds: usize,
     scale: u32,
+    what: &'static str,
     times: BTreeMap<(System, u32, String), Vec<f64>>,
     checksums: BTreeMap<String, String>,
     clocks: BTreeMap<System, f64>,
@@ -31,11 +32,16 @@ struct Line {
 }
 
 impl Results {
-    pub fn new(peer: String, rounds: usize, scale: u32) -> Self {
+    pub fn new(peer: String, rounds: usize, scale: u32, cpu_time: bool) -> Self {
         Self {
             peer,
             rounds,
             scale,
+            what: if cpu_time {
+                "seconds of processor time"
+            } else {
+                "seconds"
+            },
             times: BTreeMap::new(),
             checksums: BTreeMap::new(),
             clocks: BTreeMap::new(),
@@ -185,8 +191,8 @@ impl Results {
     /// The tables.
     pub fn text(&self) -> String {
         let mut text = format!(
-            "seconds, medians of {} rounds in turn; ratios are medians of each round's pair\npeer: {} (TCG, microvm)\n",
-            self.rounds, self.peer
+            "{}, medians of {} rounds in turn; ratios are medians of each round's pair\npeer: {} (TCG, microvm)\n",
+            self.what, self.rounds, self.peer
         );
         if self.scale != 100 {
             writeln!(text, "sizes: {} % of the whole ones", self.scale).ok();
@@ -290,7 +296,7 @@ impl Results {
             })
             .collect();
         json!({
-            "peer": self.peer, "rounds": self.rounds, "scale": self.scale,
+            "peer": self.peer, "rounds": self.rounds, "scale": self.scale, "what": self.what,
             "rows": rows, "limits": limits, "times": times,
             "failed": self.failed.iter().map(|(s, g)| format!("{s:?}, {g}")).collect::<Vec<_>>(),
         })
@@ -312,7 +318,7 @@ mod tests {
     use super::*;
 
     fn results() -> Results {
-        let mut results = Results::new("peer".into(), 3, 100);
+        let mut results = Results::new("peer".into(), 3, 100, false);
         for (native, tcg, skerry) in [(1.0, 2.0, 1.2), (1.0, 8.0, 2.0), (1.0, 4.0, 1.0)] {
             for name in ["x87", "gzip"] {
                 results.add(System::Native, 1, name, native);
@@ -354,7 +360,7 @@ mod tests {
 
     #[test]
     fn a_failed_round_spoils_no_other() {
-        let mut results = Results::new(String::new(), 2, 100);
+        let mut results = Results::new(String::new(), 2, 100, false);
         let group = GROUPS.iter().find(|g| g.rows.contains(&"x87")).unwrap();
         results.failed(System::Skerry, group, &["x87"], 0);
         results.add(System::Tcg, 1, "x87", 4.0);
@@ -372,7 +378,7 @@ mod tests {
 
     #[test]
     fn scaling_is_of_one_system() {
-        let mut results = Results::new(String::new(), 1, 100);
+        let mut results = Results::new(String::new(), 1, 100, false);
         results.add(System::Skerry, 1, "sha256sum-twice", 4.0);
         results.add(System::Skerry, 2, "sha256sum-twice", 2.0);
         let group = GROUPS.iter().find(|g| g.scaling.is_some()).unwrap();

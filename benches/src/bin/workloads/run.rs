@@ -11,6 +11,7 @@ use skerry_benches::{Machine, busybox_initrd, repository, static_guest, timed, w
 
 use crate::Options;
 use crate::report::Results;
+use crate::rows::Group;
 
 const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet";
 /// How far a guest's clock may be from the host's: more is an error of the measurement.
@@ -34,6 +35,8 @@ impl System {
 pub struct Found {
     pub name: String,
     pub seconds: f64,
+    /// What the host's processors had to do for it.
+    pub cpu: f64,
 }
 
 /// All that runs need.
@@ -84,9 +87,13 @@ impl<'a> Bench<'a> {
         let Some(command) = self.machine(system, &machine)? else {
             return Ok(None);
         };
+        let before = cpu_of_children();
         let (text, time) = timed(command)?;
         if !text.contains("BOOT-OK") {
             bail!("It did not get to BOOT-OK:\n{text}");
+        }
+        if self.options.cpu_time {
+            return Ok(Some(cpu_of_children() - before));
         }
         Ok(Some(time.as_secs_f64()))
     }
@@ -95,6 +102,7 @@ impl<'a> Bench<'a> {
     pub fn workloads(
         &self,
         system: System,
+        group: &Group,
         cpus: u32,
         names: &[&str],
         results: &mut Results,
@@ -117,7 +125,13 @@ impl<'a> Bench<'a> {
         };
         let limit = Duration::from_secs(self.options.timeout);
         let lines = watched(command, limit, self.options.verbose)?;
-        read(system, &lines, names, results)
+        let mut found = read(system, &lines, names, results)?;
+        if self.options.cpu_time && group.scaling.is_none() {
+            for one in &mut found {
+                one.seconds = one.cpu;
+            }
+        }
+        Ok(found)
     }
 
     fn machine(&self, system: System, machine: &Machine<'_>) -> Result<Option<Command>> {
@@ -140,10 +154,39 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// A line of output, and when it came.
+/// A line of output, when it came, and what processor time had been taken then.
 struct Line {
     text: String,
     at: Instant,
+    cpu: f64,
+}
+
+/// Processor time that the threads of a process have taken, in seconds.
+fn cpu_of(process: u32) -> f64 {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{process}/task")) else {
+        return 0.0;
+    };
+    let nanoseconds: u64 = threads
+        .flatten()
+        .filter_map(|thread| std::fs::read_to_string(thread.path().join("schedstat")).ok())
+        .filter_map(|text| text.split(' ').next()?.parse::<u64>().ok())
+        .sum();
+    nanoseconds as f64 / 1e9
+}
+
+/// Processor time that this process's children have taken that have ended, in seconds.
+fn cpu_of_children() -> f64 {
+    // Linux proc_pid_stat(5): behind the name in brackets, cutime and cstime are the 14th and 15th,
+    // in ticks, of which there are 100 a second.
+    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields = text.rsplit(')').next().unwrap_or_default();
+    let ticks: u64 = fields
+        .split_whitespace()
+        .skip(13)
+        .take(2)
+        .filter_map(|field| field.parse::<u64>().ok())
+        .sum();
+    ticks as f64 / 100.0
 }
 
 /// Runs a command to its end, or to the limit, and notes when it said what.
@@ -171,13 +214,14 @@ fn watched(mut command: Command, limit: Duration, verbose: bool) -> Result<Vec<L
 fn lines(child: &mut Child, limit: Duration) -> Result<Vec<Line>> {
     let output = child.stdout.take().context("It has no output")?;
     let (send, receive) = channel();
+    let process = child.id();
     std::thread::spawn(move || {
         let mut output = BufReader::new(output);
         let mut bytes = Vec::new();
         while matches!(output.read_until(b'\n', &mut bytes), Ok(n) if n > 0) {
             let text = String::from_utf8_lossy(&bytes).trim().to_owned();
-            let at = Instant::now();
-            if send.send(Line { text, at }).is_err() {
+            let (at, cpu) = (Instant::now(), cpu_of(process));
+            if send.send(Line { text, at, cpu }).is_err() {
                 break;
             }
             bytes.clear();
@@ -214,14 +258,23 @@ fn read(
 ) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     let mut clocks = Vec::new();
+    let mut begun = 0.0;
+    let mut ended = 0.0;
     for line in lines {
         let words: Vec<&str> = line.text.split_whitespace().collect();
         match words[..] {
-            ["WORKLOAD", name, seconds, checksum] => {
+            ["BEGIN", _] => begun = line.cpu,
+            ["END", _] => ended = line.cpu,
+            ["WORKLOAD", name, seconds, cpu, checksum] => {
                 let name = name.to_owned();
                 let seconds = seconds.parse().context("A time is no number")?;
+                let cpu = match system {
+                    // The program's children are no threads of it, and it knows.
+                    System::Native => cpu.parse().context("A time is no number")?,
+                    System::Tcg | System::Skerry => ended - begun,
+                };
                 results.computed(&name, checksum)?;
-                found.push(Found { name, seconds });
+                found.push(Found { name, seconds, cpu });
             }
             ["CLOCK", seconds] => {
                 let seconds: f64 = seconds.parse().context("A time is no number")?;
@@ -256,37 +309,43 @@ mod tests {
             .map(|(text, after)| Line {
                 text: (*text).to_owned(),
                 at: start + Duration::from_secs_f64(*after),
+                cpu: *after / 2.0,
             })
             .collect()
     }
 
-    const TEXTS: [&str; 4] = [
+    const TEXTS: [&str; 6] = [
         "CLOCK 0.0",
-        "WORKLOAD gzip 9.5 00ff",
+        "BEGIN gzip",
+        "END gzip",
+        "WORKLOAD gzip 9.5 9.4 00ff",
         "CLOCK 10.0",
         "WORKLOADS DONE",
     ];
 
     fn results() -> Results {
-        Results::new(String::new(), 1, 100)
+        Results::new(String::new(), 1, 100, false)
     }
 
     #[test]
     fn times_are_read() {
-        let lines = said(&TEXTS, &[0.0, 9.6, 10.1, 10.1]);
+        let lines = said(&TEXTS, &[0.0, 0.1, 9.5, 9.6, 10.1, 10.1]);
         let found = read(System::Tcg, &lines, &["gzip"], &mut results()).unwrap();
         assert_eq!(found[0].seconds, 9.5);
+        assert!((found[0].cpu - 4.7).abs() < 1e-9);
+        let found = read(System::Native, &lines, &["gzip"], &mut results()).unwrap();
+        assert_eq!(found[0].cpu, 9.4);
     }
 
     #[test]
     fn a_clock_that_is_not_the_hosts_is_an_error() {
-        let lines = said(&TEXTS, &[0.0, 9.6, 12.0, 12.0]);
+        let lines = said(&TEXTS, &[0.0, 0.1, 9.5, 9.6, 12.0, 12.0]);
         assert!(read(System::Tcg, &lines, &["gzip"], &mut results()).is_err());
     }
 
     #[test]
     fn another_result_is_an_error() {
-        let lines = said(&TEXTS, &[0.0, 9.6, 10.0, 10.0]);
+        let lines = said(&TEXTS, &[0.0, 0.1, 9.5, 9.6, 10.0, 10.0]);
         let mut results = results();
         results.computed("gzip", "00fe").unwrap();
         assert!(read(System::Tcg, &lines, &["gzip"], &mut results).is_err());
@@ -294,7 +353,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_stops_early_is_an_error() {
-        let lines = said(&TEXTS[..2], &[0.0, 9.6]);
+        let lines = said(&TEXTS[..4], &[0.0, 0.1, 9.5, 9.6]);
         assert!(read(System::Tcg, &lines, &["gzip"], &mut results()).is_err());
     }
 }

@@ -3,8 +3,8 @@
 //! ```text
 //! as /init      mounts /dev/vda, the root that benches/images.sh made, and enters it
 //! --native DIR  enters that root on the host, in a mount namespace of its own
-//!     then      for each NAME: make its input, run it once small, run it, print
-//!               WORKLOAD NAME SECONDS CHECKSUM-OF-WHAT-IT-SAID
+//!     then      for each NAME: make its input, run it once small, print BEGIN NAME, run it,
+//!               print END NAME and WORKLOAD NAME SECONDS CPU-SECONDS CHECKSUM-OF-WHAT-IT-SAID
 //! ```
 //!
 //! Arguments: `[--native DIR] [--scale PERCENT] [--cpus N] NAME…`. Lines `CLOCK SECONDS` at the start
@@ -69,8 +69,9 @@ fn run(as_init: bool) -> Result<(), String> {
     clock(start);
     for name in &names {
         let work = list::find(name).ok_or(format!("there is no workload {name}"))?;
-        let (seconds, checksum) = measure(&work, &settings).map_err(|e| format!("{name}: {e}"))?;
-        println!("WORKLOAD {name} {seconds:.6} {checksum:016x}");
+        let (taken, checksum) = measure(&work, &settings).map_err(|e| format!("{name}: {e}"))?;
+        let Taken { seconds, cpu } = taken;
+        println!("WORKLOAD {name} {seconds:.6} {cpu:.6} {checksum:016x}");
     }
     clock(start);
     println!("WORKLOADS DONE");
@@ -87,52 +88,58 @@ fn clock(start: Instant) {
     std::io::stdout().flush().ok();
 }
 
-fn measure(work: &Work, settings: &Settings) -> Result<(f64, u64), String> {
+/// What a workload took, by the clock, and of this machine's processors.
+struct Taken {
+    seconds: f64,
+    cpu: f64,
+}
+
+/// Runs what is measured.
+fn timed<T>(work: &Work, run: impl FnOnce() -> Result<T, String>) -> Result<(Taken, T), String> {
+    println!("BEGIN {}", work.name);
+    let (cpu, start) = (system::cpu_seconds(), Instant::now());
+    let result = run()?;
+    let taken = Taken {
+        seconds: start.elapsed().as_secs_f64(),
+        cpu: system::cpu_seconds() - cpu,
+    };
+    println!("END {}", work.name);
+    Ok((taken, result))
+}
+
+fn measure(work: &Work, settings: &Settings) -> Result<(Taken, u64), String> {
     for input in work.inputs {
         inputs::make(*input, settings).map_err(|e| format!("its input can't be made: {e}"))?;
     }
-    match &work.body {
+    let count = settings.scaled(work.count);
+    let taken = match &work.body {
         list::Body::Calls(function) => {
-            let count = settings.scaled(work.count);
             function(count / 20 + 1);
-            let start = Instant::now();
-            let result = function(count);
-            Ok((start.elapsed().as_secs_f64(), result))
+            return timed(work, || Ok(function(count)));
         }
         list::Body::Command { line, warm } => {
-            let count = settings.scaled(work.count);
-            if !warm.is_empty() {
-                command(warm, 1)?;
-            }
-            let start = Instant::now();
-            command(line, count)?;
-            let seconds = start.elapsed().as_secs_f64();
-            Ok((seconds, output_checksum()?))
+            command(warm, 1)?;
+            timed(work, || command(line, count))?.0
         }
         list::Body::Repeated { line } => {
             command(line, 1)?;
-            let start = Instant::now();
-            for _ in 0..settings.scaled(work.count) {
-                command(line, 1)?;
-            }
-            let seconds = start.elapsed().as_secs_f64();
-            Ok((seconds, output_checksum()?))
+            timed(work, || (0..count).try_for_each(|_| command(line, 1)))?.0
         }
         list::Body::Together { lines } => {
             if settings.native && settings.cpus == 1 {
                 system::stay_on_this_cpu();
             }
-            let start = Instant::now();
-            let children: Vec<_> = lines
-                .iter()
-                .map(|line| spawn(line, 1))
-                .collect::<Result<_, _>>()?;
-            for child in children {
-                finish(child)?;
-            }
-            Ok((start.elapsed().as_secs_f64(), output_checksum()?))
+            let together = || {
+                let children: Vec<_> = lines
+                    .iter()
+                    .map(|line| spawn(line, 1))
+                    .collect::<Result<_, _>>()?;
+                children.into_iter().try_for_each(finish)
+            };
+            timed(work, together)?.0
         }
-    }
+    };
+    Ok((taken, output_checksum()?))
 }
 
 /// Runs a command line, in which `COUNT` stands for how much to do.

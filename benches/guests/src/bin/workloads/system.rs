@@ -55,6 +55,25 @@ pub fn stay_on_this_cpu() {
     }
 }
 
+/// Processor time of this process and of the children that it has waited for.
+pub fn cpu_seconds() -> f64 {
+    [libc::RUSAGE_SELF, libc::RUSAGE_CHILDREN]
+        .into_iter()
+        .map(|who| {
+            // SAFETY: the structure is plain numbers, which the call fills in.
+            let usage = unsafe {
+                let mut usage: libc::rusage = std::mem::zeroed();
+                libc::getrusage(who, &raw mut usage);
+                usage
+            };
+            [usage.ru_utime, usage.ru_stime]
+                .iter()
+                .map(|time| time.tv_sec as f64 + time.tv_usec as f64 / 1e6)
+                .sum::<f64>()
+        })
+        .sum()
+}
+
 /// Ends the machine, as process 1.
 pub fn power_off() {
     // SAFETY: system calls without pointers.
