@@ -11,6 +11,7 @@ use crate::mem::Backing;
 use crate::shared::{Host, Machine};
 use crate::sys::state::{Segment, cr0, cr4, efer};
 use crate::trap::{TrapKind, TrapState};
+use crate::tuning::Tuning;
 
 /// A host whose clock advances by one microsecond each time it is read.
 #[derive(Debug, Default)]
@@ -73,11 +74,21 @@ impl TestCpu {
 
     /// Room for more processors: see [`TestCpu::another`].
     pub fn with_processors(count: usize) -> Self {
+        Self::with_tuning(count, Tuning::default())
+    }
+
+    /// The same, in a machine that runs code as `tuning` says.
+    pub fn with_tuning(count: usize, tuning: Tuning) -> Self {
+        Self::with_host(Arc::new(FakeHost::default()), count, tuning)
+    }
+
+    /// The same on a host of the caller's.
+    pub fn with_host(host: Arc<dyn Host>, count: usize, tuning: Tuning) -> Self {
         let region = match MmapRegion::<()>::new(RAM) {
             Ok(region) => Arc::new(region),
             Err(error) => panic!("no memory for a test machine: {error}"),
         };
-        let machine = Arc::new(Machine::new(Arc::new(FakeHost::default()), count));
+        let machine = Arc::new(Machine::with_tuning(host, count, tuning));
         let Some(backing) = Backing::new(region.clone()) else {
             panic!("a mapping is made of pages");
         };
@@ -115,10 +126,14 @@ impl TestCpu {
 
     /// 64-bit mode at privilege level 0, identity-mapped.
     pub fn new64() -> Self {
-        let mut t = Self::new();
-        t.make_tables();
-        Self::set_up_64(&mut t.cpu);
-        t
+        Self::new().in_64_bit_mode()
+    }
+
+    /// Its first processor in 64-bit mode at privilege level 0, identity-mapped.
+    pub fn in_64_bit_mode(mut self) -> Self {
+        self.make_tables();
+        Self::set_up_64(&mut self.cpu);
+        self
     }
 
     /// Puts a processor into 64-bit mode on [`TABLES`].

@@ -20,9 +20,9 @@ use crate::code::fuse::Lowered;
 use crate::code::lower::no_forms;
 use crate::code::op::Op;
 use crate::cpu::{Cpu, seg};
+use crate::jit::Jit;
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState, code_changes};
 use crate::simd::fused::FusedCode;
-use crate::jit::Jit;
 use crate::tuning::{Counters, Tuning};
 
 /// [`Tuning::code_bytes`] shared out: this part is for decoded blocks.

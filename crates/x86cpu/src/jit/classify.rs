@@ -21,6 +21,8 @@ pub(super) enum Class {
     Push,
     Pop,
     Leave,
+    /// MOVS and STOS with REP.
+    Strings,
 }
 
 /// What alignment a memory operand must have: log2, in steps of [`crate::mem::area::Frame::masks`].
@@ -35,12 +37,23 @@ pub(super) enum Align {
 pub(super) fn classify(i: &Instruction) -> Option<Class> {
     use Mnemonic as M;
     Some(match i.mnemonic() {
-        M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop | M::Prefetchnta | M::Prefetcht0
-        | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw => Class::Nothing,
+        M::Nop
+        | M::Endbr64
+        | M::Endbr32
+        | M::Reservednop
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchw => Class::Nothing,
         M::Lea => Class::Lea,
         M::Push => Class::Push,
         M::Pop => Class::Pop,
         M::Leave => Class::Leave,
+        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+            Class::Strings
+        }
+        M::Movsd if i.op0_kind() == OpKind::MemoryESRDI => Class::Strings,
         M::Div => Class::Divide { signed: false },
         M::Idiv => Class::Divide { signed: true },
         M::Bt | M::Bts | M::Btr | M::Btc
@@ -48,18 +61,89 @@ pub(super) fn classify(i: &Instruction) -> Option<Class> {
         {
             return None;
         }
-        M::Mov if matches!(i.memory_displ_size(), 8) && i.memory_base() == Register::None && is_moffs(i) => {
+        M::Mov
+            if matches!(i.memory_displ_size(), 8)
+                && i.memory_base() == Register::None
+                && is_moffs(i) =>
+        {
             return None;
         }
-        M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Add | M::Adc | M::Sub | M::Sbb | M::And
-        | M::Or | M::Xor | M::Cmp | M::Test | M::Inc | M::Dec | M::Neg | M::Not | M::Shl
-        | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-        | M::Imul | M::Mul | M::Bsf | M::Bsr | M::Tzcnt | M::Lzcnt | M::Popcnt | M::Bt | M::Bts
-        | M::Btr | M::Btc | M::Bswap | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo
-        | M::Xchg | M::Cmpxchg | M::Xadd | M::Movbe | M::Crc32 | M::Andn | M::Bextr | M::Blsi
-        | M::Blsmsk | M::Blsr | M::Bzhi | M::Mulx | M::Pdep | M::Pext | M::Rorx | M::Sarx
-        | M::Shlx | M::Shrx | M::Adcx | M::Adox | M::Lahf | M::Sahf | M::Stc | M::Clc | M::Cmc
-        | M::Movnti | M::Mfence | M::Lfence | M::Sfence | M::Pause | M::Cmpxchg8b
+        M::Mov
+        | M::Movzx
+        | M::Movsx
+        | M::Movsxd
+        | M::Add
+        | M::Adc
+        | M::Sub
+        | M::Sbb
+        | M::And
+        | M::Or
+        | M::Xor
+        | M::Cmp
+        | M::Test
+        | M::Inc
+        | M::Dec
+        | M::Neg
+        | M::Not
+        | M::Shl
+        | M::Sal
+        | M::Shr
+        | M::Sar
+        | M::Rol
+        | M::Ror
+        | M::Rcl
+        | M::Rcr
+        | M::Shld
+        | M::Shrd
+        | M::Imul
+        | M::Mul
+        | M::Bsf
+        | M::Bsr
+        | M::Tzcnt
+        | M::Lzcnt
+        | M::Popcnt
+        | M::Bt
+        | M::Bts
+        | M::Btr
+        | M::Btc
+        | M::Bswap
+        | M::Cbw
+        | M::Cwde
+        | M::Cdqe
+        | M::Cwd
+        | M::Cdq
+        | M::Cqo
+        | M::Xchg
+        | M::Cmpxchg
+        | M::Xadd
+        | M::Movbe
+        | M::Crc32
+        | M::Andn
+        | M::Bextr
+        | M::Blsi
+        | M::Blsmsk
+        | M::Blsr
+        | M::Bzhi
+        | M::Mulx
+        | M::Pdep
+        | M::Pext
+        | M::Rorx
+        | M::Sarx
+        | M::Shlx
+        | M::Shrx
+        | M::Adcx
+        | M::Adox
+        | M::Lahf
+        | M::Sahf
+        | M::Stc
+        | M::Clc
+        | M::Cmc
+        | M::Movnti
+        | M::Mfence
+        | M::Lfence
+        | M::Sfence
+        | M::Pause
+        | M::Cmpxchg8b
         | M::Cmpxchg16b => Class::Integer,
         m if is_setcc_or_cmov(m) => Class::Integer,
         m if is_x87(m) => Class::X87,
@@ -86,11 +170,38 @@ fn is_setcc_or_cmov(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         m,
-        M::Seta | M::Setae | M::Setb | M::Setbe | M::Sete | M::Setg | M::Setge | M::Setl
-            | M::Setle | M::Setne | M::Setno | M::Setnp | M::Setns | M::Seto | M::Setp | M::Sets
-            | M::Cmova | M::Cmovae | M::Cmovb | M::Cmovbe | M::Cmove | M::Cmovg | M::Cmovge
-            | M::Cmovl | M::Cmovle | M::Cmovne | M::Cmovno | M::Cmovnp | M::Cmovns | M::Cmovo
-            | M::Cmovp | M::Cmovs
+        M::Seta
+            | M::Setae
+            | M::Setb
+            | M::Setbe
+            | M::Sete
+            | M::Setg
+            | M::Setge
+            | M::Setl
+            | M::Setle
+            | M::Setne
+            | M::Setno
+            | M::Setnp
+            | M::Setns
+            | M::Seto
+            | M::Setp
+            | M::Sets
+            | M::Cmova
+            | M::Cmovae
+            | M::Cmovb
+            | M::Cmovbe
+            | M::Cmove
+            | M::Cmovg
+            | M::Cmovge
+            | M::Cmovl
+            | M::Cmovle
+            | M::Cmovne
+            | M::Cmovno
+            | M::Cmovnp
+            | M::Cmovns
+            | M::Cmovo
+            | M::Cmovp
+            | M::Cmovs
     )
 }
 
@@ -99,15 +210,70 @@ fn is_x87(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         m,
-        M::Fadd | M::Faddp | M::Fiadd | M::Fsub | M::Fsubp | M::Fisub | M::Fsubr | M::Fsubrp
-            | M::Fisubr | M::Fmul | M::Fmulp | M::Fimul | M::Fdiv | M::Fdivp | M::Fidiv
-            | M::Fdivr | M::Fdivrp | M::Fidivr | M::Fld | M::Fild | M::Fst | M::Fstp | M::Fist
-            | M::Fistp | M::Fisttp | M::Fld1 | M::Fldz | M::Fldpi | M::Fldl2e | M::Fldl2t
-            | M::Fldlg2 | M::Fldln2 | M::Fabs | M::Fchs | M::Fsqrt | M::Fxch | M::Fcom | M::Fcomp
-            | M::Fcompp | M::Fucom | M::Fucomp | M::Fucompp | M::Fcomi | M::Fcomip | M::Fucomi
-            | M::Fucomip | M::Fcmove | M::Fcmovne | M::Fcmovb | M::Fcmovnb | M::Fcmovbe
-            | M::Fcmovnbe | M::Fcmovu | M::Fcmovnu | M::Frndint | M::Fscale | M::F2xm1 | M::Fyl2x
-            | M::Fprem | M::Fsin | M::Fcos | M::Fpatan | M::Ftst | M::Fxam
+        M::Fadd
+            | M::Faddp
+            | M::Fiadd
+            | M::Fsub
+            | M::Fsubp
+            | M::Fisub
+            | M::Fsubr
+            | M::Fsubrp
+            | M::Fisubr
+            | M::Fmul
+            | M::Fmulp
+            | M::Fimul
+            | M::Fdiv
+            | M::Fdivp
+            | M::Fidiv
+            | M::Fdivr
+            | M::Fdivrp
+            | M::Fidivr
+            | M::Fld
+            | M::Fild
+            | M::Fst
+            | M::Fstp
+            | M::Fist
+            | M::Fistp
+            | M::Fisttp
+            | M::Fld1
+            | M::Fldz
+            | M::Fldpi
+            | M::Fldl2e
+            | M::Fldl2t
+            | M::Fldlg2
+            | M::Fldln2
+            | M::Fabs
+            | M::Fchs
+            | M::Fsqrt
+            | M::Fxch
+            | M::Fcom
+            | M::Fcomp
+            | M::Fcompp
+            | M::Fucom
+            | M::Fucomp
+            | M::Fucompp
+            | M::Fcomi
+            | M::Fcomip
+            | M::Fucomi
+            | M::Fucomip
+            | M::Fcmove
+            | M::Fcmovne
+            | M::Fcmovb
+            | M::Fcmovnb
+            | M::Fcmovbe
+            | M::Fcmovnbe
+            | M::Fcmovu
+            | M::Fcmovnu
+            | M::Frndint
+            | M::Fscale
+            | M::F2xm1
+            | M::Fyl2x
+            | M::Fprem
+            | M::Fsin
+            | M::Fcos
+            | M::Fpatan
+            | M::Ftst
+            | M::Fxam
     )
 }
 
@@ -116,10 +282,37 @@ fn vector(i: &Instruction) -> Option<Class> {
     match i.mnemonic() {
         // These use registers that their operands don't name, or touch memory in their own way, or
         // change what this processor keeps elsewhere.
-        M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm | M::Vpcmpestri
-        | M::Vpcmpestrm | M::Vpcmpistri | M::Vpcmpistrm | M::Maskmovdqu | M::Vmaskmovdqu
-        | M::Maskmovq | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
-        | M::Ldmxcsr | M::Stmxcsr | M::Vldmxcsr | M::Vstmxcsr => return None,
+        M::Pcmpestri64
+        | M::Pcmpestrm64
+        | M::Vpcmpestri64
+        | M::Vpcmpestrm64
+        | M::Pcmpestri
+        | M::Pcmpestrm
+        | M::Pcmpistri
+        | M::Pcmpistrm
+        | M::Vpcmpestri
+        | M::Vpcmpestrm
+        | M::Vpcmpistri
+        | M::Vpcmpistrm
+        | M::Maskmovdqu
+        | M::Vmaskmovdqu
+        | M::Maskmovq
+        | M::Vmaskmovps
+        | M::Vmaskmovpd
+        | M::Vpmaskmovd
+        | M::Vpmaskmovq
+        | M::Cvtpd2pi
+        | M::Cvttpd2pi
+        | M::Cvtps2pi
+        | M::Cvttps2pi
+        | M::Cvtpi2ps
+        | M::Cvtpi2pd
+        | M::Movq2dq
+        | M::Movdq2q
+        | M::Ldmxcsr
+        | M::Stmxcsr
+        | M::Vldmxcsr
+        | M::Vstmxcsr => return None,
         _ => {}
     }
     if i.is_vsib() {
@@ -133,7 +326,10 @@ fn vector(i: &Instruction) -> Option<Class> {
                 let register = i.op_register(n);
                 has_mmx |= register.is_mm();
                 has_vector |= register.is_xmm() || register.is_ymm();
-                if !(register.is_mm() || register.is_xmm() || register.is_ymm() || register.is_gpr())
+                if !(register.is_mm()
+                    || register.is_xmm()
+                    || register.is_ymm()
+                    || register.is_gpr())
                 {
                     return None;
                 }
@@ -158,7 +354,7 @@ fn vector(i: &Instruction) -> Option<Class> {
 pub(super) fn writes_memory(i: &Instruction, class: Class) -> bool {
     use Mnemonic as M;
     match class {
-        Class::Nothing | Class::Lea | Class::Divide { .. } | Class::Leave => false,
+        Class::Nothing | Class::Lea | Class::Divide { .. } | Class::Leave | Class::Strings => false,
         Class::Push => false,
         Class::Pop => true,
         Class::Integer => {
@@ -193,7 +389,12 @@ pub(super) fn alignment(i: &Instruction, class: Class, size: usize) -> Align {
             _ => Align::Sixteen,
         },
         Class::Avx => match i.mnemonic() {
-            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq
+            M::Vmovaps
+            | M::Vmovapd
+            | M::Vmovdqa
+            | M::Vmovntps
+            | M::Vmovntpd
+            | M::Vmovntdq
             | M::Vmovntdqa => {
                 if size == 32 {
                     Align::ThirtyTwo

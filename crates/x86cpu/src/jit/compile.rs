@@ -8,10 +8,11 @@ use std::mem::offset_of;
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::asm::{Asm, Mem, Near, R10, R11, R15, RAX, RCX, RDX, Reg, Rm};
+use super::asm::{Asm, Mem, Near, R10, R11, R15, RAX, RCX, RDX, Reg, Rm, Short};
 use super::classify::{Align, Class, alignment, classify, writes_memory, writes_register};
 use super::encoding::{Encoding, Field, General, Operands, generals};
 use super::trace::{Step, Trace};
+use super::windows::{Memory, Share, Wanted, Windows};
 use crate::Cpu;
 use crate::cpu::reg;
 use crate::cpuid::Features;
@@ -25,8 +26,16 @@ pub(super) enum Work {
     Run,
     /// The same; the flags are those of before a division was tried.
     Divide,
+    /// Have the TLB take a window that is opened here, whose first byte's address is in R11; if it
+    /// can't, as [`Work::ToEnd`].
+    Window {
+        bytes: u16,
+        write: bool,
+    },
     /// Run it and leave: it is a branch.
     Branch,
+    /// The same; the jump cache is to have where it goes.
+    Jump,
     /// Run it and all others up to its block's end, and leave.
     ToEnd,
     /// Have what it needs in the host's registers; or else as [`Work::ToEnd`].
@@ -78,6 +87,8 @@ pub(super) struct Request<'a> {
     pub first_call: u32,
     pub first_way: u32,
     pub hardened: bool,
+    /// Whether accesses may share a look into the TLB.
+    pub windows: bool,
 }
 
 /// Bit of a way's number: it is left because something is requested.
@@ -166,12 +177,16 @@ impl Address {
         };
         let base = match i.memory_base() {
             Register::None => None,
+            Register::EIP => return None,
             Register::RIP => Some(Part::Frame(Mem::frame(offset_of!(Frame, rip_page)))),
             register => Some(part(register)?),
         };
         let index = match i.memory_index() {
             Register::None => None,
-            register => Some((part(register)?, i.memory_index_scale().trailing_zeros() as u8)),
+            register => Some((
+                part(register)?,
+                i.memory_index_scale().trailing_zeros() as u8,
+            )),
         };
         let disp = i32::try_from(i.memory_displacement64() as i64).ok()?;
         // Room for what is added to reach the last byte.
@@ -213,6 +228,239 @@ impl Address {
     }
 }
 
+/// What is known of an instruction before anything is emitted.
+pub(super) enum Ready {
+    /// A near branch.
+    Branch(Branch),
+    /// The interpreter runs it, or it and what is left of its block.
+    Interpret {
+        to_end: bool,
+    },
+    Copy(Box<Copy>),
+}
+
+/// A near branch in its form for 64-bit code.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Branch {
+    Conditional {
+        condition: u8,
+        target: i64,
+    },
+    Zero {
+        target: i64,
+    },
+    Loop {
+        target: i64,
+    },
+    Jump {
+        target: i64,
+    },
+    Call {
+        target: i64,
+    },
+    Return {
+        extra: i32,
+    },
+    /// To a register, or to what is in memory.
+    Indirect {
+        call: bool,
+        register: Option<u8>,
+    },
+}
+
+/// An instruction that is emitted with other operands, or in another form.
+pub(super) struct Copy {
+    class: Class,
+    /// Not for those that are emitted in another form.
+    encoding: Option<Encoding>,
+    address: Option<Address>,
+    plan: Plan,
+    size: usize,
+    align: Align,
+    write: bool,
+}
+
+impl Ready {
+    fn new(step: &Step, bytes: &[u8], features: &Features) -> Self {
+        let i = &step.instruction;
+        if step.last {
+            if let Some(branch) = Branch::new(i) {
+                return Self::Branch(branch);
+            }
+            if !step.falls_through() {
+                return Self::Interpret { to_end: true };
+            }
+        }
+        let at = usize::from(step.at);
+        let copy = bytes.get(at..at + i.len()).and_then(|bytes| {
+            let class = classify(i).filter(|_| features.has_all(i.cpuid_features()))?;
+            Copy::new(i, class, bytes)
+        });
+        match copy {
+            Some(copy) => Self::Copy(Box::new(copy)),
+            None => Self::Interpret { to_end: false },
+        }
+    }
+
+    /// Whether the interpreter runs it.
+    pub(super) fn is_interpreted(&self) -> bool {
+        match self {
+            Self::Branch(_) => false,
+            Self::Interpret { .. } => true,
+            // It changes registers in its own way, and may be interpreted.
+            Self::Copy(copy) => copy.class == Class::Strings,
+        }
+    }
+
+    /// The accesses that are made for it, in their order.
+    pub(super) fn accesses(&self) -> [Option<Wanted>; 2] {
+        let rsp = |disp, write| {
+            Some(Wanted {
+                memory: Memory::Register(reg::RSP, disp),
+                size: 8,
+                write,
+                aligned: false,
+            })
+        };
+        let operand = Some(Wanted {
+            memory: Memory::Operand,
+            size: 8,
+            write: false,
+            aligned: false,
+        });
+        match self {
+            Self::Interpret { .. } => [None, None],
+            Self::Branch(branch) => match *branch {
+                Branch::Call { .. } => [rsp(-8, true), None],
+                Branch::Return { .. } => [rsp(0, false), None],
+                Branch::Indirect { call, register } => match (register, call) {
+                    (None, true) => [operand, rsp(-8, true)],
+                    (None, false) => [operand, None],
+                    (Some(_), true) => [rsp(-8, true), None],
+                    (Some(_), false) => [None, None],
+                },
+                _ => [None, None],
+            },
+            Self::Copy(copy) => match copy.class {
+                Class::Push => [rsp(-8, true), None],
+                Class::Pop => [rsp(0, false), None],
+                Class::Leave => [
+                    Some(Wanted {
+                        memory: Memory::Register(5, 0),
+                        size: 8,
+                        write: false,
+                        aligned: false,
+                    }),
+                    None,
+                ],
+                Class::Lea | Class::Nothing | Class::Strings => [None, None],
+                _ if copy.address.is_some() => [
+                    Some(Wanted {
+                        memory: Memory::Operand,
+                        size: copy.size,
+                        write: copy.write,
+                        aligned: copy.align != Align::None,
+                    }),
+                    None,
+                ],
+                _ => [None, None],
+            },
+        }
+    }
+}
+
+impl Branch {
+    fn new(i: &Instruction) -> Option<Self> {
+        use iced_x86::Code;
+        let target = super::trace::direct_target(i);
+        Some(match (i.code(), target) {
+            (_, Some(target)) if i.is_jcc_short_or_near() => Self::Conditional {
+                condition: i.condition_code() as u8 - 1,
+                target,
+            },
+            (Code::Jrcxz_rel8_64, Some(target)) => Self::Zero { target },
+            (Code::Loop_rel8_64_RCX, Some(target)) => Self::Loop { target },
+            (Code::Jmp_rel8_64 | Code::Jmp_rel32_64, Some(target)) => Self::Jump { target },
+            (Code::Call_rel32_64, Some(target)) => Self::Call { target },
+            (Code::Retnq, _) => Self::Return { extra: 0 },
+            (Code::Retnq_imm16, _) => Self::Return {
+                extra: i32::from(i.immediate16()),
+            },
+            (code @ (Code::Jmp_rm64 | Code::Call_rm64), _) => {
+                let register = match i.op0_kind() {
+                    OpKind::Register => Some(i.op0_register().number() as u8),
+                    _ => {
+                        Address::new(i)?;
+                        None
+                    }
+                };
+                Self::Indirect {
+                    call: code == Code::Call_rm64,
+                    register,
+                }
+            }
+            _ => return None,
+        })
+    }
+}
+
+impl Copy {
+    fn new(i: &Instruction, class: Class, bytes: &[u8]) -> Option<Self> {
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        let mut copy = Self {
+            class,
+            encoding: None,
+            address: None,
+            plan: Plan::default(),
+            size: 0,
+            align: Align::None,
+            write: false,
+        };
+        match class {
+            Class::Nothing => return Some(copy),
+            Class::Strings => return Strings::of(i).map(|_| copy),
+            Class::Push => {
+                let known = match i.op0_kind() {
+                    OpKind::Register => i.op0_register().is_gpr64(),
+                    kind => matches!(kind, OpKind::Immediate8to64 | OpKind::Immediate32to64),
+                };
+                return known.then_some(copy);
+            }
+            Class::Pop => {
+                let known = i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64();
+                return known.then_some(copy);
+            }
+            Class::Leave => return (i.code() == iced_x86::Code::Leaveq).then_some(copy),
+            Class::Divide { .. } => {
+                let size = match i.op0_kind() {
+                    OpKind::Register => i.op0_register().size(),
+                    OpKind::Memory => i.memory_size().size(),
+                    _ => return None,
+                };
+                if size != 4 && size != 8 {
+                    return None;
+                }
+                copy.size = size;
+            }
+            _ => {
+                let encoding = Encoding::new(bytes, i)?;
+                copy.plan = Plan::new(i, memory)?;
+                if copy.plan.high && (memory || encoding.needs_rex(&copy.plan.operands)) {
+                    return None;
+                }
+                copy.encoding = Some(encoding);
+                copy.size = i.memory_size().size().max(1);
+            }
+        }
+        if memory {
+            copy.address = Some(Address::new(i)?);
+            copy.align = alignment(i, class, copy.size);
+            copy.write = writes_memory(i, class);
+        }
+        Some(copy)
+    }
+}
+
 /// A jump to the slow path of an access, and the call that is made there.
 struct Slow {
     from: Near,
@@ -231,6 +479,11 @@ pub(super) struct Compiler<'a> {
     leaving: Vec<(Near, Exit)>,
     direct: usize,
     head: u16,
+    /// Which window's pointer is in R11.
+    held: Option<usize>,
+    shares: Vec<[Option<Share>; 2]>,
+    /// Accesses of the instruction that have been made.
+    made: usize,
     sse: bool,
     avx: bool,
     x87: bool,
@@ -255,14 +508,27 @@ pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Opti
         leaving: Vec::new(),
         direct: 0,
         head,
+        held: None,
+        shares: Vec::new(),
+        made: 0,
         sse: false,
         avx: false,
         x87: false,
     };
     c.asm.bytes.reserve(4096);
+    let ready: Vec<Ready> = trace
+        .steps
+        .iter()
+        .map(|step| Ready::new(step, bytes, request.features))
+        .collect();
+    c.shares = if request.windows {
+        Windows::find(&trace.steps, &ready)
+    } else {
+        vec![[None; 2]; ready.len()]
+    };
     c.entry();
-    for (n, step) in trace.steps.iter().enumerate() {
-        if c.step(n, step, bytes) {
+    for (n, (step, ready)) in trace.steps.iter().zip(&ready).enumerate() {
+        if c.step(n, step, ready, bytes) {
             break;
         }
     }
@@ -280,8 +546,7 @@ impl Compiler<'_> {
     fn entry(&mut self) {
         let head = i32::from(self.head);
         self.asm.lea(R11, Mem::base(R11, -head));
-        self.asm
-            .store(Mem::frame(offset_of!(Frame, rip_page)), R11);
+        self.asm.store(Mem::frame(offset_of!(Frame, rip_page)), R11);
         self.poll(i64::from(head));
         self.direct = self.asm.at();
     }
@@ -314,8 +579,7 @@ impl Compiler<'_> {
     /// Calls the interpreter here and now.
     fn interpret(&mut self, call: u32) {
         self.asm.constant32(RCX, call);
-        self.asm
-            .call_memory(Mem::frame(offset_of!(Frame, replay)));
+        self.asm.call_memory(Mem::frame(offset_of!(Frame, replay)));
     }
 
     /// What is behind the trace: slow paths and ways out.
@@ -358,63 +622,87 @@ impl Compiler<'_> {
         self.leave(way);
     }
 
-    /// Jumps to the guest address in R11.
+    /// Jumps to the guest address in R11, another page of straight code or a direct branch.
     fn jump(&mut self) {
-        let mask = Mem::frame(offset_of!(Frame, jump_mask));
-        let tags = (offset_of!(Area, jump_tag)) as i32;
-        let codes = (offset_of!(Area, jump_code)) as i32;
-        self.asm.pext(RCX, R11, mask);
-        self.asm.load(RCX, Mem::indexed(super::asm::RSP, RCX, 3, tags));
-        self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, 0));
-        let hit = self.asm.jrcxz();
+        let hit = self.find_jump();
         let way = self.way(Goal::Indirect, None);
         self.leave(way);
         self.asm.here(hit);
-        self.asm.pext(RCX, R11, mask);
+        self.jump_found();
+    }
+
+    /// Looks the guest address in R11 up in the jump cache.
+    fn find_jump(&mut self) -> Short {
+        let tags = offset_of!(Area, jump_tag) as i32;
         self.asm
-            .jmp_memory(Mem::indexed(super::asm::RSP, RCX, 3, codes));
+            .pext(RCX, R11, Mem::frame(offset_of!(Frame, jump_mask)));
+        self.asm.load(RCX, entry(RCX, tags));
+        self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, 0));
+        self.asm.jrcxz()
+    }
+
+    /// Goes there, after [`Compiler::find_jump`].
+    fn jump_found(&mut self) {
+        let codes = offset_of!(Area, jump_code) as i32;
+        self.asm
+            .pext(RCX, R11, Mem::frame(offset_of!(Frame, jump_mask)));
+        self.asm.jmp_memory(entry(RCX, codes));
+    }
+
+    /// Looks the target of an indirect branch up, which is in R11, before anything is changed: if the
+    /// jump cache hasn't got it, or it is no address at all, the branch is the interpreter's.
+    fn indirect(&mut self, n: usize) {
+        let hit = self.find_jump();
+        let call = self.call(Work::Jump, n, false);
+        self.interpret(call);
+        self.asm.here(hit);
     }
 
     /// Compiles one instruction; `true` if nothing comes after it.
-    fn step(&mut self, n: usize, step: &Step, bytes: &[u8]) -> bool {
+    fn step(&mut self, n: usize, step: &Step, ready: &Ready, bytes: &[u8]) -> bool {
         let before = self.slow.len();
-        let done = self.one(n, step, bytes);
+        self.made = 0;
+        let done = self.one(n, step, ready, bytes);
+        if self.slow.len() != before {
+            self.held = None;
+        }
+        // The end of the instruction, not of what leads away from it.
         let here = self.asm.at();
         for slow in &mut self.slow[before..] {
             slow.resume.get_or_insert(here);
         }
-        done
-    }
-
-    fn one(&mut self, n: usize, step: &Step, bytes: &[u8]) -> bool {
-        let i = &step.instruction;
-        if step.last {
-            if let Some(done) = self.branch(n, step) {
-                return done;
-            }
-            if !step.falls_through() {
-                let call = self.call(Work::ToEnd, n, false);
-                self.interpret(call);
-                return true;
-            }
-        }
-        let at = usize::from(step.at);
-        let known = bytes.get(at..at + i.len()).and_then(|bytes| {
-            let class = classify(i).filter(|_| self.request.features.has_all(i.cpuid_features()))?;
-            self.copy(n, step, class, bytes)
-        });
-        if known.is_none() {
-            let call = self.call(Work::Run, n, false);
-            self.interpret(call);
-            (self.sse, self.avx, self.x87) = (false, false, false);
-        }
-        if step.last && step.follow.is_none() {
-            let target = i64::from(step.at) + i.len() as i64;
+        if !done && step.last && step.follow.is_none() {
+            let target = i64::from(step.at) + step.instruction.len() as i64;
             self.go(Exit {
                 target,
                 poll: false,
             });
             return true;
+        }
+        done
+    }
+
+    fn one(&mut self, n: usize, step: &Step, ready: &Ready, bytes: &[u8]) -> bool {
+        match ready {
+            Ready::Branch(branch) => {
+                self.held = None;
+                return self.branch(n, step, *branch);
+            }
+            Ready::Interpret { to_end: true } => {
+                let call = self.call(Work::ToEnd, n, false);
+                self.interpret(call);
+                return true;
+            }
+            Ready::Interpret { to_end: false } => {
+                self.held = None;
+                let call = self.call(Work::Run, n, false);
+                self.interpret(call);
+                (self.sse, self.avx, self.x87) = (false, false, false);
+            }
+            Ready::Copy(copy) => {
+                let at = usize::from(step.at);
+                self.copy(n, step, copy, &bytes[at..at + step.instruction.len()]);
+            }
         }
         false
     }
@@ -423,6 +711,7 @@ impl Compiler<'_> {
 
     /// Computes an address within its segment (and adds the segment's base if `linear`) into R11.
     fn address(&mut self, address: &Address, linear: bool) {
+        self.held = None;
         let disp = address.disp;
         let index = match address.index {
             Some((Part::Host(index), scale)) => Some((index, scale)),
@@ -449,9 +738,125 @@ impl Compiler<'_> {
         }
     }
 
+    /// An access of the instruction: its window's pointer, or a look into the TLB.
+    fn access(
+        &mut self,
+        n: usize,
+        address: &Address,
+        size: usize,
+        align: Align,
+        write: bool,
+        call: u32,
+    ) -> Mem {
+        let which = self.made;
+        self.made += 1;
+        let share = self.shares[n][which.min(1)];
+        let Some(share) = share else {
+            self.held = None;
+            return self.look_up(address, size, align, write, call);
+        };
+        let slot = Mem::frame(offset_of!(Frame, windows) + 8 * share.window);
+        if let Some((low, high)) = share.opens {
+            self.held = None;
+            self.open(n, address, (low, high), write, share.added, slot);
+        } else if self.held != Some(share.window) {
+            self.asm.load(R11, slot);
+        }
+        self.held = Some(share.window);
+        match address.index {
+            None => Mem::base(R11, share.distance),
+            Some((part, scale)) => {
+                let index = match part {
+                    Part::Host(index) => index,
+                    Part::Frame(slot) => {
+                        self.asm.load(RCX, slot);
+                        // RCX has to be free.
+                        let at = Mem::indexed(R11, RCX, scale, share.added + address.disp);
+                        self.asm.lea(R11, at);
+                        self.held = None;
+                        return Mem::base(R11, 0);
+                    }
+                };
+                Mem::indexed(R11, index, scale, share.added + address.disp)
+            }
+        }
+    }
+
+    /// Looks a whole window up: the bytes from `low` up to `high`, relative to the address. The
+    /// pointer to what its base register once held is in R11 afterwards, and in its slot.
+    fn open(
+        &mut self,
+        n: usize,
+        address: &Address,
+        (low, high): (i32, i32),
+        write: bool,
+        added: i32,
+        slot: Mem,
+    ) {
+        let again = self.asm.at();
+        self.address(address, true);
+        if low != 0 {
+            self.asm.lea(R11, Mem::base(R11, low));
+        }
+        let (tags, addend) = columns(write);
+        let index_mask = Mem::frame(offset_of!(Frame, index_mask));
+        self.asm.pext(RCX, R11, index_mask);
+        self.asm.load(RCX, entry(RCX, tags));
+        self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, high - low - 1));
+        let mask = Mem::frame(offset_of!(Frame, masks));
+        self.asm.pext(RCX, RCX, mask);
+        let hit = self.asm.jrcxz();
+        let from = self.asm.jmp();
+        self.asm.here(hit);
+        let call = self.call(
+            Work::Window {
+                bytes: (high - low) as u16,
+                write,
+            },
+            n,
+            true,
+        );
+        self.slow.push(Slow {
+            from,
+            call,
+            resume: Some(again),
+        });
+        self.asm.pext(RCX, R11, index_mask);
+        self.asm.load(RCX, entry(RCX, addend));
+        if address.index.is_none() {
+            // The address is at hand: from it, back to the origin.
+            let back = -(low + address.disp + added);
+            self.asm.lea(R11, Mem::indexed(R11, RCX, 0, back));
+        } else {
+            match address.base {
+                Some(Part::Host(base)) => {
+                    self.asm.lea(R11, Mem::indexed(RCX, base, 0, -added));
+                }
+                Some(Part::Frame(slot)) => {
+                    self.asm.load(R11, slot);
+                    self.asm.lea(R11, Mem::indexed(R11, RCX, 0, -added));
+                }
+                None => self.asm.mov(R11, RCX),
+            }
+            if let Some(segment) = address.segment {
+                self.asm.load(RCX, segment);
+                self.asm.lea(R11, Mem::indexed(R11, RCX, 0, 0));
+            }
+        }
+        self.asm.store(slot, R11);
+        if self.request.hardened {
+            self.fence();
+        }
+    }
+
+    /// Nothing is read ahead of the comparison before this (SDM 2A, LFENCE).
+    fn fence(&mut self) {
+        self.asm.put(&[0x0f, 0xae, 0xe8]);
+    }
+
     /// Looks an address up in the TLB. What is returned is good for one access of `size` bytes and
     /// uses R11 and guest registers; RCX is free.
-    fn access(
+    fn look_up(
         &mut self,
         address: &Address,
         size: usize,
@@ -459,11 +864,7 @@ impl Compiler<'_> {
         write: bool,
         call: u32,
     ) -> Mem {
-        let tags = if write {
-            offset_of!(Area, write)
-        } else {
-            offset_of!(Area, read)
-        } as i32;
+        let (tags, addend) = columns(write);
         let last = if align == Align::None {
             size as i32 - 1
         } else {
@@ -478,8 +879,6 @@ impl Compiler<'_> {
             } => Some((base, disp)),
             _ => None,
         };
-        let entry = |index: Reg, column: i32| Mem::indexed(super::asm::RSP, index, 3, column);
-        let addend = offset_of!(Area, addend) as i32;
         let index_mask = Mem::frame(offset_of!(Frame, index_mask));
         let mask = Mem::frame(offset_of!(Frame, masks) + 8 * align as usize);
         let asm = &mut self.asm;
@@ -516,8 +915,7 @@ impl Compiler<'_> {
             Mem::base(R11, 0)
         };
         if self.request.hardened {
-            // Nothing is read ahead of the comparison above (SDM 3A §9.2.2: LFENCE orders it).
-            self.asm.put(&[0x0f, 0xae, 0xe8]);
+            self.fence();
         }
         self.slow.push(Slow {
             from: miss,
@@ -550,61 +948,60 @@ impl Compiler<'_> {
             call,
             resume: Some(self.asm.at()),
         });
+        // Whoever comes back from there has nothing in it.
+        self.held = None;
     }
 
-    /// Copies an instruction. `None`, and nothing emitted, if it has a form that isn't known here.
-    fn copy(&mut self, n: usize, step: &Step, class: Class, bytes: &[u8]) -> Option<()> {
+    /// Emits an instruction.
+    fn copy(&mut self, n: usize, step: &Step, copy: &Copy, bytes: &[u8]) {
         let i = &step.instruction;
-        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-        if bytes.contains(&0x67) && memory {
-            let base = i.memory_base();
-            let index = i.memory_index();
-            if base.is_gpr32() || index.is_gpr32() || base == Register::EIP {
-                return None;
-            }
-        }
+        let class = copy.class;
         match class {
-            Class::Nothing => return Some(()),
+            Class::Nothing => return,
             Class::Push | Class::Pop | Class::Leave => return self.stack(n, i, class),
-            Class::Divide { signed } => return self.divide(n, i, signed),
+            Class::Divide { signed } => return self.divide(n, i, copy, signed),
+            Class::Strings => {
+                self.held = None;
+                self.strings(n, i);
+                return;
+            }
             _ => {}
         }
-        let encoding = Encoding::new(bytes, i)?;
-        let address = if memory { Some(Address::new(i)?) } else { None };
-        let mut plan = Plan::new(i, memory, class == Class::Lea)?;
-        if plan.high && (memory || encoding.needs_rex(&plan.operands)) {
-            return None;
-        }
+        let Some(encoding) = &copy.encoding else {
+            return;
+        };
         self.ready(n, class);
-        if let Some(address) = &address {
+        let mut operands = copy.plan.operands;
+        if let Some(address) = &copy.address {
             let operand = if class == Class::Lea {
                 address.plain().unwrap_or_else(|| {
+                    self.held = None;
                     self.address(address, false);
                     Mem::base(R11, 0)
                 })
             } else {
-                let size = i.memory_size().size();
-                let align = alignment(i, class, size);
-                let write = writes_memory(i, class);
                 let call = self.call(Work::Run, n, true);
-                self.access(address, size.max(1), align, write, call)
+                self.access(n, address, copy.size, copy.align, copy.write, call)
             };
-            plan.operands.rm = Some(Rm::Mem(operand));
+            operands.rm = Some(Rm::Mem(operand));
         }
-        if plan.count {
+        if copy.plan.count {
             self.asm.mov(RCX, GUEST_RCX);
         }
-        for spill in plan.spills() {
+        for spill in copy.plan.spills() {
+            if spill.temporary == R11 {
+                self.held = None;
+            }
             self.asm.load(spill.temporary, slot(spill.guest));
         }
-        encoding.emit(&mut self.asm, &plan.operands);
-        for spill in plan.spills().filter(|spill| spill.written) {
+        encoding.emit(&mut self.asm, &operands);
+        for spill in copy.plan.spills().filter(|spill| spill.written) {
             self.asm.store(slot(spill.guest), spill.temporary);
         }
         if class == Class::X87 {
-            self.note_x87(step, bytes, address.as_ref());
+            self.held = None;
+            self.note_x87(step, bytes, copy.address.as_ref());
         }
-        Some(())
     }
 
     /// FIP, FOP and FDP, which the host's unit has for its own addresses.
@@ -630,26 +1027,25 @@ impl Compiler<'_> {
         self.asm.store(Mem::base(RCX, at as i32), R11);
         let at = fpu + offset_of!(FpuState, last_opcode);
         self.asm.byte(0x66);
-        self.asm
-            .op32(0xc7, 0, Rm::Mem(Mem::base(RCX, at as i32)));
+        self.asm.op32(0xc7, 0, Rm::Mem(Mem::base(RCX, at as i32)));
         self.asm.put(&opcode.to_le_bytes());
     }
 
     /// PUSH, POP of registers and constants; LEAVE.
-    fn stack(&mut self, n: usize, i: &Instruction, class: Class) -> Option<()> {
+    fn stack(&mut self, n: usize, i: &Instruction, class: Class) {
+        let call = self.call(Work::Run, n, true);
         match class {
             Class::Push => {
-                let source = match i.op0_kind() {
-                    OpKind::Register if i.op0_register().is_gpr64() => None,
-                    OpKind::Immediate8to64 => Some(i.immediate8to64() as i32),
-                    OpKind::Immediate32to64 => Some(i.immediate32to64() as i32),
-                    _ => return None,
-                };
-                let call = self.call(Work::Run, n, true);
-                let to = self.access(&Address::of(GUEST_RSP, -8), 8, Align::None, true, call);
-                match source {
-                    Some(value) => self.asm.store_constant(to, value),
-                    None => {
+                let to = Address::of(GUEST_RSP, -8);
+                let to = self.access(n, &to, 8, Align::None, true, call);
+                match i.op0_kind() {
+                    OpKind::Immediate8to64 => {
+                        self.asm.store_constant(to, i.immediate8to64() as i32);
+                    }
+                    OpKind::Immediate32to64 => {
+                        self.asm.store_constant(to, i.immediate32to64() as i32);
+                    }
+                    _ => {
                         let source = self.value(i.op0_register().number() as u8, RCX);
                         self.asm.store(to, source);
                     }
@@ -657,15 +1053,12 @@ impl Compiler<'_> {
                 self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, -8));
             }
             Class::Pop => {
-                if i.op0_kind() != OpKind::Register || !i.op0_register().is_gpr64() {
-                    return None;
-                }
                 let guest = i.op0_register().number() as u8;
-                let call = self.call(Work::Run, n, true);
-                let from = self.access(&Address::of(GUEST_RSP, 0), 8, Align::None, false, call);
+                let from = Address::of(GUEST_RSP, 0);
+                let from = self.access(n, &from, 8, Align::None, false, call);
                 if guest == reg::RSP {
                     self.asm.load(GUEST_RSP, from);
-                    return Some(());
+                    return;
                 }
                 match HOST[usize::from(guest & 15)] {
                     Some(host) => self.asm.load(host, from),
@@ -678,18 +1071,82 @@ impl Compiler<'_> {
             }
             _ => {
                 // LEAVE with a 64-bit stack.
-                if i.code() != iced_x86::Code::Leaveq {
-                    return None;
-                }
                 let rbp = 5;
-                let call = self.call(Work::Run, n, true);
-                let from = self.access(&Address::of(rbp, 0), 8, Align::None, false, call);
+                let from = Address::of(rbp, 0);
+                let from = self.access(n, &from, 8, Align::None, false, call);
                 self.asm.load(RCX, from);
                 self.asm.lea(GUEST_RSP, Mem::base(rbp, 8));
                 self.asm.mov(rbp, RCX);
             }
         }
-        Some(())
+    }
+
+    /// String instructions with REP that are within a page each way: MOVS and STOS. Else, and with
+    /// DF set, the interpreter's.
+    fn strings(&mut self, n: usize, i: &Instruction) {
+        let Some(strings) = Strings::of(i) else {
+            return;
+        };
+        let call = self.call(Work::Run, n, true);
+        let (rsi, rdi) = (6, 7);
+        let asm = &mut self.asm;
+        asm.load_byte(RCX, Mem::frame(offset_of!(Frame, backwards)));
+        let forwards = asm.jrcxz();
+        let from = asm.jmp();
+        asm.here(forwards);
+        // A count with which no address wraps around.
+        asm.pext(RCX, GUEST_RCX, Mem::frame(offset_of!(Frame, masks)));
+        let few = asm.jrcxz();
+        let many = asm.jmp();
+        asm.here(few);
+        let mut slow = vec![from, many];
+        let sides: &[(Reg, bool)] = if strings.moves {
+            &[(rdi, true), (rsi, false)]
+        } else {
+            &[(rdi, true)]
+        };
+        let index_mask = Mem::frame(offset_of!(Frame, index_mask));
+        for &(register, write) in sides {
+            let (tags, _) = columns(write);
+            let asm = &mut self.asm;
+            asm.lea(R11, Mem::indexed(register, GUEST_RCX, strings.scale, -1));
+            asm.pext(RCX, register, index_mask);
+            asm.load(RCX, entry(RCX, tags));
+            asm.lea(RCX, Mem::indexed(RCX, R11, 0, 0));
+            asm.pext(RCX, RCX, Mem::frame(offset_of!(Frame, masks)));
+            let hit = asm.jrcxz();
+            slow.push(asm.jmp());
+            asm.here(hit);
+        }
+        if self.request.hardened {
+            self.fence();
+        }
+        let saved = |n: usize| Mem::frame(offset_of!(Frame, strings) + 8 * n);
+        for (n, &(register, write)) in sides.iter().enumerate() {
+            let (_, addend) = columns(write);
+            let asm = &mut self.asm;
+            asm.pext(RCX, register, index_mask);
+            asm.load(RCX, entry(RCX, addend));
+            asm.store(saved(n), RCX);
+            asm.lea(register, Mem::indexed(register, RCX, 0, 0));
+        }
+        let asm = &mut self.asm;
+        asm.mov(RCX, GUEST_RCX);
+        asm.put(strings.bytes());
+        for (n, &(register, _)) in sides.iter().enumerate() {
+            // What was added comes off again, without a trace in the flags: ~x = -x - 1.
+            asm.load(R11, saved(n));
+            asm.op64(0xf7, 2, Rm::Reg(R11));
+            asm.lea(register, Mem::indexed(register, R11, 0, 1));
+        }
+        asm.mov(GUEST_RCX, RCX);
+        for from in slow {
+            self.slow.push(Slow {
+                from,
+                call,
+                resume: None,
+            });
+        }
     }
 
     /// A register that holds the guest's: its own, or `temporary`, into which it is loaded.
@@ -697,6 +1154,9 @@ impl Compiler<'_> {
         match HOST[usize::from(guest & 15)] {
             Some(host) => host,
             None => {
+                if temporary == R11 {
+                    self.held = None;
+                }
                 self.asm.load(temporary, slot(guest));
                 temporary
             }
@@ -704,28 +1164,18 @@ impl Compiler<'_> {
     }
 
     /// DIV and IDIV of 32 and 64 bits, where no #DE can come of it; else the interpreter's.
-    fn divide(&mut self, n: usize, i: &Instruction, signed: bool) -> Option<()> {
-        let wide = match (i.op0_kind(), i.op0_register()) {
-            (OpKind::Register, r) if r.is_gpr64() => true,
-            (OpKind::Register, r) if r.is_gpr32() => false,
-            (OpKind::Memory, _) => match i.memory_size().size() {
-                8 => true,
-                4 => false,
-                _ => return None,
-            },
-            _ => return None,
-        };
-        if i.op0_kind() == OpKind::Memory {
-            let address = Address::new(i)?;
+    fn divide(&mut self, n: usize, i: &Instruction, copy: &Copy, signed: bool) {
+        let wide = copy.size == 8;
+        if let Some(address) = &copy.address {
             let call = self.call(Work::Run, n, true);
-            let size = if wide { 8 } else { 4 };
-            let from = self.access(&address, size, Align::None, false, call);
+            let from = self.access(n, address, copy.size, Align::None, false, call);
             self.operation(wide, 0x8b, RCX, Rm::Mem(from));
         } else {
             let guest = i.op0_register().full_register().number() as u8;
             let from = self.value(guest, RCX);
             self.operation(wide, 0x8b, RCX, Rm::Reg(from));
         }
+        self.held = None;
         // All flags are undefined after a division, so that these may change them; but it may turn
         // out that there is an exception instead.
         self.asm.mov(R11, RAX);
@@ -753,7 +1203,6 @@ impl Compiler<'_> {
             self.slow_from(odd, n);
         }
         self.operation(wide, 0xf7, if signed { 7 } else { 6 }, Rm::Reg(RCX));
-        Some(())
     }
 
     fn slow_from(&mut self, from: Near, n: usize) {
@@ -775,15 +1224,11 @@ impl Compiler<'_> {
 
     // --- branches ---------------------------------------------------------------------------
 
-    /// Compiles a near branch; `None` if the instruction is none. Says whether the trace ends here.
-    fn branch(&mut self, n: usize, step: &Step) -> Option<bool> {
-        use iced_x86::{Code, FlowControl, Mnemonic};
-        let i = &step.instruction;
-        let after = i64::from(step.at) + i.len() as i64;
-        let target = super::trace::direct_target(i);
-        match (i.flow_control(), target) {
-            (FlowControl::ConditionalBranch, Some(target)) if i.is_jcc_short_or_near() => {
-                let condition = i.condition_code() as u8 - 1;
+    /// Compiles a near branch. Says whether the trace ends here.
+    fn branch(&mut self, n: usize, step: &Step, branch: Branch) -> bool {
+        let after = i64::from(step.at) + step.instruction.len() as i64;
+        match branch {
+            Branch::Conditional { condition, target } => {
                 let taken = step.follow.is_some_and(|next| i64::from(next) == target)
                     && step.follow.map(i64::from) != Some(after);
                 let (condition, aside) = if taken {
@@ -795,15 +1240,12 @@ impl Compiler<'_> {
                 self.leaving.push((from, self.exit(step, aside)));
                 if step.follow.is_some() {
                     self.poll_inside(step, if taken { target } else { after });
-                    return Some(false);
+                    return false;
                 }
                 self.go(self.exit(step, after));
-                Some(true)
             }
-            (FlowControl::ConditionalBranch, Some(target))
-                if matches!(i.code(), Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX) =>
-            {
-                let is_loop = i.mnemonic() == Mnemonic::Loop;
+            Branch::Zero { target } | Branch::Loop { target } => {
+                let is_loop = matches!(branch, Branch::Loop { .. });
                 if is_loop {
                     self.asm.lea(GUEST_RCX, Mem::base(GUEST_RCX, -1));
                 }
@@ -818,43 +1260,44 @@ impl Compiler<'_> {
                 };
                 self.leaving.push((other, self.exit(step, if_not)));
                 self.go(self.exit(step, if_zero));
-                Some(true)
             }
-            (FlowControl::UnconditionalBranch, Some(target)) => {
+            Branch::Jump { target } => {
                 if step.follow.is_some() {
                     self.poll_inside(step, target);
-                    return Some(false);
+                    return false;
                 }
                 self.go(self.exit(step, target));
-                Some(true)
             }
-            (FlowControl::Call, Some(target)) => {
+            Branch::Call { target } => {
                 self.push_return(n, after);
                 if step.follow.is_some() {
                     self.poll_inside(step, target);
-                    return Some(false);
+                    return false;
                 }
                 self.go(self.exit(step, target));
-                Some(true)
             }
-            (FlowControl::Return, _) => self.ret(n, i),
-            (FlowControl::IndirectBranch, _) => {
-                self.indirect_target(n, i)?;
-                self.asm
-                    .load(R11, Mem::frame(offset_of!(Frame, target)));
-                self.jump();
-                Some(true)
+            Branch::Return { extra } => {
+                let call = self.call(Work::Branch, n, true);
+                let from = Address::of(GUEST_RSP, 0);
+                let from = self.access(n, &from, 8, Align::None, false, call);
+                self.asm.load(R11, from);
+                self.indirect(n);
+                self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
+                self.jump_found();
             }
-            (FlowControl::IndirectCall, _) => {
-                self.indirect_target(n, i)?;
-                self.push_return(n, after);
-                self.asm
-                    .load(R11, Mem::frame(offset_of!(Frame, target)));
-                self.jump();
-                Some(true)
+            Branch::Indirect { call, register } => {
+                let target = Mem::frame(offset_of!(Frame, target));
+                self.indirect_target(n, step, register);
+                self.indirect(n);
+                if call {
+                    self.asm.store(target, R11);
+                    self.push_return(n, after);
+                    self.asm.load(R11, target);
+                }
+                self.jump_found();
             }
-            _ => None,
         }
+        true
     }
 
     /// Where the trace itself goes back in the page: a loop may have no other way to look.
@@ -873,51 +1316,91 @@ impl Compiler<'_> {
 
     fn push_return(&mut self, n: usize, after: i64) {
         let call = self.call(Work::Branch, n, true);
-        let to = self.access(&Address::of(GUEST_RSP, -8), 8, Align::None, true, call);
+        let to = Address::of(GUEST_RSP, -8);
+        let to = self.access(n, &to, 8, Align::None, true, call);
         self.asm.load(RCX, Mem::frame(offset_of!(Frame, rip_page)));
         self.asm.lea(RCX, Mem::base(RCX, after as i32));
         self.asm.store(to, RCX);
         self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, -8));
     }
 
-    fn ret(&mut self, n: usize, i: &Instruction) -> Option<bool> {
-        use iced_x86::Code;
-        let extra = match i.code() {
-            Code::Retnq => 0,
-            Code::Retnq_imm16 => i32::from(i.immediate16()),
-            _ => return None,
+    /// Loads the target of an indirect near branch into R11.
+    fn indirect_target(&mut self, n: usize, step: &Step, register: Option<u8>) {
+        if let Some(register) = register {
+            let source = self.value(register, R11);
+            if source != R11 {
+                self.asm.mov(R11, source);
+            }
+            return;
+        }
+        let Some(address) = Address::new(&step.instruction) else {
+            return;
         };
         let call = self.call(Work::Branch, n, true);
-        let from = self.access(&Address::of(GUEST_RSP, 0), 8, Align::None, false, call);
+        let from = self.access(n, &address, 8, Align::None, false, call);
         self.asm.load(R11, from);
-        self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
-        self.jump();
-        Some(true)
+        self.held = None;
+    }
+}
+
+/// The columns of the TLB for reads or writes: tags, and what is added.
+fn columns(write: bool) -> (i32, i32) {
+    let tags = if write {
+        offset_of!(Area, write)
+    } else {
+        offset_of!(Area, read)
+    };
+    (tags as i32, offset_of!(Area, addend) as i32)
+}
+
+/// An entry of a column.
+fn entry(index: Reg, column: i32) -> Mem {
+    Mem::indexed(super::asm::RSP, index, 3, column)
+}
+
+/// REP MOVS or REP STOS with 64-bit addresses.
+struct Strings {
+    moves: bool,
+    /// Log2 of the elements' bytes.
+    scale: u8,
+}
+
+impl Strings {
+    fn of(i: &Instruction) -> Option<Self> {
+        use iced_x86::Code;
+        let (moves, scale) = match i.code() {
+            Code::Movsb_m8_m8 => (true, 0),
+            Code::Movsw_m16_m16 => (true, 1),
+            Code::Movsd_m32_m32 => (true, 2),
+            Code::Movsq_m64_m64 => (true, 3),
+            Code::Stosb_m8_AL => (false, 0),
+            Code::Stosw_m16_AX => (false, 1),
+            Code::Stosd_m32_EAX => (false, 2),
+            Code::Stosq_m64_RAX => (false, 3),
+            _ => return None,
+        };
+        let plain = (0..i.op_count()).all(|n| {
+            matches!(
+                i.op_kind(n),
+                OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register
+            )
+        });
+        let segment = moves && matches!(i.memory_segment(), Register::FS | Register::GS);
+        (plain && !segment && i.has_rep_prefix() && !i.has_repne_prefix())
+            .then_some(Self { moves, scale })
     }
 
-    /// Leaves the target of an indirect near branch in [`Frame::target`].
-    fn indirect_target(&mut self, n: usize, i: &Instruction) -> Option<()> {
-        use iced_x86::Code;
-        let to = Mem::frame(offset_of!(Frame, target));
-        match i.code() {
-            Code::Jmp_rm64 | Code::Call_rm64 => {}
-            _ => return None,
+    fn bytes(&self) -> &'static [u8] {
+        match (self.moves, self.scale) {
+            (true, 0) => &[0xf3, 0xa4],
+            (true, 1) => &[0x66, 0xf3, 0xa5],
+            (true, 2) => &[0xf3, 0xa5],
+            (true, _) => &[0xf3, 0x48, 0xa5],
+            (false, 0) => &[0xf3, 0xaa],
+            (false, 1) => &[0x66, 0xf3, 0xab],
+            (false, 2) => &[0xf3, 0xab],
+            (false, _) => &[0xf3, 0x48, 0xab],
         }
-        if i.op0_kind() == OpKind::Register {
-            let guest = i.op0_register().number() as u8;
-            let source = self.value(guest, R11);
-            self.asm.store(to, source);
-            return Some(());
-        }
-        if i.memory_base().is_gpr32() || i.memory_index().is_gpr32() {
-            return None;
-        }
-        let address = Address::new(i)?;
-        let call = self.call(Work::Branch, n, true);
-        let from = self.access(&address, 8, Align::None, false, call);
-        self.asm.load(RCX, from);
-        self.asm.store(to, RCX);
-        Some(())
     }
 }
 
@@ -930,6 +1413,7 @@ struct Spill {
 }
 
 /// Which registers a copied instruction gets.
+#[derive(Default)]
 struct Plan {
     operands: Operands,
     spills: [Option<Spill>; 2],
@@ -944,7 +1428,7 @@ impl Plan {
         self.spills.into_iter().flatten()
     }
 
-    fn new(i: &Instruction, memory: bool, lea: bool) -> Option<Self> {
+    fn new(i: &Instruction, memory: bool) -> Option<Self> {
         let (generals, number) = generals(i)?;
         let generals = || generals.iter().take(number).flatten();
         let mut plan = Self {
@@ -967,7 +1451,6 @@ impl Plan {
             (false, false) => &[RCX, R11],
         };
         let mut free = free.iter().copied();
-        let _ = lea;
         for g in generals() {
             plan.assign(i, g, &mut free)?;
         }

@@ -63,9 +63,19 @@ pub(super) struct General {
 pub(super) fn field(kind: OpCodeOperandKind) -> Option<Field> {
     use OpCodeOperandKind as K;
     Some(match kind {
-        K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem | K::r16_rm | K::r32_rm
+        K::r8_or_mem
+        | K::r16_or_mem
+        | K::r32_or_mem
+        | K::r64_or_mem
+        | K::r16_rm
+        | K::r32_rm
         | K::r64_rm => Field::Rm,
-        K::r8_reg | K::r16_reg | K::r16_reg_mem | K::r32_reg | K::r32_reg_mem | K::r64_reg
+        K::r8_reg
+        | K::r16_reg
+        | K::r16_reg_mem
+        | K::r32_reg
+        | K::r32_reg_mem
+        | K::r64_reg
         | K::r64_reg_mem => Field::Reg,
         K::r32_vvvv | K::r64_vvvv => Field::Vvvv,
         K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode => Field::Opcode,
@@ -142,7 +152,9 @@ impl Encoding {
             0xc4 | 0xc5 => e.read_vex(bytes, at)?,
             _ => e.read_opcode(bytes, at)?,
         };
-        let has_modrm = e.vex.is_some_and(|vex| !(vex.map == 1 && e.opcode[0] == 0x77))
+        let has_modrm = e
+            .vex
+            .is_some_and(|vex| !(vex.map == 1 && e.opcode[0] == 0x77))
             || e.vex.is_none() && legacy_has_modrm(&e.opcode[..usize::from(e.opcode_len)]);
         if has_modrm {
             at = e.read_modrm(bytes, at)?;
@@ -178,7 +190,11 @@ impl Encoding {
     fn read_vex(&mut self, bytes: &[u8], at: usize) -> Option<usize> {
         let two = *bytes.get(at)? == 0xc5;
         let first = *bytes.get(at + 1)?;
-        let second = if two { first & 0x7f } else { *bytes.get(at + 2)? };
+        let second = if two {
+            first & 0x7f
+        } else {
+            *bytes.get(at + 2)?
+        };
         self.vex = Some(Vex {
             map: if two { 1 } else { first & 31 },
             w: second & 0x80 != 0,
@@ -249,9 +265,9 @@ impl Encoding {
                 self.opcode[0],
             ]);
         } else {
-            let opcode_register = new.opcode.or_else(|| {
-                (self.modrm.is_none()).then(|| self.own_opcode_register())
-            });
+            let opcode_register = new
+                .opcode
+                .or_else(|| (self.modrm.is_none()).then(|| self.own_opcode_register()));
             let mut rex = self.rex.unwrap_or(0) & 8;
             if self.modrm.is_some() {
                 rex |= (reg >> 3) << 2 | rm.rex();
@@ -302,11 +318,24 @@ pub(super) struct Operands {
 /// Whether an opcode of the legacy maps has a ModRM byte, of those that the compiler takes.
 fn legacy_has_modrm(opcode: &[u8]) -> bool {
     match *opcode {
-        [0x0f, op] => !matches!(op, 0x05..=0x0b | 0x30..=0x37 | 0x77 | 0x80..=0x8f | 0xa0..=0xa2 | 0xa8..=0xaa | 0xc8..=0xcf),
+        [0x0f, op] => {
+            !matches!(op, 0x05..=0x0b | 0x30..=0x37 | 0x77 | 0x80..=0x8f | 0xa0..=0xa2 | 0xa8..=0xaa | 0xc8..=0xcf)
+        }
         [op] => match op {
             0x00..=0x3f => op & 7 < 4,
-            0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc4..=0xc7 | 0xd0..=0xd3
-            | 0xd8..=0xdf | 0xf6 | 0xf7 | 0xfe | 0xff => true,
+            0x63
+            | 0x69
+            | 0x6b
+            | 0x80..=0x8f
+            | 0xc0
+            | 0xc1
+            | 0xc4..=0xc7
+            | 0xd0..=0xd3
+            | 0xd8..=0xdf
+            | 0xf6
+            | 0xf7
+            | 0xfe
+            | 0xff => true,
             _ => false,
         },
         _ => true,

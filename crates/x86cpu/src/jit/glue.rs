@@ -124,6 +124,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     // POP: its operand's address is computed after RSP has changed (SDM 2B, POP).
     asm.op32(0x8f, 0, Rm::Mem(resume));
     asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
+    asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
     asm.mov(RBX, RSP);
     asm.mov(RDI, R11);

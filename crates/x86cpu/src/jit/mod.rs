@@ -19,10 +19,11 @@ mod glue;
 mod perf;
 mod runtime;
 mod trace;
+mod windows;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use crate::code::{BlockRef, Op};
+use crate::code::{Block, BlockRef, Op};
 use crate::mem::{PAGE_SIZE, PageState};
 use crate::simd::CodeBuffer;
 use crate::tuning::Tuning;
@@ -43,6 +44,8 @@ struct Entry {
     /// Ways of other traces that jump here.
     linked: Vec<u32>,
     live: bool,
+    /// How often accesses that were to share a look into the TLB turned out not to.
+    failed: u16,
 }
 
 /// A call of the interpreter.
@@ -55,6 +58,7 @@ struct Call {
     ops: u8,
     work: Work,
     missed: bool,
+    trace: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -91,6 +95,10 @@ pub(crate) struct Jit {
     /// An indirect jump went where the jump cache has nothing.
     missed_jump: bool,
     bytes: Box<[u8; PAGE_SIZE]>,
+    /// Pages and offsets of traces without windows.
+    plain: HashSet<(usize, usize)>,
+    /// A trace is gone that jump caches may have.
+    drop_jumps: bool,
     perf: perf::Map,
 }
 
@@ -121,6 +129,8 @@ impl Jit {
             pending: None,
             missed_jump: false,
             bytes: Box::new([0; PAGE_SIZE]),
+            plain: HashSet::new(),
+            drop_jumps: false,
             perf: perf::Map::new(tuning.perf_map),
         }
     }
@@ -155,6 +165,7 @@ impl Jit {
         self.calls.clear();
         self.ways.clear();
         self.pages.clear();
+        self.plain.clear();
         self.pending = None;
         self.missed_jump = false;
         if let Some(made) = &mut self.made {
@@ -214,6 +225,7 @@ impl Jit {
                 ops: step.ops,
                 work: call.work,
                 missed: call.missed,
+                trace: number,
             }
         }));
         self.ways.extend(compiled.ways.iter().map(|way| Way {
@@ -229,6 +241,7 @@ impl Jit {
             direct: offset + compiled.direct as u32,
             linked: Vec::new(),
             live: true,
+            failed: 0,
         });
         let traces = self.pages.entry(key).or_default();
         traces.version = version;
@@ -248,6 +261,26 @@ impl Jit {
             made.patch(link, distance as i32);
             self.traces[to as usize].linked.push(way);
         }
+    }
+
+    /// Takes note that a window was not one. If that comes often, the trace is compiled again without.
+    fn window_failed(&mut self, number: u32) {
+        let Some(entry) = self.traces.get_mut(number as usize) else {
+            return;
+        };
+        entry.failed += 1;
+        if entry.failed == FAILURES {
+            let (page, head) = (entry.page, entry.head);
+            self.plain.insert((page, head_offset(head)));
+            self.drop_trace(number);
+            self.drop_jumps = true;
+        }
+    }
+
+    /// Whether a trace that begins with this block must not have windows.
+    fn is_plain(&self, head: &Block) -> bool {
+        self.plain
+            .contains(&(std::ptr::from_ref(head.page()) as usize, head.offset()))
     }
 
     /// Takes a trace out: nothing leads there any more.
@@ -286,12 +319,20 @@ impl Jit {
     }
 }
 
+/// Windows that aren't ones before a trace is compiled without.
+const FAILURES: u16 = 16;
 /// More than the code of any trace takes.
 const LARGEST: usize = 64 << 10;
 
 /// Whether the host has the instructions that traces are made with.
 fn host_can() -> bool {
     std::arch::is_x86_feature_detected!("bmi2")
+}
+
+#[expect(unsafe_code, reason = "looks at a block")]
+fn head_offset(head: BlockRef) -> usize {
+    // SAFETY: traces go when their blocks go.
+    unsafe { head.get() }.offset()
 }
 
 #[expect(unsafe_code, reason = "looks at a block")]

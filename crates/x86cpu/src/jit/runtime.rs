@@ -8,9 +8,10 @@ use super::trace::Trace;
 use super::{Call, PATIENCE};
 use crate::code::{BlockRef, Op};
 use crate::cpu::{Cpu, reg, seg};
+use crate::flags::rflags;
 use crate::fpu::{attention, blocked, prepare_x87};
 use crate::mem::area::{Area, Frame};
-use crate::mem::{PAGE_MASK, changed_pages, code_changes};
+use crate::mem::{PAGE_MASK, PAGE_SIZE, changed_pages, code_changes};
 use crate::shared::Doing;
 use crate::trap::{Trap, TrapKind};
 use crate::tuning::Counters;
@@ -155,6 +156,7 @@ impl Cpu {
                 first_call: self.code.jit.calls.len() as u32,
                 first_way: self.code.jit.ways.len() as u32,
                 hardened: self.code.jit.tuning.hardened,
+                windows: !self.code.jit.is_plain(found),
             };
             compile::compile(trace, &bytes[..], request)
         });
@@ -189,7 +191,9 @@ impl Cpu {
         if let Some(way) = jit.pending.take() {
             jit.link(way, number);
         }
-        if std::mem::take(&mut jit.missed_jump) && let Some(made) = &jit.made {
+        if std::mem::take(&mut jit.missed_jump)
+            && let Some(made) = &jit.made
+        {
             let entry = made.base + u64::from(jit.traces[number as usize].indirect);
             let linear = self.rip;
             self.code.note_page(linear);
@@ -235,8 +239,12 @@ impl Cpu {
         self.shared.set_doing(Doing::Interpreting);
         // SAFETY: as above.
         let frame = unsafe { &area.as_ref().frame };
+        let (number, page, target) = (frame.number, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
-        self.left(out, frame.number, frame.rip_page, frame.target)
+        if std::mem::take(&mut self.code.jit.drop_jumps) {
+            self.mmu.drop_jumps();
+        }
+        self.left(out, number, page, target)
     }
 
     /// What comes after compiled code.
@@ -291,6 +299,7 @@ impl Cpu {
             frame.vectors_live = 0;
         }
         let live = frame.vectors_live != 0;
+        frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
         frame.sse_away = u8::from(!live);
         frame.avx_away = u8::from(!live || !self.can_copy(blocked::AVX));
@@ -305,6 +314,16 @@ impl Cpu {
         self.simd_blocked & blocked::X87 == 0
             && self.fpu.attention & attention::X87_UNMASKED == 0
             && prepare_x87(self).is_ok()
+    }
+
+    /// Has the TLB take a window, if it is within a page of RAM.
+    fn take_window(&mut self, call: Call, linear: u64, bytes: u16, write: bool) -> bool {
+        let within = (linear & PAGE_MASK) + u64::from(bytes) <= PAGE_SIZE as u64;
+        if within && self.fill_tlb(linear, write) {
+            return true;
+        }
+        self.code.jit.window_failed(call.trace);
+        false
     }
 
     /// Does a call of compiled code.
@@ -326,11 +345,14 @@ impl Cpu {
             Work::Sse => self.can_copy(blocked::SSE),
             Work::Avx => self.can_copy(blocked::AVX) && self.can_copy(blocked::SSE),
             Work::X87 => self.can_copy_x87(),
-            Work::Run | Work::Divide | Work::Branch => return self.run_one_op(call, frame),
+            Work::Window { bytes, write } => self.take_window(call, frame.missed, bytes, write),
+            Work::Run | Work::Divide | Work::Branch | Work::Jump => {
+                return self.run_one_op(call, frame);
+            }
             Work::ToEnd => false,
         };
         if ready {
-            if call.work != Work::X87 {
+            if matches!(call.work, Work::Sse | Work::Avx) {
                 frame.vectors_live = 1;
             }
             self.refresh(frame);
@@ -372,7 +394,11 @@ impl Cpu {
             }
         }
         frame.flags = from_bits(self.flags.bits());
-        if call.work == Work::Branch {
+        if call.work == Work::Jump {
+            Counters::add(&self.shared.counters.exits_indirect, 1);
+            self.code.jit.missed_jump = true;
+        }
+        if matches!(call.work, Work::Branch | Work::Jump) {
             return LEAVE;
         }
         if self.block_end.0.is_null() || self.view.area() != area {

@@ -32,8 +32,7 @@ impl Step {
     #[expect(unsafe_code, reason = "looks into a block")]
     pub(super) fn falls_through(&self) -> bool {
         // SAFETY: nothing clears the cache while a trace is made.
-        unsafe { self.block.get() }.linkable
-            && self.instruction.flow_control() == FlowControl::Next
+        unsafe { self.block.get() }.linkable && self.instruction.flow_control() == FlowControl::Next
     }
 }
 

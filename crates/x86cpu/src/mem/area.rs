@@ -54,7 +54,9 @@ pub(crate) struct Frame {
     pub x87_away: u8,
     /// Not zero if the guest's vector registers are in the host's.
     pub vectors_live: u8,
-    _pad: u32,
+    /// Not zero if RFLAGS.DF is set.
+    pub backwards: u8,
+    _pad: [u8; 3],
     /// The processor.
     pub cpu: u64,
     pub host_rsp: u64,
@@ -69,6 +71,10 @@ pub(crate) struct Frame {
     _pad2: u32,
     /// Target of an indirect jump.
     pub target: u64,
+    /// What was in R11 when the interpreter was called.
+    pub missed: u64,
+    /// What was added to the registers of a string instruction.
+    pub strings: [u64; 2],
     /// Address of the function that replays.
     pub helper: u64,
     /// See [`WINDOWS`].

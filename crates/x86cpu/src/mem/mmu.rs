@@ -495,6 +495,18 @@ impl Cpu {
         Ok(Place::Ram(host))
     }
 
+    /// Has the first level take the page of an address, for accesses with the current privilege.
+    /// `false`, without an exception, if they must not go ahead there.
+    pub(crate) fn fill_tlb(&mut self, linear: u64, write: bool) -> bool {
+        let address = self.trap.address;
+        let place = self.translate(linear, Access::Current, write, false);
+        if place.is_err() {
+            self.trap.kind = TrapKind::None;
+            self.trap.address = address;
+        }
+        matches!(place, Ok(Place::Ram(_)))
+    }
+
     /// Translates an address that instructions are fetched from.
     pub(crate) fn translate_fetch(&mut self, linear: u64) -> Result<u64, Trap> {
         self.fetch_from(linear).map(|(gpa, _)| gpa)

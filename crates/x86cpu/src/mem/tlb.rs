@@ -35,8 +35,7 @@ impl TlbView {
         let n = index(linear);
         // SAFETY: the area lives as long as the processor, and is written between accesses only.
         let area = unsafe { self.area.as_ref() };
-        Self::hit(area.read[n], linear, size)
-            .then(|| linear.wrapping_add(area.addend[n]) as usize)
+        Self::hit(area.read[n], linear, size).then(|| linear.wrapping_add(area.addend[n]) as usize)
     }
 
     /// The same for a write.
@@ -45,8 +44,7 @@ impl TlbView {
         let n = index(linear);
         // SAFETY: as in `read`.
         let area = unsafe { self.area.as_ref() };
-        Self::hit(area.write[n], linear, size)
-            .then(|| linear.wrapping_add(area.addend[n]) as usize)
+        Self::hit(area.write[n], linear, size).then(|| linear.wrapping_add(area.addend[n]) as usize)
     }
 
     /// Whether the access's last byte is in the tag's page. The entry is that of its first byte: an

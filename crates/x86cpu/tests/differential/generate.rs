@@ -11,9 +11,8 @@ use iced_x86::{
     RflagsBits,
 };
 
-use crate::native::End;
 use crate::operands::{Style, address, operand, target};
-use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, Random, State};
+use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, End, Random, State};
 
 /// One test: code, start state, and what isn't to be compared.
 pub struct Case {
@@ -108,7 +107,7 @@ fn excluded(mnemonic: Mnemonic) -> bool {
 
 /// Encodings with which vendors differ: PAUSE with REX.B is XCHG on some, and whether a failed
 /// CMPXCHG of 32 bits clears the upper half of its register.
-fn differs(i: &Instruction) -> bool {
+pub fn differs(i: &Instruction) -> bool {
     match i.mnemonic() {
         Mnemonic::Pause => i.len() > 2,
         Mnemonic::Cmpxchg => i.op0_register().is_gpr32(),
@@ -121,7 +120,7 @@ pub struct Generator {
     /// By family name: forms.
     pub families: Vec<(String, Vec<Code>)>,
     /// All forms of all families, whatever is asked for: prefixes may turn one into another.
-    usable: HashSet<Code>,
+    pub usable: HashSet<Code>,
     /// Those with vector registers.
     vectors: Vec<Code>,
     info: InstructionInfoFactory,
@@ -224,7 +223,8 @@ impl Generator {
         }
     }
 
-    fn pick_code(&self, random: &mut Random) -> Option<(usize, Code)> {
+    /// A form, and the number of its family.
+    pub fn pick_code(&self, random: &mut Random) -> Option<(usize, Code)> {
         if self.families.is_empty() {
             return None;
         }
@@ -332,7 +332,9 @@ impl Generator {
         Some(case)
     }
 
-    fn fits_sequence(&mut self, i: &Instruction) -> bool {
+    /// Whether an instruction can stand among others: it is none whose result is undefined, and it
+    /// leaves the pointers alone.
+    pub fn fits_sequence(&mut self, i: &Instruction) -> bool {
         if !self.usable.contains(&i.code()) || differs(i) {
             return false;
         }
@@ -423,7 +425,7 @@ impl Generator {
     }
 
     /// Makes registers point where the operands should be.
-    fn place(&mut self, random: &mut Random, i: &Instruction, state: &mut State) {
+    pub fn place(&mut self, random: &mut Random, i: &Instruction, state: &mut State) {
         let implicit_pointers = i.is_stack_instruction()
             || i.is_string_instruction()
             || (0..i.op_count()).any(|k| {

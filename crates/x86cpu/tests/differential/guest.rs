@@ -1,11 +1,11 @@
-//! The interpreter, set up so that the same code at the same addresses sees the same memory.
+//! The processor, set up so that the same code at the same addresses sees the same memory.
 
 use skerry_x86cpu::sys::state::{Segment, cr4};
 use skerry_x86cpu::testing::TestCpu;
-use skerry_x86cpu::{CpuExit, TrapKind, TrapState};
+use skerry_x86cpu::{CpuExit, TrapKind, TrapState, Tuning};
 
-use crate::native::{End, Native};
-use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, State};
+use crate::native::Native;
+use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, End, State};
 
 /// Where the pages are in guest-physical memory, and the page tables that map them.
 const CODE_GPA: u64 = 0x10_0000;
@@ -26,8 +26,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new() -> Self {
-        let mut t = TestCpu::new();
+    pub fn new(tuning: Tuning) -> Self {
+        let mut t = TestCpu::with_tuning(1, tuning);
         TestCpu::set_up_64(&mut t.cpu);
         t.cpu.sys.cr4 |= cr4::FSGSBASE;
         let entry = |table: u64, address: u64, value: u64| {

@@ -1,15 +1,19 @@
 //! The differential fuzzer: random user-mode instructions of every family that the processor offers
-//! run on the host and in the interpreter, from the same state; the results must be the same.
+//! run on the host, in the interpreter and compiled, from the same state; the results must be the
+//! same.
 //!
 //! ```text
 //! cargo test --release -p skerry-x86cpu --test differential                      # as in CI
 //! cargo test --release -p skerry-x86cpu --test differential -- --seconds 3600 --seed 7
 //! cargo test --release -p skerry-x86cpu --test differential -- --family avx2 --cases 100000
 //! ```
+//! Each case runs instruction by instruction, as a block, and twice in a processor that compiles
+//! what it meets; `--interpreter-only` leaves the last out.
 //! `--family` takes a family as the table at the end names it, or a mnemonic. A mismatch prints the
 //! code bytes, the disassembly, the start state and what differs, and the number of the case, which
 //! `--seed S --case N` runs alone.
 
+mod forms;
 mod generate;
 mod guest;
 mod native;
@@ -24,8 +28,9 @@ use std::time::{Duration, Instant};
 
 use generate::{Case, Generator};
 use guest::Guest;
-use native::{End, Native};
-use state::Random;
+use native::Native;
+use skerry_x86cpu::Tuning;
+use state::{End, Random};
 
 /// Cases when nothing else is asked for. Without optimisation it is a smoke test.
 const DEFAULT_CASES: u64 = if cfg!(debug_assertions) {
@@ -42,6 +47,7 @@ struct Options {
     case: Option<u64>,
     mismatches: u64,
     native_only: bool,
+    interpreter_only: bool,
     quiet: bool,
 }
 
@@ -54,6 +60,7 @@ fn options() -> Result<Options, String> {
         case: None,
         mismatches: 20,
         native_only: false,
+        interpreter_only: false,
         quiet: false,
     };
     let mut arguments = std::env::args().skip(1);
@@ -70,12 +77,19 @@ fn options() -> Result<Options, String> {
             "--mismatches" => options.mismatches = value()?,
             "--family" => options.family = arguments.next(),
             "--native-only" => options.native_only = true,
+            "--interpreter-only" => options.interpreter_only = true,
             "--quiet" => options.quiet = true,
             // What the test harness would understand.
             _ => {}
         }
     }
     Ok(options)
+}
+
+/// The same processor twice.
+struct Guests {
+    interpreter: Guest,
+    compiler: Guest,
 }
 
 struct Tally {
@@ -117,9 +131,12 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<u64, String> {
     let mut native = Native::new().map_err(|e| format!("sandbox: {e}"))?;
-    let mut guest = Guest::new();
+    let mut guests = Guests {
+        interpreter: Guest::new(Tuning::INTERPRETER),
+        compiler: Guest::new(Tuning::STRESS),
+    };
     let mut generator = {
-        let offered = |features: &[iced_x86::CpuidFeature]| guest.offers(features);
+        let offered = |features: &[iced_x86::CpuidFeature]| guests.interpreter.offers(features);
         Generator::new(&offered, options.family.as_deref())
     };
     let branches = templates::branches();
@@ -173,7 +190,7 @@ fn run(options: &Options) -> Result<u64, String> {
         check(
             options,
             &mut native,
-            &mut guest,
+            &mut guests,
             &case,
             family,
             this,
@@ -187,7 +204,7 @@ fn run(options: &Options) -> Result<u64, String> {
 fn check(
     options: &Options,
     native: &mut Native,
-    guest: &mut Guest,
+    guests: &mut Guests,
     case: &Case,
     family: usize,
     number: u64,
@@ -206,13 +223,26 @@ fn check(
         return;
     }
     let mut actual = case.start.clone();
-    let mut actual_end = guest.step(&case.code, &mut actual);
+    let interpreter = &mut guests.interpreter;
+    let mut actual_end = interpreter.step(&case.code, &mut actual);
     let mut differences = report::compare(case, (&end, &expected), (&actual_end, &actual));
     if differences.is_empty() && case.instructions.len() > 1 {
         // As one block: what ops take from their block, and flags left uncomputed between them.
         actual = case.start.clone();
-        actual_end = guest.run(&case.code, &mut actual);
+        actual_end = interpreter.run(&case.code, &mut actual);
         differences = report::compare(case, (&end, &expected), (&actual_end, &actual));
+    }
+    if differences.is_empty() && !options.interpreter_only {
+        // The second run has it compiled, whatever the first one had.
+        for _ in 0..2 {
+            actual = case.start.clone();
+            actual_end = guests.compiler.run(&case.code, &mut actual);
+            differences = report::compare(case, (&end, &expected), (&actual_end, &actual));
+            if !differences.is_empty() {
+                differences.push("(compiled)".to_owned());
+                break;
+            }
+        }
     }
     if differences.is_empty() && options.case.is_none() {
         return;

@@ -8,7 +8,7 @@
 use std::arch::global_asm;
 use std::io;
 
-use crate::state::{CODE, CODE_LEN, DATA, DATA_LEN, DATA_WRITABLE, State, XSAVE_LEN};
+use crate::state::{CODE, CODE_LEN, DATA, DATA_LEN, DATA_WRITABLE, End, State, XSAVE_LEN};
 
 const CONTEXT: u64 = 0x1000_0000;
 
@@ -143,22 +143,6 @@ unsafe extern "C" {
 
 fn context() -> *mut Context {
     CONTEXT as *mut Context
-}
-
-/// How the code ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// At landing pad 0 or 1.
-    Exit(u64),
-    /// By an exception.
-    Fault {
-        vector: u8,
-        /// For #PF and those that push one.
-        error: u64,
-        /// CR2 for #PF.
-        address: u64,
-        rip: u64,
-    },
 }
 
 /// Context registers in the order of `State::gpr`.

@@ -3,8 +3,7 @@
 use iced_x86::{Formatter, Instruction, IntelFormatter, Mnemonic};
 
 use crate::generate::Case;
-use crate::native::End;
-use crate::state::{CODE, DATA, FLAGS, State};
+use crate::state::{CODE, DATA, End, FLAGS, State};
 
 const REGISTERS: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
@@ -56,7 +55,7 @@ fn compare_ends(case: &Case, host: &End, ours: &End) -> Option<String> {
         }
         (a, b) => a == b,
     };
-    (!same).then(|| format!("end: host {host:x?}, interpreter {ours:x?}"))
+    (!same).then(|| format!("end: host {host:x?}; ours {ours:x?}"))
 }
 
 /// Instructions with operands of hundreds of bytes (iced gives XSAVE's no size).
@@ -112,7 +111,7 @@ pub fn compare(case: &Case, host: (&End, &State), ours: (&End, &State)) -> Vec<S
     let (host, ours) = (host.1, ours.1);
     let mut number = |name: &str, host: u64, ours: u64| {
         if host != ours {
-            out.push(format!("{name}: host {host:04x}, interpreter {ours:04x}"));
+            out.push(format!("{name}: host {host:04x}; ours {ours:04x}"));
         }
     };
     for (n, name) in REGISTERS.iter().enumerate() {
@@ -129,13 +128,13 @@ pub fn compare(case: &Case, host: (&End, &State), ours: (&End, &State)) -> Vec<S
     for n in 0..16 {
         let (h, o) = (host.vector(n), ours.vector(n));
         if h != o {
-            out.push(format!("ymm{n}: host {}, interpreter {}", hex(&h), hex(&o)));
+            out.push(format!("ymm{n}: host {}; ours {}", hex(&h), hex(&o)));
         }
     }
     for n in 0..8 {
         let (h, o) = (host.st(n), ours.st(n));
         if h != o {
-            out.push(format!("st{n}: host {}, interpreter {}", hex(h), hex(o)));
+            out.push(format!("st{n}: host {}; ours {}", hex(h), hex(o)));
         }
     }
     if host.data != ours.data {
@@ -151,7 +150,7 @@ fn compare_data(case: &Case, host: &State, ours: &State, out: &mut Vec<String>) 
     for n in differing.take(8) {
         let (h, o) = (host.data[n], ours.data[n]);
         out.push(format!(
-            "memory {:x}: host {h:02x}, interpreter {o:02x}, before {:02x}",
+            "memory {:x}: host {h:02x}; ours {o:02x}, before {:02x}",
             DATA + n as u64,
             case.start.data[n]
         ));
@@ -232,7 +231,7 @@ pub fn print(case: &Case, host: &End, ours: &End, differences: &[String]) {
             println!("  {name} at rdi: {:02x?}", bytes.unwrap_or(&[]));
         }
     }
-    println!("  host {host:x?}, interpreter {ours:x?}");
+    println!("  host {host:x?}; ours {ours:x?}");
     for difference in differences {
         println!("  ! {difference}");
     }

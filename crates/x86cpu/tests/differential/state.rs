@@ -12,6 +12,22 @@ pub const XSAVE_LEN: usize = 832;
 const HEADER: usize = 512;
 const YMM_HIGH: usize = 576;
 
+/// How the code ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// At landing pad 0 or 1.
+    Exit(u64),
+    /// By an exception.
+    Fault {
+        vector: u8,
+        /// For #PF and those that push one.
+        error: u64,
+        /// CR2 for #PF.
+        address: u64,
+        rip: u64,
+    },
+}
+
 /// Arithmetic flags and DF.
 pub const FLAGS: u64 = 0x8d5 | 0x400;
 

@@ -6,6 +6,7 @@ use iced_x86::{
     Register,
 };
 
+use crate::forms::{BEFORE_BRANCH, ON_STACK};
 use crate::generate::{Case, Generator, decode, to_rflags};
 use crate::native::Native;
 use crate::operands::{Style, target};
@@ -108,53 +109,6 @@ pub fn branch(random: &mut Random, codes: &[Code]) -> Option<Case> {
     }
     Some(Case::of(encode(&i)?, start))
 }
-
-/// Instructions that may come together as one: on the stack, and moves.
-const ON_STACK: [Code; 9] = [
-    Code::Push_r64,
-    Code::Push_r64,
-    Code::Pop_r64,
-    Code::Pop_r64,
-    Code::Mov_r64_rm64,
-    Code::Mov_rm64_r64,
-    Code::Mov_r32_rm32,
-    Code::Mov_rm32_r32,
-    Code::Mov_r64_rm64,
-];
-
-/// What a conditional branch may stand behind.
-const BEFORE_BRANCH: [Code; 30] = [
-    Code::Cmp_rm8_r8,
-    Code::Cmp_r8_rm8,
-    Code::Cmp_rm8_imm8,
-    Code::Cmp_rm16_r16,
-    Code::Cmp_rm16_imm16,
-    Code::Cmp_rm32_r32,
-    Code::Cmp_r32_rm32,
-    Code::Cmp_rm32_imm8,
-    Code::Cmp_rm64_r64,
-    Code::Cmp_r64_rm64,
-    Code::Cmp_rm64_imm32,
-    Code::Test_rm8_r8,
-    Code::Test_rm8_imm8,
-    Code::Test_rm16_imm16,
-    Code::Test_rm32_r32,
-    Code::Test_rm32_imm32,
-    Code::Test_rm64_r64,
-    Code::Test_rm64_imm32,
-    Code::And_rm32_imm8,
-    Code::And_rm64_r64,
-    Code::And_r32_rm32,
-    Code::Add_rm64_imm8,
-    Code::Add_rm32_r32,
-    Code::Add_r64_rm64,
-    Code::Sub_rm32_imm32,
-    Code::Sub_rm64_r64,
-    Code::Inc_rm32,
-    Code::Inc_rm64,
-    Code::Dec_rm32,
-    Code::Dec_rm64,
-];
 
 /// What compilers write at the edges of functions: pushes, pops and moves, or a comparison, and the
 /// branch or return behind.

@@ -1,0 +1,325 @@
+//! Which memory accesses of a trace may share one look into the TLB.
+//!
+//! Accesses whose addresses differ by a constant that the compiler knows, and not by much, are most
+//! often in the same page: those relative to the stack pointer, or to the same pointer to a
+//! structure. They are found by giving each register a value of which only the origin is known, and
+//! what has been added to it since. The first access of such a window looks for the whole of it; the
+//! others have their pointer.
+
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+use super::compile::Ready;
+use super::trace::Step;
+use crate::mem::area::WINDOWS;
+
+/// Bytes that a window spans at most: more of them make it likelier that it crosses into another
+/// page.
+const SPAN: i64 = 1024;
+
+/// A register's value: where it comes from, and what was added.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Value {
+    origin: u32,
+    added: i64,
+}
+
+/// What the addresses of a window have in common.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Key {
+    segment: Register,
+    base: Option<u32>,
+    index: Option<(u32, u32)>,
+}
+
+/// Origin of the address of the code's page.
+const RIP: u32 = u32::MAX;
+
+/// One access, as the compiler will make it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub memory: Memory,
+    pub size: usize,
+    pub write: bool,
+    /// It must be aligned, and has to be looked at for itself.
+    pub aligned: bool,
+}
+
+/// What an access is relative to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Memory {
+    /// The operand of the instruction.
+    Operand,
+    /// A register and a constant.
+    Register(u8, i32),
+}
+
+/// The part of a window in one access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Share {
+    /// Which window.
+    pub window: usize,
+    /// The first of it: which bytes it has to look for, relative to its own address.
+    pub opens: Option<(i32, i32)>,
+    /// Distance from where the window's pointer points, without the index register.
+    pub distance: i32,
+    /// What has been added to the base register since the window's origin.
+    pub added: i32,
+}
+
+struct Window {
+    key: Key,
+    write: bool,
+    /// Distances from the origin of the first and past the last byte.
+    low: i64,
+    high: i64,
+    /// Where it is opened, and at which distance.
+    first: (usize, usize, i64),
+    members: usize,
+}
+
+/// Finds windows. For each step and access: its share, if it has one.
+pub(super) struct Windows {
+    values: [Value; 16],
+    next: u32,
+    open: Vec<usize>,
+    windows: Vec<Window>,
+    shares: Vec<[Option<(usize, i64, i64)>; 2]>,
+}
+
+impl Windows {
+    pub(super) fn find(steps: &[Step], ready: &[Ready]) -> Vec<[Option<Share>; 2]> {
+        let mut found = Self {
+            values: std::array::from_fn(|n| Value {
+                origin: n as u32,
+                added: 0,
+            }),
+            next: 16,
+            open: Vec::new(),
+            windows: Vec::new(),
+            shares: vec![[None; 2]; steps.len()],
+        };
+        let mut factory = InstructionInfoFactory::new();
+        for (n, (step, ready)) in steps.iter().zip(ready).enumerate() {
+            for (which, wanted) in ready.accesses().into_iter().enumerate() {
+                if let Some(wanted) = wanted {
+                    found.access(n, which, &step.instruction, wanted);
+                }
+            }
+            if ready.is_interpreted() {
+                found.forget();
+            } else {
+                found.follow(&step.instruction, &mut factory);
+            }
+        }
+        found.shared()
+    }
+
+    fn value(&self, register: u8) -> Value {
+        self.values[usize::from(register & 15)]
+    }
+
+    fn fresh(&mut self, register: u8) {
+        self.values[usize::from(register & 15)] = Value {
+            origin: self.next,
+            added: 0,
+        };
+        self.next += 1;
+    }
+
+    /// The interpreter may have changed anything.
+    fn forget(&mut self) {
+        for register in 0..16 {
+            self.fresh(register);
+        }
+        self.open.clear();
+    }
+
+    /// What the address of an access is relative to, the distance from there, and what of that is
+    /// the base register's.
+    fn place(&self, i: &Instruction, memory: Memory) -> Option<(Key, i64, i64)> {
+        if let Memory::Register(register, disp) = memory {
+            let value = self.value(register);
+            let key = Key {
+                segment: Register::None,
+                base: Some(value.origin),
+                index: None,
+            };
+            return Some((key, value.added + i64::from(disp), value.added));
+        }
+        let base = match i.memory_base() {
+            Register::RIP => Some(Value {
+                origin: RIP,
+                added: 0,
+            }),
+            Register::None => None,
+            register if register.is_gpr64() => Some(self.value(register.number() as u8)),
+            _ => return None,
+        };
+        let scale = i64::from(i.memory_index_scale());
+        let index = match i.memory_index() {
+            Register::None => None,
+            register if register.is_gpr64() => Some(self.value(register.number() as u8)),
+            _ => return None,
+        };
+        let segment = match i.memory_segment() {
+            segment @ (Register::FS | Register::GS) => segment,
+            _ => Register::None,
+        };
+        let key = Key {
+            segment,
+            base: base.map(|value| value.origin),
+            index: index.map(|value| (value.origin, scale as u32)),
+        };
+        let added = base.map_or(0, |value| value.added);
+        let at =
+            added + index.map_or(0, |value| value.added * scale) + i.memory_displacement64() as i64;
+        Some((key, at, added))
+    }
+
+    fn access(&mut self, n: usize, which: usize, i: &Instruction, wanted: Wanted) {
+        if wanted.aligned {
+            return;
+        }
+        let Some((key, at, added)) = self.place(i, wanted.memory) else {
+            return;
+        };
+        if at.unsigned_abs() > 1 << 30 || added.unsigned_abs() > 1 << 30 {
+            return;
+        }
+        let end = at + wanted.size as i64;
+        // One that may be written is as good for reads.
+        let fits = |window: &Window| {
+            window.key == key
+                && (window.write || !wanted.write)
+                && end.max(window.high) - at.min(window.low) <= SPAN
+        };
+        let known = self.open.iter().copied().find(|&w| fits(&self.windows[w]));
+        let window = match known {
+            Some(window) => {
+                let window_ = &mut self.windows[window];
+                window_.low = window_.low.min(at);
+                window_.high = window_.high.max(end);
+                window_.members += 1;
+                window
+            }
+            None => {
+                self.windows.push(Window {
+                    key,
+                    write: wanted.write,
+                    low: at,
+                    high: end,
+                    first: (n, which, at),
+                    members: 1,
+                });
+                self.open.push(self.windows.len() - 1);
+                self.windows.len() - 1
+            }
+        };
+        self.shares[n][which] = Some((window, at, added));
+    }
+
+    /// What an instruction does to the registers.
+    fn follow(&mut self, i: &Instruction, factory: &mut InstructionInfoFactory) {
+        let rsp = 4;
+        let wide = |n: u32| i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr64();
+        let number = |n: u32| i.op_register(n).number() as u8;
+        let constant = match i.op_count() {
+            2 if wide(0) => match i.op_kind(1) {
+                OpKind::Immediate8to64 => Some(i.immediate8to64()),
+                OpKind::Immediate32to64 => Some(i.immediate32to64()),
+                _ => None,
+            },
+            _ => None,
+        };
+        match i.mnemonic() {
+            Mnemonic::Mov if wide(0) && i.op_count() == 2 && wide(1) => {
+                self.values[usize::from(number(0) & 15)] = self.value(number(1));
+            }
+            Mnemonic::Add if let Some(by) = constant => self.add(number(0), by),
+            Mnemonic::Sub if let Some(by) = constant => self.add(number(0), -by),
+            Mnemonic::Inc if wide(0) => self.add(number(0), 1),
+            Mnemonic::Dec if wide(0) => self.add(number(0), -1),
+            Mnemonic::Lea
+                if wide(0) && i.memory_base().is_gpr64() && i.memory_index() == Register::None =>
+            {
+                let base = self.value(i.memory_base().number() as u8);
+                self.values[usize::from(number(0) & 15)] = base;
+                self.add(number(0), i.memory_displacement64() as i64);
+            }
+            Mnemonic::Push => self.add(rsp, -8),
+            Mnemonic::Call => self.add(rsp, -8),
+            Mnemonic::Pop => {
+                self.add(rsp, 8);
+                self.fresh(number(0));
+            }
+            Mnemonic::Leave => {
+                self.values[4] = self.value(5);
+                self.add(rsp, 8);
+                self.fresh(5);
+            }
+            _ => {
+                let info = factory.info(i);
+                for used in info.used_registers() {
+                    let written = matches!(
+                        used.access(),
+                        OpAccess::Write
+                            | OpAccess::CondWrite
+                            | OpAccess::ReadWrite
+                            | OpAccess::ReadCondWrite
+                    );
+                    let register = used.register();
+                    if written && register.is_gpr() {
+                        self.fresh(register.full_register().number() as u8);
+                    }
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, register: u8, by: i64) {
+        let value = &mut self.values[usize::from(register & 15)];
+        match value.added.checked_add(by) {
+            Some(added) => value.added = added,
+            None => self.fresh(register),
+        }
+    }
+
+    /// Windows of one access are none, and only so many have room in the frame.
+    fn shared(self) -> Vec<[Option<Share>; 2]> {
+        let mut slots = 0;
+        let slots: Vec<Option<usize>> = self
+            .windows
+            .iter()
+            .map(|window| {
+                let keep = window.members > 1 && slots < WINDOWS;
+                slots += usize::from(keep);
+                keep.then(|| slots - 1)
+            })
+            .collect();
+        let share = |n: usize, which: usize, (number, at, added): (usize, i64, i64)| {
+            let window = &self.windows[number];
+            let (first_step, first_which, first_at) = window.first;
+            let opens = (first_step, first_which) == (n, which);
+            Some(Share {
+                window: slots[number]?,
+                opens: opens.then(|| {
+                    (
+                        (window.low - first_at) as i32,
+                        (window.high - first_at) as i32,
+                    )
+                }),
+                distance: at as i32,
+                added: added as i32,
+            })
+        };
+        self.shares
+            .iter()
+            .enumerate()
+            .map(|(n, accesses)| {
+                std::array::from_fn(|which| {
+                    accesses[which].and_then(|found| share(n, which, found))
+                })
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,201 @@
+//! A machine at level 0 with descriptor tables, and ways to run it that end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use skerry_x86cpu::sys::state::DescriptorTable;
+use skerry_x86cpu::testing::{CODE, STACK, TestCpu};
+use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host, Tuning};
+
+/// How each test runs.
+pub const TUNINGS: [(&str, Tuning); 4] = [
+    ("interpreter", Tuning::INTERPRETER),
+    ("jit", Tuning::JIT),
+    ("stress", Tuning::STRESS),
+    (
+        "hardened",
+        Tuning {
+            hardened: true,
+            ..Tuning::STRESS
+        },
+    ),
+];
+
+pub const GDT: u64 = 0x1000;
+pub const IDT: u64 = 0x2000;
+/// Linear addresses from here on show memory from address 0 a second time.
+pub const ALIAS: u64 = 0x200_0000;
+
+/// A host with the real clock.
+#[derive(Debug)]
+pub struct RealHost {
+    started: Instant,
+    /// Set when a processor is made.
+    pub shared: std::sync::OnceLock<Arc<CpuShared>>,
+    timer: Arc<AtomicBool>,
+}
+
+impl RealHost {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            started: Instant::now(),
+            shared: std::sync::OnceLock::new(),
+            timer: Arc::default(),
+        })
+    }
+}
+
+impl Host for RealHost {
+    fn wake(&self, _: u32) {}
+
+    fn arm_timer(&self, _: u32, deadline: Option<u64>) {
+        let Some(shared) = self.shared.get().cloned() else {
+            return;
+        };
+        let Some(deadline) = deadline else { return };
+        let wait = deadline.saturating_sub(self.clock_ns());
+        self.timer.store(true, Ordering::SeqCst);
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_nanos(wait));
+            shared.request(skerry_x86cpu::shared::request::TIMER);
+        });
+    }
+
+    fn clock_ns(&self) -> u64 {
+        self.started.elapsed().as_nanos() as u64
+    }
+
+    fn wall_clock_base_ns(&self) -> u64 {
+        0
+    }
+}
+
+/// A machine of `count` processors, the first of them at [`CODE`].
+pub fn machine(count: usize, tuning: Tuning) -> TestCpu {
+    furnish(TestCpu::with_tuning(count, tuning))
+}
+
+/// Tables for a machine.
+pub fn furnish(t: TestCpu) -> TestCpu {
+    let mut t = t.in_64_bit_mode();
+    for (n, entry) in [0u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]
+        .iter()
+        .enumerate()
+    {
+        t.write(GDT + 8 * n as u64, &entry.to_le_bytes());
+    }
+    // The same memory again: 2 MiB pages 16 and 17.
+    for n in 0..2u64 {
+        let entry = n << 21 | 0x87;
+        let at = skerry_x86cpu::testing::TABLES + 0x2000 + (16 + n) * 8;
+        t.write(at, &entry.to_le_bytes());
+    }
+    tables(&mut t.cpu);
+    t
+}
+
+fn tables(cpu: &mut Cpu) {
+    cpu.sys.gdt = DescriptorTable {
+        base: GDT,
+        limit: 0x17,
+    };
+    cpu.sys.idt = DescriptorTable {
+        base: IDT,
+        limit: 0xfff,
+    };
+}
+
+/// Another processor, at an address.
+pub fn another(t: &TestCpu, id: u32, rip: u64) -> Box<Cpu> {
+    let mut cpu = t.another(id);
+    TestCpu::set_up_64(&mut cpu);
+    tables(&mut cpu);
+    cpu.sys.activity = t.cpu.sys.activity;
+    cpu.rip = rip;
+    cpu.gpr[4] = STACK - 0x1000 * u64::from(id);
+    cpu
+}
+
+/// Makes a vector's handler.
+pub fn gate(t: &TestCpu, vector: u8, handler: u64) {
+    let low = handler & 0xffff | 8 << 16 | 0x8e << 40 | (handler >> 16 & 0xffff) << 48;
+    let at = IDT + 16 * u64::from(vector);
+    t.write(at, &low.to_le_bytes());
+    t.write(at + 8, &(handler >> 32).to_le_bytes());
+}
+
+/// Runs until something other than a port write happens; ends what doesn't end.
+pub fn run(cpu: &mut Cpu, limit: Duration) -> CpuExit {
+    let done = Arc::new(AtomicBool::new(false));
+    let (flag, shared) = (done.clone(), cpu.shared.clone());
+    let watch = std::thread::spawn(move || {
+        let started = Instant::now();
+        while !flag.load(Ordering::SeqCst) {
+            if started.elapsed() > limit {
+                shared.request_exit();
+            }
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    });
+    let exit = cpu.run();
+    done.store(true, Ordering::SeqCst);
+    watch.thread().unpark();
+    let joined = watch.join();
+    assert!(joined.is_ok());
+    exit
+}
+
+/// Runs until HLT.
+pub fn run_to_halt(cpu: &mut Cpu, what: &str) {
+    let exit = run(cpu, Duration::from_secs(60));
+    assert!(
+        matches!(exit, CpuExit::Halted { .. }),
+        "{what}: {exit:x?} at {:x}, RAX {:x} RCX {:x} RSP {:x} CR2 {:x}",
+        cpu.rip,
+        cpu.gpr[0],
+        cpu.gpr[1],
+        cpu.gpr[4],
+        cpu.sys.cr2
+    );
+}
+
+/// Puts code at [`CODE`] and runs it to HLT in every way; `check` looks at the end.
+pub fn each_way(code: &[u8], check: impl Fn(&TestCpu, &str)) {
+    for (name, tuning) in TUNINGS {
+        let mut t = machine(1, tuning);
+        t.write(CODE, code);
+        run_to_halt(&mut t.cpu, name);
+        check(&t, name);
+    }
+}
+
+/// Ends the process if something takes so long that it must hang.
+pub struct Deadline(Arc<AtomicBool>);
+
+impl Deadline {
+    pub fn new(what: String, limit: Duration) -> Self {
+        let done = Arc::new(AtomicBool::new(false));
+        let flag = done.clone();
+        std::thread::spawn(move || {
+            let started = Instant::now();
+            while started.elapsed() < limit {
+                if flag.load(Ordering::SeqCst) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            if !flag.load(Ordering::SeqCst) {
+                eprintln!("{what}: nothing ends it");
+                std::process::exit(101);
+            }
+        });
+        Self(done)
+    }
+}
+
+impl Drop for Deadline {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}

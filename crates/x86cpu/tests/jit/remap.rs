@@ -1,0 +1,280 @@
+//! Linear addresses that come to mean other code or data.
+
+use skerry_x86cpu::sys::state::cr4;
+use skerry_x86cpu::testing::{CODE, TABLES, TestCpu};
+
+use crate::assemble;
+use crate::machine::{TUNINGS, gate, machine, run_to_halt};
+
+/// The page that is mapped to [`A`] or [`B`], and one behind it that jumps there.
+const PAGE: u64 = 0x300_0000;
+const A: u64 = 0x31_0000;
+const B: u64 = 0x32_0000;
+const C: u64 = 0x33_0000;
+/// Page table of the first address space, and tables of a second.
+const PT: u64 = 0x30_0000;
+const ROOT2: u64 = 0x34_0000;
+const PT2: u64 = ROOT2 + 0x3000;
+const HANDLER: u64 = CODE + 0x3000;
+const FAULTS: u64 = 0x5_0000;
+const ROUNDS: u64 = 3000;
+
+fn set_up(t: &TestCpu) {
+    let put = |at: u64, value: u64| t.write(at, &value.to_le_bytes());
+    let index = PAGE >> 21 & 511;
+    put(TABLES + 0x2000 + 8 * index, PT | 7);
+    put(PT, A | 7);
+    put(PT + 8, C | 7);
+    // The second address space: the same but for the page.
+    put(ROOT2, (ROOT2 + 0x1000) | 7);
+    put(ROOT2 + 0x1000, (ROOT2 + 0x2000) | 7);
+    let directory = t.read(TABLES + 0x2000, 4096);
+    t.write(ROOT2 + 0x2000, &directory);
+    put(ROOT2 + 0x2000 + 8 * index, PT2 | 7);
+    put(PT2, B | 7);
+    put(PT2 + 8, C | 7);
+    // 1, after a loop; 100.
+    t.write(
+        A,
+        assemble!("mov ecx, 3", "2:", "dec ecx", "jnz 2b", "mov eax, 1", "ret"),
+    );
+    t.write(B, assemble!("mov eax, 100", "ret"));
+    // JMP to the page's beginning.
+    t.write(C, &[0xe9, 0xfb, 0xef, 0xff, 0xff]);
+}
+
+fn each(code: &[u8], set: impl Fn(&mut TestCpu), expected: u64) {
+    for (name, tuning) in TUNINGS {
+        // Entered indirectly, and by a direct jump from another page.
+        for entry in [PAGE, PAGE + 0x1000] {
+            let mut t = machine(1, tuning);
+            set_up(&t);
+            t.write(CODE, code);
+            set(&mut t);
+            t.cpu.gpr[6] = entry;
+            t.cpu.gpr[9] = ROUNDS;
+            run_to_halt(&mut t.cpu, name);
+            assert_eq!(t.cpu.gpr[8], expected, "{name}, entered at {entry:x}");
+        }
+    }
+}
+
+#[test]
+fn entry_changed_and_invalidated() {
+    let code = assemble!(
+        "xor r8d, r8d",
+        "2:",
+        "mov qword ptr [{pt}], {a}",
+        "invlpg [{page}]",
+        "call rsi",
+        "add r8, rax",
+        "call rsi",
+        "add r8, rax",
+        "mov qword ptr [{pt}], {b}",
+        "invlpg [{page}]",
+        "call rsi",
+        "add r8, rax",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        pt = const PT,
+        a = const A | 7,
+        b = const B | 7,
+        page = const PAGE,
+    );
+    each(code, |_| {}, ROUNDS * 102);
+}
+
+#[test]
+fn address_spaces_in_turn() {
+    let code = assemble!(
+        "xor r8d, r8d",
+        "2:",
+        "mov cr3, r12",
+        "call rsi",
+        "add r8, rax",
+        "mov cr3, r13",
+        "call rsi",
+        "add r8, rax",
+        "dec r9",
+        "jnz 2b",
+        "hlt",
+    );
+    each(
+        code,
+        |t| {
+            t.cpu.gpr[12] = TABLES;
+            t.cpu.gpr[13] = ROOT2;
+        },
+        ROUNDS * 101,
+    );
+    // The same without flushing, under process-context identifiers.
+    let with_pcid = |t: &mut TestCpu| {
+        t.cpu.sys.cr4 |= cr4::PCIDE;
+        t.cpu.update_mode();
+        t.cpu.gpr[12] = TABLES | 1 | 1 << 63;
+        t.cpu.gpr[13] = ROOT2 | 2 | 1 << 63;
+    };
+    each(code, with_pcid, ROUNDS * 101);
+}
+
+#[test]
+fn another_address_space_is_changed() {
+    // While in the first, the second one's entry changes; INVPCID says so.
+    let code = assemble!(
+        "xor r8d, r8d",
+        "sub rsp, 16",
+        "mov qword ptr [rsp], 2",
+        "mov qword ptr [rsp + 8], {page}",
+        "2:",
+        "mov cr3, r12",
+        "call rsi",
+        "add r8, rax",
+        "xor qword ptr [{pt2}], {both}",
+        "xor eax, eax",
+        "invpcid rax, [rsp]",
+        "mov cr3, r13",
+        "call rsi",
+        "add r8, rax",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        page = const PAGE,
+        pt2 = const PT2,
+        both = const A ^ B,
+    );
+    each(
+        code,
+        |t| {
+            t.cpu.sys.cr4 |= cr4::PCIDE;
+            t.cpu.update_mode();
+            t.cpu.gpr[12] = TABLES | 1 | 1 << 63;
+            t.cpu.gpr[13] = ROOT2 | 2 | 1 << 63;
+        },
+        // The second is A and B in turn.
+        ROUNDS + ROUNDS / 2 * 101,
+    );
+}
+
+/// The page goes, or loses a right; the handler counts and gives it back.
+fn faulting(entry: u64, code: &[u8], set: impl Fn(&mut TestCpu), error: u64) {
+    let handler = assemble!(
+        "inc qword ptr [{faults}]",
+        "pop r14",
+        "mov [{faults} + 8], r14",
+        "mov qword ptr [{pt}], {good}",
+        "invlpg [{page}]",
+        "iretq";
+        faults = const FAULTS,
+        pt = const PT,
+        good = const A | 7,
+        page = const PAGE,
+    );
+    for (name, tuning) in TUNINGS {
+        let mut t = machine(1, tuning);
+        set_up(&t);
+        t.write(CODE, code);
+        t.write(HANDLER, handler);
+        gate(&t, 14, HANDLER);
+        t.cpu.gpr[6] = PAGE;
+        t.cpu.gpr[9] = ROUNDS;
+        t.cpu.gpr[10] = entry;
+        set(&mut t);
+        run_to_halt(&mut t.cpu, name);
+        assert_eq!(t.read_u64(FAULTS), ROUNDS, "{name}: faults");
+        assert_eq!(t.read_u64(FAULTS + 8), error, "{name}: error code");
+    }
+}
+
+#[test]
+fn code_that_goes() {
+    let code = assemble!(
+        "xor r8d, r8d",
+        "2:",
+        "call rsi",
+        "mov [{pt}], r10",
+        "invlpg [{page}]",
+        "call rsi",
+        "add r8, rax",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        pt = const PT,
+        page = const PAGE,
+    );
+    // Absent (with EFER.NXE, fetches say so), and not to be executed.
+    faulting(0, code, |_| {}, 0x10);
+    faulting(A | 7 | 1 << 63, code, |_| {}, 0x11);
+}
+
+#[test]
+fn data_that_goes() {
+    let store = assemble!(
+        "mov edi, {page} + 0x800",
+        "2:",
+        "mov [rdi], r9",
+        "mov [{pt}], r10",
+        "invlpg [{page}]",
+        "mov [rdi], r9",
+        "cmp [rdi], r9",
+        "jne 3f",
+        "dec r9",
+        "jnz 2b",
+        "hlt",
+        "3: ud2";
+        pt = const PT,
+        page = const PAGE,
+    );
+    faulting(0, store, |_| {}, 2);
+    faulting(A | 5, store, |_| {}, 3);
+    let push = assemble!(
+        "mov rbp, rsp",
+        "2:",
+        "mov esp, {page} + 0x800",
+        "push r9",
+        "pop rax",
+        "mov [{pt}], r10",
+        "invlpg [{page}]",
+        "pop rax",
+        "push rax",
+        "mov rsp, rbp",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        pt = const PT,
+        page = const PAGE,
+    );
+    // The handler's frame needs a stack of its own: IST 1.
+    faulting(0, push, with_own_stack, 0);
+    let load = assemble!(
+        "mov edi, {page} + 0x800",
+        "2:",
+        "movups xmm0, [rdi]",
+        "mov rax, [rdi]",
+        "mov [{pt}], r10",
+        "invlpg [{page}]",
+        "mov rax, [rdi]",
+        "add rax, [rdi + 8]",
+        "movups xmm0, [rdi]",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        pt = const PT,
+        page = const PAGE,
+    );
+    faulting(0, load, |_| {}, 0);
+}
+
+fn with_own_stack(t: &mut TestCpu) {
+    const TSS: u64 = 0x4000;
+    t.write(TSS + 0x24, &(0x1_f000u64).to_le_bytes());
+    t.cpu.sys.tr = skerry_x86cpu::sys::state::Segment {
+        selector: 0x18,
+        base: TSS,
+        limit: 0x67,
+        attributes: 0x8b,
+        unusable: false,
+    };
+    let at = crate::machine::IDT + 16 * 14 + 4;
+    t.write(at, &[1]);
+}
