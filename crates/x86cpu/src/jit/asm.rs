@@ -179,6 +179,11 @@ impl Asm {
         self.dword(value);
     }
 
+    pub(super) fn store_constant32(&mut self, mem: Mem, value: u32) {
+        self.op32(0xc7, 0, Rm::Mem(mem));
+        self.dword(value as i32);
+    }
+
     pub(super) fn lea(&mut self, reg: Reg, mem: Mem) {
         match mem {
             Mem {
@@ -232,6 +237,15 @@ impl Asm {
             0xf5,
         ]);
         self.modrm(to, Rm::Mem(mask));
+    }
+
+    /// RORX: rotates right without a trace in the flags.
+    pub(super) fn rorx(&mut self, to: Reg, from: Reg, by: u8) {
+        let inverted = !((to >> 3) << 2 | from >> 3) & 7;
+        // Map 0F3A, W1, pp of F2.
+        self.put(&[0xc4, inverted << 5 | 0x03, 0xfb, 0xf0]);
+        self.modrm(to, Rm::Reg(from));
+        self.byte(by);
     }
 
     /// A jump if RCX is zero, forward.

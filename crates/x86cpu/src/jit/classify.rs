@@ -282,19 +282,7 @@ fn vector(i: &Instruction) -> Option<Class> {
     match i.mnemonic() {
         // These use registers that their operands don't name, or touch memory in their own way, or
         // change what this processor keeps elsewhere.
-        M::Pcmpestri64
-        | M::Pcmpestrm64
-        | M::Vpcmpestri64
-        | M::Vpcmpestrm64
-        | M::Pcmpestri
-        | M::Pcmpestrm
-        | M::Pcmpistri
-        | M::Pcmpistrm
-        | M::Vpcmpestri
-        | M::Vpcmpestrm
-        | M::Vpcmpistri
-        | M::Vpcmpistrm
-        | M::Maskmovdqu
+        M::Maskmovdqu
         | M::Vmaskmovdqu
         | M::Maskmovq
         | M::Vmaskmovps
@@ -369,6 +357,20 @@ pub(super) fn writes_memory(i: &Instruction, class: Class) -> bool {
     }
 }
 
+/// Whether ECX is a result, as the number of a character is.
+pub(super) fn writes_count(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Pcmpestri
+            | M::Pcmpestri64
+            | M::Pcmpistri
+            | M::Vpcmpestri
+            | M::Vpcmpestri64
+            | M::Vpcmpistri
+    )
+}
+
 /// Whether an operand in a general register is written.
 pub(super) fn writes_register(i: &Instruction, operand: u8) -> bool {
     use Mnemonic as M;
@@ -385,7 +387,16 @@ pub(super) fn alignment(i: &Instruction, class: Class, size: usize) -> Align {
     match class {
         Class::Integer if i.mnemonic() == M::Cmpxchg16b => Align::Sixteen,
         Class::Sse if size == 16 => match i.mnemonic() {
-            M::Movups | M::Movupd | M::Movdqu | M::Lddqu => Align::None,
+            M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpestri
+            | M::Pcmpestri64
+            | M::Pcmpestrm
+            | M::Pcmpestrm64
+            | M::Pcmpistri
+            | M::Pcmpistrm => Align::None,
             _ => Align::Sixteen,
         },
         Class::Avx => match i.mnemonic() {

@@ -9,15 +9,15 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::asm::{Asm, Mem, Near, R10, R11, R15, RAX, RCX, RDX, Reg, Rm, Short};
-use super::classify::{Align, Class, alignment, classify, writes_memory, writes_register};
+use super::classify::{
+    Align, Class, alignment, classify, writes_count, writes_memory, writes_register,
+};
 use super::encoding::{Encoding, Field, General, Operands, generals};
 use super::trace::{Step, Trace};
 use super::windows::{Memory, Share, Wanted, Windows};
-use crate::Cpu;
 use crate::cpu::reg;
 use crate::cpuid::Features;
-use crate::fpu::FpuState;
-use crate::mem::area::{Area, Frame};
+use crate::mem::area::{Area, Frame, JUMP_ROTATE};
 
 /// What the interpreter is asked to do for compiled code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -484,6 +484,10 @@ pub(super) struct Compiler<'a> {
     shares: Vec<[Option<Share>; 2]>,
     /// Accesses of the instruction that have been made.
     made: usize,
+    /// See [`Compiler::went`].
+    went_back: bool,
+    /// There has been an x87 instruction.
+    noted_x87: bool,
     sse: bool,
     avx: bool,
     x87: bool,
@@ -511,6 +515,8 @@ pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Opti
         held: None,
         shares: Vec::new(),
         made: 0,
+        went_back: false,
+        noted_x87: false,
         sse: false,
         avx: false,
         x87: false,
@@ -612,11 +618,13 @@ impl Compiler<'_> {
         if exit.poll {
             self.poll(exit.target);
         }
-        let link = self.asm.jmp();
         if offset == self.head {
-            self.asm.bind(link, self.direct);
+            let again = self.asm.jmp();
+            self.asm.bind(again, self.direct);
             return;
         }
+        self.settle_x87();
+        let link = self.asm.jmp();
         self.asm.bind_here(link);
         let way = self.way(Goal::Direct(exit.target), Some(link.0));
         self.leave(way);
@@ -634,18 +642,25 @@ impl Compiler<'_> {
     /// Looks the guest address in R11 up in the jump cache.
     fn find_jump(&mut self) -> Short {
         let tags = offset_of!(Area, jump_tag) as i32;
-        self.asm
-            .pext(RCX, R11, Mem::frame(offset_of!(Frame, jump_mask)));
+        self.hash_jump();
         self.asm.load(RCX, entry(RCX, tags));
         self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, 0));
         self.asm.jrcxz()
     }
 
+    /// The index of the address in R11, into RCX.
+    fn hash_jump(&mut self) {
+        self.asm.rorx(RCX, R11, JUMP_ROTATE as u8);
+        self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, 0));
+        self.asm
+            .pext(RCX, RCX, Mem::frame(offset_of!(Frame, jump_mask)));
+    }
+
     /// Goes there, after [`Compiler::find_jump`].
     fn jump_found(&mut self) {
+        self.settle_x87();
         let codes = offset_of!(Area, jump_code) as i32;
-        self.asm
-            .pext(RCX, R11, Mem::frame(offset_of!(Frame, jump_mask)));
+        self.hash_jump();
         self.asm.jmp_memory(entry(RCX, codes));
     }
 
@@ -675,7 +690,7 @@ impl Compiler<'_> {
             let target = i64::from(step.at) + step.instruction.len() as i64;
             self.go(Exit {
                 target,
-                poll: false,
+                poll: self.went_back,
             });
             return true;
         }
@@ -995,40 +1010,54 @@ impl Compiler<'_> {
             self.asm.load(spill.temporary, slot(spill.guest));
         }
         encoding.emit(&mut self.asm, &operands);
+        if writes_count(i) {
+            self.asm.mov(GUEST_RCX, RCX);
+        }
         for spill in copy.plan.spills().filter(|spill| spill.written) {
             self.asm.store(slot(spill.guest), spill.temporary);
         }
         if class == Class::X87 {
-            self.held = None;
             self.note_x87(step, bytes, copy.address.as_ref());
         }
     }
 
-    /// FIP, FOP and FDP, which the host's unit has for its own addresses.
+    /// FIP, FOP and FDP, which the host's unit has for its own addresses. The address is told
+    /// relative to the page; what leaves the trace makes it whole.
     fn note_x87(&mut self, step: &Step, bytes: &[u8], address: Option<&Address>) {
-        let fpu = offset_of!(Cpu, fpu);
         let opcode = bytes
             .iter()
             .skip_while(|b| !(0xd8..=0xdf).contains(*b))
             .take(2)
             .fold(0, |opcode, &b| opcode << 8 | u16::from(b))
             & 0x7ff;
-        let cpu = Mem::frame(offset_of!(Frame, cpu));
         if let Some(address) = address {
-            self.address(address, false);
-            self.asm.load(RCX, cpu);
-            let at = fpu + offset_of!(FpuState, last_dp);
-            self.asm.store(Mem::base(RCX, at as i32), R11);
+            let to = Mem::frame(offset_of!(Frame, x87_dp));
+            match address.plain() {
+                Some(plain) => {
+                    self.asm.lea(RCX, plain);
+                    self.asm.store(to, RCX);
+                }
+                None => {
+                    self.address(address, false);
+                    self.asm.store(to, R11);
+                }
+            }
         }
-        self.asm.load(R11, Mem::frame(offset_of!(Frame, rip_page)));
-        self.asm.lea(R11, Mem::base(R11, i32::from(step.at)));
-        self.asm.load(RCX, cpu);
-        let at = fpu + offset_of!(FpuState, last_ip);
-        self.asm.store(Mem::base(RCX, at as i32), R11);
-        let at = fpu + offset_of!(FpuState, last_opcode);
-        self.asm.byte(0x66);
-        self.asm.op32(0xc7, 0, Rm::Mem(Mem::base(RCX, at as i32)));
-        self.asm.put(&opcode.to_le_bytes());
+        let note = u32::from(opcode) << 16 | u32::from(step.at);
+        self.asm
+            .store_constant(Mem::frame(offset_of!(Frame, x87_note)), note as i32);
+        self.noted_x87 = true;
+    }
+
+    /// Before the page is left: keeps which one the last x87 instruction was in.
+    fn settle_x87(&mut self) {
+        if !self.noted_x87 {
+            return;
+        }
+        self.asm.load(RCX, Mem::frame(offset_of!(Frame, rip_page)));
+        self.asm.store(Mem::frame(offset_of!(Frame, x87_page)), RCX);
+        self.asm
+            .store_constant32(Mem::frame(offset_of!(Frame, x87_note) + 4), 1);
     }
 
     /// PUSH, POP of registers and constants; LEAVE.
@@ -1236,10 +1265,17 @@ impl Compiler<'_> {
                 } else {
                     (condition, target)
                 };
+                if step.follow.is_none() && target == i64::from(self.head) {
+                    // A loop: what goes back doesn't go out of its way.
+                    let from = self.asm.jcc(condition ^ 1);
+                    self.leaving.push((from, self.exit(step, after)));
+                    self.go(self.exit(step, target));
+                    return true;
+                }
                 let from = self.asm.jcc(condition);
                 self.leaving.push((from, self.exit(step, aside)));
                 if step.follow.is_some() {
-                    self.poll_inside(step, if taken { target } else { after });
+                    self.went(step, if taken { target } else { after });
                     return false;
                 }
                 self.go(self.exit(step, after));
@@ -1263,7 +1299,7 @@ impl Compiler<'_> {
             }
             Branch::Jump { target } => {
                 if step.follow.is_some() {
-                    self.poll_inside(step, target);
+                    self.went(step, target);
                     return false;
                 }
                 self.go(self.exit(step, target));
@@ -1271,7 +1307,7 @@ impl Compiler<'_> {
             Branch::Call { target } => {
                 self.push_return(n, after);
                 if step.follow.is_some() {
-                    self.poll_inside(step, target);
+                    self.went(step, target);
                     return false;
                 }
                 self.go(self.exit(step, target));
@@ -1300,17 +1336,16 @@ impl Compiler<'_> {
         true
     }
 
-    /// Where the trace itself goes back in the page: a loop may have no other way to look.
-    fn poll_inside(&mut self, step: &Step, target: i64) {
-        if self.exit(step, target).poll {
-            self.poll(target);
-        }
+    /// Where the trace itself goes back in the page without a look at requests: whatever leaves it
+    /// looks then, or there could be a loop that never does.
+    fn went(&mut self, step: &Step, target: i64) {
+        self.went_back |= target <= i64::from(step.at);
     }
 
     fn exit(&self, step: &Step, target: i64) -> Exit {
         Exit {
             target,
-            poll: target <= i64::from(step.at),
+            poll: self.went_back || target <= i64::from(step.at),
         }
     }
 

@@ -224,6 +224,7 @@ impl Cpu {
         frame.helper = replay as *const () as u64;
         frame.flags = from_bits(self.flags.bits());
         frame.vectors_live = 0;
+        frame.x87_note = u64::MAX;
         let glue = made.base;
         self.refresh(frame);
         self.shared.set_doing(Doing::Compiled);
@@ -238,7 +239,8 @@ impl Cpu {
         };
         self.shared.set_doing(Doing::Interpreting);
         // SAFETY: as above.
-        let frame = unsafe { &area.as_ref().frame };
+        let frame = unsafe { &mut area.as_mut().frame };
+        self.take_x87_note(frame);
         let (number, page, target) = (frame.number, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
         if std::mem::take(&mut self.code.jit.drop_jumps) {
@@ -288,6 +290,21 @@ impl Cpu {
         self.code.jit.missed_jump = false;
     }
 
+    /// What compiled code has noted of its last x87 instruction.
+    fn take_x87_note(&mut self, frame: &mut Frame) {
+        let note = std::mem::replace(&mut frame.x87_note, u64::MAX);
+        if note as u32 != u32::MAX {
+            let page = if note >> 32 == 0 {
+                frame.rip_page
+            } else {
+                frame.x87_page
+            };
+            self.fpu.last_ip = page.wrapping_add(note & PAGE_MASK);
+            self.fpu.last_opcode = (note >> 16) as u16 & 0x7ff;
+            self.fpu.last_dp = frame.x87_dp;
+        }
+    }
+
     /// What compiled code finds in its frame, as it is now.
     fn refresh(&self, frame: &mut Frame) {
         frame.fs_base = self.seg_base[usize::from(seg::FS)];
@@ -299,6 +316,7 @@ impl Cpu {
             frame.vectors_live = 0;
         }
         let live = frame.vectors_live != 0;
+        frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
         frame.sse_away = u8::from(!live);
@@ -337,6 +355,7 @@ impl Cpu {
         let block = unsafe { call.block.get() };
         self.rip = frame.rip_page + block.offset() as u64;
         self.gpr[usize::from(reg::BLOCK_RIP)] = self.rip;
+        self.take_x87_note(frame);
         self.flags.set_bits(to_bits(match call.work {
             Work::Divide => frame.divide_flags,
             _ => frame.flags,

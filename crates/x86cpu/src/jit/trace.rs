@@ -8,6 +8,8 @@ use crate::mem::PAGE_SIZE;
 /// Instructions in one trace, about.
 const LONGEST: usize = 128;
 const BLOCKS: usize = 24;
+/// Instructions up to which a trace that is a loop begins once more.
+const SHORT: usize = 24;
 
 /// One instruction of a trace.
 pub(super) struct Step {
@@ -204,6 +206,8 @@ impl Trace {
             }
             _ => return None,
         };
-        (!seen.contains(&block)).then_some((offset, block))
+        // A short loop is gone through several times: its accesses share what they look up.
+        let short = self.steps.len() <= SHORT && block == *seen.first()?;
+        (short || !seen.contains(&block)).then_some((offset, block))
     }
 }

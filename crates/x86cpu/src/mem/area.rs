@@ -16,9 +16,10 @@ use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 /// Entries of a first-level TLB.
 pub(crate) const FIRST: usize = 1024;
 /// Entries of a jump cache.
-pub(crate) const JUMPS: usize = 4096;
-/// The lowest bit of an address that tells jumps apart.
-const JUMP_SHIFT: u32 = 2;
+pub(crate) const JUMPS: usize = 16384;
+/// Jumps are told apart by their address plus the same rotated right by so much, so that both the
+/// page and the place in it count.
+pub(crate) const JUMP_ROTATE: u32 = 12;
 /// Pointers that a trace may keep from one of its accesses to the next.
 pub(crate) const WINDOWS: usize = 32;
 
@@ -75,6 +76,12 @@ pub(crate) struct Frame {
     pub missed: u64,
     /// What was added to the registers of a string instruction.
     pub strings: [u64; 2],
+    /// The last x87 instruction: its offset in the page, and its opcode from bit 16 on. Bit 32: it
+    /// was in the page that the next field names, else in the running one. All ones: none.
+    pub x87_note: u64,
+    pub x87_page: u64,
+    /// Address of its last memory operand.
+    pub x87_dp: u64,
     /// Address of the function that replays.
     pub helper: u64,
     /// See [`WINDOWS`].
@@ -108,44 +115,55 @@ pub(crate) const fn index(linear: u64) -> usize {
 /// The index of a jump's target.
 #[inline(always)]
 pub(crate) const fn jump_index(linear: u64) -> usize {
-    (linear >> JUMP_SHIFT) as usize & (JUMPS - 1)
+    linear.wrapping_add(linear.rotate_right(JUMP_ROTATE)) as usize & (JUMPS - 1)
 }
 
-/// A tag that no access finds at `index`: it is of another page of that hash, and not of the next.
+/// A tag that no access finds at `index`. Zero would do, so that an area of zeros is empty, were it
+/// not the tag of page 0, and found by what wraps around to there.
 const fn no_page(index: usize) -> u64 {
-    ((((index + FIRST / 2) & (FIRST - 1)) as u64) << PAGE_SHIFT).wrapping_neg()
+    match index {
+        0 => OTHER_PAGE,
+        LAST => OTHER_PAGE,
+        _ => 0,
+    }
 }
 
-/// A tag that no jump finds at `index`.
+/// The last index, and the tag of a page of neither that nor the first.
+const LAST: usize = FIRST - 1;
+const OTHER_PAGE: u64 = ((FIRST as u64 / 2) << PAGE_SHIFT).wrapping_neg();
+
+/// A tag that no jump finds at `index`: zero again, but for where address 0 is looked for.
 const fn no_jump(index: usize) -> u64 {
-    ((index as u64 ^ 1) << JUMP_SHIFT).wrapping_neg()
+    if index == 0 { u64::MAX } else { 0 }
 }
 
 impl Area {
     fn init(&mut self) {
         self.frame.index_mask = ((FIRST as u64) - 1) << PAGE_SHIFT;
         self.frame.masks = [!PAGE_MASK, !PAGE_MASK | 15, !PAGE_MASK | 31];
-        self.frame.jump_mask = ((JUMPS as u64) - 1) << JUMP_SHIFT;
-        self.drop_all();
-        for (n, tag) in self.jump_tag.iter_mut().enumerate() {
-            *tag = no_jump(n);
+        self.frame.jump_mask = (JUMPS as u64) - 1;
+        for n in [0, LAST] {
+            self.drop_entry(n);
         }
+        self.jump_tag[0] = no_jump(0);
     }
 
     /// Empties the TLB.
     pub(super) fn drop_all(&mut self) {
-        for n in 0..FIRST {
-            self.read[n] = no_page(n);
-            self.write[n] = no_page(n);
-            self.gpa[n] = u64::MAX;
+        self.read.fill(0);
+        self.write.fill(0);
+        for n in [0, LAST] {
+            self.drop_entry(n);
         }
     }
 
-    pub(super) fn drop_page(&mut self, linear: u64) {
-        let n = index(linear);
+    fn drop_entry(&mut self, n: usize) {
         self.read[n] = no_page(n);
         self.write[n] = no_page(n);
-        self.gpa[n] = u64::MAX;
+    }
+
+    pub(super) fn drop_page(&mut self, linear: u64) {
+        self.drop_entry(index(linear));
     }
 
     pub(super) fn drop_writes(&mut self) {
