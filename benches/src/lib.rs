@@ -33,23 +33,30 @@ pub fn skerry() -> Result<PathBuf> {
     Ok(beside)
 }
 
-/// QEMU, if it is installed, and its version line.
-pub fn qemu() -> Option<String> {
-    let output = Command::new("qemu-system-x86_64")
-        .arg("--version")
-        .output()
-        .ok()?;
+/// The peer, where none else is named.
+pub const QEMU: &str = "qemu-system-x86_64";
+
+/// The version line of a QEMU.
+pub fn qemu_version(program: &Path) -> Result<String> {
+    let output = Command::new(program).arg("--version").output();
+    let output = output.with_context(|| {
+        format!(
+            "There is no {} to compare with: install qemu-system-x86, or run benches/qemu.sh",
+            program.display()
+        )
+    })?;
     let text = String::from_utf8_lossy(&output.stdout);
-    text.lines().next().map(str::to_owned)
+    let line = text.lines().next().context("QEMU has no version")?;
+    Ok(line.to_owned())
 }
 
-/// Builds `classes-guest` without shared libraries.
-pub fn static_guest() -> Result<PathBuf> {
+/// Builds a program of `benches/guests` without shared libraries.
+pub fn static_guest(name: &str) -> Result<PathBuf> {
     let target = repository().join("target/static-guest");
     let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .current_dir(repository())
-        .args(["build", "--release", "--quiet", "-p", "skerry-benches"])
-        .args(["--bin", "classes-guest", "--target-dir"])
+        .args(["build", "--release", "--quiet", "-p", "skerry-bench-guests"])
+        .args(["--bin", name, "--target-dir"])
         .arg(&target)
         .args(["--target", "x86_64-unknown-linux-gnu"])
         .env(
@@ -59,9 +66,9 @@ pub fn static_guest() -> Result<PathBuf> {
         .status()
         .context("Can't run cargo")?;
     if !status.success() {
-        bail!("The guest program can't be built");
+        bail!("The guest program {name} can't be built");
     }
-    Ok(target.join("x86_64-unknown-linux-gnu/release/classes-guest"))
+    Ok(target.join("x86_64-unknown-linux-gnu/release").join(name))
 }
 
 /// Writes an initial RAM disk whose `/init` is `program`.
@@ -96,34 +103,99 @@ pub fn busybox_initrd(to: &Path) -> Result<()> {
 
 /// Skerry, booting the repository's kernel with `initrd` on `hypervisor`.
 pub fn skerry_boot(initrd: &Path, command_line: &str, hypervisor: &str) -> Result<Command> {
-    let mut command = Command::new(skerry()?);
-    command
-        .args(["boot", "--memory", "256M", "--hypervisor", hypervisor])
-        .arg("--kernel")
-        .arg(kernel())
-        .arg("--initrd")
-        .arg(initrd)
-        .args(["--cmdline", command_line, "--no-reboot"]);
-    Ok(command)
+    Machine::small(initrd, command_line).skerry(hypervisor)
 }
 
-/// QEMU with TCG, booting the same.
-///
-/// The frequency is told: calibrating against a timer on a busy host hangs now and then.
-pub fn qemu_boot(initrd: &Path, command_line: &str) -> Command {
-    let mut command = Command::new("qemu-system-x86_64");
-    command
-        .args(["-M", "microvm,accel=tcg,pit=on,pic=on,rtc=on,acpi=on"])
-        .args(["-cpu", "max", "-m", "256", "-no-reboot"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        .args(["-serial", "stdio"])
-        .arg("-kernel")
-        .arg(kernel())
-        .arg("-initrd")
-        .arg(initrd)
-        .arg("-append")
-        .arg(format!("{command_line} tsc_early_khz={}", host_tsc_khz()));
-    command
+/// A QEMU with TCG, booting the same.
+pub fn qemu_boot(program: &Path, initrd: &Path, command_line: &str) -> Command {
+    Machine::small(initrd, command_line).qemu(program)
+}
+
+/// What is booted, on Skerry and on its peer.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine<'a> {
+    /// The initial RAM disk.
+    pub initrd: &'a Path,
+    /// The kernel's command line.
+    pub command_line: &'a str,
+    /// MiB of memory.
+    pub memory: u32,
+    /// Processors.
+    pub cpus: u32,
+    /// A disk, not to be written.
+    pub disk: Option<&'a Path>,
+}
+
+impl<'a> Machine<'a> {
+    /// One processor, little memory, no disk.
+    pub fn small(initrd: &'a Path, command_line: &'a str) -> Self {
+        Self {
+            initrd,
+            command_line,
+            memory: 256,
+            cpus: 1,
+            disk: None,
+        }
+    }
+
+    /// Skerry with this machine.
+    pub fn skerry(&self, hypervisor: &str) -> Result<Command> {
+        let mut command = Command::new(skerry()?);
+        command
+            .args(["boot", "--hypervisor", hypervisor])
+            .args(["--memory", &format!("{}M", self.memory)])
+            .args(["--cpus", &self.cpus.to_string()])
+            .arg("--kernel")
+            .arg(kernel())
+            .arg("--initrd")
+            .arg(self.initrd)
+            .args(["--cmdline", self.command_line, "--no-reboot"]);
+        if let Some(disk) = self.disk {
+            command
+                .arg("--disk")
+                .arg(format!("{},ro", disk.to_string_lossy()));
+        }
+        Ok(command)
+    }
+
+    /// QEMU's TCG with this machine.
+    ///
+    /// The frequency is told: calibrating against a timer on a busy host hangs now and then.
+    pub fn qemu(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(["-M", "microvm,accel=tcg,pit=on,pic=on,rtc=on,acpi=on"])
+            .args(["-cpu", "max", "-no-reboot"])
+            .args(["-m", &self.memory.to_string()])
+            .args(["-smp", &self.cpus.to_string()])
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-serial", "stdio"])
+            .arg("-kernel")
+            .arg(kernel())
+            .arg("-initrd")
+            .arg(self.initrd)
+            .arg("-append")
+            .arg(with_tsc(self.command_line));
+        if let Some(disk) = self.disk {
+            command
+                .arg("-drive")
+                .arg(format!(
+                    "id=root,file={},format=raw,if=none,readonly=on",
+                    disk.to_string_lossy().replace(',', ",,")
+                ))
+                .args(["-device", "virtio-blk-device,drive=root"]);
+        }
+        command
+    }
+}
+
+/// The command line with the time-stamp counter's frequency, before what is for `/init`.
+fn with_tsc(command_line: &str) -> String {
+    let frequency = format!("tsc_early_khz={} tsc=reliable", host_tsc_khz());
+    match command_line.split_once(" -- ") {
+        Some((kernel, init)) => format!("{kernel} {frequency} -- {init}"),
+        None => format!("{command_line} {frequency}"),
+    }
 }
 
 /// The host's time-stamp counter frequency in kHz: QEMU's TCG passes the counter through.
@@ -161,6 +233,13 @@ pub fn median(values: &mut [f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_frequency_is_the_kernels_not_inits() {
+        let line = with_tsc("quiet -- gzip");
+        assert!(line.starts_with("quiet tsc_early_khz="), "{line}");
+        assert!(line.ends_with(" -- gzip"), "{line}");
+    }
 
     #[test]
     fn medians() {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use skerry_benches::{median, qemu, qemu_boot, skerry_boot, timed};
+use skerry_benches::{QEMU, median, qemu_boot, qemu_version, skerry_boot, timed};
 
 /// Boot time beside QEMU's TCG
 #[derive(Parser)]
@@ -17,6 +17,9 @@ struct Options {
     /// An initrd that prints BOOT-OK and powers off [default: busybox's, made by tests/initrd.sh]
     #[arg(long)]
     initrd: Option<PathBuf>,
+    /// The QEMU to compare with
+    #[arg(long, default_value = QEMU, value_name = "PROGRAM")]
+    qemu: PathBuf,
     /// What Skerry runs on
     #[arg(long, default_value = "soft")]
     hypervisor: String,
@@ -35,16 +38,14 @@ fn main() -> Result<()> {
             path
         }
     };
-    let Some(version) = qemu() else {
-        bail!("There is no qemu-system-x86_64 to compare with: install qemu-system-x86");
-    };
+    let version = qemu_version(&options.qemu)?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for run in 0..=options.runs {
         let (text, a) = timed(skerry_boot(&initrd, COMMAND_LINE, &options.hypervisor)?)?;
         if !text.contains("BOOT-OK") {
             bail!("Skerry did not get to BOOT-OK:\n{text}");
         }
-        let (text, b) = timed(qemu_boot(&initrd, COMMAND_LINE))?;
+        let (text, b) = timed(qemu_boot(&options.qemu, &initrd, COMMAND_LINE))?;
         if !text.contains("BOOT-OK") {
             bail!("QEMU did not get to BOOT-OK:\n{text}");
         }

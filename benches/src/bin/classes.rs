@@ -3,11 +3,14 @@
 //! `cargo run --release -p skerry-benches --bin bench-classes -- --runs 3`
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use skerry_benches::{median, qemu, qemu_boot, skerry_boot, static_guest, timed, write_initrd};
+use skerry_benches::{
+    QEMU, median, qemu_boot, qemu_version, skerry_boot, static_guest, timed, write_initrd,
+};
 
 /// Cost by class of instruction, beside the host and QEMU's TCG
 #[derive(Parser)]
@@ -15,6 +18,9 @@ struct Options {
     /// Runs of each
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// The QEMU to compare with
+    #[arg(long, default_value = QEMU, value_name = "PROGRAM")]
+    qemu: PathBuf,
     /// What Skerry runs on
     #[arg(long, default_value = "soft")]
     hypervisor: String,
@@ -46,18 +52,16 @@ fn collect(text: &str, costs: &mut Costs, order: &mut Vec<String>) -> Result<()>
 fn main() -> Result<()> {
     let options = Options::parse();
     let folder = tempfile::tempdir()?;
-    let guest = static_guest()?;
+    let guest = static_guest("classes-guest")?;
     let initrd = folder.path().join("initrd");
     write_initrd(&std::fs::read(&guest)?, &initrd)?;
-    let Some(version) = qemu() else {
-        bail!("There is no qemu-system-x86_64 to compare with: install qemu-system-x86");
-    };
+    let version = qemu_version(&options.qemu)?;
     let mut order = Vec::new();
     let mut costs: [Costs; 3] = Default::default();
     for _ in 0..options.runs {
         let commands = [
             Command::new(&guest),
-            qemu_boot(&initrd, COMMAND_LINE),
+            qemu_boot(&options.qemu, &initrd, COMMAND_LINE),
             skerry_boot(&initrd, COMMAND_LINE, &options.hypervisor)?,
         ];
         for (command, costs) in commands.into_iter().zip(&mut costs) {
