@@ -183,7 +183,7 @@ impl Block {
     }
 
     /// Whether it was decoded as one instruction alone.
-    pub(super) fn is_one(&self) -> bool {
+    pub(crate) fn is_one(&self) -> bool {
         u64::from(self.bits) & KeyBits::ONE != 0
     }
 

@@ -29,7 +29,7 @@ impl Cpu {
 
     /// Whether a block found earlier may run now: not stale, and if it crosses into another page,
     /// that page is mapped and the same.
-    pub(super) fn usable(&mut self, block: BlockRef, linear: u64) -> Result<bool, Trap> {
+    pub(crate) fn usable(&mut self, block: BlockRef, linear: u64) -> Result<bool, Trap> {
         // SAFETY: nothing has cleared the cache since the caller found the block.
         let found = unsafe { block.get() };
         if !found.is_current() || !self.code_within_limit(u64::from(found.len)) {

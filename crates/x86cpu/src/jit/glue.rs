@@ -12,7 +12,7 @@
 use std::mem::offset_of;
 
 use super::asm::{Asm, Mem, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
-use super::compile::{SPILLED, pinned};
+use super::registers::{SPILLED, pinned};
 use crate::Cpu;
 use crate::fpu::FpuState;
 use crate::mem::area::Frame;

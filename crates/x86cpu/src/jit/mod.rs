@@ -11,12 +11,17 @@
 //! The interpreter stays what decides: it decodes, it raises every exception, and what compiled code
 //! doesn't have in itself it asks of the interpreter's op for that instruction.
 
+mod access;
 mod asm;
+mod branch;
 mod classify;
 mod compile;
+mod copy;
 mod encoding;
 mod glue;
 mod perf;
+mod ready;
+mod registers;
 mod runtime;
 mod trace;
 mod windows;

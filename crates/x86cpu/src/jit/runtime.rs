@@ -88,7 +88,8 @@ impl Cpu {
     fn compile_block(&mut self, block: BlockRef) -> u32 {
         // SAFETY: as above.
         let found = unsafe { block.get() };
-        if !self.sys.mode.is64() || !found.is_whole() || !found.linkable && found.count == 1 {
+        let single = !found.linkable && found.count == 1 && found.is_whole();
+        if !self.sys.mode.is64() || found.is_one() || single {
             found.set_heat(u16::MAX);
             return 0;
         }
@@ -150,7 +151,12 @@ impl Cpu {
                 .find(key)
                 .filter(|block| unsafe { block.get() }.is_of(version))
         };
-        let trace = Trace::new(block, &bytes, &find);
+        let whole = found.is_whole();
+        let trace = if whole {
+            Trace::new(block, &bytes, &find)
+        } else {
+            Trace::crossing(block)
+        };
         let compiled = trace.as_ref().and_then(|trace| {
             let request = Request {
                 features: &self.features,
@@ -159,7 +165,11 @@ impl Cpu {
                 hardened: self.code.jit.tuning.hardened,
                 windows: !self.code.jit.is_plain(found),
             };
-            compile::compile(trace, &bytes[..], request)
+            if whole {
+                compile::compile(trace, &bytes[..], request)
+            } else {
+                compile::crossing(trace, request)
+            }
         });
         self.code.jit.bytes = Some(bytes);
         let (trace, compiled) = (trace?, compiled?);
@@ -383,6 +393,7 @@ impl Cpu {
             Work::Run | Work::Divide | Work::Branch | Work::Jump => {
                 return self.run_one_op(call, op, block.end(), frame);
             }
+            Work::Cross => return self.run_crossing(found, frame),
             Work::ToEnd => false,
         };
         if ready {
@@ -408,6 +419,29 @@ impl Cpu {
             Ok(()) => LEAVE,
             Err(Trap) => TRAP,
         }
+    }
+
+    /// Runs a block that crosses into another page, if it is still what is there.
+    fn run_crossing(&mut self, block: BlockRef, frame: &mut Frame) -> u64 {
+        let area = self.view.area();
+        // SAFETY: traces go before their blocks do.
+        let ops = unsafe { block.get() }.ops();
+        let result = match self.usable(block, self.rip) {
+            Ok(true) => self.execute_rest(block, ops),
+            Ok(false) => return LEAVE,
+            Err(Trap) => Err(Trap),
+        };
+        frame.flags = from_bits(self.flags.bits());
+        frame.target = self.rip;
+        if result.is_err() {
+            return TRAP;
+        }
+        let stale = code_changes() != self.code.jit.seen || self.block_end.0.is_null();
+        if stale || self.view.area() != area || !self.sys.mode.is64() {
+            return LEAVE;
+        }
+        self.refresh(frame);
+        BACK
     }
 
     /// Runs the ops of one instruction.

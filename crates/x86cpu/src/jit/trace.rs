@@ -140,6 +140,26 @@ impl Trace {
         Some(trace)
     }
 
+    /// The one instruction of a block that goes on in another page.
+    pub(super) fn crossing(head: BlockRef) -> Option<Self> {
+        // SAFETY: nothing clears the cache while a trace is made.
+        #[expect(unsafe_code, reason = "looks into a block")]
+        let block = unsafe { head.get() };
+        let found = ops_of(block).into_iter().next()?;
+        Some(Self {
+            steps: vec![Step {
+                instruction: Instruction::default(),
+                at: block.offset() as u16,
+                op: found.op,
+                ops: found.ops,
+                back: found.back,
+                block: head,
+                last: true,
+                follow: None,
+            }],
+        })
+    }
+
     #[expect(unsafe_code, reason = "looks into a block")]
     fn add(&mut self, block: BlockRef, page: &[u8; PAGE_SIZE]) -> Option<()> {
         // SAFETY: nothing clears the cache while a trace is made.

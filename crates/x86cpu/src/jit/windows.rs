@@ -8,7 +8,7 @@
 
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::compile::Ready;
+use super::ready::Ready;
 use super::trace::Step;
 use crate::mem::area::WINDOWS;
 

@@ -1,0 +1,405 @@
+//! What is known of an instruction before anything is emitted for it: whether it is copied, with which
+//! registers, and what it accesses.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::asm::{R11, RCX, Reg, Rm};
+use super::classify::{Align, Class, alignment, classify, writes_memory, writes_register};
+use super::encoding::{Encoding, Field, General, Operands, generals};
+use super::registers::{Address, HOST};
+use super::trace::Step;
+use super::windows::{Memory, Wanted};
+use crate::cpu::reg;
+use crate::cpuid::Features;
+
+/// What is known of an instruction before anything is emitted.
+pub(super) enum Ready {
+    /// A near branch.
+    Branch(Branch),
+    /// The interpreter runs it, or it and what is left of its block.
+    Interpret {
+        to_end: bool,
+    },
+    Copy(Copy),
+}
+
+/// A near branch in its form for 64-bit code.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Branch {
+    Conditional {
+        condition: u8,
+        target: i64,
+    },
+    Zero {
+        target: i64,
+    },
+    Loop {
+        target: i64,
+    },
+    Jump {
+        target: i64,
+    },
+    Call {
+        target: i64,
+    },
+    Return {
+        extra: i32,
+    },
+    /// To a register, or to what is in memory.
+    Indirect {
+        call: bool,
+        register: Option<u8>,
+    },
+}
+
+/// An instruction that is emitted with other operands, or in another form.
+pub(super) struct Copy {
+    pub(super) class: Class,
+    /// Not for those that are emitted in another form.
+    pub(super) encoding: Option<Encoding>,
+    pub(super) address: Option<Address>,
+    pub(super) plan: Plan,
+    pub(super) size: usize,
+    pub(super) align: Align,
+    pub(super) write: bool,
+}
+
+impl Ready {
+    pub(super) fn new(step: &Step, bytes: &[u8], features: &Features) -> Self {
+        let i = &step.instruction;
+        if step.last {
+            if let Some(branch) = Branch::new(i) {
+                return Self::Branch(branch);
+            }
+            if !step.falls_through() {
+                return Self::Interpret { to_end: true };
+            }
+        }
+        let at = usize::from(step.at);
+        let copy = bytes.get(at..at + i.len()).and_then(|bytes| {
+            let class = classify(i).filter(|_| features.has_all(i.cpuid_features()))?;
+            Copy::new(i, class, bytes)
+        });
+        match copy {
+            Some(copy) => Self::Copy(copy),
+            None => Self::Interpret { to_end: false },
+        }
+    }
+
+    /// Whether the interpreter runs it.
+    pub(super) fn is_interpreted(&self) -> bool {
+        match self {
+            Self::Branch(_) => false,
+            Self::Interpret { .. } => true,
+            // It changes registers in its own way, and may be interpreted.
+            Self::Copy(copy) => copy.class == Class::Strings,
+        }
+    }
+
+    /// The accesses that are made for it, in their order.
+    pub(super) fn accesses(&self) -> [Option<Wanted>; 2] {
+        let rsp = |disp, write| {
+            Some(Wanted {
+                memory: Memory::Register(reg::RSP, disp),
+                size: 8,
+                write,
+                aligned: false,
+            })
+        };
+        let operand = Some(Wanted {
+            memory: Memory::Operand,
+            size: 8,
+            write: false,
+            aligned: false,
+        });
+        match self {
+            Self::Interpret { .. } => [None, None],
+            Self::Branch(branch) => match *branch {
+                Branch::Call { .. } => [rsp(-8, true), None],
+                Branch::Return { .. } => [rsp(0, false), None],
+                Branch::Indirect { call, register } => match (register, call) {
+                    (None, true) => [operand, rsp(-8, true)],
+                    (None, false) => [operand, None],
+                    (Some(_), true) => [rsp(-8, true), None],
+                    (Some(_), false) => [None, None],
+                },
+                _ => [None, None],
+            },
+            Self::Copy(copy) => match copy.class {
+                Class::Push => [rsp(-8, true), None],
+                Class::Pop => [rsp(0, false), None],
+                Class::Leave => [
+                    Some(Wanted {
+                        memory: Memory::Register(5, 0),
+                        size: 8,
+                        write: false,
+                        aligned: false,
+                    }),
+                    None,
+                ],
+                Class::Lea | Class::Nothing | Class::Strings => [None, None],
+                _ if copy.address.is_some() => [
+                    Some(Wanted {
+                        memory: Memory::Operand,
+                        size: copy.size,
+                        write: copy.write,
+                        aligned: copy.align != Align::None,
+                    }),
+                    None,
+                ],
+                _ => [None, None],
+            },
+        }
+    }
+}
+
+impl Branch {
+    pub(super) fn new(i: &Instruction) -> Option<Self> {
+        use iced_x86::Code;
+        let target = super::trace::direct_target(i);
+        Some(match (i.code(), target) {
+            (_, Some(target)) if i.is_jcc_short_or_near() => Self::Conditional {
+                condition: i.condition_code() as u8 - 1,
+                target,
+            },
+            (Code::Jrcxz_rel8_64, Some(target)) => Self::Zero { target },
+            (Code::Loop_rel8_64_RCX, Some(target)) => Self::Loop { target },
+            (Code::Jmp_rel8_64 | Code::Jmp_rel32_64, Some(target)) => Self::Jump { target },
+            (Code::Call_rel32_64, Some(target)) => Self::Call { target },
+            (Code::Retnq, _) => Self::Return { extra: 0 },
+            (Code::Retnq_imm16, _) => Self::Return {
+                extra: i32::from(i.immediate16()),
+            },
+            (code @ (Code::Jmp_rm64 | Code::Call_rm64), _) => {
+                let register = match i.op0_kind() {
+                    OpKind::Register => Some(i.op0_register().number() as u8),
+                    _ => {
+                        Address::new(i)?;
+                        None
+                    }
+                };
+                Self::Indirect {
+                    call: code == Code::Call_rm64,
+                    register,
+                }
+            }
+            _ => return None,
+        })
+    }
+}
+
+impl Copy {
+    pub(super) fn new(i: &Instruction, class: Class, bytes: &[u8]) -> Option<Self> {
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        let mut copy = Self {
+            class,
+            encoding: None,
+            address: None,
+            plan: Plan::default(),
+            size: 0,
+            align: Align::None,
+            write: false,
+        };
+        match class {
+            Class::Nothing => return Some(copy),
+            Class::Strings => return Strings::of(i).map(|_| copy),
+            Class::Push => {
+                let known = match i.op0_kind() {
+                    OpKind::Register => i.op0_register().is_gpr64(),
+                    kind => matches!(kind, OpKind::Immediate8to64 | OpKind::Immediate32to64),
+                };
+                return known.then_some(copy);
+            }
+            Class::Pop => {
+                let known = i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64();
+                return known.then_some(copy);
+            }
+            Class::Leave => return (i.code() == iced_x86::Code::Leaveq).then_some(copy),
+            Class::Divide { .. } => {
+                let size = match i.op0_kind() {
+                    OpKind::Register => i.op0_register().size(),
+                    OpKind::Memory => i.memory_size().size(),
+                    _ => return None,
+                };
+                if size != 4 && size != 8 {
+                    return None;
+                }
+                copy.size = size;
+            }
+            _ => {
+                let encoding = Encoding::new(bytes, i)?;
+                copy.plan = Plan::new(i, memory)?;
+                if copy.plan.high && (memory || encoding.needs_rex(&copy.plan.operands)) {
+                    return None;
+                }
+                copy.encoding = Some(encoding);
+                copy.size = i.memory_size().size().max(1);
+            }
+        }
+        if memory {
+            copy.address = Some(Address::new(i)?);
+            copy.align = alignment(i, class, copy.size);
+            copy.write = writes_memory(i, class);
+        }
+        Some(copy)
+    }
+}
+
+/// REP MOVS or REP STOS with 64-bit addresses.
+pub(super) struct Strings {
+    pub(super) moves: bool,
+    /// Log2 of the elements' bytes.
+    pub(super) scale: u8,
+}
+
+impl Strings {
+    pub(super) fn of(i: &Instruction) -> Option<Self> {
+        use iced_x86::Code;
+        let (moves, scale) = match i.code() {
+            Code::Movsb_m8_m8 => (true, 0),
+            Code::Movsw_m16_m16 => (true, 1),
+            Code::Movsd_m32_m32 => (true, 2),
+            Code::Movsq_m64_m64 => (true, 3),
+            Code::Stosb_m8_AL => (false, 0),
+            Code::Stosw_m16_AX => (false, 1),
+            Code::Stosd_m32_EAX => (false, 2),
+            Code::Stosq_m64_RAX => (false, 3),
+            _ => return None,
+        };
+        let plain = (0..i.op_count()).all(|n| {
+            matches!(
+                i.op_kind(n),
+                OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register
+            )
+        });
+        let segment = moves && matches!(i.memory_segment(), Register::FS | Register::GS);
+        (plain && !segment && i.has_rep_prefix() && !i.has_repne_prefix())
+            .then_some(Self { moves, scale })
+    }
+
+    pub(super) fn bytes(&self) -> &'static [u8] {
+        match (self.moves, self.scale) {
+            (true, 0) => &[0xf3, 0xa4],
+            (true, 1) => &[0x66, 0xf3, 0xa5],
+            (true, 2) => &[0xf3, 0xa5],
+            (true, _) => &[0xf3, 0x48, 0xa5],
+            (false, 0) => &[0xf3, 0xaa],
+            (false, 1) => &[0x66, 0xf3, 0xab],
+            (false, 2) => &[0xf3, 0xab],
+            (false, _) => &[0xf3, 0x48, 0xab],
+        }
+    }
+}
+
+/// A guest register that has to be brought into a host register for one instruction.
+#[derive(Clone, Copy)]
+pub(super) struct Spill {
+    pub(super) guest: u8,
+    pub(super) temporary: Reg,
+    pub(super) written: bool,
+}
+
+/// Which registers a copied instruction gets.
+#[derive(Default)]
+pub(super) struct Plan {
+    pub(super) operands: Operands,
+    pub(super) spills: [Option<Spill>; 2],
+    /// CL is a count: host RCX must hold the guest's.
+    pub(super) count: bool,
+    /// AH, DH or BH is an operand.
+    pub(super) high: bool,
+}
+
+impl Plan {
+    pub(super) fn spills(&self) -> impl Iterator<Item = Spill> + use<> {
+        self.spills.into_iter().flatten()
+    }
+
+    pub(super) fn new(i: &Instruction, memory: bool) -> Option<Self> {
+        let (generals, number) = generals(i)?;
+        let generals = || generals.iter().take(number).flatten();
+        let mut plan = Self {
+            operands: Operands::default(),
+            spills: [None; 2],
+            count: generals().any(|g| g.field == Field::Fixed && g.number == reg::RCX),
+            high: false,
+        };
+        if matches!(
+            i.mnemonic(),
+            iced_x86::Mnemonic::Cmpxchg8b | iced_x86::Mnemonic::Cmpxchg16b
+        ) {
+            plan.count16(i)?;
+        }
+        // An address may need R11, and RCX until the operand is reached.
+        let free: &[Reg] = match (memory, plan.count) {
+            (true, true) => &[],
+            (true, false) => &[RCX],
+            (false, true) => &[R11],
+            (false, false) => &[RCX, R11],
+        };
+        let mut free = free.iter().copied();
+        for g in generals() {
+            plan.assign(i, g, &mut free)?;
+        }
+        Some(plan)
+    }
+
+    /// CMPXCHG8B and CMPXCHG16B take the new upper half from RCX.
+    pub(super) fn count16(&mut self, i: &Instruction) -> Option<()> {
+        // With 32 bits the upper half of RCX doesn't matter.
+        (i.op0_kind() == OpKind::Memory).then(|| self.count = true)
+    }
+
+    pub(super) fn assign(
+        &mut self,
+        i: &Instruction,
+        g: &General,
+        free: &mut impl Iterator<Item = Reg>,
+    ) -> Option<()> {
+        if g.high {
+            self.high = true;
+            return (g.number != reg::RCX).then_some(());
+        }
+        if g.field == Field::Fixed {
+            return Some(());
+        }
+        let written = writes_register(i, g.operand);
+        let host = match HOST[usize::from(g.number & 15)] {
+            Some(host) => host,
+            None => self.spill(g.number, written, free)?,
+        };
+        if g.size == 1 && (4..8).contains(&host) {
+            self.operands.byte_low = true;
+        }
+        match g.field {
+            Field::Reg => self.operands.reg = Some(host),
+            Field::Rm => self.operands.rm = Some(Rm::Reg(host)),
+            Field::Vvvv => self.operands.vvvv = Some(host),
+            Field::Opcode => self.operands.opcode = Some(host),
+            Field::Fixed => {}
+        }
+        Some(())
+    }
+
+    pub(super) fn spill(
+        &mut self,
+        guest: u8,
+        written: bool,
+        free: &mut impl Iterator<Item = Reg>,
+    ) -> Option<Reg> {
+        for spill in self.spills.iter_mut().flatten() {
+            if spill.guest == guest {
+                spill.written |= written;
+                return Some(spill.temporary);
+            }
+        }
+        let temporary = free.next()?;
+        let empty = self.spills.iter_mut().find(|spill| spill.is_none())?;
+        *empty = Some(Spill {
+            guest,
+            temporary,
+            written,
+        });
+        Some(temporary)
+    }
+}
