@@ -111,7 +111,7 @@ fn machines_change_modes_where_they_go_on() {
         found["statistics"]["soft"]["mode"].clone()
     };
     // Counts as long as it lives, and what it says it takes from where it was.
-    let script = "i=0; while :; do i=$((i + 1)); echo $i > /count; sleep 0.02; done";
+    let script = "i=0; while :; do i=$((i + 1)); echo $i > /n; mv /n /count; sleep 0.02; done";
     let count = |vm: &str| home.number(vm, "until [ -s /count ]; do :; done; cat /count");
     home.start_with("jit-stress", &soft("jit-stress"), &["sh", "-c", script]);
     let mut least = 0;
@@ -174,6 +174,27 @@ fn a_running_machine_can_be_looked_into() {
     let ended = look();
     assert_eq!(ended["status"], "stopped");
     assert!(ended["statistics"].is_null(), "{ended}");
+}
+
+/// What a processor derives from guest code stays within its bound, however much code the guest has.
+#[test]
+fn memory_for_code_is_bounded() {
+    const BOUND: u64 = 2 << 20;
+    let home = Home::new();
+    let options = ["--soft-code-memory", "2M"];
+    let script = "while :; do seq 1 200 | sort -r | gzip | sha256sum; done";
+    home.start_with("busy", &options, &["sh", "-c", script]);
+    let mut flushes = 0;
+    common::eventually("several flushes", || {
+        let found = home.done(&["inspect", "--sample", "20ms", "busy"]);
+        let found: Value = serde_json::from_str(&found).expect("JSON");
+        let counters = &found["statistics"]["processors"][0]["counters"];
+        let count = |name: &str| counters[name].as_u64().expect(name);
+        let held = count("decoded_bytes") + count("compiled_bytes");
+        assert!(held <= BOUND, "{counters}");
+        flushes = count("flushes");
+        flushes > 5
+    });
 }
 
 /// What can't be had is refused before anything is made, by the name of the option.

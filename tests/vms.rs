@@ -532,8 +532,10 @@ fn a_killed_process_is_never_listed_as_running() {
     gone("vm");
     // While its command runs; the same name serves again.
     home.start("vm", "sleep 1000");
-    let exec = home.spawn(&["exec", "vm", "sleep", "1000"]);
-    std::thread::sleep(Duration::from_millis(200));
+    let exec = home.spawn(&["exec", "vm", "sh", "-c", "touch /up; sleep 1000"]);
+    eventually("the exec", || {
+        home.exec("vm", &["test", "-e", "/up"]).status == 0
+    });
     home.kill_process("vm");
     let output = exec.wait_with_output().expect("end");
     assert_eq!(

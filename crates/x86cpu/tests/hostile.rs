@@ -1,8 +1,8 @@
 //! No bytes that a guest can execute, in any mode, may make the processor panic. Debug builds check
 //! arithmetic too.
 
-use skerry_x86cpu::CpuExit;
 use skerry_x86cpu::testing::{CODE, DATA, TestCpu};
+use skerry_x86cpu::{CpuExit, Tuning};
 
 struct Random(u64);
 
@@ -69,7 +69,8 @@ fn machine(random: &mut Random) -> TestCpu {
     match random.below(3) {
         0 => TestCpu::new16(),
         1 => TestCpu::new32(),
-        _ => TestCpu::new64(),
+        // Each instruction compiled at once.
+        _ => TestCpu::with_tuning(1, Tuning::STRESS).in_64_bit_mode(),
     }
 }
 

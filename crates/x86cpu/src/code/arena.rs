@@ -99,6 +99,12 @@ impl Arena {
         self.taken = end;
     }
 
+    /// Where it starts.
+    #[inline(always)]
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
     /// Where a piece starts, in [`UNIT`]s from the arena's start.
     pub(super) fn index_of(&self, piece: NonNull<u8>) -> u32 {
         ((piece.as_ptr() as usize - self.base.as_ptr() as usize) / UNIT) as u32

@@ -26,7 +26,7 @@ use crate::simd::fused::FusedCode;
 use crate::tuning::{Counters, Tuning};
 
 /// [`Tuning::code_bytes`] shared out: this part is for decoded blocks.
-const SHARE: usize = 2;
+const SHARE: (usize, usize) = (3, 8);
 /// More than any block takes.
 const LARGEST: usize = 64 << 10;
 /// Bytes of blocks that an idle guest, which runs little but its timers, doesn't come to.
@@ -167,6 +167,11 @@ impl Block {
         self.checked.get() == changes || self.check(changes)
     }
 
+    /// Whether it was decoded from this version of its page.
+    pub(crate) fn is_of(&self, version: u32) -> bool {
+        self.version == version
+    }
+
     #[inline(never)]
     fn check(&self, changes: u64) -> bool {
         // SAFETY: the memory map that has the page is kept until the cache is cleared.
@@ -237,6 +242,42 @@ impl Block {
         }
         self.links[0].set(Some(to));
         self.deltas[0].set(delta);
+    }
+}
+
+/// Where an op is in the cache, in units of 8 bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct OpIndex(u32);
+
+/// Where a block is.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockIndex(u32);
+
+/// Turns pointers into the cache into numbers, and back.
+#[derive(Clone, Copy)]
+pub(crate) struct Indexer(NonNull<u8>);
+
+impl Indexer {
+    pub(crate) fn op(self, op: *const Op) -> OpIndex {
+        OpIndex(((op as usize - self.0.as_ptr() as usize) / 8) as u32)
+    }
+
+    pub(crate) fn block(self, block: BlockRef) -> BlockIndex {
+        BlockIndex(((block.0.as_ptr() as usize - self.0.as_ptr() as usize) / 8) as u32)
+    }
+
+    /// The op again: good until the cache is cleared.
+    #[inline(always)]
+    pub(crate) fn op_at(self, index: OpIndex) -> *const Op {
+        // SAFETY: indices are those of ops in the arena.
+        unsafe { self.0.add(index.0 as usize * 8).cast::<Op>().as_ptr() }
+    }
+
+    /// The block again.
+    #[inline(always)]
+    pub(crate) fn block_at(self, index: BlockIndex) -> BlockRef {
+        // SAFETY: as above.
+        BlockRef(unsafe { self.0.add(index.0 as usize * 8).cast() })
     }
 }
 
@@ -339,7 +380,7 @@ unsafe impl Send for CodeCache {}
 impl CodeCache {
     /// Empty.
     pub fn new(tuning: Tuning) -> Self {
-        let capacity = tuning.code_bytes.max(Tuning::LEAST_CODE_BYTES) / SHARE;
+        let capacity = tuning.code_bytes.max(Tuning::LEAST_CODE_BYTES) / SHARE.1 * SHARE.0;
         let mut cache = Self {
             arena: Arena::new(capacity.next_multiple_of(LARGEST)),
             jit: Jit::new(tuning),
@@ -506,6 +547,12 @@ impl CodeCache {
             next = found.next.get();
         }
         None
+    }
+
+    /// For what refers to blocks and ops by number.
+    #[inline(always)]
+    pub(crate) fn indexer(&self) -> Indexer {
+        Indexer(self.arena.base())
     }
 
     /// Remembers that there is a jump to a linear page.

@@ -236,7 +236,7 @@ pub(super) enum Ready {
     Interpret {
         to_end: bool,
     },
-    Copy(Box<Copy>),
+    Copy(Copy),
 }
 
 /// A near branch in its form for 64-bit code.
@@ -297,7 +297,7 @@ impl Ready {
             Copy::new(i, class, bytes)
         });
         match copy {
-            Some(copy) => Self::Copy(Box::new(copy)),
+            Some(copy) => Self::Copy(copy),
             None => Self::Interpret { to_end: false },
         }
     }

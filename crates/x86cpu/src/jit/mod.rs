@@ -23,7 +23,7 @@ mod windows;
 
 use std::collections::{HashMap, HashSet};
 
-use crate::code::{Block, BlockRef, Op};
+use crate::code::{Block, BlockIndex, BlockRef, Indexer, OpIndex};
 use crate::mem::{PAGE_SIZE, PageState};
 use crate::simd::CodeBuffer;
 use crate::tuning::Tuning;
@@ -32,6 +32,9 @@ use compile::{Compiled, Goal, Work};
 
 /// Times that a page's code may change before its blocks have to be hotter to be compiled again.
 const PATIENCE: u32 = 4;
+
+/// How much hotter than at first it must be, at most, where there isn't room for all that is hot.
+const MOST_HEAT: u16 = 8;
 
 /// A trace that is compiled.
 struct Entry {
@@ -44,29 +47,44 @@ struct Entry {
     /// Ways of other traces that jump here.
     linked: Vec<u32>,
     live: bool,
+    /// Number of the first of its calls.
+    first_call: u32,
     /// How often accesses that were to share a look into the TLB turned out not to.
     failed: u16,
 }
 
-/// A call of the interpreter.
+/// A call of the interpreter, packed: there are many.
 #[derive(Clone, Copy)]
 struct Call {
-    op: *const Op,
-    /// The op of the block that it is, or begins; null if it is in the midst of one.
-    whole: *const Op,
-    block: BlockRef,
+    /// Where in the cache the instruction's ops are, and its block.
+    op: OpIndex,
+    block: BlockIndex,
+    /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
+    back: u16,
     ops: u8,
-    work: Work,
     missed: bool,
+    work: Work,
+}
+
+impl Call {
+    /// It is in the midst of an op.
+    const MIDST: u16 = u16::MAX;
+}
+
+const _: () = assert!(size_of::<Call>() == 16);
+
+/// A way out of a trace.
+#[derive(Clone, Copy)]
+struct Way {
+    /// Offset from the page's start, or [`Way::INDIRECT`].
+    goal: i32,
+    /// Offset in the buffer where the jump's displacement ends that may be linked; 0 for none.
+    link: u32,
     trace: u32,
 }
 
-#[derive(Clone, Copy)]
-struct Way {
-    goal: Goal,
-    /// Offset in the buffer where the jump's displacement ends.
-    link: Option<u32>,
-    trace: u32,
+impl Way {
+    const INDIRECT: i32 = i32::MIN;
 }
 
 /// The traces of a page.
@@ -81,6 +99,8 @@ struct PageTraces {
 /// What the compiler keeps for one processor.
 pub(crate) struct Jit {
     tuning: Tuning,
+    /// Runs after which a block is compiled.
+    threshold: u16,
     made: Option<Made>,
     /// Executable memory was refused.
     refused: bool,
@@ -94,7 +114,7 @@ pub(crate) struct Jit {
     pending: Option<u32>,
     /// An indirect jump went where the jump cache has nothing.
     missed_jump: bool,
-    bytes: Box<[u8; PAGE_SIZE]>,
+    bytes: Option<Box<[u8; PAGE_SIZE]>>,
     /// Pages and offsets of traces without windows.
     plain: HashSet<(usize, usize)>,
     /// A trace is gone that jump caches may have.
@@ -103,7 +123,7 @@ pub(crate) struct Jit {
 }
 
 // SAFETY: the pointers in it are into the code cache of the same processor, which it moves with.
-#[expect(unsafe_code, reason = "holds pointers to ops")]
+#[expect(unsafe_code, reason = "holds pointers to blocks")]
 unsafe impl Send for Jit {}
 
 /// What needs executable memory.
@@ -119,6 +139,7 @@ impl Jit {
     pub(crate) fn new(tuning: Tuning) -> Self {
         Self {
             tuning,
+            threshold: tuning.threshold,
             made: None,
             refused: !tuning.compile || !host_can(),
             traces: Vec::new(),
@@ -128,7 +149,7 @@ impl Jit {
             seen: 0,
             pending: None,
             missed_jump: false,
-            bytes: Box::new([0; PAGE_SIZE]),
+            bytes: None,
             plain: HashSet::new(),
             drop_jumps: false,
             perf: perf::Map::new(tuning.perf_map),
@@ -144,7 +165,12 @@ impl Jit {
     /// How hot a block must be.
     #[inline(always)]
     pub(crate) fn threshold(&self) -> u16 {
-        self.tuning.threshold
+        self.threshold
+    }
+
+    /// All was dropped for want of room: from now on it takes more to be compiled, up to a point.
+    fn flushed(&mut self) {
+        self.threshold = (self.threshold * 2).min(self.tuning.threshold.saturating_mul(MOST_HEAT));
     }
 
     /// Bytes of code and of what goes with it.
@@ -185,7 +211,7 @@ impl Jit {
 
     fn made(&mut self) -> Option<&mut Made> {
         if self.made.is_none() && !self.refused {
-            match Made::new(self.tuning.code_bytes / 8 * 3) {
+            match Made::new(self.tuning.code_bytes / 2) {
                 Some(made) => self.made = Some(made),
                 None => self.refused = true,
             }
@@ -210,27 +236,31 @@ impl Jit {
         version: u32,
         trace: &trace::Trace,
         compiled: &Compiled,
+        index: Indexer,
     ) -> Option<u32> {
         let made = self.made.as_mut()?;
         let code = made.buffer.push(&compiled.bytes)?.as_ptr() as u64;
         let offset = (code - made.base) as u32;
         let number = u32::try_from(self.traces.len()).ok()?;
         self.perf.add(code, compiled.bytes.len(), number);
+        let first_call = self.calls.len() as u32;
         self.calls.extend(compiled.calls.iter().map(|call| {
             let step = &trace.steps[call.step];
             Call {
-                op: step.op,
-                whole: step.whole,
-                block: step.block,
+                op: index.op(step.op),
+                block: index.block(step.block),
+                back: step.back,
                 ops: step.ops,
                 work: call.work,
                 missed: call.missed,
-                trace: number,
             }
         }));
         self.ways.extend(compiled.ways.iter().map(|way| Way {
-            goal: way.goal,
-            link: way.link.map(|at| offset + at as u32),
+            goal: match way.goal {
+                Goal::Direct(offset) => offset as i32,
+                Goal::Indirect => Way::INDIRECT,
+            },
+            link: way.link.map_or(0, |at| offset + at as u32),
             trace: number,
         }));
         let key = std::ptr::from_ref(page) as usize;
@@ -241,6 +271,7 @@ impl Jit {
             direct: offset + compiled.direct as u32,
             linked: Vec::new(),
             live: true,
+            first_call,
             failed: 0,
         });
         let traces = self.pages.entry(key).or_default();
@@ -256,7 +287,7 @@ impl Jit {
         };
         let same_page = self.traces[from.trace as usize].page == self.traces[to as usize].page;
         let live = self.traces[from.trace as usize].live && self.traces[to as usize].live;
-        if let (Some(link), true, Some(made)) = (from.link, same_page && live, &mut self.made) {
+        if let (link @ 1.., true, Some(made)) = (from.link, same_page && live, &mut self.made) {
             let distance = i64::from(self.traces[to as usize].direct) - i64::from(link);
             made.patch(link, distance as i32);
             self.traces[to as usize].linked.push(way);
@@ -264,7 +295,11 @@ impl Jit {
     }
 
     /// Takes note that a window was not one. If that comes often, the trace is compiled again without.
-    fn window_failed(&mut self, number: u32) {
+    fn window_failed(&mut self, call: u32) {
+        let number = self
+            .traces
+            .partition_point(|entry| entry.first_call <= call)
+            .saturating_sub(1) as u32;
         let Some(entry) = self.traces.get_mut(number as usize) else {
             return;
         };
@@ -295,11 +330,16 @@ impl Jit {
         forget_code(entry.head);
         if let Some(made) = &mut self.made {
             for way in linked {
-                if let Some(link) = self.ways[way as usize].link {
-                    made.patch(link, 0);
-                }
+                made.patch(self.ways[way as usize].link, 0);
             }
         }
+    }
+
+    /// Whether a page has traces of another version than this.
+    fn has_others(&self, page: usize, version: u32) -> bool {
+        self.pages
+            .get(&page)
+            .is_some_and(|page| page.version != version && !page.traces.is_empty())
     }
 
     /// Drops the traces of a page if it has changed. Says how many those were.
@@ -338,7 +378,10 @@ fn head_offset(head: BlockRef) -> usize {
 #[expect(unsafe_code, reason = "looks at a block")]
 fn forget_code(head: BlockRef) {
     // SAFETY: traces go when their blocks go.
-    unsafe { head.get() }.set_code(0);
+    let head = unsafe { head.get() };
+    head.set_code(0);
+    // It has to show once more that it is hot.
+    head.set_heat(0);
 }
 
 #[expect(unsafe_code, reason = "looks at a page's state by its address")]

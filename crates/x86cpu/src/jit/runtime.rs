@@ -3,9 +3,9 @@
 
 use std::time::Instant;
 
-use super::compile::{self, Goal, POLLED, Request, Work};
+use super::compile::{self, POLLED, Request, Work};
 use super::trace::Trace;
-use super::{Call, PATIENCE};
+use super::{Call, PATIENCE, Way};
 use crate::code::{BlockRef, Op};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
@@ -137,17 +137,18 @@ impl Cpu {
             return None;
         }
         let version = page.state.version();
-        if !found.is_current() || !page.state.is_claimed() {
+        if !found.is_of(version) || !page.state.is_claimed() {
             return None;
         }
-        let mut bytes = std::mem::replace(&mut self.code.jit.bytes, Box::new([0; _]));
+        let taken = self.code.jit.bytes.take();
+        let mut bytes = taken.unwrap_or_else(|| Box::new([0; _]));
         page.read(0, &mut bytes[..]);
         let find = |offset: u16| {
             let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
             // SAFETY: blocks of the cache as it is.
             self.code
                 .find(key)
-                .filter(|block| unsafe { block.get() }.is_current())
+                .filter(|block| unsafe { block.get() }.is_of(version))
         };
         let trace = Trace::new(block, &bytes, &find);
         let compiled = trace.as_ref().and_then(|trace| {
@@ -160,19 +161,27 @@ impl Cpu {
             };
             compile::compile(trace, &bytes[..], request)
         });
-        self.code.jit.bytes = bytes;
+        self.code.jit.bytes = Some(bytes);
         let (trace, compiled) = (trace?, compiled?);
         // Whoever writes the page from here on makes the trace stale; who has done so before, or
         // is doing so, has changed the version, or will.
         if page.state.version() != version {
             return None;
         }
+        // Those of another version are stale, whether or not the change has been counted yet: the
+        // version that is noted now would hide them.
+        let key = std::ptr::from_ref(page.state) as usize;
+        if self.code.jit.has_others(key, version) {
+            self.code.jit.drop_changed(key);
+            self.mmu.drop_jumps();
+        }
         let counters = &self.shared.counters;
         Counters::add(&counters.compiled_traces, 1);
         Counters::add(&counters.compiled_instructions, trace.steps.len() as u64);
+        let index = self.code.indexer();
         self.code
             .jit
-            .add(block, page.state, version, &trace, &compiled)
+            .add(block, page.state, version, &trace, &compiled, index)
     }
 
     /// Forgets all compiled code; the blocks stay.
@@ -181,6 +190,7 @@ impl Cpu {
             self.code.jit.drop_trace(n as u32);
         }
         self.code.jit.clear();
+        self.code.jit.flushed();
         self.mmu.drop_jumps();
         Counters::add(&self.shared.counters.flushes, 1);
     }
@@ -258,8 +268,8 @@ impl Cpu {
                     return Ok(());
                 };
                 match way.goal {
-                    Goal::Direct(offset) => {
-                        self.rip = page.wrapping_add(offset as u64);
+                    offset if offset != Way::INDIRECT => {
+                        self.rip = page.wrapping_add(i64::from(offset) as u64);
                         if number & POLLED != 0 {
                             Counters::add(&counters.exits_request, 1);
                         } else {
@@ -267,7 +277,7 @@ impl Cpu {
                             self.code.jit.pending = Some(number);
                         }
                     }
-                    Goal::Indirect => {
+                    _ => {
                         Counters::add(&counters.exits_indirect, 1);
                         self.rip = target;
                         self.code.jit.missed_jump = true;
@@ -335,12 +345,12 @@ impl Cpu {
     }
 
     /// Has the TLB take a window, if it is within a page of RAM.
-    fn take_window(&mut self, call: Call, linear: u64, bytes: u16, write: bool) -> bool {
+    fn take_window(&mut self, number: u32, linear: u64, bytes: u16, write: bool) -> bool {
         let within = (linear & PAGE_MASK) + u64::from(bytes) <= PAGE_SIZE as u64;
         if within && self.fill_tlb(linear, write) {
             return true;
         }
-        self.code.jit.window_failed(call.trace);
+        self.code.jit.window_failed(number);
         false
     }
 
@@ -352,7 +362,10 @@ impl Cpu {
             Counters::add(&self.shared.counters.calls_interpreter, 1);
         }
         // SAFETY: traces go before their blocks do.
-        let block = unsafe { call.block.get() };
+        let found = self.code.indexer().block_at(call.block);
+        // SAFETY: as above.
+        let block = unsafe { found.get() };
+        let op = self.code.indexer().op_at(call.op);
         self.rip = frame.rip_page + block.offset() as u64;
         self.gpr[usize::from(reg::BLOCK_RIP)] = self.rip;
         self.take_x87_note(frame);
@@ -364,9 +377,11 @@ impl Cpu {
             Work::Sse => self.can_copy(blocked::SSE),
             Work::Avx => self.can_copy(blocked::AVX) && self.can_copy(blocked::SSE),
             Work::X87 => self.can_copy_x87(),
-            Work::Window { bytes, write } => self.take_window(call, frame.missed, bytes, write),
+            Work::Window { bytes, write } => {
+                self.take_window(frame.number, frame.missed, bytes, write)
+            }
             Work::Run | Work::Divide | Work::Branch | Work::Jump => {
-                return self.run_one_op(call, frame);
+                return self.run_one_op(call, op, block.end(), frame);
             }
             Work::ToEnd => false,
         };
@@ -378,13 +393,15 @@ impl Cpu {
             return BACK;
         }
         Counters::add(&self.shared.counters.exits_interpreter, 1);
-        let result = if call.whole.is_null() {
+        let result = if call.back == Call::MIDST {
             // In the midst of a fused op: a block of its own begins here.
             // SAFETY: the first op of the instruction.
-            self.rip = self.own_rip(unsafe { &*call.op });
+            self.rip = self.own_rip(unsafe { &*op });
             Ok(())
         } else {
-            self.execute_rest(call.block, call.whole)
+            // SAFETY: so many ops before its parts is the op that is fused of them.
+            let whole = unsafe { op.sub(usize::from(call.back)) };
+            self.execute_rest(found, whole)
         };
         frame.flags = from_bits(self.flags.bits());
         match result {
@@ -394,15 +411,19 @@ impl Cpu {
     }
 
     /// Runs the ops of one instruction.
-    fn run_one_op(&mut self, call: Call, frame: &mut Frame) -> u64 {
-        // SAFETY: as above.
-        let block = unsafe { call.block.get() };
-        self.block_end.0 = block.end();
+    fn run_one_op(
+        &mut self,
+        call: Call,
+        first: *const Op,
+        end: *const Op,
+        frame: &mut Frame,
+    ) -> u64 {
+        self.block_end.0 = end;
         self.instructions += 1;
         let area = self.view.area();
         for n in 0..usize::from(call.ops) {
             // SAFETY: that many ops of the instruction follow each other.
-            let op: &Op = unsafe { &*call.op.add(n) };
+            let op: &Op = unsafe { &*first.add(n) };
             if (op.run)(self, op).is_err() {
                 if !matches!(self.trap.kind, TrapKind::Resume) {
                     self.rip = self.own_rip(op);
@@ -422,7 +443,7 @@ impl Cpu {
         }
         if self.block_end.0.is_null() || self.view.area() != area {
             // SAFETY: the first of them.
-            let op: &Op = unsafe { &*call.op };
+            let op: &Op = unsafe { &*first };
             self.rip = self.next_rip(op);
             return LEAVE;
         }

@@ -2,6 +2,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 
+use super::Call;
 use crate::code::{Block, BlockRef, Op};
 use crate::mem::PAGE_SIZE;
 
@@ -19,8 +20,8 @@ pub(super) struct Step {
     /// The first op of the interpreter for it, and how many there are.
     pub op: *const Op,
     pub ops: u8,
-    /// The op of the block that it is, or begins; null if it is in the midst of one.
-    pub whole: *const Op,
+    /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
+    pub back: u16,
     /// The block that has it.
     pub block: BlockRef,
     /// It is the last of its block.
@@ -54,7 +55,7 @@ struct Found {
     ip: u16,
     op: *const Op,
     ops: u8,
-    whole: *const Op,
+    back: u16,
 }
 
 /// Ops by instruction.
@@ -74,7 +75,11 @@ fn ops_of(block: &Block) -> Vec<Found> {
                     ip: unsafe { &*part }.ip,
                     op: part,
                     ops: 1,
-                    whole: if n == 0 { at } else { std::ptr::null() },
+                    back: if n == 0 {
+                        u16::try_from(op.aux).unwrap_or(Call::MIDST)
+                    } else {
+                        Call::MIDST
+                    },
                 });
             }
         } else if op.len != 0 {
@@ -84,7 +89,7 @@ fn ops_of(block: &Block) -> Vec<Found> {
                     ip: op.ip,
                     op: at,
                     ops: 1,
-                    whole: at,
+                    back: 0,
                 }),
             }
         }
@@ -162,7 +167,7 @@ impl Trace {
                 at: at as u16,
                 op: found.op,
                 ops: found.ops,
-                whole: found.whole,
+                back: found.back,
                 block: piece.block,
                 last: n + 1 == count,
                 follow: None,

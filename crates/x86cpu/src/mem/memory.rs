@@ -23,13 +23,18 @@ pub struct PageState {
     granules: AtomicU64,
     /// Changes whenever decoded code of the page may be stale.
     version: AtomicU32,
-    /// Bit 31: holds code, so that writes take the slow path. Others: which processors (id mod 31)
-    /// may hold a TLB entry through which they write.
-    users: AtomicU32,
+    /// Bit 31: holds code, so that writes take the slow path. Those below: which processors (id mod
+    /// 31) may hold a TLB entry through which they write. From bit 32: how often the page has become
+    /// data again.
+    users: AtomicU64,
 }
 
 /// In [`PageState::users`].
-const CODE: u32 = 1 << 31;
+const CODE: u64 = 1 << 31;
+/// The same: the processors.
+const WRITERS: u64 = CODE - 1;
+/// The same: the least bit of the count.
+const EPOCH: u64 = 1 << 32;
 
 fn writer_bit(cpu: u32) -> u32 {
     1 << (cpu % 31)
@@ -95,7 +100,7 @@ impl PageState {
     pub(super) fn add_writer(&self, cpu: u32) -> bool {
         self.users
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |users| {
-                (users & CODE == 0).then_some(users | writer_bit(cpu))
+                (users & CODE == 0).then_some(users | u64::from(writer_bit(cpu)))
             })
             .is_ok()
     }
@@ -112,17 +117,23 @@ impl PageState {
 
     /// Whether the page holds code and nobody can write it unseen.
     pub(crate) fn is_claimed(&self) -> bool {
-        self.users.load(Ordering::SeqCst) == CODE
+        self.users.load(Ordering::SeqCst) & (CODE | WRITERS) == CODE
     }
 
-    /// Makes the page hold code. Gives the processors that may still write it unseen.
-    fn make_code(&self) -> u32 {
+    /// Makes the page hold code. Gives the processors that may still write it unseen, with the
+    /// count that [`PageState::clear_writers`] wants back.
+    fn make_code(&self) -> u64 {
         self.users.fetch_or(CODE, Ordering::SeqCst) & !CODE
     }
 
-    /// All writers have given up.
-    fn clear_writers(&self, writers: u32) {
-        self.users.fetch_and(!(writers & !CODE), Ordering::SeqCst);
+    /// All writers that `make_code` gave have given up. But one that has made the page data since,
+    /// and writes it unseen again, is none of them.
+    fn clear_writers(&self, found: u64) {
+        let _ = self
+            .users
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |users| {
+                (users / EPOCH == found / EPOCH).then_some(users & !(found & WRITERS))
+            });
     }
 
     /// Marks bytes as decoded; to be called before they are compared with what was decoded.
@@ -165,7 +176,7 @@ impl PageState {
         let _ = self
             .users
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |users| {
-                Some((users & !CODE) | writer_bit(cpu))
+                Some((users & !CODE).wrapping_add(EPOCH) | u64::from(writer_bit(cpu)))
             });
         let had_code = self.granules.swap(0, Ordering::SeqCst) != 0;
         self.make_stale();
@@ -201,7 +212,7 @@ impl Backing {
         if len == 0 || !address.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
             return None;
         }
-        // Not written before something is known of a page: memory of 8 GiB has 32 MiB of this.
+        // Not written before something is known of a page: memory of 8 GiB has 48 MiB of this.
         // SAFETY: atomics of zeros are `PageState::default`.
         let pages = unsafe { Box::<[PageState]>::new_zeroed_slice(len / PAGE_SIZE).assume_init() };
         Some(Arc::new(Self {
@@ -599,7 +610,8 @@ impl Machine {
         if page.is_claimed() {
             return false;
         }
-        let writers = page.make_code();
+        let found = page.make_code();
+        let writers = (found & WRITERS) as u32;
         // Bits are shared where there are more processors than bits.
         let others = if self.cpus.len() > 31 {
             writers
@@ -610,7 +622,7 @@ impl Machine {
             let generation = self.memory.generation.fetch_add(1, Ordering::SeqCst) + 1;
             self.wait_for(generation, others, Some(own), Some(answer));
         }
-        page.clear_writers(writers);
+        page.clear_writers(found);
         writers & writer_bit(own) != 0
     }
 }

@@ -475,7 +475,8 @@ impl Cpu {
         let Some(page) = mmu.slots.page(mapping.gpa) else {
             return Ok(Place::Device(gpa));
         };
-        let host = page.host + (linear & PAGE_MASK) as usize;
+        let page_host = page.host;
+        let host = page_host + (linear & PAGE_MASK) as usize;
         if write {
             if page.read_only {
                 return Ok(Place::Device(gpa));
@@ -487,11 +488,13 @@ impl Cpu {
                     return Ok(Place::Code(host, gpa));
                 }
                 mmu.idle_writes = 0;
-                page.state.make_data(self.id);
+                // Code may have come since.
+                self.code_to_data(gpa);
             }
         }
+        let mmu = &mut *self.mmu;
         mmu.first
-            .fill(table, mmu.asid, linear, page.host, mapping.gpa, write);
+            .fill(table, mmu.asid, linear, page_host, mapping.gpa, write);
         Ok(Place::Ram(host))
     }
 

@@ -1,4 +1,5 @@
-//! Guest code as assembly text.
+//! Guest code as assembly text. What the macro makes is `unsafe` code of the test that uses it, which says
+//! `#![expect(unsafe_code, reason = "assembled guest code")]`.
 
 /// The machine code of lines of assembly in Intel syntax, as `&'static [u8]`: `assemble!("mov eax,
 /// {data}", "2:", "jmp 2b"; data = const 0x1000)`. It may run at any address. Labels are numeric

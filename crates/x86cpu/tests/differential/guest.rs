@@ -2,7 +2,7 @@
 
 use skerry_x86cpu::sys::state::{Segment, cr4};
 use skerry_x86cpu::testing::TestCpu;
-use skerry_x86cpu::{CpuExit, TrapKind, TrapState, Tuning};
+use skerry_x86cpu::{TrapKind, TrapState, Tuning};
 
 use crate::native::Native;
 use crate::state::{CODE, DATA, DATA_LEN, DATA_WRITABLE, End, State};
@@ -81,22 +81,18 @@ impl Guest {
         end
     }
 
-    /// The same as one block. An OUT, which needs the host, is where it ends, and another where its
-    /// branch goes.
+    /// The same as one block. A UD2 is where it ends, and another where its branch goes.
     pub fn run(&mut self, code: &[u8], state: &mut State) -> End {
-        const IOPL: u64 = 3 << 12;
         let mut whole = code.to_vec();
-        whole.extend_from_slice(&[0xe6, 0xf4]);
+        whole.extend_from_slice(&[0x0f, 0x0b]);
         whole.resize(code.len() + Native::landing_pad(0).len(), 0xcc);
-        whole.extend_from_slice(&[0xe6, 0xf4]);
+        whole.extend_from_slice(&[0x0f, 0x0b]);
         self.set_up(&whole, state);
-        self.t.cpu.set_rflags(state.flags | 0x202 | IOPL);
         self.t.cpu.fpu_enter();
         let end = self.run_to_end(CODE + code.len() as u64);
         self.t.cpu.fpu_sync();
         self.t.cpu.forget_devices();
         self.take(state);
-        state.flags &= !IOPL;
         end
     }
 
@@ -104,10 +100,10 @@ impl Guest {
         for _ in 0..LIMIT {
             match self.t.run_blocks() {
                 TrapKind::None | TrapKind::Resume => {}
-                TrapKind::Exit(CpuExit::PortOut { .. }) if self.t.cpu.rip == code_end => {
+                TrapKind::Fault { vector: 6, .. } if self.t.cpu.rip == code_end => {
                     return End::Exit(0);
                 }
-                TrapKind::Exit(CpuExit::PortOut { .. })
+                TrapKind::Fault { vector: 6, .. }
                     if self.t.cpu.rip == code_end + Native::landing_pad(0).len() as u64 =>
                 {
                     return End::Exit(1);

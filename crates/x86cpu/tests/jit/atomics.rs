@@ -3,7 +3,7 @@
 use skerry_x86cpu::testing::{CODE, DATA};
 
 use crate::assemble;
-use crate::machine::{TUNINGS, another, machine, run_to_halt};
+use crate::machine::{TUNINGS, alone, another, machine, run_to_halt};
 
 const TIMES: u64 = 20_000;
 
@@ -12,6 +12,7 @@ const TIMES: u64 = 20_000;
 fn two_processors(code: &[u8], at: u64, check: impl Fn(&skerry_x86cpu::testing::TestCpu, &str)) {
     for (name, tuning) in TUNINGS {
         let t = machine(3, tuning);
+        let _alone = alone();
         t.write(CODE, code);
         let mut cpus = [1, 2].map(|id| {
             let mut cpu = another(&t, id, CODE);

@@ -3,7 +3,7 @@
 use skerry_x86cpu::testing::{CODE, DATA, TestCpu};
 
 use crate::assemble;
-use crate::machine::{ALIAS, TUNINGS, another, gate, machine, run_to_halt};
+use crate::machine::{ALIAS, TUNINGS, alone, another, gate, machine, run_to_halt};
 
 /// The function that changes: MOV EAX, imm32; RET, its immediate aligned.
 const FUNCTION: u64 = CODE + 0x4003;
@@ -24,6 +24,7 @@ fn function(t: &TestCpu) {
 
 /// One writer and `readers` readers, to their ends. Readers say in R15 what went wrong.
 fn run_all(t: &TestCpu, readers: u32, alias: bool, rounds: u64, name: &str) {
+    let _alone = alone();
     let mut cpus = vec![another(t, 1, WRITER)];
     for n in 0..readers {
         cpus.push(another(t, 2 + n, READER));
@@ -102,7 +103,7 @@ fn seen_after_a_serialising_instruction() {
             function(&t);
             t.write(WRITER, writer);
             t.write(READER, reader);
-            let rounds = if readers == 1 { 3000 } else { 200 };
+            let rounds = if readers == 1 { 200 } else { 40 };
             run_all(&t, readers, alias, rounds, name);
         }
     }
@@ -168,6 +169,10 @@ fn breakpoint_and_interrupts() {
         "mov eax, 0x1ff",
         "xor edx, edx",
         "wrmsr",
+        "7:",
+        "pause",
+        "cmp dword ptr [{ready}], 0",
+        "je 7b",
         "2:",
         "inc qword ptr [{sequence}]",
         "mov byte ptr [rbx], 0xcc",
@@ -200,6 +205,7 @@ fn breakpoint_and_interrupts() {
         "cmp [{ack}], r11",
         "je 6b",
         "ret";
+        ready = const DONE,
         sequence = const SEQUENCE,
         value = const VALUE,
         stop = const STOP,
@@ -216,6 +222,7 @@ fn breakpoint_and_interrupts() {
         "wrmsr",
         "mov ebx, {function}",
         "sti",
+        "mov dword ptr [{ready}], 1",
         "2:",
         "mov rsi, [{sequence}]",
         "mov edx, [{value}]",
@@ -253,6 +260,7 @@ fn breakpoint_and_interrupts() {
         "mov r15d, 2",
         "jmp 7b";
         function = const FUNCTION,
+        ready = const DONE,
         sequence = const SEQUENCE,
         value = const VALUE,
         stop = const STOP,
@@ -289,7 +297,7 @@ fn breakpoint_and_interrupts() {
             t.write(HANDLERS + 0x100, interrupt);
             gate(&t, 3, HANDLERS);
             gate(&t, 0x40, HANDLERS + 0x100);
-            run_all(&t, 1, alias, 200, name);
+            run_all(&t, 1, alias, 60, name);
         }
     }
 }

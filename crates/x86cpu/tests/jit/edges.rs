@@ -2,11 +2,13 @@
 //! 2^64. Each instruction runs at all of them in one processor, so that it is compiled for the first
 //! and meets the others; each processor must say the same.
 
+use std::time::Duration;
+
 use skerry_x86cpu::testing::{CODE, DATA, RAM, TestCpu};
 use skerry_x86cpu::{TrapKind, Tuning};
 
 use crate::assemble;
-use crate::machine::machine;
+use crate::machine::{Deadline, machine};
 
 /// Accesses through RBX (RSP for the stack), of all sizes.
 fn instructions() -> Vec<(&'static str, &'static [u8])> {
@@ -270,6 +272,7 @@ fn every_access_at_every_edge() {
         // Above all pages that are accessed.
         let at = DATA + 0x4000 + 0x100 * n as u64;
         for (how, tuning) in others {
+            let _deadline = Deadline::new(format!("{name} ({how})"), Duration::from_secs(20));
             let mut actual = prepare(tuning);
             let mut reference = prepare(Tuning::INTERPRETER);
             reference.write(at, &code);

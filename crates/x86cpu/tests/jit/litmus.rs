@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use skerry_x86cpu::testing::{CODE, DATA};
 
 use crate::assemble;
-use crate::machine::{TUNINGS, another, machine, run_to_halt};
+use crate::machine::{TUNINGS, alone, another, machine, run_to_halt};
 
 const SYNC: u64 = DATA - 0x1000;
 const RESULTS: u64 = DATA + 0x20_0000;
-const TESTS: u64 = 6000;
+const TESTS: u64 = 3000;
 const SPACING: u64 = 128;
 
 /// One thread: X is `[rsi]`, Y is `[rdi]`, results are EAX and EDX.
@@ -59,10 +59,11 @@ struct Litmus {
 
 /// Runs a test; how often `forbidden` holds.
 fn seen(test: &Litmus, tuning: skerry_x86cpu::Tuning, what: &str) -> u64 {
+    let _alone = alone();
     let count = test.threads.len();
     let t = machine(count + 1, tuning);
     // With more threads than the host has processors, meeting takes a turn of its scheduler.
-    let batch = if count > 2 { 255 } else { 0 };
+    let batch = if count > 2 { 255 } else { 127 };
     let base = DATA + 0x1000;
     let mut cpus: Vec<_> = (0..count)
         .map(|n| {

@@ -1,7 +1,8 @@
 //! A machine at level 0 with descriptor tables, and ways to run it that end.
 
-use std::sync::Arc;
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use skerry_x86cpu::sys::state::DescriptorTable;
@@ -146,6 +147,13 @@ pub fn run(cpu: &mut Cpu, limit: Duration) -> CpuExit {
     exit
 }
 
+/// Held by tests of several processors: they wait for each other by spinning, and want the host's
+/// processors for themselves.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs until HLT.
 pub fn run_to_halt(cpu: &mut Cpu, what: &str) {
     let exit = run(cpu, Duration::from_secs(60));
@@ -186,7 +194,9 @@ impl Deadline {
                 std::thread::sleep(Duration::from_millis(50));
             }
             if !flag.load(Ordering::SeqCst) {
-                eprintln!("{what}: nothing ends it");
+                // Not `eprintln`, which a test's output is kept back with.
+                let text = format!("{what}: nothing ends it\n");
+                let _ = std::io::stderr().write_all(text.as_bytes());
                 std::process::exit(101);
             }
         });

@@ -320,10 +320,9 @@ impl Draft<'_> {
         }
         let before = state.gpr;
         generator.place(self.random, &i, &mut state);
-        for n in 0..16 {
-            if state.gpr[n] != before[n] {
-                let register = R::RAX + n as u32;
-                self.move_value(register, state.gpr[n]);
+        for (n, (after, before)) in state.gpr.iter().zip(before).enumerate() {
+            if *after != before {
+                self.move_value(R::RAX + n as u32, *after);
             }
         }
         if i.is_vsib() {

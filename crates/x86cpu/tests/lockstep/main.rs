@@ -5,13 +5,16 @@
 //! cargo test --release -p skerry-x86cpu --test lockstep                      # as in CI
 //! cargo test --release -p skerry-x86cpu --test lockstep -- --seconds 3600 --seed 7
 //! cargo test --release -p skerry-x86cpu --test lockstep -- --seed 7 --case 1234
+//! cargo test --release -p skerry-x86cpu --test lockstep -- --seed 7 --case 1234 --apart
 //! ```
+//! (the last for a case of which the process dies or hangs: shrinks it in processes of their own)
+//!
 //! compose.rs ─ programs ─▶ program.rs: laid out ─▶ world.rs: run in each machine ─▶ report.rs
 //!
 //! Programs loop, call, return, fault, reach devices and change their own code, at level 0 and at
-//! level 3; an exception handler of the guest's logs each fault and goes on elsewhere. A mismatch is
+//! level 3; one of the compiling processors is interrupted all the time. An exception handler of the guest's logs each fault and goes on elsewhere. A mismatch is
 //! shrunk and printed: seed and number of the case, listing, start state and what differs.
-#![expect(unsafe_code, reason = "assembled guest code; a signal handler")]
+#![expect(unsafe_code, reason = "assembled guest code")]
 
 #[path = "../common/assemble.rs"]
 mod assemble;
@@ -47,7 +50,7 @@ use world::{Outcome, Watch, World};
 const DEFAULT_CASES: u64 = if cfg!(debug_assertions) {
     2_000
 } else {
-    60_000
+    30_000
 };
 
 /// Programs that run in the same machines.
@@ -60,6 +63,7 @@ struct Options {
     case: Option<u64>,
     mismatches: u64,
     shrink: bool,
+    apart: bool,
 }
 
 fn options() -> Result<Options, String> {
@@ -70,6 +74,7 @@ fn options() -> Result<Options, String> {
         case: None,
         mismatches: 5,
         shrink: true,
+        apart: false,
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -83,6 +88,7 @@ fn options() -> Result<Options, String> {
             "--seconds" => options.seconds = Some(value()?),
             "--case" => options.case = Some(value()?),
             "--mismatches" => options.mismatches = value()?,
+            "--apart" => options.apart = true,
             "--no-shrink" => options.shrink = false,
             // What the test harness would understand.
             _ => {}
@@ -97,8 +103,8 @@ pub struct Worlds {
     others: Vec<(&'static str, World)>,
 }
 
-/// How compiled code runs.
-fn tunings(number: u64) -> Vec<(&'static str, Tuning)> {
+/// How compiled code runs, and whether it is interrupted all the time.
+fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
     let hardened = (number / RENEWED_AFTER) % 4 == 3;
     vec![
         (
@@ -107,6 +113,7 @@ fn tunings(number: u64) -> Vec<(&'static str, Tuning)> {
                 hardened,
                 ..Tuning::STRESS
             },
+            false,
         ),
         (
             "jit",
@@ -114,6 +121,7 @@ fn tunings(number: u64) -> Vec<(&'static str, Tuning)> {
                 threshold: 6,
                 ..Tuning::JIT
             },
+            true,
         ),
     ]
 }
@@ -122,10 +130,10 @@ impl Worlds {
     /// New machines for the case of this number.
     pub fn new(number: u64, watch: &Watch) -> Self {
         Self {
-            interpreter: World::new(Tuning::INTERPRETER, watch),
+            interpreter: World::new(Tuning::INTERPRETER, watch, false),
             others: tunings(number)
                 .into_iter()
-                .map(|(name, tuning)| (name, World::new(tuning, watch)))
+                .map(|(name, tuning, pest)| (name, World::new(tuning, watch, pest)))
                 .collect(),
         }
     }
@@ -161,6 +169,7 @@ struct Tally {
     exits: u64,
     instructions: u64,
     compiled: u64,
+    interrupts: u64,
     mismatches: u64,
 }
 
@@ -179,13 +188,14 @@ fn main() -> ExitCode {
     signal::install();
     let tally = run(&options);
     println!(
-        "{} programs ({} could not be laid out, {} endless), {} instructions, {} faults, {} exits, {} traces compiled, {} mismatches",
+        "{} programs ({} could not be laid out, {} endless), {} instructions, {} faults, {} exits, {} interrupts, {} traces compiled, {} mismatches",
         tally.programs,
         tally.unusable,
         tally.endless,
         tally.instructions,
         tally.faults,
         tally.exits,
+        tally.interrupts,
         tally.compiled,
         tally.mismatches
     );
@@ -237,6 +247,13 @@ fn run(options: &Options) -> Tally {
             continue;
         };
         tally.programs += 1;
+        if options.apart {
+            match shrink::shrink(&program, number - 1) {
+                Some(program) => report::shrunk(&program, number - 1),
+                None => println!("doesn't fail"),
+            }
+            continue;
+        }
         let Some((expected, different)) = worlds.run(&program, &image) else {
             tally.endless += 1;
             continue;
@@ -247,9 +264,9 @@ fn run(options: &Options) -> Tally {
             tally.mismatches += 1;
             println!("case {} of seed {}, {name}:", number - 1, options.seed);
             if options.shrink
-                && let Some(program) = shrink::shrink(&program, number - 1, &watch)
+                && let Some(program) = shrink::shrink(&program, number - 1)
             {
-                report::shrunk(&program, number - 1, &watch);
+                report::shrunk(&program, number - 1);
             } else {
                 println!(
                     "  only after the {} programs before it",
@@ -272,6 +289,7 @@ impl Tally {
         self.instructions += worlds.interpreter.instructions();
         for (_, world) in &worlds.others {
             self.compiled += world.compiled();
+            self.interrupts += world.interrupts();
         }
     }
 }

@@ -228,7 +228,8 @@ fn encode(item: &Item, ip: u64, labels: Option<&[u64]>, short: bool) -> Option<V
         Some(encoder.take_buffer())
     };
     let address = |label: Label, instead: u64| match labels {
-        Some(labels) => labels.get(label).copied(),
+        // Those that aren't in the program are nowhere.
+        Some(labels) => labels.get(label).copied().filter(|address| *address != 0),
         None => Some(instead),
     };
     match item {

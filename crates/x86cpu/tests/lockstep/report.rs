@@ -1,5 +1,7 @@
 //! Compares two outcomes and says what differs.
 
+use std::time::Duration;
+
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
 use crate::Worlds;
@@ -130,8 +132,8 @@ fn compare_units(expected: &Outcome, actual: &Outcome, out: &mut Vec<String>) {
     }
 }
 
-/// Prints a program and what differs.
-pub fn print(program: &Program, image: &Image, expected: &Outcome, actual: &Outcome) {
+/// Prints a program.
+fn listing(program: &Program, image: &Image) {
     println!("  {:x?}", program.setting);
     let mut formatter = IntelFormatter::new();
     let mut decoder = Decoder::with_ip(64, &image.code, image.base, DecoderOptions::NONE);
@@ -171,10 +173,15 @@ pub fn print(program: &Program, image: &Image, expected: &Outcome, actual: &Outc
         start.fsw(),
         start.tags()
     );
-    for fault in expected.faults.iter().take(12) {
+}
+
+/// Prints a program and what differs.
+pub fn print(program: &Program, image: &Image, expected: &Outcome, actual: &Outcome) {
+    listing(program, image);
+    for fault in expected.faults.iter().take(6) {
         println!("  {fault:x?}");
     }
-    for stop in expected.stops.iter().take(12) {
+    for stop in expected.stops.iter().take(6) {
         println!("  exit {:x?} at {:x}", stop.exit, stop.rip);
     }
     for difference in differences(program, image, expected, actual)
@@ -186,16 +193,25 @@ pub fn print(program: &Program, image: &Image, expected: &Outcome, actual: &Outc
 }
 
 /// The same for a program that fails in new machines.
-pub fn shrunk(program: &Program, number: u64, watch: &Watch) {
+pub fn shrunk(program: &Program, number: u64) {
     let Some(image) = program.image() else {
         return;
     };
-    let Some((expected, different)) = Worlds::new(number, watch).run(program, &image) else {
-        return;
-    };
-    let names: Vec<&str> = different.iter().map(|(name, _)| *name).collect();
-    println!("  fails as {}; shrunk to", names.join(", "));
-    if let Some((_, actual)) = different.first() {
-        print(program, &image, &expected, actual);
+    println!("  shrunk to");
+    let watch = Watch::start(Duration::from_secs(2));
+    let limit = Duration::from_secs(10);
+    let dies = crate::signal::in_a_process(limit, || {
+        Worlds::new(number, &watch).run(program, &image);
+        false
+    });
+    if dies {
+        listing(program, &image);
+        println!("  ! the process dies, or the processor doesn't come back");
+    } else if let Some((expected, different)) = Worlds::new(number, &watch).run(program, &image) {
+        let names: Vec<&str> = different.iter().map(|(name, _)| *name).collect();
+        if let Some((_, actual)) = different.first() {
+            print(program, &image, &expected, actual);
+        }
+        println!("  in {}", names.join(", "));
     }
 }

@@ -6,32 +6,36 @@ use crate::Worlds;
 use crate::program::{Behind, Program};
 use crate::world::Watch;
 
-/// Whether a program fails in new machines.
-pub fn fails(program: &Program, number: u64, watch: &Watch) -> bool {
+/// Whether a program fails in new machines: in a process of its own, which may crash or hang.
+pub fn fails(program: &Program, number: u64, limit: Duration) -> bool {
     let Some(image) = program.image() else {
         return false;
     };
-    Worlds::new(number, watch)
-        .run(program, &image)
-        .is_some_and(|(_, different)| !different.is_empty())
+    crate::signal::in_a_process(8 * limit, || {
+        let watch = Watch::start(limit);
+        Worlds::new(number, &watch)
+            .run(program, &image)
+            .is_some_and(|(_, different)| !different.is_empty())
+    })
 }
 
 /// The smallest failing program that can be found by leaving things out; `None` if it doesn't fail
 /// in new machines.
-pub fn shrink(program: &Program, number: u64, watch: &Watch) -> Option<Program> {
-    if !fails(program, number, watch) {
+pub fn shrink(program: &Program, number: u64) -> Option<Program> {
+    let limit = Duration::from_secs(2);
+    if !fails(program, number, limit) {
         return None;
     }
     let mut best = program.clone();
-    smaller(&mut best, number, watch, false);
+    let limit = Duration::from_millis(100);
+    smaller(&mut best, number, limit, false);
     // Without what keeps programs from running for ever, too.
-    let watch = Watch::start(Duration::from_millis(200));
-    smaller(&mut best, number, &watch, true);
-    simplify(&mut best, number, &watch);
+    smaller(&mut best, number, limit, true);
+    simplify(&mut best, number, limit);
     Some(best)
 }
 
-fn smaller(best: &mut Program, number: u64, watch: &Watch, all: bool) {
+fn smaller(best: &mut Program, number: u64, limit: Duration, all: bool) {
     let mut size = (best.elements.len() / 2).max(1);
     loop {
         let mut at = 0;
@@ -44,7 +48,7 @@ fn smaller(best: &mut Program, number: u64, watch: &Watch, all: bool) {
                 let last = n == len;
                 last || element.keep && !all || !(at + 1..at + 1 + size).contains(&n)
             });
-            if candidate.elements.len() < best.elements.len() && fails(&candidate, number, watch) {
+            if candidate.elements.len() < best.elements.len() && fails(&candidate, number, limit) {
                 *best = candidate;
                 progress = true;
             } else {
@@ -59,11 +63,11 @@ fn smaller(best: &mut Program, number: u64, watch: &Watch, all: bool) {
 }
 
 /// Zeros and the plainest world, where they will do.
-fn simplify(best: &mut Program, number: u64, watch: &Watch) {
+fn simplify(best: &mut Program, number: u64, limit: Duration) {
     let mut attempt = |change: &dyn Fn(&mut Program)| {
         let mut candidate = best.clone();
         change(&mut candidate);
-        if fails(&candidate, number, watch) {
+        if fails(&candidate, number, limit) {
             *best = candidate;
         }
     };

@@ -1,6 +1,11 @@
 //! Says which program ran when the process was about to die of a signal or a panic.
+#![expect(
+    unsafe_code,
+    reason = "a signal handler, and a process of its own for each case"
+)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 static SEED: AtomicU64 = AtomicU64::new(0);
 static CASE: AtomicU64 = AtomicU64::new(0);
@@ -21,6 +26,16 @@ fn digits(mut n: u64, text: &mut [u8; 20]) -> &[u8] {
             return &text[at..];
         }
     }
+}
+
+/// Ends the process: a processor doesn't come back although it was asked to.
+pub fn stuck() -> ! {
+    eprintln!(
+        "case {} of seed {}: the processor doesn't come back",
+        CASE.load(Ordering::Relaxed),
+        SEED.load(Ordering::Relaxed)
+    );
+    std::process::exit(101)
 }
 
 extern "C" fn died(signal: libc::c_int) {
@@ -60,4 +75,37 @@ pub fn install() {
         );
         before(panic);
     }));
+}
+
+/// Whether `what` says yes, crashes or doesn't end within the limit, tried in another process.
+pub fn in_a_process(limit: Duration, what: impl FnOnce() -> bool) -> bool {
+    // SAFETY: the child uses nothing that other threads may have locked but the allocator, which
+    // the C library keeps usable; it ends here.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: closes what would print, and ends the process.
+        unsafe {
+            libc::close(1);
+            libc::close(2);
+            let status = i32::from(what());
+            libc::_exit(status);
+        }
+    }
+    let started = Instant::now();
+    loop {
+        let mut status = 0;
+        // SAFETY: waits for the child only.
+        if unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) } == child {
+            return status != 0;
+        }
+        if started.elapsed() > limit {
+            // SAFETY: ends the child only, and takes note of its end.
+            unsafe {
+                libc::kill(child, libc::SIGKILL);
+                libc::waitpid(child, &raw mut status, 0);
+            }
+            return true;
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
 }

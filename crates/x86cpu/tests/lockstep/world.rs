@@ -8,8 +8,9 @@
 //! SYSTEM      the kernel's, for level 0 only: tables, handlers, log
 //! ```
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use skerry_x86cpu::sys::state::{DescriptorTable, Segment, cr4};
 use skerry_x86cpu::testing::TestCpu;
@@ -49,6 +50,11 @@ const STUB: u64 = 0x20;
 const LOG: u64 = 0x6000;
 const ENTRIES: u64 = 0x7000;
 const IST: u64 = 0xa000;
+const START: u64 = 0xb000;
+const AFTER_STUB: u64 = 0xc000;
+const INTERRUPTS: u64 = 0xd000;
+/// The vector of interrupts that must leave no trace.
+const INTERRUPT: u8 = 0x30;
 /// Faults before a program is given up.
 const FAULTS: u64 = 60;
 
@@ -56,6 +62,9 @@ const PRESENT: u64 = 1;
 const WRITABLE: u64 = 2;
 const USER: u64 = 4;
 const ACCESSED: u64 = 0x20;
+const DIRTY: u64 = 0x40;
+/// Data isn't code: what flags its bytes would leave undefined isn't known.
+const NO_EXECUTE: u64 = 1 << 63;
 
 /// Instructions of a device's exits, at most.
 const EXITS: usize = 3000;
@@ -105,14 +114,23 @@ impl Outcome {
 }
 
 /// Ends what doesn't end by itself.
-#[derive(Clone, Default)]
-pub struct Watch(Arc<Mutex<Option<(Instant, Arc<CpuShared>)>>>);
+#[derive(Clone)]
+pub struct Watch {
+    running: Arc<Mutex<Running>>,
+    limit: Duration,
+}
+
+/// What runs, and since when.
+type Running = Option<(Instant, Arc<CpuShared>)>;
 
 impl Watch {
     /// A watch with its thread.
-    pub fn start(limit: std::time::Duration) -> Self {
-        let watch = Self::default();
-        let weak = Arc::downgrade(&watch.0);
+    pub fn start(limit: Duration) -> Self {
+        let watch = Self {
+            running: Arc::default(),
+            limit,
+        };
+        let weak = Arc::downgrade(&watch.running);
         std::thread::spawn(move || {
             while let Some(slot) = weak.upgrade() {
                 if let Ok(slot) = slot.lock()
@@ -120,6 +138,9 @@ impl Watch {
                     && since.elapsed() > limit
                 {
                     shared.request_exit();
+                    if since.elapsed() > 3 * limit {
+                        crate::signal::stuck();
+                    }
                 }
                 drop(slot);
                 std::thread::sleep(limit / 8);
@@ -128,10 +149,44 @@ impl Watch {
         watch
     }
 
+    fn limit(&self) -> Duration {
+        self.limit
+    }
+
     fn set(&self, what: Option<(Instant, Arc<CpuShared>)>) {
-        if let Ok(mut slot) = self.0.lock() {
+        if let Ok(mut slot) = self.running.lock() {
             *slot = what;
         }
+    }
+}
+
+/// Sends a machine interrupts, and asks its processor to leave, at any moment.
+struct Pest(Arc<AtomicBool>);
+
+impl Pest {
+    fn start(t: &TestCpu) -> Self {
+        let end = Arc::new(AtomicBool::new(false));
+        let (flag, machine) = (end.clone(), t.machine.clone());
+        let shared = t.cpu.shared.clone();
+        std::thread::spawn(move || {
+            let mut n = 0u32;
+            while !flag.load(Ordering::Relaxed) {
+                n = n.wrapping_add(1);
+                if n.is_multiple_of(5) {
+                    shared.request_exit();
+                } else {
+                    machine.post(0, INTERRUPT, false);
+                }
+                std::thread::sleep(Duration::from_micros(u64::from(n % 7) * 10));
+            }
+        });
+        Self(end)
+    }
+}
+
+impl Drop for Pest {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -141,10 +196,13 @@ pub struct World {
     watch: Watch,
     setting: Option<(bool, Behind)>,
     next_table: u64,
+    /// What it sends must leave no trace.
+    pest: Option<Pest>,
 }
 
 impl World {
-    pub fn new(tuning: Tuning, watch: &Watch) -> Self {
+    /// A machine; with `pestered`, one that is interrupted all the time.
+    pub fn new(tuning: Tuning, watch: &Watch, pestered: bool) -> Self {
         let mut t = TestCpu::with_tuning(1, tuning);
         TestCpu::set_up_64(&mut t.cpu);
         t.cpu.sys.cr4 |= cr4::FSGSBASE;
@@ -154,8 +212,13 @@ impl World {
             watch: watch.clone(),
             setting: None,
             next_table: TABLES + 0x1000,
+            pest: None,
         };
         world.furnish();
+        if pestered {
+            world.enable_apic();
+            world.pest = Some(Pest::start(&world.t));
+        }
         world
     }
 
@@ -167,6 +230,11 @@ impl World {
     /// Instructions so far.
     pub fn instructions(&self) -> u64 {
         self.t.cpu.instructions
+    }
+
+    /// Interrupts so far.
+    pub fn interrupts(&self) -> u64 {
+        self.t.read_u64(INTERRUPTS)
     }
 
     /// What was counted: traces compiled.
@@ -196,7 +264,9 @@ impl World {
 
     fn furnish(&mut self) {
         for page in 0..32 {
-            self.map(SYSTEM + page * 4096, page * 4096, PRESENT | WRITABLE);
+            // As if touched already: when the handlers run is chance.
+            let rights = PRESENT | WRITABLE | ACCESSED | DIRTY;
+            self.map(SYSTEM + page * 4096, page * 4096, rights);
         }
         let tss = SYSTEM + TSS;
         let entries: [u64; 7] = [
@@ -230,6 +300,9 @@ impl World {
             self.t.write(HANDLERS + vector * STUB, &stub);
         }
         self.t.write(HANDLERS + 64 * STUB, handler());
+        self.t
+            .write(HANDLERS + u64::from(INTERRUPT) * STUB, &interrupt_stub());
+        self.t.write(AFTER_STUB, interrupt());
         self.t.cpu.sys.gdt = DescriptorTable {
             base: SYSTEM + GDT,
             limit: 0x37,
@@ -245,7 +318,7 @@ impl World {
             attributes: 0x8b,
             unusable: false,
         };
-        let rights = PRESENT | WRITABLE | USER;
+        let rights = PRESENT | WRITABLE | USER | NO_EXECUTE;
         self.map(VARIABLES, VARIABLES_GPA, rights);
         for page in 0..4 {
             let offset = page * 4096;
@@ -253,6 +326,40 @@ impl World {
             if offset < STACK_LEN {
                 self.map(STACK_SPACE + offset, STACK_GPA + offset, rights);
             }
+        }
+    }
+
+    fn enable_apic(&mut self) {
+        self.t.write(START, enable_apic());
+        self.set_segments(false);
+        self.t.cpu.rip = SYSTEM + START;
+        self.t.cpu.update_mode();
+        let exit = self.t.cpu.run();
+        assert!(matches!(exit, CpuExit::PortOut { .. }), "{exit:x?}");
+        self.t.cpu.forget_devices();
+    }
+
+    fn set_segments(&mut self, user: bool) {
+        let level: u16 = if user { 3 } else { 0 };
+        let dpl = level << 5;
+        for n in 0..6u8 {
+            let code_segment = n == 1;
+            let selector = match (code_segment, level) {
+                (true, 0) => 8,
+                (true, _) => 0x33,
+                (false, 0) => 0x10,
+                (false, _) => 0x2b,
+            };
+            self.t.cpu.set_segment(
+                n,
+                Segment {
+                    selector,
+                    base: 0,
+                    limit: u32::MAX,
+                    attributes: dpl | if code_segment { 0xa09b } else { 0xc093 },
+                    unusable: false,
+                },
+            );
         }
     }
 
@@ -278,6 +385,7 @@ impl World {
                 }
                 _ => (DATA_GPA + offset, PRESENT | USER),
             };
+            let rights = if rights == 0 { 0 } else { rights | NO_EXECUTE };
             self.map(DATA + offset, gpa, rights);
         }
         self.t.cpu.tlb_flush_all();
@@ -312,28 +420,8 @@ impl World {
             self.put(LOG + 0x20 + 8 * n as u64, program.start.gpr[12 + n]);
         }
         self.put(LOG + 0x40, program.stack);
-        let level: u16 = if program.setting.user { 3 } else { 0 };
-        let dpl = level << 5;
+        self.set_segments(program.setting.user);
         let cpu = &mut self.t.cpu;
-        for n in 0..6u8 {
-            let code_segment = n == 1;
-            let selector = match (code_segment, level) {
-                (true, 0) => 8,
-                (true, _) => 0x33,
-                (false, 0) => 0x10,
-                (false, _) => 0x2b,
-            };
-            cpu.set_segment(
-                n,
-                Segment {
-                    selector,
-                    base: 0,
-                    limit: u32::MAX,
-                    attributes: dpl | if code_segment { 0xa09b } else { 0xc093 },
-                    unusable: false,
-                },
-            );
-        }
         for (n, base) in [(4, program.start.fs_base), (5, program.start.gs_base)] {
             cpu.seg_base[n] = base;
             cpu.sys.segments[n].base = base;
@@ -341,8 +429,8 @@ impl World {
         cpu.gpr[..16].copy_from_slice(&program.start.gpr);
         cpu.gpr[4] = program.stack;
         cpu.rip = image.base;
-        // IOPL 3: an OUT is how a program ends.
-        cpu.set_rflags(program.start.flags | 0x3002);
+        // IOPL 3: an OUT is how a program ends. Interrupts may come.
+        cpu.set_rflags(program.start.flags | 0x3202);
         cpu.sys.cr2 = 0;
         cpu.update_mode();
         if let Err(e) = cpu.set_xsave_image(&program.start.xsave) {
@@ -356,9 +444,20 @@ impl World {
         let shared = self.t.cpu.shared.clone();
         self.watch.set(Some((Instant::now(), shared)));
         let mut stops: Vec<Stop> = Vec::new();
+        let started = Instant::now();
         while stops.len() < EXITS {
             let exit = self.t.cpu.run();
             let cpu = &mut self.t.cpu;
+            let early = started.elapsed() < self.watch.limit();
+            match exit {
+                // An interrupt may have ended it: an OUT follows.
+                CpuExit::Halted { .. } => {
+                    cpu.sys.activity = Default::default();
+                    continue;
+                }
+                CpuExit::Requested if self.pest.is_some() && early => continue,
+                _ => {}
+            }
             let mut gpr = [0; 16];
             gpr.copy_from_slice(&cpu.gpr[..16]);
             stops.push(Stop {
@@ -418,6 +517,49 @@ impl World {
             memory,
         }
     }
+}
+
+/// x2APIC mode, software-enabled.
+fn enable_apic() -> &'static [u8] {
+    assemble!(
+        "mov ecx, 0x1b",
+        "rdmsr",
+        "or eax, 0xc00",
+        "wrmsr",
+        "mov ecx, 0x80f",
+        "mov eax, 0x1ff",
+        "xor edx, edx",
+        "wrmsr",
+        "out 0x99, al",
+    )
+}
+
+/// A jump to [`interrupt`].
+fn interrupt_stub() -> Vec<u8> {
+    let from = HANDLERS + u64::from(INTERRUPT) * STUB + 5;
+    let mut stub = vec![0xe9];
+    stub.extend(((AFTER_STUB - from) as u32).to_le_bytes());
+    stub
+}
+
+/// The handler of interrupts: counts, and says that it is done.
+fn interrupt() -> &'static [u8] {
+    assemble!(
+        "push rax",
+        "push rcx",
+        "push rdx",
+        "mov rax, {count}",
+        "inc qword ptr [rax]",
+        "mov ecx, 0x80b",
+        "xor eax, eax",
+        "xor edx, edx",
+        "wrmsr",
+        "pop rdx",
+        "pop rcx",
+        "pop rax",
+        "iretq";
+        count = const SYSTEM + INTERRUPTS,
+    )
 }
 
 /// The handler of all exceptions: an entry in the log, and on at the next place of recovery, with
