@@ -107,12 +107,14 @@ fn main() -> Result<ExitCode> {
             }
         }
         eprintln!("round {} of {}", round + 1, options.rounds);
+        // After each, so that a run that is ended early was not for nothing.
+        if let Some(path) = &options.json {
+            let text = serde_json::to_string_pretty(&results.json())?;
+            std::fs::write(path, text)
+                .with_context(|| format!("Can't write {}", path.display()))?;
+        }
     }
     println!("{}", results.text());
-    if let Some(path) = &options.json {
-        let text = serde_json::to_string_pretty(&results.json())?;
-        std::fs::write(path, text).with_context(|| format!("Can't write {}", path.display()))?;
-    }
     let bad = results.any_failed() || (options.check && results.misses() > 0);
     Ok(ExitCode::from(u8::from(bad)))
 }
