@@ -26,7 +26,7 @@ use crate::simd::fused::FusedCode;
 use crate::tuning::{Counters, Tuning};
 
 /// [`Tuning::code_bytes`] shared out: this part is for decoded blocks.
-const SHARE: (usize, usize) = (3, 8);
+const SHARE: (usize, usize) = (1, 4);
 /// More than any block takes.
 const LARGEST: usize = 64 << 10;
 /// Bytes of blocks that an idle guest, which runs little but its timers, doesn't come to.
@@ -416,6 +416,18 @@ impl CodeCache {
         self.pages.fill(0);
         self.fused.clear();
         self.jit.clear();
+    }
+
+    /// Forgets all blocks but keeps the traces that were made of them, which find the instructions
+    /// again that they need.
+    pub(super) fn clear_blocks(&mut self) {
+        self.clears += 1;
+        self.arena.clear();
+        self.begin();
+        self.directory.clear();
+        self.jumps.fill(NO_JUMP);
+        self.fused.clear();
+        self.jit.lose_blocks();
     }
 
     /// The same, and gives the memory back to the host.

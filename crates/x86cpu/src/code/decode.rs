@@ -79,6 +79,9 @@ impl Cpu {
         }
         let block = self.decode_block(linear, gpa, bits)?;
         if bits == 0 {
+            self.code.jit.adopt(block);
+        }
+        if bits == 0 {
             self.remember_plain(linear, global, block);
         }
         Ok(block)
@@ -88,7 +91,7 @@ impl Cpu {
     fn decode_block(&mut self, linear: u64, gpa: u64, bits: u64) -> Result<BlockRef, Trap> {
         // Not later: ops refer to the code that goes with the blocks.
         if !self.code.has_room() {
-            self.clear_code();
+            self.code.clear_blocks();
             Counters::add(&self.shared.counters.flushes, 1);
         }
         let mut ops = std::mem::take(&mut self.code.scratch.ops);

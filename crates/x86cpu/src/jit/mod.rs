@@ -43,7 +43,11 @@ const MOST_HEAT: u16 = 8;
 
 /// A trace that is compiled.
 struct Entry {
+    /// Its first block, if [`Entry::generation`] is the cache's; else that is gone.
     head: BlockRef,
+    generation: u64,
+    /// Offset in the page.
+    offset: u16,
     /// Its page, as a key of [`Jit::pages`].
     page: usize,
     /// Offsets in the buffer of its code for jumps from elsewhere, and from its page.
@@ -52,6 +56,8 @@ struct Entry {
     /// Ways of other traces that jump here.
     linked: Vec<u32>,
     live: bool,
+    /// It is one instruction across two pages.
+    crosses: bool,
     /// Number of the first of its calls.
     first_call: u32,
     /// How often accesses that were to share a look into the TLB turned out not to.
@@ -61,9 +67,11 @@ struct Entry {
 /// A call of the interpreter, packed: there are many.
 #[derive(Clone, Copy)]
 struct Call {
-    /// Where in the cache the instruction's ops are, and its block.
+    /// Where in the cache the instruction's ops are, and its block, as long as that is there.
     op: OpIndex,
     block: BlockIndex,
+    /// Offset of the instruction in the page.
+    at: u16,
     /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
     back: u16,
     ops: u8,
@@ -76,7 +84,7 @@ impl Call {
     const MIDST: u16 = u16::MAX;
 }
 
-const _: () = assert!(size_of::<Call>() == 16);
+const _: () = assert!(size_of::<Call>() == 20);
 
 /// A way out of a trace.
 #[derive(Clone, Copy)]
@@ -106,6 +114,14 @@ pub(crate) struct Jit {
     tuning: Tuning,
     /// Runs after which a block is compiled.
     threshold: u16,
+    /// Counts how often all blocks were forgotten.
+    generation: u64,
+    /// There may be traces whose blocks are gone.
+    orphans: bool,
+    /// Number of the first call whose blocks are there.
+    first_call: u32,
+    /// Counts how often all traces were forgotten.
+    clears: u64,
     made: Option<Made>,
     /// Executable memory was refused.
     refused: bool,
@@ -145,6 +161,10 @@ impl Jit {
         Self {
             tuning,
             threshold: tuning.threshold,
+            generation: 0,
+            orphans: false,
+            first_call: 0,
+            clears: 0,
             made: None,
             refused: !tuning.compile || !host_can(),
             traces: Vec::new(),
@@ -165,6 +185,41 @@ impl Jit {
     #[inline(always)]
     pub(crate) fn is_on(&self) -> bool {
         !self.refused
+    }
+
+    /// The blocks of all traces are gone.
+    pub(crate) fn lose_blocks(&mut self) {
+        self.generation += 1;
+        self.orphans = !self.traces.is_empty();
+        self.first_call = self.calls.len() as u32;
+    }
+
+    /// Gives a block that has been decoded once more the trace that was made of it before.
+    pub(crate) fn adopt(&mut self, block: BlockRef) -> Option<()> {
+        if !self.orphans {
+            return None;
+        }
+        // SAFETY: the caller has just made it.
+        #[expect(unsafe_code, reason = "looks at a block")]
+        let found = unsafe { block.get() };
+        let traces = self
+            .pages
+            .get(&(std::ptr::from_ref(found.page()) as usize))?;
+        if !found.is_of(traces.version) {
+            return None;
+        }
+        let number = traces.traces.iter().copied().find(|&number| {
+            let entry = &self.traces[number as usize];
+            entry.live
+                && entry.generation != self.generation
+                && usize::from(entry.offset) == found.offset()
+                && entry.crosses != found.is_whole()
+        })?;
+        let entry = self.traces.get_mut(number as usize)?;
+        entry.head = block;
+        entry.generation = self.generation;
+        found.set_code(number + 1);
+        Some(())
     }
 
     /// How hot a block must be.
@@ -192,6 +247,10 @@ impl Jit {
 
     /// Forgets all traces. Their blocks are gone, or going.
     pub(crate) fn clear(&mut self) {
+        self.clears += 1;
+        self.orphans = false;
+        self.generation += 1;
+        self.first_call = 0;
         self.traces.clear();
         self.calls.clear();
         self.ways.clear();
@@ -216,7 +275,7 @@ impl Jit {
 
     fn made(&mut self) -> Option<&mut Made> {
         if self.made.is_none() && !self.refused {
-            match Made::new(self.tuning.code_bytes / 2) {
+            match Made::new(self.tuning.code_bytes / 8 * 5) {
                 Some(made) => self.made = Some(made),
                 None => self.refused = true,
             }
@@ -254,6 +313,7 @@ impl Jit {
             Call {
                 op: index.op(step.op),
                 block: index.block(step.block),
+                at: step.at,
                 back: step.back,
                 ops: step.ops,
                 work: call.work,
@@ -271,11 +331,14 @@ impl Jit {
         let key = std::ptr::from_ref(page) as usize;
         self.traces.push(Entry {
             head,
+            generation: self.generation,
+            offset: head_offset(head) as u16,
             page: key,
             indirect: offset,
             direct: offset + compiled.direct as u32,
             linked: Vec::new(),
             live: true,
+            crosses: trace.crosses,
             first_call,
             failed: 0,
         });
@@ -299,19 +362,28 @@ impl Jit {
         }
     }
 
+    /// The trace that makes a call.
+    fn trace_of(&self, call: u32) -> u32 {
+        self.traces
+            .partition_point(|entry| entry.first_call <= call)
+            .saturating_sub(1) as u32
+    }
+
+    /// Whether the blocks of the trace that makes a call are there still.
+    fn has_blocks(&self, call: u32) -> bool {
+        // The first trace of the present blocks, and whatever was made after it.
+        call >= self.first_call
+    }
+
     /// Takes note that a window was not one. If that comes often, the trace is compiled again without.
     fn window_failed(&mut self, call: u32) {
-        let number = self
-            .traces
-            .partition_point(|entry| entry.first_call <= call)
-            .saturating_sub(1) as u32;
+        let number = self.trace_of(call);
         let Some(entry) = self.traces.get_mut(number as usize) else {
             return;
         };
         entry.failed += 1;
         if entry.failed == FAILURES {
-            let (page, head) = (entry.page, entry.head);
-            self.plain.insert((page, head_offset(head)));
+            self.plain.insert((entry.page, usize::from(entry.offset)));
             self.drop_trace(number);
             self.drop_jumps = true;
         }
@@ -332,7 +404,9 @@ impl Jit {
             return;
         }
         let linked = std::mem::take(&mut entry.linked);
-        forget_code(entry.head);
+        if entry.generation == self.generation {
+            forget_code(entry.head);
+        }
         if let Some(made) = &mut self.made {
             for way in linked {
                 made.patch(self.ways[way as usize].link, 0);

@@ -371,9 +371,11 @@ impl Cpu {
         } else if call.work == Work::Run {
             Counters::add(&self.shared.counters.calls_interpreter, 1);
         }
-        // SAFETY: traces go before their blocks do.
+        if !self.code.jit.has_blocks(frame.number) {
+            return self.serve_again(call, frame);
+        }
         let found = self.code.indexer().block_at(call.block);
-        // SAFETY: as above.
+        // SAFETY: the block of a trace that has its blocks still.
         let block = unsafe { found.get() };
         let op = self.code.indexer().op_at(call.op);
         self.rip = frame.rip_page + block.offset() as u64;
@@ -419,6 +421,58 @@ impl Cpu {
             Ok(()) => LEAVE,
             Err(Trap) => TRAP,
         }
+    }
+
+    /// The same for a trace whose blocks have been forgotten: what has to be run is decoded again.
+    fn serve_again(&mut self, call: Call, frame: &mut Frame) -> u64 {
+        self.rip = frame.rip_page + u64::from(call.at);
+        self.take_x87_note(frame);
+        self.flags.set_bits(to_bits(match call.work {
+            Work::Divide => frame.divide_flags,
+            _ => frame.flags,
+        }));
+        let ready = match call.work {
+            Work::Sse => self.can_copy(blocked::SSE),
+            Work::Avx => self.can_copy(blocked::AVX) && self.can_copy(blocked::SSE),
+            Work::X87 => self.can_copy_x87(),
+            Work::Window { bytes, write } => {
+                self.take_window(frame.number, frame.missed, bytes, write)
+            }
+            _ => false,
+        };
+        if ready {
+            if matches!(call.work, Work::Sse | Work::Avx) {
+                frame.vectors_live = 1;
+            }
+            self.refresh(frame);
+            return BACK;
+        }
+        let area = self.view.area();
+        let start = self.rip;
+        let clears = self.code.jit.clears;
+        let result = self.run_one();
+        frame.flags = from_bits(self.flags.bits());
+        frame.target = self.rip;
+        if result.is_err() {
+            return TRAP;
+        }
+        if matches!(call.work, Work::Jump) {
+            self.code.jit.missed_jump = true;
+        }
+        let goes_on = matches!(call.work, Work::Run | Work::Divide)
+            && (1..=15).contains(&self.rip.wrapping_sub(start));
+        let stale = code_changes() != self.code.jit.seen || self.block_end.0.is_null();
+        // To decode may be to find a new memory map, for which all traces go: this one too.
+        if !goes_on
+            || stale
+            || clears != self.code.jit.clears
+            || self.view.area() != area
+            || !self.sys.mode.is64()
+        {
+            return LEAVE;
+        }
+        self.refresh(frame);
+        BACK
     }
 
     /// Runs a block that crosses into another page, if it is still what is there.

@@ -42,6 +42,8 @@ impl Step {
 /// See the module's text.
 pub(super) struct Trace {
     pub steps: Vec<Step>,
+    /// It is one instruction across two pages.
+    pub crosses: bool,
 }
 
 /// A block whose ops and bytes are known to belong together.
@@ -119,7 +121,10 @@ impl Trace {
         page: &[u8; PAGE_SIZE],
         find: &dyn Fn(u16) -> Option<BlockRef>,
     ) -> Option<Self> {
-        let mut trace = Self { steps: Vec::new() };
+        let mut trace = Self {
+            steps: Vec::new(),
+            crosses: false,
+        };
         let mut seen = Vec::new();
         let mut block = head;
         loop {
@@ -147,6 +152,7 @@ impl Trace {
         let block = unsafe { head.get() };
         let found = ops_of(block).into_iter().next()?;
         Some(Self {
+            crosses: true,
             steps: vec![Step {
                 instruction: Instruction::default(),
                 at: block.offset() as u16,
