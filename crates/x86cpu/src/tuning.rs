@@ -32,7 +32,7 @@ impl Tuning {
     /// What is warm is compiled.
     pub const JIT: Self = Self {
         compile: true,
-        threshold: 24,
+        threshold: 64,
         code_bytes: Self::CODE_BYTES,
         perf_map: false,
         hardened: false,
