@@ -16,6 +16,9 @@ use crate::mem::area::WINDOWS;
 /// page.
 const SPAN: i64 = 1024;
 
+/// Distances from an origin that are further are left alone: sums of two of these fit an instruction.
+const FAR: u64 = 1 << 30;
+
 /// A register's value: where it comes from, and what was added.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Value {
@@ -144,7 +147,8 @@ impl Windows {
                 base: Some(value.origin),
                 index: None,
             };
-            return Some((key, value.added + i64::from(disp), value.added));
+            let at = value.added.checked_add(i64::from(disp))?;
+            return Some((key, at, value.added));
         }
         let base = match i.memory_base() {
             Register::RIP => Some(Value {
@@ -171,8 +175,13 @@ impl Windows {
             index: index.map(|value| (value.origin, scale as u32)),
         };
         let added = base.map_or(0, |value| value.added);
-        let at =
-            added + index.map_or(0, |value| value.added * scale) + i.memory_displacement64() as i64;
+        let disp = i.memory_displacement64() as i64;
+        // The distance that goes into an instruction, beside the index register.
+        if added.checked_add(disp)?.unsigned_abs() > FAR {
+            return None;
+        }
+        let index = index.map_or(Some(0), |value| value.added.checked_mul(scale));
+        let at = (added + disp).checked_add(index?)?;
         Some((key, at, added))
     }
 
@@ -183,7 +192,7 @@ impl Windows {
         let Some((key, at, added)) = self.place(i, wanted.memory) else {
             return;
         };
-        if at.unsigned_abs() > 1 << 30 || added.unsigned_abs() > 1 << 30 {
+        if at.unsigned_abs() > FAR || added.unsigned_abs() > FAR {
             return;
         }
         let end = at + wanted.size as i64;

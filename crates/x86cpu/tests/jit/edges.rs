@@ -48,6 +48,18 @@ fn instructions() -> Vec<(&'static str, &'static [u8])> {
             "two near",
             assemble!("mov rax, [rbx]", "mov [rbx + 8], rcx", "mov dl, [rbx + 31]"),
         ),
+        (
+            // What is constant in the address fits 32 bits only together with the index's share.
+            "far, and back by the index",
+            assemble!(
+                "mov rdx, 0x2000",
+                "add rbx, 0x3fffffff",
+                "sub rdx, 0x7fffffff",
+                "sub rdx, 0x40000000",
+                "mov rax, [rbx + rdx + 0x7fffe000]",
+                "mov rdi, [rbx + rdx + 0x7fffe008]"
+            ),
+        ),
         ("segment", assemble!("mov rax, fs:[rbx]")),
         ("segment store", assemble!("mov gs:[rbx + 4], ecx")),
         ("32-bit address", assemble!("mov eax, [ebx]")),
