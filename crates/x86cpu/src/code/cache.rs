@@ -408,13 +408,8 @@ impl CodeCache {
 
     /// Forgets all blocks. Every [`BlockRef`] is void from here on.
     pub(crate) fn clear(&mut self) {
-        self.clears += 1;
-        self.arena.clear();
-        self.begin();
-        self.directory.clear();
-        self.jumps.fill(NO_JUMP);
+        self.clear_blocks();
         self.pages.fill(0);
-        self.fused.clear();
         self.jit.clear();
     }
 

@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use super::asm::{Mem, R11, RCX, RSP, Reg};
+use super::asm::{Mem, Near, R11, RCX, RSP, Reg};
 use super::classify::Align;
 use super::compile::{Compiler, Slow, Work};
 use super::registers::{Address, Part};
@@ -101,13 +101,8 @@ impl Compiler<'_> {
         let (tags, addend) = columns(write);
         let index_mask = Mem::frame(offset_of!(Frame, index_mask));
         self.asm.pext(RCX, R11, index_mask);
-        self.asm.load(RCX, entry(RCX, tags));
-        self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, high - low - 1));
-        let mask = Mem::frame(offset_of!(Frame, masks));
-        self.asm.pext(RCX, RCX, mask);
-        let hit = self.asm.jrcxz();
-        let from = self.asm.jmp();
-        self.asm.here(hit);
+        let last = Mem::indexed(RCX, R11, 0, high - low - 1);
+        let from = self.compare(RCX, tags, last, Align::None);
         let call = self.call(
             Work::Window {
                 bytes: (high - low) as u16,
@@ -149,6 +144,20 @@ impl Compiler<'_> {
         }
     }
 
+    /// Compares where an access ends with the entry of the TLB whose index is in a register. The entry's
+    /// tag, which is minus its page, comes to RCX, and `last` adds the address of the last byte to it.
+    /// Gives the jump for a miss.
+    pub(super) fn compare(&mut self, index: Reg, tags: i32, last: Mem, align: Align) -> Near {
+        let mask = Mem::frame(offset_of!(Frame, masks) + 8 * align as usize);
+        self.asm.load(RCX, entry(index, tags));
+        self.asm.lea(RCX, last);
+        self.asm.pext(RCX, RCX, mask);
+        let hit = self.asm.jrcxz();
+        let miss = self.asm.jmp();
+        self.asm.here(hit);
+        miss
+    }
+
     /// Nothing is read ahead of the comparison before this (SDM 2A, LFENCE).
     pub(super) fn fence(&mut self) {
         self.asm.put(&[0x0f, 0xae, 0xe8]);
@@ -180,7 +189,6 @@ impl Compiler<'_> {
             _ => None,
         };
         let index_mask = Mem::frame(offset_of!(Frame, index_mask));
-        let mask = Mem::frame(offset_of!(Frame, masks) + 8 * align as usize);
         let asm = &mut self.asm;
         let (index, base, disp) = match simple {
             Some((base, 0)) => {
@@ -198,13 +206,9 @@ impl Compiler<'_> {
                 (RCX, R11, 0)
             }
         };
+        let last = Mem::indexed(RCX, base, 0, disp + last);
+        let miss = self.compare(index, tags, last, align);
         let asm = &mut self.asm;
-        asm.load(RCX, entry(index, tags));
-        asm.lea(RCX, Mem::indexed(RCX, base, 0, disp + last));
-        asm.pext(RCX, RCX, mask);
-        let hit = asm.jrcxz();
-        let miss = asm.jmp();
-        asm.here(hit);
         let operand = if simple.is_some() {
             asm.load(R11, entry(R11, addend));
             Mem::indexed(R11, base, 0, disp)

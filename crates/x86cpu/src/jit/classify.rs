@@ -2,6 +2,8 @@
 
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
+use crate::simd::thunk::needs_alignment;
+
 /// What an instruction needs, and how it is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
@@ -383,38 +385,16 @@ pub(super) fn writes_register(i: &Instruction, operand: u8) -> bool {
 
 /// The alignment that a memory operand must have.
 pub(super) fn alignment(i: &Instruction, class: Class, size: usize) -> Align {
-    use Mnemonic as M;
-    match class {
-        Class::Integer if i.mnemonic() == M::Cmpxchg16b => Align::Sixteen,
-        Class::Sse if size == 16 => match i.mnemonic() {
-            M::Movups
-            | M::Movupd
-            | M::Movdqu
-            | M::Lddqu
-            | M::Pcmpestri
-            | M::Pcmpestri64
-            | M::Pcmpestrm
-            | M::Pcmpestrm64
-            | M::Pcmpistri
-            | M::Pcmpistrm => Align::None,
-            _ => Align::Sixteen,
-        },
-        Class::Avx => match i.mnemonic() {
-            M::Vmovaps
-            | M::Vmovapd
-            | M::Vmovdqa
-            | M::Vmovntps
-            | M::Vmovntpd
-            | M::Vmovntdq
-            | M::Vmovntdqa => {
-                if size == 32 {
-                    Align::ThirtyTwo
-                } else {
-                    Align::Sixteen
-                }
-            }
-            _ => Align::None,
-        },
-        _ => Align::None,
+    let aligned = match class {
+        Class::Integer => i.mnemonic() == Mnemonic::Cmpxchg16b,
+        Class::Sse | Class::Avx => {
+            needs_alignment(i.mnemonic(), size.min(64) as u8, class == Class::Avx)
+        }
+        _ => false,
+    };
+    match (aligned, size) {
+        (false, _) => Align::None,
+        (true, 32) => Align::ThirtyTwo,
+        (true, _) => Align::Sixteen,
     }
 }

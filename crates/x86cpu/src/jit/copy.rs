@@ -213,12 +213,8 @@ impl Compiler<'_> {
             let asm = &mut self.asm;
             asm.lea(R11, Mem::indexed(register, GUEST_RCX, strings.scale, -1));
             asm.pext(RCX, register, index_mask);
-            asm.load(RCX, entry(RCX, tags));
-            asm.lea(RCX, Mem::indexed(RCX, R11, 0, 0));
-            asm.pext(RCX, RCX, Mem::frame(offset_of!(Frame, masks)));
-            let hit = asm.jrcxz();
-            slow.push(asm.jmp());
-            asm.here(hit);
+            let last = Mem::indexed(RCX, R11, 0, 0);
+            slow.push(self.compare(RCX, tags, last, Align::None));
         }
         if self.request.hardened {
             self.fence();

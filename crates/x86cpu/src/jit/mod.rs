@@ -151,9 +151,10 @@ unsafe impl Send for Jit {}
 struct Made {
     buffer: CodeBuffer,
     glue: glue::Glue,
-    /// Where the buffer's code runs, and how much of it is glue.
+    /// Where the buffer's code runs; the glue comes first.
     base: u64,
-    avx: bool,
+    /// Bytes of glue.
+    glue_len: usize,
 }
 
 impl Jit {
@@ -259,7 +260,7 @@ impl Jit {
         self.pending = None;
         self.missed_jump = false;
         if let Some(made) = &mut self.made {
-            made.reset();
+            made.buffer.reset_to(made.glue_len);
         }
     }
 
@@ -473,22 +474,14 @@ fn page_version(page: usize) -> u32 {
 impl Made {
     fn new(capacity: usize) -> Option<Self> {
         let mut buffer = CodeBuffer::new(capacity).ok()?;
-        let avx = std::arch::is_x86_feature_detected!("avx");
-        let (code, glue) = glue::glue(avx);
+        let (code, glue) = glue::glue(std::arch::is_x86_feature_detected!("avx"));
         let base = buffer.push(&code)?.as_ptr() as u64;
         Some(Self {
             buffer,
             glue,
             base,
-            avx,
+            glue_len: code.len(),
         })
-    }
-
-    fn reset(&mut self) {
-        self.buffer.reset();
-        // It comes to lie where it was.
-        let (code, _) = glue::glue(self.avx);
-        let _ = self.buffer.push(&code);
     }
 
     /// Writes the displacement of a jump that ends at an offset.

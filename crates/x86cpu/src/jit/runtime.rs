@@ -1,6 +1,7 @@
 //! Compiled code and the processor around it: in, out, and what it asks of the interpreter.
 #![expect(unsafe_code, reason = "runs compiled code, and serves it")]
 
+use std::ptr::NonNull;
 use std::time::Instant;
 
 use super::compile::{self, POLLED, Request, Work};
@@ -371,8 +372,17 @@ impl Cpu {
         } else if call.work == Work::Run {
             Counters::add(&self.shared.counters.calls_interpreter, 1);
         }
+        self.take_x87_note(frame);
+        self.flags.set_bits(to_bits(match call.work {
+            Work::Divide => frame.divide_flags,
+            _ => frame.flags,
+        }));
+        if self.make_ready(call, frame) {
+            self.refresh(frame);
+            return BACK;
+        }
         if !self.code.jit.has_blocks(frame.number) {
-            return self.serve_again(call, frame);
+            return self.decode_again(call, frame);
         }
         let found = self.code.indexer().block_at(call.block);
         // SAFETY: the block of a trace that has its blocks still.
@@ -380,31 +390,35 @@ impl Cpu {
         let op = self.code.indexer().op_at(call.op);
         self.rip = frame.rip_page + block.offset() as u64;
         self.gpr[usize::from(reg::BLOCK_RIP)] = self.rip;
-        self.take_x87_note(frame);
-        self.flags.set_bits(to_bits(match call.work {
-            Work::Divide => frame.divide_flags,
-            _ => frame.flags,
-        }));
-        let ready = match call.work {
-            Work::Sse => self.can_copy(blocked::SSE),
-            Work::Avx => self.can_copy(blocked::AVX) && self.can_copy(blocked::SSE),
+        match call.work {
+            Work::Run | Work::Divide | Work::Branch | Work::Jump => {
+                self.run_one_op(call, op, block.end(), frame)
+            }
+            Work::Cross => self.run_crossing(found, frame),
+            _ => self.run_to_end(call, found, op, frame),
+        }
+    }
+
+    /// Has what compiled code asks for where it expects it. `false` if that can't be, or if it asks for
+    /// something else.
+    fn make_ready(&mut self, call: Call, frame: &mut Frame) -> bool {
+        match call.work {
+            Work::Sse | Work::Avx => {
+                let ready = self.can_copy(blocked::SSE)
+                    && (call.work == Work::Sse || self.can_copy(blocked::AVX));
+                frame.vectors_live |= u8::from(ready);
+                ready
+            }
             Work::X87 => self.can_copy_x87(),
             Work::Window { bytes, write } => {
                 self.take_window(frame.number, frame.missed, bytes, write)
             }
-            Work::Run | Work::Divide | Work::Branch | Work::Jump => {
-                return self.run_one_op(call, op, block.end(), frame);
-            }
-            Work::Cross => return self.run_crossing(found, frame),
-            Work::ToEnd => false,
-        };
-        if ready {
-            if matches!(call.work, Work::Sse | Work::Avx) {
-                frame.vectors_live = 1;
-            }
-            self.refresh(frame);
-            return BACK;
+            _ => false,
         }
+    }
+
+    /// Runs an instruction and what is left of its block.
+    fn run_to_end(&mut self, call: Call, block: BlockRef, op: *const Op, frame: &mut Frame) -> u64 {
         Counters::add(&self.shared.counters.exits_interpreter, 1);
         let result = if call.back == Call::MIDST {
             // In the midst of a fused op: a block of its own begins here.
@@ -414,7 +428,7 @@ impl Cpu {
         } else {
             // SAFETY: so many ops before its parts is the op that is fused of them.
             let whole = unsafe { op.sub(usize::from(call.back)) };
-            self.execute_rest(found, whole)
+            self.execute_rest(block, whole)
         };
         frame.flags = from_bits(self.flags.bits());
         match result {
@@ -423,56 +437,25 @@ impl Cpu {
         }
     }
 
-    /// The same for a trace whose blocks have been forgotten: what has to be run is decoded again.
-    fn serve_again(&mut self, call: Call, frame: &mut Frame) -> u64 {
+    /// Runs an instruction of a trace whose blocks have been forgotten.
+    fn decode_again(&mut self, call: Call, frame: &mut Frame) -> u64 {
         self.rip = frame.rip_page + u64::from(call.at);
-        self.take_x87_note(frame);
-        self.flags.set_bits(to_bits(match call.work {
-            Work::Divide => frame.divide_flags,
-            _ => frame.flags,
-        }));
-        let ready = match call.work {
-            Work::Sse => self.can_copy(blocked::SSE),
-            Work::Avx => self.can_copy(blocked::AVX) && self.can_copy(blocked::SSE),
-            Work::X87 => self.can_copy_x87(),
-            Work::Window { bytes, write } => {
-                self.take_window(frame.number, frame.missed, bytes, write)
-            }
-            _ => false,
-        };
-        if ready {
-            if matches!(call.work, Work::Sse | Work::Avx) {
-                frame.vectors_live = 1;
-            }
-            self.refresh(frame);
-            return BACK;
-        }
         let area = self.view.area();
         let start = self.rip;
         let clears = self.code.jit.clears;
         let result = self.run_one();
         frame.flags = from_bits(self.flags.bits());
-        frame.target = self.rip;
         if result.is_err() {
             return TRAP;
         }
-        if matches!(call.work, Work::Jump) {
-            self.code.jit.missed_jump = true;
-        }
+        self.code.jit.missed_jump |= call.work == Work::Jump;
         let goes_on = matches!(call.work, Work::Run | Work::Divide)
             && (1..=15).contains(&self.rip.wrapping_sub(start));
-        let stale = code_changes() != self.code.jit.seen || self.block_end.0.is_null();
         // To decode may be to find a new memory map, for which all traces go: this one too.
-        if !goes_on
-            || stale
-            || clears != self.code.jit.clears
-            || self.view.area() != area
-            || !self.sys.mode.is64()
-        {
+        if !goes_on || clears != self.code.jit.clears {
             return LEAVE;
         }
-        self.refresh(frame);
-        BACK
+        self.back_if_same(area, frame)
     }
 
     /// Runs a block that crosses into another page, if it is still what is there.
@@ -490,6 +473,12 @@ impl Cpu {
         if result.is_err() {
             return TRAP;
         }
+        self.back_if_same(area, frame)
+    }
+
+    /// Back to the trace, with RIP set for where it goes on, unless what was run has changed code, mode
+    /// or address space.
+    fn back_if_same(&mut self, area: NonNull<Area>, frame: &mut Frame) -> u64 {
         let stale = code_changes() != self.code.jit.seen || self.block_end.0.is_null();
         if stale || self.view.area() != area || !self.sys.mode.is64() {
             return LEAVE;

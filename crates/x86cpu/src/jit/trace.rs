@@ -46,12 +46,6 @@ pub(super) struct Trace {
     pub crosses: bool,
 }
 
-/// A block whose ops and bytes are known to belong together.
-struct Piece {
-    block: BlockRef,
-    ops: Vec<Found>,
-}
-
 /// The ops of one instruction.
 struct Found {
     ip: u16,
@@ -170,10 +164,7 @@ impl Trace {
     fn add(&mut self, block: BlockRef, page: &[u8; PAGE_SIZE]) -> Option<()> {
         // SAFETY: nothing clears the cache while a trace is made.
         let current = unsafe { block.get() };
-        let piece = Piece {
-            block,
-            ops: ops_of(current),
-        };
+        let ops = ops_of(current);
         let start = current.offset();
         let end = start + usize::from(current.len);
         let options = DecoderOptions::FORCE_RESERVED_NOP;
@@ -181,8 +172,7 @@ impl Trace {
         let mut decoder = Decoder::with_ip(64, bytes, 0, options);
         decoder.set_position(start).ok()?;
         decoder.set_ip(start as u64);
-        let count = piece.ops.len();
-        for (n, found) in piece.ops.iter().enumerate() {
+        for (n, found) in ops.iter().enumerate() {
             let at = start + usize::from(found.ip);
             if decoder.position() != at {
                 return None;
@@ -194,8 +184,8 @@ impl Trace {
                 op: found.op,
                 ops: found.ops,
                 back: found.back,
-                block: piece.block,
-                last: n + 1 == count,
+                block,
+                last: n + 1 == ops.len(),
                 follow: None,
             });
         }

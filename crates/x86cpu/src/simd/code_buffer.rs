@@ -93,7 +93,12 @@ impl CodeBuffer {
 
     /// Forgets all code; what was handed out must not be called any more.
     pub fn reset(&mut self) {
-        self.used = 0;
+        self.reset_to(0);
+    }
+
+    /// The same but for the first `used` bytes.
+    pub fn reset_to(&mut self, used: usize) {
+        self.used = used.min(self.used);
         // What is written next through one mapping may have been prefetched through the other: a
         // serializing instruction drops that (SDM 3A §9.1.3).
         std::arch::x86_64::__cpuid(0);

@@ -18,6 +18,8 @@ mod generate;
 mod guest;
 mod native;
 mod operands;
+#[path = "../common/options.rs"]
+mod options;
 mod report;
 mod state;
 mod templates;
@@ -29,6 +31,7 @@ use std::time::{Duration, Instant};
 use generate::{Case, Generator};
 use guest::Guest;
 use native::Native;
+use options::Common;
 use skerry_x86cpu::Tuning;
 use state::{End, Random};
 
@@ -40,50 +43,31 @@ const DEFAULT_CASES: u64 = if cfg!(debug_assertions) {
 };
 
 struct Options {
-    seed: u64,
-    cases: u64,
-    seconds: Option<u64>,
+    common: Common,
     family: Option<String>,
-    case: Option<u64>,
-    mismatches: u64,
     native_only: bool,
     interpreter_only: bool,
     quiet: bool,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options {
-        seed: 1,
-        cases: DEFAULT_CASES,
-        seconds: None,
-        family: None,
-        case: None,
-        mismatches: 20,
-        native_only: false,
-        interpreter_only: false,
-        quiet: false,
-    };
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        let mut value = || {
-            let text = arguments.next().unwrap_or_default();
-            text.parse::<u64>().map_err(|e| format!("{argument}: {e}"))
-        };
-        match argument.as_str() {
-            "--seed" => options.seed = value()?,
-            "--cases" => options.cases = value()?,
-            "--seconds" => options.seconds = Some(value()?),
-            "--case" => options.case = Some(value()?),
-            "--mismatches" => options.mismatches = value()?,
-            "--family" => options.family = arguments.next(),
-            "--native-only" => options.native_only = true,
-            "--interpreter-only" => options.interpreter_only = true,
-            "--quiet" => options.quiet = true,
-            // What the test harness would understand.
-            _ => {}
-        }
-    }
-    Ok(options)
+    let (mut native_only, mut interpreter_only, mut quiet) = (false, false, false);
+    let mut family = None;
+    let common = Common::parse(DEFAULT_CASES, 20, |option, value| match option {
+        "--family" => family = value(),
+        "--native-only" => native_only = true,
+        "--interpreter-only" => interpreter_only = true,
+        "--quiet" => quiet = true,
+        // What the test harness would understand.
+        _ => {}
+    })?;
+    Ok(Options {
+        common,
+        family,
+        native_only,
+        interpreter_only,
+        quiet,
+    })
 }
 
 /// The same processor twice.
@@ -142,19 +126,20 @@ fn run(options: &Options) -> Result<u64, String> {
     let branches = templates::branches();
     let mut tally = Tally::new(&generator);
     let started = Instant::now();
-    let limit = options.seconds.map(Duration::from_secs);
-    let mut number = options.case.unwrap_or(0);
+    let limit = options.common.seconds.map(Duration::from_secs);
+    let mut number = options.common.case.unwrap_or(0);
     loop {
         let done = match limit {
-            _ if options.case.is_some_and(|case| number > case) => true,
+            _ if options.common.case.is_some_and(|case| number > case) => true,
             Some(limit) => number.is_multiple_of(256) && started.elapsed() > limit,
-            None => number >= options.cases && options.case.is_none(),
+            None => number >= options.common.cases && options.common.case.is_none(),
         };
-        if done || tally.reported.len() as u64 >= options.mismatches {
+        if done || tally.reported.len() as u64 >= options.common.mismatches {
             break;
         }
         let mut random = Random::new(
             options
+                .common
                 .seed
                 .wrapping_mul(0x1_0000_0001)
                 .wrapping_add(number),
@@ -244,7 +229,7 @@ fn check(
             }
         }
     }
-    if differences.is_empty() && options.case.is_none() {
+    if differences.is_empty() && options.common.case.is_none() {
         return;
     }
     if !differences.is_empty() {
@@ -254,8 +239,8 @@ fn check(
         .instructions
         .first()
         .map_or(iced_x86::Code::INVALID, |i| i.code());
-    if !options.quiet && tally.reported.insert(first) || options.case.is_some() {
-        println!("case {number} of seed {}:", options.seed);
+    if !options.quiet && tally.reported.insert(first) || options.common.case.is_some() {
+        println!("case {number} of seed {}:", options.common.seed);
         report::print(case, &end, &actual_end, &differences);
     }
 }

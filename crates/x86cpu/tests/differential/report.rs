@@ -3,16 +3,7 @@
 use iced_x86::{Formatter, Instruction, IntelFormatter, Mnemonic};
 
 use crate::generate::Case;
-use crate::state::{CODE, DATA, End, FLAGS, State};
-
-const REGISTERS: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-    "r14", "r15",
-];
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
-}
+use crate::state::{CODE, DATA, End, FLAGS, REGISTERS, State, hex};
 
 /// What tells two ends apart. The host's kernel is mapped in its half of the address space, so that
 /// faults there say "present"; which byte of a large or masked operand a page fault names, and
@@ -193,24 +184,7 @@ pub fn print(case: &Case, host: &End, ours: &End, differences: &[String]) {
         );
     }
     let start = &case.start;
-    for (n, row) in start.gpr.chunks(4).enumerate() {
-        let row: Vec<String> = row
-            .iter()
-            .enumerate()
-            .map(|(k, value)| format!("{:>3}={value:016x}", REGISTERS[4 * n + k]))
-            .collect();
-        println!("  {}", row.join(" "));
-    }
-    println!(
-        "  flags={:03x} fs={:x} gs={:x} mxcsr={:04x} fcw={:04x} fsw={:04x} tags={:02x}",
-        start.flags & FLAGS,
-        start.fs_base,
-        start.gs_base,
-        start.mxcsr(),
-        start.fcw(),
-        start.fsw(),
-        start.tags()
-    );
+    start.print("");
     for i in &case.instructions {
         for k in 0..i.op_count() {
             let register = i.op_register(k);

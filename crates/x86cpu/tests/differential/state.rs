@@ -28,6 +28,17 @@ pub enum End {
     },
 }
 
+/// Names of the general registers, in encoding order.
+pub const REGISTERS: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
+];
+
+/// Bytes as one number, the lowest last.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
+}
+
 /// Arithmetic flags and DF.
 pub const FLAGS: u64 = 0x8d5 | 0x400;
 
@@ -187,6 +198,28 @@ pub struct State {
 }
 
 impl State {
+    /// Prints the registers; `before` is put in front of the line that has the flags.
+    pub fn print(&self, before: &str) {
+        for (names, values) in REGISTERS.chunks(4).zip(self.gpr.chunks(4)) {
+            let row: Vec<String> = names
+                .iter()
+                .zip(values)
+                .map(|(name, value)| format!("{name:>3}={value:016x}"))
+                .collect();
+            println!("  {}", row.join(" "));
+        }
+        println!(
+            "  {before}flags={:03x} fs={:x} gs={:x} mxcsr={:04x} fcw={:04x} fsw={:04x} tags={:02x}",
+            self.flags & FLAGS,
+            self.fs_base,
+            self.gs_base,
+            self.mxcsr(),
+            self.fcw(),
+            self.fsw(),
+            self.tags()
+        );
+    }
+
     /// A random state; general registers aren't pointers yet.
     pub fn random(random: &mut Random) -> Self {
         let mut data = vec![0; DATA_LEN];

@@ -2,8 +2,8 @@
 
 use skerry_x86cpu::testing::{CODE, DATA, TestCpu};
 
-use crate::assemble;
 use crate::machine::{ALIAS, TUNINGS, alone, another, gate, machine, run_to_halt};
+use crate::{apic, assemble};
 
 /// The function that changes: MOV EAX, imm32; RET, its immediate aligned.
 const FUNCTION: u64 = CODE + 0x4003;
@@ -160,15 +160,7 @@ fn an_aligned_immediate_goes_forward() {
 /// over its first byte, the rest, then the first byte; an interrupt to all after each step.
 #[test]
 fn breakpoint_and_interrupts() {
-    let writer = assemble!(
-        "mov ecx, 0x1b",
-        "rdmsr",
-        "or eax, 0xc00",
-        "wrmsr",
-        "mov ecx, 0x80f",
-        "mov eax, 0x1ff",
-        "xor edx, edx",
-        "wrmsr",
+    let patch = assemble!(
         "7:",
         "pause",
         "cmp dword ptr [{ready}], 0",
@@ -265,6 +257,7 @@ fn breakpoint_and_interrupts() {
         value = const VALUE,
         stop = const STOP,
     );
+    let writer = [apic::enable(), patch].concat();
     let breakpoint = assemble!(
         "mov eax, -1",
         "inc dword ptr [{breakpoints}]",
@@ -291,7 +284,7 @@ fn breakpoint_and_interrupts() {
         for alias in [false, true] {
             let t = machine(4, tuning);
             function(&t);
-            t.write(WRITER, writer);
+            t.write(WRITER, &writer);
             t.write(READER, reader);
             t.write(HANDLERS, breakpoint);
             t.write(HANDLERS + 0x100, interrupt);

@@ -2,6 +2,8 @@
 //! requests at any moment, addresses at every edge. Each test runs interpreted and compiled.
 #![expect(unsafe_code, reason = "assembled guest code")]
 
+#[path = "../common/apic.rs"]
+mod apic;
 #[path = "../common/assemble.rs"]
 mod assemble;
 mod atomics;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use skerry_x86cpu::CpuExit;
 use skerry_x86cpu::testing::{CODE, DATA, STACK, TestCpu};
 
-use crate::assemble;
 use crate::machine::{Deadline, RealHost, TUNINGS, furnish, gate, machine};
+use crate::{apic, assemble};
 
 const COUNT: u64 = DATA + 0x8000;
 const HANDLER: u64 = CODE + 0x3000;
@@ -277,22 +277,8 @@ fn interrupts_arrive() {
 fn enable_apic(t: &mut TestCpu) {
     let rip = t.cpu.rip;
     t.cpu.rip = CODE + 0x2000;
-    t.write(
-        CODE + 0x2000,
-        assemble!(
-            "mov ecx, 0x1b",
-            "rdmsr",
-            "or eax, 0xc00",
-            "wrmsr",
-            "mov ecx, 0x80f",
-            "mov eax, 0x1ff",
-            "xor edx, edx",
-            "wrmsr",
-            "sti",
-            "nop",
-            "out 0x99, al",
-        ),
-    );
+    let code = [apic::enable(), assemble!("sti", "nop", "out 0x99, al")].concat();
+    t.write(CODE + 0x2000, &code);
     let exit = t.cpu.run();
     assert!(
         matches!(exit, CpuExit::PortOut { port: 0x99, .. }),

@@ -16,6 +16,8 @@
 //! shrunk and printed: seed and number of the case, listing, start state and what differs.
 #![expect(unsafe_code, reason = "assembled guest code")]
 
+#[path = "../common/apic.rs"]
+mod apic;
 #[path = "../common/assemble.rs"]
 mod assemble;
 mod compose;
@@ -26,6 +28,8 @@ mod forms;
 mod generate;
 #[path = "../differential/operands.rs"]
 mod operands;
+#[path = "../common/options.rs"]
+mod options;
 mod program;
 mod report;
 mod shrink;
@@ -42,6 +46,7 @@ use skerry_x86cpu::Tuning;
 
 use compose::Composer;
 use generate::Generator;
+use options::Common;
 use program::{Image, Program};
 use state::Random;
 use world::{Outcome, Watch, World};
@@ -57,44 +62,24 @@ const DEFAULT_CASES: u64 = if cfg!(debug_assertions) {
 const RENEWED_AFTER: u64 = 1000;
 
 struct Options {
-    seed: u64,
-    cases: u64,
-    seconds: Option<u64>,
-    case: Option<u64>,
-    mismatches: u64,
+    common: Common,
     shrink: bool,
     apart: bool,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options {
-        seed: 1,
-        cases: DEFAULT_CASES,
-        seconds: None,
-        case: None,
-        mismatches: 5,
-        shrink: true,
-        apart: false,
-    };
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        let mut value = || {
-            let text = arguments.next().unwrap_or_default();
-            text.parse::<u64>().map_err(|e| format!("{argument}: {e}"))
-        };
-        match argument.as_str() {
-            "--seed" => options.seed = value()?,
-            "--cases" => options.cases = value()?,
-            "--seconds" => options.seconds = Some(value()?),
-            "--case" => options.case = Some(value()?),
-            "--mismatches" => options.mismatches = value()?,
-            "--apart" => options.apart = true,
-            "--no-shrink" => options.shrink = false,
-            // What the test harness would understand.
-            _ => {}
-        }
-    }
-    Ok(options)
+    let (mut shrink, mut apart) = (true, false);
+    let common = Common::parse(DEFAULT_CASES, 5, |option, _| match option {
+        "--apart" => apart = true,
+        "--no-shrink" => shrink = false,
+        // What the test harness would understand.
+        _ => {}
+    })?;
+    Ok(Options {
+        common,
+        shrink,
+        apart,
+    })
 }
 
 /// The same machine, running code in different ways.
@@ -208,7 +193,7 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Tally {
     let watch = Watch::start(Duration::from_secs(4));
-    let mut number = options.case.unwrap_or(0);
+    let mut number = options.common.case.unwrap_or(0);
     let mut worlds = Worlds::new(number, &watch);
     let mut composer = {
         let offered = |features: &[iced_x86::CpuidFeature]| worlds.interpreter.offers(features);
@@ -216,14 +201,14 @@ fn run(options: &Options) -> Tally {
     };
     let mut tally = Tally::default();
     let started = Instant::now();
-    let limit = options.seconds.map(Duration::from_secs);
+    let limit = options.common.seconds.map(Duration::from_secs);
     loop {
         let done = match limit {
-            _ if options.case.is_some() => number > options.case.unwrap_or(0),
+            _ if options.common.case.is_some() => number > options.common.case.unwrap_or(0),
             Some(limit) => started.elapsed() > limit,
-            None => number >= options.cases,
+            None => number >= options.common.cases,
         };
-        if done || tally.mismatches >= options.mismatches {
+        if done || tally.mismatches >= options.common.mismatches {
             tally.count(&worlds);
             return tally;
         }
@@ -233,11 +218,12 @@ fn run(options: &Options) -> Tally {
         }
         let mut random = Random::new(
             options
+                .common
                 .seed
                 .wrapping_mul(0x1_0000_0001)
                 .wrapping_add(number),
         );
-        signal::running(options.seed, number);
+        signal::running(options.common.seed, number);
         number += 1;
         let Some(program) = composer.program(&mut random) else {
             continue;
@@ -262,7 +248,11 @@ fn run(options: &Options) -> Tally {
         tally.exits += expected.stops.len() as u64;
         if let Some((name, actual)) = different.first() {
             tally.mismatches += 1;
-            println!("case {} of seed {}, {name}:", number - 1, options.seed);
+            println!(
+                "case {} of seed {}, {name}:",
+                number - 1,
+                options.common.seed
+            );
             if options.shrink
                 && let Some(program) = shrink::shrink(&program, number - 1)
             {
@@ -278,7 +268,7 @@ fn run(options: &Options) -> Tally {
             tally.count(&worlds);
             worlds = Worlds::new(number, &watch);
         }
-        if options.case.is_some() && different.is_empty() {
+        if options.common.case.is_some() && different.is_empty() {
             report::print(&program, &image, &expected, &expected);
         }
     }

@@ -6,17 +6,8 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
 use crate::Worlds;
 use crate::program::{Image, Program, undefined_at_joins};
-use crate::state::FLAGS;
+use crate::state::{REGISTERS, hex};
 use crate::world::{Outcome, Watch};
-
-const REGISTERS: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-    "r14", "r15",
-];
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
-}
 
 /// Everything that differs; the interpreter's first.
 pub fn differences(
@@ -153,26 +144,7 @@ fn listing(program: &Program, image: &Image) {
             .collect();
         println!("  {:x}  {:32} {text}", i.ip(), bytes.join(" "));
     }
-    let start = &program.start;
-    for (n, row) in start.gpr.chunks(4).enumerate() {
-        let row: Vec<String> = row
-            .iter()
-            .enumerate()
-            .map(|(k, value)| format!("{:>3}={value:016x}", REGISTERS[4 * n + k]))
-            .collect();
-        println!("  {}", row.join(" "));
-    }
-    println!(
-        "  stack={:x} flags={:03x} fs={:x} gs={:x} mxcsr={:04x} fcw={:04x} fsw={:04x} tags={:02x}",
-        program.stack,
-        start.flags & FLAGS,
-        start.fs_base,
-        start.gs_base,
-        start.mxcsr(),
-        start.fcw(),
-        start.fsw(),
-        start.tags()
-    );
+    program.start.print(&format!("stack={:x} ", program.stack));
 }
 
 /// Prints a program and what differs.

@@ -16,9 +16,9 @@ use skerry_x86cpu::sys::state::{DescriptorTable, Segment, cr4};
 use skerry_x86cpu::testing::TestCpu;
 use skerry_x86cpu::{CpuExit, CpuShared, Tuning};
 
-use crate::assemble;
 use crate::program::{Behind, END, Image, Program};
 use crate::state::{DATA, DATA_LEN, DATA_WRITABLE};
+use crate::{apic, assemble};
 
 pub const CODE_SPACE: u64 = crate::state::CODE;
 pub const CODE_LEN: usize = 4 * 4096;
@@ -330,7 +330,8 @@ impl World {
     }
 
     fn enable_apic(&mut self) {
-        self.t.write(START, enable_apic());
+        self.t
+            .write(START, &[apic::enable(), assemble!("out 0x99, al")].concat());
         self.set_segments(false);
         self.t.cpu.rip = SYSTEM + START;
         self.t.cpu.update_mode();
@@ -517,21 +518,6 @@ impl World {
             memory,
         }
     }
-}
-
-/// x2APIC mode, software-enabled.
-fn enable_apic() -> &'static [u8] {
-    assemble!(
-        "mov ecx, 0x1b",
-        "rdmsr",
-        "or eax, 0xc00",
-        "wrmsr",
-        "mov ecx, 0x80f",
-        "mov eax, 0x1ff",
-        "xor edx, edx",
-        "wrmsr",
-        "out 0x99, al",
-    )
 }
 
 /// A jump to [`interrupt`].

@@ -1,0 +1,17 @@
+//! Guest code for the local APIC.
+
+use crate::assemble;
+
+/// Puts it into x2APIC mode and enables it. Changes RAX, RCX and RDX; code may follow.
+pub fn enable() -> &'static [u8] {
+    assemble!(
+        "mov ecx, 0x1b",
+        "rdmsr",
+        "or eax, 0xc00",
+        "wrmsr",
+        "mov ecx, 0x80f",
+        "mov eax, 0x1ff",
+        "xor edx, edx",
+        "wrmsr",
+    )
+}
