@@ -5,13 +5,13 @@ use std::mem::offset_of;
 use super::access::entry;
 use super::asm::{Mem, R11, RCX, Short};
 use super::classify::Align;
-use super::compile::{Compiler, Exit, Goal, Work};
+use super::compile::{Compiler, Exit, Goal, Link, Work};
 use super::ready::Branch;
 use super::registers::{Address, GUEST_RCX, GUEST_RSP};
 use super::trace::Step;
 use crate::mem::area::{Area, Frame, JUMP_ROTATE};
 
-impl Compiler<'_> {
+impl Compiler {
     /// Goes to another trace, or to this one's start.
     pub(super) fn go(&mut self, exit: Exit) {
         let offset = super::trace::in_page(exit.target);
@@ -34,17 +34,13 @@ impl Compiler<'_> {
             return;
         }
         self.settle_x87();
-        let link = self.asm.jmp();
-        self.asm.bind_here(link);
-        let way = self.way(Goal::Direct(exit.target), Some(link.0));
-        self.leave(way);
+        self.leave(Goal::Direct(exit.target), Link::Call);
     }
 
     /// Jumps to the guest address in R11, another page of straight code or a direct branch.
     pub(super) fn jump(&mut self) {
         let hit = self.find_jump();
-        let way = self.way(Goal::Indirect, None);
-        self.leave(way);
+        self.leave(Goal::Indirect, Link::None);
         self.asm.here(hit);
         self.jump_found();
     }

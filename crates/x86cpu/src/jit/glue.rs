@@ -4,10 +4,11 @@
 //! enter(frame, code) ─▶ save the caller's registers ─▶ guest's into the host's ─▶ trace
 //!                                                          ▲                       │ CALL replay
 //!                                                          └─ 0 ── helper ◀── guest's registers saved
-//!                                             out ◀─ else ────┘                    │ JMP leave
+//!                                             out ◀─ else ────┘                    │ CALL leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame while a trace runs; the helper runs on the caller's stack.
+//! RSP is the frame while a trace runs; the helper runs on the caller's stack. Where it was called
+//! from says which call it is, and which way out.
 
 use std::mem::offset_of;
 
@@ -88,9 +89,25 @@ fn save(asm: &mut Asm, avx: bool) {
     vectors(asm, avx, true);
 }
 
+/// From the processor's state to the host's registers.
+fn restore(asm: &mut Asm, avx: bool) {
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    vectors(asm, avx, false);
+    for (guest, at) in SPILLED {
+        asm.load(RCX, gpr(guest));
+        asm.store(Mem::frame(at), RCX);
+    }
+    asm.load32(RAX, Mem::frame(offset_of!(Frame, flags)));
+    // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
+    asm.put(&[0x04, 0x7f, 0x9e]);
+    for (guest, host) in pinned() {
+        asm.load(host, gpr(guest));
+    }
+}
+
 /// The code, to be called with a frame and an address in a trace.
 pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
-    let mut asm = Asm::default();
+    let mut asm = Asm::new(Vec::new());
     let host_rsp = Mem::frame(offset_of!(Frame, host_rsp));
     let resume = Mem::frame(offset_of!(Frame, resume));
     for register in SAVED {
@@ -105,25 +122,18 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
     asm.mov(RSP, RDI);
 
-    let load = asm.at();
-    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
-    vectors(&mut asm, avx, false);
-    for (guest, at) in SPILLED {
-        asm.load(RCX, gpr(guest));
-        asm.store(Mem::frame(at), RCX);
-    }
-    asm.load32(RAX, Mem::frame(offset_of!(Frame, flags)));
-    // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
-    asm.put(&[0x04, 0x7f, 0x9e]);
-    for (guest, host) in pinned() {
-        asm.load(host, gpr(guest));
-    }
+    restore(&mut asm, avx);
     asm.jmp_memory(resume);
+
+    let back = asm.at();
+    restore(&mut asm, avx);
+    // PUSH, RET: as the processor expects after a call, most often with where that was from.
+    asm.op32(0xff, 6, Rm::Mem(resume));
+    asm.byte(0xc3);
 
     let replay = asm.at();
     // POP: its operand's address is computed after RSP has changed (SDM 2B, POP).
     asm.op32(0x8f, 0, Rm::Mem(resume));
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
     asm.mov(RBX, RSP);
@@ -137,15 +147,18 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let out = asm.jmp();
     asm.here(stay);
     let again = asm.jmp();
-    asm.bind(again, load);
+    asm.bind(again, back);
 
     let leave = asm.at();
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
+    asm.op32(0x8f, 0, Rm::Mem(resume));
     asm.store(Mem::frame(offset_of!(Frame, target)), R11);
     save(&mut asm, avx);
     asm.constant32(RAX, 0);
     asm.bind_here(out);
     asm.load(RSP, host_rsp);
+    // LEA RCX, [RIP + 2]; PUSH RCX; RET: the return that the processor expects from the call out of
+    // compiled code, or it would take all others for the one before.
+    asm.put(&[0x48, 0x8d, 0x0d, 2, 0, 0, 0, 0x51, 0xc3]);
     asm.lea(RSP, Mem::base(RSP, 8));
     for register in SAVED.into_iter().rev() {
         if register >= 8 {
@@ -154,5 +167,6 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
         asm.byte(0x58 | register & 7);
     }
     asm.byte(0xc3);
-    (asm.bytes, Glue { replay, leave })
+    let code = asm.code().unwrap_or_default().to_vec();
+    (code, Glue { replay, leave })
 }
