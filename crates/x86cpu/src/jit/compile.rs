@@ -7,7 +7,9 @@
 use std::mem::offset_of;
 
 use super::asm::{Asm, Mem, Near, R11, RCX};
-use super::ready::Ready;
+use super::loops::{self, Copies};
+use super::ready::{Branch, Ready};
+use super::registers::Address;
 use super::trace::{Step, Trace};
 use super::windows::{Share, Windows};
 use crate::cpuid::Features;
@@ -84,8 +86,8 @@ pub(super) struct Request<'a> {
     pub first_call: u32,
     pub first_way: u32,
     pub hardened: bool,
-    /// Whether accesses may share a look into the TLB.
-    pub windows: bool,
+    /// Offsets of instructions whose accesses must not open a window.
+    pub plain: &'a [u16],
 }
 
 /// Bit of a way's number: it is left because something is requested.
@@ -95,8 +97,18 @@ pub(super) const POLLED: u32 = 1 << 31;
 pub(super) struct Slow {
     pub(super) from: Near,
     pub(super) call: u32,
-    /// Where to go on; `None` while the instruction isn't complete.
-    pub(super) resume: Option<usize>,
+    pub(super) resume: Resume,
+    pub(super) noted: Noted,
+}
+
+/// Where to go on after a slow path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Resume {
+    /// Behind the instruction, which isn't complete yet.
+    Behind,
+    At(usize),
+    /// In the cold turns of the loop, at a step.
+    Cold(usize),
 }
 
 pub(super) struct Compiler<'a> {
@@ -107,6 +119,12 @@ pub(super) struct Compiler<'a> {
     pub(super) slow: Vec<Slow>,
     /// Jumps out, each with its way.
     pub(super) leaving: Vec<(Near, Exit)>,
+    /// Which copy of a loop this is; where its warm turns begin, where the steps of its cold ones do,
+    /// and jumps from the former to the latter.
+    pub(super) copies: Copies,
+    pub(super) warm: usize,
+    pub(super) cold: Vec<usize>,
+    pub(super) falls: Vec<(Near, usize)>,
     pub(super) direct: usize,
     pub(super) head: u16,
     /// Which window's pointer is in R11.
@@ -118,16 +136,27 @@ pub(super) struct Compiler<'a> {
     pub(super) went_back: bool,
     /// There has been an x87 instruction.
     pub(super) noted_x87: bool,
+    pub(super) noted: Noted,
     pub(super) sse: bool,
     pub(super) avx: bool,
     pub(super) x87: bool,
 }
 
 /// A way out in the making: where to, and whether to look for requests first.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Exit {
     pub(super) target: i64,
     pub(super) poll: bool,
+    pub(super) noted: Noted,
+}
+
+/// What is still to be stored of the last x87 instruction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Noted {
+    /// See [`Frame::x87_note`].
+    pub(super) note: Option<u32>,
+    /// The address of its last memory operand, of registers that are as they were.
+    pub(super) operand: Option<Address>,
 }
 
 /// A trace for a block that is one instruction across two pages. What is in the second one may
@@ -152,16 +181,15 @@ pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Opti
         .iter()
         .map(|step| Ready::new(step, bytes, request.features))
         .collect();
-    c.shares = if request.windows {
-        Windows::find(&trace.steps, &ready)
+    // Pointers that are carried on are used where the processor may only guess that they are good.
+    let again = !request.hardened && loops::goes_round(&trace.steps, &ready);
+    let found = Windows::find(&trace.steps, &ready, request.plain, again);
+    c.shares = found.shares;
+    if found.carried.is_empty() {
+        c.entry();
+        c.body(&trace.steps, &ready, bytes);
     } else {
-        vec![[None; 2]; ready.len()]
-    };
-    c.entry();
-    for (n, (step, ready)) in trace.steps.iter().zip(&ready).enumerate() {
-        if c.step(n, step, ready, bytes) {
-            break;
-        }
+        c.rounds(&trace.steps, &ready, bytes, &found.carried);
     }
     Some(c.done())
 }
@@ -175,6 +203,10 @@ impl<'a> Compiler<'a> {
             ways: Vec::new(),
             slow: Vec::new(),
             leaving: Vec::new(),
+            copies: Copies::Once,
+            warm: 0,
+            cold: Vec::new(),
+            falls: Vec::new(),
             direct: 0,
             head,
             held: None,
@@ -182,6 +214,7 @@ impl<'a> Compiler<'a> {
             made: 0,
             went_back: false,
             noted_x87: false,
+            noted: Noted::default(),
             sse: false,
             avx: false,
             x87: false,
@@ -200,11 +233,27 @@ impl<'a> Compiler<'a> {
 
     /// Jumps through the jump cache come here, with the target in R11.
     pub(super) fn entry(&mut self) {
+        self.enter_page();
+        self.poll(i64::from(self.head));
+        self.direct = self.asm.at();
+    }
+
+    pub(super) fn enter_page(&mut self) {
         let head = i32::from(self.head);
         self.asm.lea(R11, Mem::base(R11, -head));
         self.asm.store(Mem::frame(offset_of!(Frame, rip_page)), R11);
-        self.poll(i64::from(head));
-        self.direct = self.asm.at();
+    }
+
+    /// Compiles the trace's instructions.
+    pub(super) fn body(&mut self, steps: &[Step], ready: &[Ready], bytes: &[u8]) {
+        for (n, (step, ready)) in steps.iter().zip(ready).enumerate() {
+            if self.copies == Copies::Cold {
+                self.cold.push(self.asm.at());
+            }
+            if self.step(n, step, ready, bytes) {
+                break;
+            }
+        }
     }
 
     /// Leaves for `target` if something is requested.
@@ -228,6 +277,10 @@ impl<'a> Compiler<'a> {
     }
 
     pub(super) fn call(&mut self, work: Work, step: usize, missed: bool) -> u32 {
+        if missed && self.copies == Copies::Warm {
+            // Never made: see `missed`.
+            return 0;
+        }
         self.calls.push(Call { work, step, missed });
         self.request.first_call + self.calls.len() as u32 - 1
     }
@@ -238,17 +291,46 @@ impl<'a> Compiler<'a> {
         self.asm.call_memory(Mem::frame(offset_of!(Frame, replay)));
     }
 
+    /// A slow path, with what it finds noted as it is now.
+    pub(super) fn slow(&mut self, from: Near, call: u32, resume: Option<usize>) {
+        let resume = resume.map_or(Resume::Behind, Resume::At);
+        self.slow.push(Slow {
+            from,
+            call,
+            resume,
+            noted: self.noted,
+        });
+    }
+
     /// What is behind the trace: slow paths and ways out.
     pub(super) fn finish(&mut self) {
+        self.copies = match self.copies {
+            Copies::Once => Copies::Once,
+            Copies::Warm | Copies::Cold => Copies::Cold,
+        };
         for slow in std::mem::take(&mut self.slow) {
             self.asm.bind_here(slow.from);
+            self.noted = slow.noted;
+            self.store_noted();
             self.interpret(slow.call);
             let back = self.asm.jmp();
-            self.asm.bind(back, slow.resume.unwrap_or(slow.from.0));
+            let target = match slow.resume {
+                Resume::Behind => slow.from.0,
+                Resume::At(at) => at,
+                Resume::Cold(step) => self.cold.get(step).copied().unwrap_or(slow.from.0),
+            };
+            self.asm.bind(back, target);
         }
+        let mut made: Vec<(Exit, usize)> = Vec::new();
         for (from, exit) in std::mem::take(&mut self.leaving) {
-            self.asm.bind_here(from);
-            self.go(exit);
+            match made.iter().find(|(other, _)| *other == exit) {
+                Some(&(_, at)) => self.asm.bind(from, at),
+                None => {
+                    made.push((exit, self.asm.at()));
+                    self.asm.bind_here(from);
+                    self.go(exit);
+                }
+            }
         }
     }
 
@@ -261,15 +343,21 @@ impl<'a> Compiler<'a> {
             self.held = None;
         }
         // The end of the instruction, not of what leads away from it.
-        let here = self.asm.at();
+        let here = match self.copies {
+            Copies::Warm => Resume::Cold(n + 1),
+            _ => Resume::At(self.asm.at()),
+        };
         for slow in &mut self.slow[before..] {
-            slow.resume.get_or_insert(here);
+            if slow.resume == Resume::Behind {
+                slow.resume = here;
+            }
         }
         if !done && step.last && step.follow.is_none() {
             let target = i64::from(step.at) + step.instruction.len() as i64;
             self.go(Exit {
                 target,
                 poll: self.went_back,
+                noted: self.noted,
             });
             return true;
         }
@@ -279,22 +367,27 @@ impl<'a> Compiler<'a> {
     pub(super) fn one(&mut self, n: usize, step: &Step, ready: &Ready, bytes: &[u8]) -> bool {
         match ready {
             Ready::Branch(branch) => {
-                self.held = None;
+                if !matches!(branch, Branch::Conditional { .. } | Branch::Jump { .. }) {
+                    self.held = None;
+                }
                 return self.branch(n, step, *branch);
             }
             Ready::Interpret { to_end: true } => {
+                self.store_noted();
                 let call = self.call(Work::ToEnd, n, false);
                 self.interpret(call);
                 return true;
             }
             Ready::Interpret { to_end: false } => {
                 self.held = None;
+                self.store_noted();
                 let call = self.call(Work::Run, n, false);
                 self.interpret(call);
                 (self.sse, self.avx, self.x87) = (false, false, false);
             }
             Ready::Copy(copy) => {
                 let at = usize::from(step.at);
+                self.keep_operand(&step.instruction);
                 self.copy(n, step, copy, &bytes[at..at + step.instruction.len()]);
             }
         }

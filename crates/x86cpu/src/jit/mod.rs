@@ -19,6 +19,7 @@ mod compile;
 mod copy;
 mod encoding;
 mod glue;
+mod loops;
 mod perf;
 mod ready;
 mod registers;
@@ -26,7 +27,8 @@ mod runtime;
 mod trace;
 mod windows;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use crate::code::{Block, BlockIndex, BlockRef, Indexer, OpIndex};
 use crate::mem::{PAGE_SIZE, PageState};
@@ -60,8 +62,9 @@ struct Entry {
     crosses: bool,
     /// Number of the first of its calls.
     first_call: u32,
-    /// How often accesses that were to share a look into the TLB turned out not to.
+    /// How often accesses that were to share a look into the TLB turned out not to, since when.
     failed: u16,
+    since: Option<Instant>,
 }
 
 /// A call of the interpreter, packed: there are many.
@@ -136,8 +139,8 @@ pub(crate) struct Jit {
     /// An indirect jump went where the jump cache has nothing.
     missed_jump: bool,
     bytes: Option<Box<[u8; PAGE_SIZE]>>,
-    /// Pages and offsets of traces without windows.
-    plain: HashSet<(usize, usize)>,
+    /// By a trace's page and offset, the offsets of instructions that must not open a window.
+    plain: HashMap<(usize, usize), Vec<u16>>,
     /// A trace is gone that jump caches may have.
     drop_jumps: bool,
     perf: perf::Map,
@@ -176,7 +179,7 @@ impl Jit {
             pending: None,
             missed_jump: false,
             bytes: None,
-            plain: HashSet::new(),
+            plain: HashMap::new(),
             drop_jumps: false,
             perf: perf::Map::new(tuning.perf_map),
         }
@@ -342,6 +345,7 @@ impl Jit {
             crosses: trace.crosses,
             first_call,
             failed: 0,
+            since: None,
         });
         let traces = self.pages.entry(key).or_default();
         traces.version = version;
@@ -376,24 +380,35 @@ impl Jit {
         call >= self.first_call
     }
 
-    /// Takes note that a window was not one. If that comes often, the trace is compiled again without.
+    /// Takes note that a window was not one. If that comes often, the trace is compiled again without
+    /// that window.
     fn window_failed(&mut self, call: u32) {
         let number = self.trace_of(call);
-        let Some(entry) = self.traces.get_mut(number as usize) else {
+        let (Some(entry), Some(call)) = (
+            self.traces.get_mut(number as usize),
+            self.calls.get(call as usize),
+        ) else {
             return;
         };
         entry.failed += 1;
-        if entry.failed == FAILURES {
-            self.plain.insert((entry.page, usize::from(entry.offset)));
+        let since = *entry.since.get_or_insert_with(Instant::now);
+        if entry.failed < FAILURES {
+            return;
+        }
+        entry.failed = 0;
+        entry.since = None;
+        if since.elapsed() < OFTEN {
+            let key = (entry.page, usize::from(entry.offset));
+            self.plain.entry(key).or_default().push(call.at);
             self.drop_trace(number);
             self.drop_jumps = true;
         }
     }
 
-    /// Whether a trace that begins with this block must not have windows.
-    fn is_plain(&self, head: &Block) -> bool {
-        self.plain
-            .contains(&(std::ptr::from_ref(head.page()) as usize, head.offset()))
+    /// The instructions that must not open a window in a trace that begins with this block.
+    fn plain(&self, head: &Block) -> &[u16] {
+        let key = (std::ptr::from_ref(head.page()) as usize, head.offset());
+        self.plain.get(&key).map_or(&[], Vec::as_slice)
     }
 
     /// Takes a trace out: nothing leads there any more.
@@ -439,8 +454,10 @@ impl Jit {
     }
 }
 
-/// Windows that aren't ones before a trace is compiled without.
-const FAILURES: u16 = 16;
+/// Windows that aren't ones, and the time in which they come, before a trace is compiled without: when
+/// what they cost is no more than a hundredth of that, the others are worth it.
+const FAILURES: u16 = 64;
+const OFTEN: Duration = Duration::from_millis(5);
 /// More than the code of any trace takes.
 const LARGEST: usize = 64 << 10;
 

@@ -10,7 +10,7 @@ use super::{Call, PATIENCE, Way};
 use crate::code::{BlockRef, Op};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
-use crate::fpu::{attention, blocked, prepare_x87};
+use crate::fpu::{Ymm, attention, blocked, prepare_x87};
 use crate::mem::area::{Area, Frame};
 use crate::mem::{PAGE_MASK, PAGE_SIZE, changed_pages, code_changes};
 use crate::shared::Doing;
@@ -164,7 +164,7 @@ impl Cpu {
                 first_call: self.code.jit.calls.len() as u32,
                 first_way: self.code.jit.ways.len() as u32,
                 hardened: self.code.jit.tuning.hardened,
-                windows: !self.code.jit.is_plain(found),
+                plain: self.code.jit.plain(found),
             };
             if whole {
                 compile::compile(trace, &bytes[..], request)
@@ -337,6 +337,10 @@ impl Cpu {
             frame.vectors_live = 0;
         }
         let live = frame.vectors_live != 0;
+        if live {
+            let uppers = self.fpu.ymm.iter().map(Ymm::high);
+            frame.uppers = u8::from(uppers.fold(0, |all, upper| all | upper) != 0);
+        }
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);

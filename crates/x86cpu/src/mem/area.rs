@@ -57,7 +57,9 @@ pub(crate) struct Frame {
     pub vectors_live: u8,
     /// Not zero if RFLAGS.DF is set.
     pub backwards: u8,
-    _pad: [u8; 3],
+    /// Not zero if the upper half of some YMM register is not.
+    pub uppers: u8,
+    _pad: [u8; 2],
     /// The processor.
     pub cpu: u64,
     pub host_rsp: u64,
@@ -84,6 +86,10 @@ pub(crate) struct Frame {
     pub x87_dp: u64,
     /// Address of the function that replays.
     pub helper: u64,
+    /// How often a loop may go on with the pointers that it has, and the guest's flags while those
+    /// are looked up.
+    pub loop_count: u64,
+    pub loop_flags: u64,
     /// See [`WINDOWS`].
     pub windows: [u64; WINDOWS],
 }
