@@ -245,11 +245,7 @@ impl Block {
     }
 }
 
-/// Where an op is in the cache, in units of 8 bytes.
-#[derive(Clone, Copy)]
-pub(crate) struct OpIndex(u32);
-
-/// Where a block is.
+/// Where a block is in the cache, in units of 8 bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct BlockIndex(u32);
 
@@ -258,8 +254,9 @@ pub(crate) struct BlockIndex(u32);
 pub(crate) struct Indexer(NonNull<u8>);
 
 impl Indexer {
-    pub(crate) fn op(self, op: *const Op) -> OpIndex {
-        OpIndex(((op as usize - self.0.as_ptr() as usize) / 8) as u32)
+    /// Where an op of a block is, from the block on.
+    pub(crate) fn op(self, block: BlockRef, op: *const Op) -> u16 {
+        ((op as usize - block.0.as_ptr() as usize) / 8) as u16
     }
 
     pub(crate) fn block(self, block: BlockRef) -> BlockIndex {
@@ -268,9 +265,10 @@ impl Indexer {
 
     /// The op again: good until the cache is cleared.
     #[inline(always)]
-    pub(crate) fn op_at(self, index: OpIndex) -> *const Op {
+    pub(crate) fn op_in(self, block: BlockIndex, op: u16) -> *const Op {
+        let at = block.0 as usize + usize::from(op);
         // SAFETY: indices are those of ops in the arena.
-        unsafe { self.0.add(index.0 as usize * 8).cast::<Op>().as_ptr() }
+        unsafe { self.0.add(at * 8).cast::<Op>().as_ptr() }
     }
 
     /// The block again.

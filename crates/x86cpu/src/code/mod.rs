@@ -13,5 +13,5 @@ pub use cache::CodeCache;
 pub use lower::{Family, Lowering, nop};
 pub use op::{Handler, Op, op_flag};
 
-pub(crate) use cache::{Block, BlockEnd, BlockIndex, BlockRef, Indexer, OpIndex};
+pub(crate) use cache::{Block, BlockEnd, BlockIndex, BlockRef, Indexer};
 pub(crate) use fuse::{Window, apart, last_part_failed};

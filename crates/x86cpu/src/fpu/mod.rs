@@ -63,6 +63,12 @@ pub mod attention {
 pub struct Ymm(pub [u8; 32]);
 
 impl Ymm {
+    /// The upper 128 bits.
+    #[inline(always)]
+    pub(crate) fn high(&self) -> u128 {
+        u128::from_le_bytes(*self.0.last_chunk().unwrap_or(&[0; 16]))
+    }
+
     /// The low 128 bits.
     #[inline(always)]
     pub fn low(&self) -> u128 {

@@ -4,11 +4,12 @@ use std::mem::offset_of;
 
 use super::asm::{Mem, Near, R11, RCX, RSP, Reg};
 use super::classify::Align;
-use super::compile::{Compiler, Slow, Work};
+use super::compile::{Compiler, Work};
+use super::loops::Copies;
 use super::registers::{Address, Part};
 use crate::mem::area::{Area, Frame};
 
-impl Compiler {
+impl Compiler<'_> {
     /// Computes an address within its segment (and adds the segment's base if `linear`) into R11.
     pub(super) fn address(&mut self, address: &Address, linear: bool) {
         self.held = None;
@@ -53,7 +54,7 @@ impl Compiler {
         let share = self.shares[n][which.min(1)];
         let Some(share) = share else {
             self.held = None;
-            return self.look_up(address, size, align, write, call);
+            return self.look_up(n, address, size, align, write, call);
         };
         let slot = Mem::frame(offset_of!(Frame, windows) + 8 * share.window);
         if let Some((low, high)) = share.opens {
@@ -63,6 +64,9 @@ impl Compiler {
             self.asm.load(R11, slot);
         }
         self.held = Some(share.window);
+        if share.moves {
+            return self.moving(address);
+        }
         match address.index {
             None => Mem::base(R11, share.distance),
             Some((part, scale)) => {
@@ -111,11 +115,7 @@ impl Compiler {
             n,
             true,
         );
-        self.slow.push(Slow {
-            from,
-            call,
-            resume: Some(again),
-        });
+        self.missed(n, from, call, Some(again));
         self.asm.pext(RCX, R11, index_mask);
         self.asm.load(RCX, entry(RCX, addend));
         if address.index.is_none() {
@@ -167,6 +167,7 @@ impl Compiler {
     /// uses R11 and guest registers; RCX is free.
     pub(super) fn look_up(
         &mut self,
+        n: usize,
         address: &Address,
         size: usize,
         align: Align,
@@ -221,12 +222,19 @@ impl Compiler {
         if self.request.hardened {
             self.fence();
         }
-        self.slow.push(Slow {
-            from: miss,
-            call,
-            resume: None,
-        });
+        self.missed(n, miss, call, None);
         operand
+    }
+
+    /// Where to go if an access of an instruction misses the TLB, with nothing done of it yet. Warm
+    /// turns of a loop leave that to the cold ones.
+    fn missed(&mut self, n: usize, from: Near, call: usize, resume: Option<usize>) {
+        if self.copies == Copies::Warm {
+            self.asm.to_jump(from);
+            self.falls.push((from, n));
+        } else {
+            self.slow(from, call, resume);
+        }
     }
 }
 

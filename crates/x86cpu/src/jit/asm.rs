@@ -343,7 +343,14 @@ impl Asm {
         Near(self.at())
     }
 
-    /// The same if a condition holds.
+    /// Makes a call a jump.
+    pub(super) fn to_jump(&mut self, call: Near) {
+        if let Some(opcode) = self.bytes.get_mut(call.0 - 5) {
+            *opcode = 0xe9;
+        }
+    }
+
+    /// A call if a condition holds.
     pub(super) fn call_if(&mut self, condition: u8) -> Near {
         self.put(&[0x70 | (condition ^ 1) & 15, 5]);
         self.call()

@@ -6,14 +6,17 @@ use super::access::entry;
 use super::asm::{Mem, R11, RCX, Short};
 use super::classify::Align;
 use super::compile::{Compiler, Exit, Goal, Link, Work};
+use super::loops::Copies;
 use super::ready::Branch;
 use super::registers::{Address, GUEST_RCX, GUEST_RSP};
 use super::trace::Step;
 use crate::mem::area::{Area, Frame, JUMP_ROTATE};
 
-impl Compiler {
+impl Compiler<'_> {
     /// Goes to another trace, or to this one's start.
     pub(super) fn go(&mut self, exit: Exit) {
+        self.noted = exit.noted;
+        self.store_noted();
         let offset = super::trace::in_page(exit.target);
         let Some(offset) = offset else {
             self.asm.load(R11, Mem::frame(offset_of!(Frame, rip_page)));
@@ -25,7 +28,12 @@ impl Compiler {
             self.jump();
             return;
         };
-        if exit.poll {
+        if offset == self.head && self.copies == Copies::Warm {
+            self.next_turn();
+            return;
+        }
+        // A loop in copies looks by itself.
+        if exit.poll && (offset != self.head || self.copies == Copies::Once) {
             self.poll(exit.target);
         }
         if offset == self.head {
@@ -81,6 +89,9 @@ impl Compiler {
     /// Compiles a near branch. Says whether the trace ends here.
     pub(super) fn branch(&mut self, n: usize, step: &Step, branch: Branch) -> bool {
         let after = i64::from(step.at) + step.instruction.len() as i64;
+        if !matches!(branch, Branch::Conditional { .. } | Branch::Jump { .. }) {
+            self.store_noted();
+        }
         match branch {
             Branch::Conditional { condition, target } => {
                 let taken = step.follow.is_some_and(|next| i64::from(next) == target)
@@ -171,6 +182,7 @@ impl Compiler {
         Exit {
             target,
             poll: self.went_back || target <= i64::from(step.at),
+            noted: self.noted,
         }
     }
 

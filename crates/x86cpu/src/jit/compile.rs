@@ -9,7 +9,9 @@ use std::mem::{offset_of, take};
 use super::asm::{Asm, Mem, Near, R11, RCX};
 use super::forms::Forms;
 use super::glue::Glue;
-use super::ready::Ready;
+use super::loops::{self, Copies};
+use super::ready::{Branch, Ready};
+use super::registers::Address;
 use super::trace::{Step, Trace};
 use super::windows::{Share, Windows};
 use crate::cpuid::Features;
@@ -42,6 +44,42 @@ pub(super) enum Work {
     Sse,
     Avx,
     X87,
+}
+
+impl Work {
+    /// In 16 bits: for a window, those from bit 4 on.
+    pub(super) fn pack(self) -> u16 {
+        match self {
+            Self::Run => 0,
+            Self::Divide => 1,
+            Self::Branch => 2,
+            Self::Jump => 3,
+            Self::ToEnd => 4,
+            Self::Cross => 5,
+            Self::Sse => 6,
+            Self::Avx => 7,
+            Self::X87 => 8,
+            Self::Window { bytes, write } => bytes << 5 | u16::from(write) << 4 | 9,
+        }
+    }
+
+    pub(super) fn unpack(packed: u16) -> Self {
+        match packed & 15 {
+            0 => Self::Run,
+            1 => Self::Divide,
+            2 => Self::Branch,
+            3 => Self::Jump,
+            4 => Self::ToEnd,
+            5 => Self::Cross,
+            6 => Self::Sse,
+            7 => Self::Avx,
+            8 => Self::X87,
+            _ => Self::Window {
+                bytes: packed >> 5,
+                write: packed & 16 != 0,
+            },
+        }
+    }
 }
 
 /// One reason to call the interpreter. The step is by number.
@@ -139,13 +177,13 @@ impl Scratch {
 
 /// What is asked of the compiler beside the trace.
 #[derive(Clone, Copy)]
-pub(super) struct Request {
+pub(super) struct Request<'a> {
     /// Where the code is going to be, and what it calls, from the buffer's start on.
     pub origin: usize,
     pub glue: Glue,
     pub hardened: bool,
-    /// Whether accesses may share a look into the TLB.
-    pub windows: bool,
+    /// Offsets of instructions whose accesses must not open a window.
+    pub plain: &'a [u16],
 }
 
 /// A place where the interpreter is called: when an access misses, or always.
@@ -153,18 +191,35 @@ pub(super) struct Slow {
     pub(super) from: Near,
     /// Which call it is.
     pub(super) call: usize,
-    /// Where to go on; `None` while the instruction isn't complete.
-    pub(super) resume: Option<usize>,
+    pub(super) resume: Resume,
+    /// What has to be stored before: not in line, then.
+    pub(super) noted: Noted,
 }
 
-pub(super) struct Compiler {
+/// Where to go on after a slow path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Resume {
+    /// Behind the instruction, which isn't complete yet.
+    Behind,
+    At(usize),
+    /// In the cold turns of the loop, at a step.
+    Cold(usize),
+}
+
+pub(super) struct Compiler<'a> {
     pub(super) asm: Asm,
-    pub(super) request: Request,
+    pub(super) request: Request<'a>,
     pub(super) calls: Vec<Call>,
     pub(super) ways: Vec<Way>,
     pub(super) slow: Vec<Slow>,
     /// Jumps out, each with its way.
     pub(super) leaving: Vec<(Near, Exit)>,
+    /// Which copy of a loop this is; where its warm turns begin, where the steps of its cold ones do,
+    /// and jumps from the former to the latter.
+    pub(super) copies: Copies,
+    pub(super) warm: usize,
+    pub(super) cold: Vec<usize>,
+    pub(super) falls: Vec<(Near, usize)>,
     pub(super) direct: usize,
     pub(super) head: u16,
     /// Which window's pointer is in R11.
@@ -176,21 +231,36 @@ pub(super) struct Compiler {
     pub(super) went_back: bool,
     /// There has been an x87 instruction.
     pub(super) noted_x87: bool,
+    pub(super) noted: Noted,
     pub(super) sse: bool,
     pub(super) avx: bool,
     pub(super) x87: bool,
 }
 
 /// A way out in the making: where to, and whether to look for requests first.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Exit {
     pub(super) target: i64,
     pub(super) poll: bool,
+    pub(super) noted: Noted,
+}
+
+/// What is still to be stored of the last x87 instruction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Noted {
+    /// See [`Frame::x87_note`].
+    pub(super) note: Option<u32>,
+    /// The address of its last memory operand, of registers that are as they were.
+    pub(super) operand: Option<Address>,
 }
 
 /// A trace for a block that is one instruction across two pages. What is in the second one may
 /// change without a trace of the first, so that it is looked at each time, by the interpreter.
-pub(super) fn crossing(trace: &Trace, request: Request, scratch: &mut Scratch) -> Option<Compiled> {
+pub(super) fn crossing(
+    trace: &Trace,
+    request: Request<'_>,
+    scratch: &mut Scratch,
+) -> Option<Compiled> {
     let mut c = Compiler::new(trace.steps.first()?.at, request, scratch);
     c.entry();
     let call = c.call(Work::Cross, 0, false);
@@ -201,30 +271,33 @@ pub(super) fn crossing(trace: &Trace, request: Request, scratch: &mut Scratch) -
 }
 
 /// Compiles a trace.
-pub(super) fn compile(trace: &Trace, request: Request, scratch: &mut Scratch) -> Option<Compiled> {
+pub(super) fn compile(
+    trace: &Trace,
+    request: Request<'_>,
+    scratch: &mut Scratch,
+) -> Option<Compiled> {
     let head = trace.steps.first()?.at;
     let mut c = Compiler::new(head, request, scratch);
     let mut ready = take(&mut scratch.ready);
     let (forms, bytes) = (&mut scratch.forms, &scratch.page[..]);
     ready.extend((trace.steps.iter()).map(|step| Ready::new(step, bytes, forms)));
-    c.shares = if request.windows {
-        Windows::find(&trace.steps, &ready)
+    // Pointers that are carried on are used where the processor may only guess that they are good.
+    let again = !request.hardened && loops::goes_round(&trace.steps, &ready);
+    let found = Windows::find(&trace.steps, &ready, request.plain, again);
+    c.shares = found.shares;
+    if found.carried.is_empty() {
+        c.entry();
+        c.body(&trace.steps, &ready, bytes);
     } else {
-        vec![[None; 2]; ready.len()]
-    };
-    c.entry();
-    for (n, (step, ready)) in trace.steps.iter().zip(&ready).enumerate() {
-        if c.step(n, step, ready, bytes) {
-            break;
-        }
+        c.rounds(&trace.steps, &ready, bytes, &found.carried);
     }
     ready.clear();
     scratch.ready = ready;
     Some(c.done(scratch))
 }
 
-impl Compiler {
-    fn new(head: u16, request: Request, scratch: &mut Scratch) -> Self {
+impl<'a> Compiler<'a> {
+    fn new(head: u16, request: Request<'a>, scratch: &mut Scratch) -> Self {
         Self {
             asm: Asm::new(take(&mut scratch.code)),
             request,
@@ -232,6 +305,10 @@ impl Compiler {
             ways: take(&mut scratch.ways),
             slow: take(&mut scratch.slow),
             leaving: take(&mut scratch.leaving),
+            copies: Copies::Once,
+            warm: 0,
+            cold: Vec::new(),
+            falls: Vec::new(),
             direct: 0,
             head,
             held: None,
@@ -239,6 +316,7 @@ impl Compiler {
             made: 0,
             went_back: false,
             noted_x87: false,
+            noted: Noted::default(),
             sse: false,
             avx: false,
             x87: false,
@@ -259,11 +337,27 @@ impl Compiler {
 
     /// Jumps through the jump cache come here, with the target in R11.
     pub(super) fn entry(&mut self) {
+        self.enter_page();
+        self.poll(i64::from(self.head));
+        self.direct = self.asm.at();
+    }
+
+    pub(super) fn enter_page(&mut self) {
         let head = i32::from(self.head);
         self.asm.lea(R11, Mem::base(R11, -head));
         self.asm.store(Mem::frame(offset_of!(Frame, rip_page)), R11);
-        self.poll(i64::from(head));
-        self.direct = self.asm.at();
+    }
+
+    /// Compiles the trace's instructions.
+    pub(super) fn body(&mut self, steps: &[Step], ready: &[Ready], bytes: &[u8]) {
+        for (n, (step, ready)) in steps.iter().zip(ready).enumerate() {
+            if self.copies == Copies::Cold {
+                self.cold.push(self.asm.at());
+            }
+            if self.step(n, step, ready, bytes) {
+                break;
+            }
+        }
     }
 
     /// Leaves for `target` if something is requested.
@@ -289,6 +383,10 @@ impl Compiler {
     }
 
     pub(super) fn call(&mut self, work: Work, step: usize, missed: bool) -> usize {
+        if missed && self.copies == Copies::Warm {
+            // Never made: see `missed`.
+            return 0;
+        }
         self.calls.push(Call { work, step, missed });
         self.calls.len() - 1
     }
@@ -296,28 +394,76 @@ impl Compiler {
     /// Calls the interpreter here and now.
     pub(super) fn interpret(&mut self, call: usize) {
         let from = self.asm.call();
-        let resume = Some(self.asm.at());
-        self.slow.push(Slow { from, call, resume });
+        self.slow(from, call, Some(self.asm.at()));
+    }
+
+    /// A call of the interpreter at a place, with what it finds noted as it is now.
+    pub(super) fn slow(&mut self, from: Near, call: usize, resume: Option<usize>) {
+        let resume = resume.map_or(Resume::Behind, Resume::At);
+        self.slow.push(Slow {
+            from,
+            call,
+            resume,
+            noted: self.noted,
+        });
     }
 
     /// What is behind the trace: ways out.
     pub(super) fn finish(&mut self) {
+        self.copies = match self.copies {
+            Copies::Once => Copies::Once,
+            Copies::Warm | Copies::Cold => Copies::Cold,
+        };
         for n in 0..self.slow.len() {
-            self.to_glue(self.slow[n].from, self.request.glue.replay);
+            self.finish_slow(n);
         }
         // The accesses of one instruction may be noted after what it calls besides.
         self.slow.sort_unstable_by_key(|slow| slow.from.0);
         let mut leaving = take(&mut self.leaving);
+        let mut made: Vec<(Exit, usize)> = Vec::new();
         for (from, exit) in leaving.drain(..) {
-            self.asm.bind_here(from);
-            let offset = super::trace::in_page(exit.target);
-            if exit.poll || self.noted_x87 || offset.is_none_or(|offset| offset == self.head) {
-                self.go(exit);
-            } else {
+            if self.is_plain(exit) {
+                self.asm.bind_here(from);
                 self.leave(Goal::Direct(exit.target), Link::Jump(from.0));
+                continue;
+            }
+            match made.iter().find(|(other, _)| *other == exit) {
+                Some(&(_, at)) => self.asm.bind(from, at),
+                None => {
+                    made.push((exit, self.asm.at()));
+                    self.asm.bind_here(from);
+                    self.go(exit);
+                }
             }
         }
         self.leaving = leaving;
+    }
+
+    /// Says where a slow path goes, and comes back to; out of line if there is something to store.
+    fn finish_slow(&mut self, n: usize) {
+        let slow = &self.slow[n];
+        let (mut from, noted) = (slow.from, slow.noted);
+        let target = match slow.resume {
+            Resume::Behind => from.0,
+            Resume::At(at) => at,
+            Resume::Cold(step) => self.cold.get(step).copied().unwrap_or(from.0),
+        };
+        if noted != Noted::default() {
+            self.asm.to_jump(from);
+            self.asm.bind_here(from);
+            self.noted = noted;
+            self.store_noted();
+            from = self.asm.call();
+        }
+        self.to_glue(from, self.request.glue.replay);
+        self.slow[n].from = from;
+        self.slow[n].resume = Resume::At(target);
+    }
+
+    /// Whether a way out is but to another trace of the page.
+    fn is_plain(&self, exit: Exit) -> bool {
+        let other = super::trace::in_page(exit.target).is_some_and(|offset| offset != self.head);
+        other && !exit.poll && !self.noted_x87 && exit.noted == Noted::default()
     }
 
     /// Compiles one instruction; `true` if nothing comes after it.
@@ -329,15 +475,21 @@ impl Compiler {
             self.held = None;
         }
         // The end of the instruction, not of what leads away from it.
-        let here = self.asm.at();
+        let here = match self.copies {
+            Copies::Warm => Resume::Cold(n + 1),
+            _ => Resume::At(self.asm.at()),
+        };
         for slow in &mut self.slow[before..] {
-            slow.resume.get_or_insert(here);
+            if slow.resume == Resume::Behind {
+                slow.resume = here;
+            }
         }
         if !done && step.last && step.follow.is_none() {
             let target = i64::from(step.at) + step.instruction.len() as i64;
             self.go(Exit {
                 target,
                 poll: self.went_back,
+                noted: self.noted,
             });
             return true;
         }
@@ -347,22 +499,27 @@ impl Compiler {
     pub(super) fn one(&mut self, n: usize, step: &Step, ready: &Ready, bytes: &[u8]) -> bool {
         match ready {
             Ready::Branch(branch) => {
-                self.held = None;
+                if !matches!(branch, Branch::Conditional { .. } | Branch::Jump { .. }) {
+                    self.held = None;
+                }
                 return self.branch(n, step, *branch);
             }
             Ready::Interpret { to_end: true } => {
+                self.store_noted();
                 let call = self.call(Work::ToEnd, n, false);
                 self.interpret(call);
                 return true;
             }
             Ready::Interpret { to_end: false } => {
                 self.held = None;
+                self.store_noted();
                 let call = self.call(Work::Run, n, false);
                 self.interpret(call);
                 (self.sse, self.avx, self.x87) = (false, false, false);
             }
             Ready::Copy(copy) => {
                 let at = usize::from(step.at);
+                self.keep_operand(ready.changed());
                 self.copy(n, step, copy, &bytes[at..at + step.instruction.len()]);
             }
         }

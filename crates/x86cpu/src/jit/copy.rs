@@ -7,21 +7,35 @@ use iced_x86::{Instruction, OpKind};
 use super::access::{columns, entry};
 use super::asm::{Mem, Near, R11, RAX, RCX, RDX, Reg, Rm};
 use super::classify::{Align, Class, writes_count};
-use super::compile::{Compiler, Slow, Work};
+use super::compile::{Compiler, Work};
+use super::loops::held_in;
 use super::ready::{Copy, Strings};
-use super::registers::{Address, GUEST_RCX, GUEST_RSP, HOST, slot};
+use super::registers::{Address, GUEST_RCX, GUEST_RSP, HOST, Part, slot};
 use super::trace::Step;
 use crate::cpu::reg;
 use crate::mem::area::Frame;
 
-impl Compiler {
+impl Compiler<'_> {
+    /// Whether it is known that the registers of a class are where copied instructions find them, and
+    /// the field that says so.
+    pub(super) fn unit(&mut self, class: Class) -> Option<(&mut bool, usize)> {
+        match class {
+            Class::Sse => Some((&mut self.sse, offset_of!(Frame, sse_away))),
+            Class::Avx => Some((&mut self.avx, offset_of!(Frame, avx_away))),
+            Class::X87 | Class::Mmx => Some((&mut self.x87, offset_of!(Frame, x87_away))),
+            _ => None,
+        }
+    }
+
     /// Makes sure that the vector or x87 registers are where copied instructions find them.
     pub(super) fn ready(&mut self, n: usize, class: Class) {
-        let (known, field, work) = match class {
-            Class::Sse => (&mut self.sse, offset_of!(Frame, sse_away), Work::Sse),
-            Class::Avx => (&mut self.avx, offset_of!(Frame, avx_away), Work::Avx),
-            Class::X87 | Class::Mmx => (&mut self.x87, offset_of!(Frame, x87_away), Work::X87),
-            _ => return,
+        let work = match class {
+            Class::Sse => Work::Sse,
+            Class::Avx => Work::Avx,
+            _ => Work::X87,
+        };
+        let Some((known, field)) = self.unit(class) else {
+            return;
         };
         if std::mem::replace(known, true) {
             return;
@@ -29,7 +43,8 @@ impl Compiler {
         self.asm.load_byte(RCX, Mem::frame(field));
         let ready = self.asm.jrcxz();
         let call = self.call(work, n, false);
-        self.interpret(call);
+        let from = self.asm.call();
+        self.slow(from, call, Some(self.asm.at()));
         self.asm.here(ready);
         // Whoever comes back from there has nothing in it.
         self.held = None;
@@ -45,6 +60,7 @@ impl Compiler {
             Class::Divide { signed } => return self.divide(n, i, copy, signed),
             Class::Strings => {
                 self.held = None;
+                self.store_noted();
                 self.strings(n, i);
                 return;
             }
@@ -100,22 +116,71 @@ impl Compiler {
             .fold(0, |opcode, &b| opcode << 8 | u16::from(b))
             & 0x7ff;
         if let Some(address) = address {
-            let to = Mem::frame(offset_of!(Frame, x87_dp));
-            match address.plain() {
-                Some(plain) => {
-                    self.asm.lea(RCX, plain);
-                    self.asm.store(to, RCX);
-                }
-                None => {
-                    self.address(address, false);
-                    self.asm.store(to, R11);
-                }
+            self.noted.operand = Some(*address);
+            if !self.is_handy(address) {
+                self.store_operand();
             }
         }
-        let note = u32::from(opcode) << 16 | u32::from(step.at);
-        self.asm
-            .store_constant(Mem::frame(offset_of!(Frame, x87_note)), note as i32);
+        self.noted.note = Some(u32::from(opcode) << 16 | u32::from(step.at));
         self.noted_x87 = true;
+    }
+
+    /// Whether an address can be computed with RCX alone.
+    fn is_handy(&self, address: &Address) -> bool {
+        let parts = [address.base, address.index.map(|(index, _)| index)];
+        let in_frame = |part: &&Option<Part>| matches!(part, Some(Part::Frame(_)));
+        parts.iter().filter(in_frame).count() < 2
+    }
+
+    /// Before an instruction that changes registers of the last x87 operand's address.
+    pub(super) fn keep_operand(&mut self, changed: u16) {
+        let Some(address) = self.noted.operand else {
+            return;
+        };
+        let index = address.index.map(|(index, _)| index);
+        let changed = (0..16)
+            .filter(|guest| changed >> guest & 1 != 0)
+            .any(|guest| {
+                let part = held_in(guest);
+                part == address.base || part == index
+            });
+        if changed {
+            self.store_operand();
+        }
+    }
+
+    /// Stores the address of the last x87 operand, but for the segment.
+    fn store_operand(&mut self) {
+        let Some(address) = self.noted.operand.take() else {
+            return;
+        };
+        let to = Mem::frame(offset_of!(Frame, x87_dp));
+        if !self.is_handy(&address) {
+            self.address(&address, false);
+            self.asm.store(to, R11);
+            return;
+        }
+        let mut host = |part: Part| match part {
+            Part::Host(host) => host,
+            Part::Frame(slot) => {
+                self.asm.load(RCX, slot);
+                RCX
+            }
+        };
+        let base = address.base.map(&mut host);
+        let index = address.index.map(|(index, scale)| (host(index), scale));
+        let disp = address.disp;
+        self.asm.lea(RCX, Mem { base, index, disp });
+        self.asm.store(to, RCX);
+    }
+
+    /// Stores what is known of the last x87 instruction, for somebody may look.
+    pub(super) fn store_noted(&mut self) {
+        self.store_operand();
+        if let Some(note) = self.noted.note.take() {
+            self.asm
+                .store_constant(Mem::frame(offset_of!(Frame, x87_note)), note as i32);
+        }
     }
 
     /// Before the page is left: keeps which one the last x87 instruction was in.
@@ -235,11 +300,7 @@ impl Compiler {
         }
         asm.mov(GUEST_RCX, RCX);
         for from in slow {
-            self.slow.push(Slow {
-                from,
-                call,
-                resume: None,
-            });
+            self.slow(from, call, None);
         }
     }
 
@@ -301,11 +362,7 @@ impl Compiler {
 
     pub(super) fn slow_from(&mut self, from: Near, n: usize) {
         let call = self.call(Work::Divide, n, false);
-        self.slow.push(Slow {
-            from,
-            call,
-            resume: None,
-        });
+        self.slow(from, call, None);
     }
 
     pub(super) fn operation(&mut self, wide: bool, opcode: u8, reg: Reg, rm: Rm) {

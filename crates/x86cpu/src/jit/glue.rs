@@ -37,22 +37,35 @@ fn vector(n: u8) -> Mem {
     Mem::base(R11, at as i32)
 }
 
-/// VMOVDQU between a vector register and memory, or MOVUPS where there is no AVX.
-fn move_vector(asm: &mut Asm, avx: bool, n: u8, mem: Mem, store: bool) {
-    if avx {
+/// How much of a vector register is moved: by VMOVDQU, or by MOVUPS where there is no AVX.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Legacy,
+    /// The lower half; the upper one becomes zero.
+    Lower,
+    Whole,
+}
+
+fn move_vector(asm: &mut Asm, part: Part, n: u8, mem: Mem, store: bool) {
+    if part == Part::Legacy {
+        asm.byte(0x40 | (n >> 3) << 2 | mem.rex());
+        asm.put(&[0x0f, if store { 0x11 } else { 0x10 }]);
+    } else {
         let rex = (n >> 3) << 2 | mem.rex();
         asm.put(&[
             0xc4,
             (!rex & 7) << 5 | 1,
-            // vvvv none, L1, pp of F3.
-            0x7e,
+            // vvvv none, L, pp of F3.
+            0x7a | u8::from(part == Part::Whole) << 2,
             if store { 0x7f } else { 0x6f },
         ]);
-    } else {
-        asm.byte(0x40 | (n >> 3) << 2 | mem.rex());
-        asm.put(&[0x0f, if store { 0x11 } else { 0x10 }]);
     }
     asm.modrm(n, Rm::Mem(mem));
+}
+
+/// VZEROUPPER.
+fn clean(asm: &mut Asm) {
+    asm.put(&[0xc5, 0xf8, 0x77]);
 }
 
 fn vectors(asm: &mut Asm, avx: bool, store: bool) {
@@ -63,12 +76,30 @@ fn vectors(asm: &mut Asm, avx: bool, store: bool) {
     asm.here(away);
     let past = asm.jmp();
     asm.bind_here(live);
-    for n in 0..16 {
-        move_vector(asm, avx, n, vector(n), store);
-    }
-    if store && avx {
-        // VZEROUPPER: the code that comes next is of the legacy kind.
-        asm.put(&[0xc5, 0xf8, 0x77]);
+    let all = |asm: &mut Asm, part| {
+        for n in 0..16 {
+            move_vector(asm, part, n, vector(n), store);
+        }
+    };
+    if !avx {
+        all(asm, Part::Legacy);
+    } else if store {
+        all(asm, Part::Whole);
+        // The code that comes next is of the legacy kind.
+        clean(asm);
+    } else {
+        asm.load_byte(RCX, Mem::frame(offset_of!(Frame, uppers)));
+        let lower = asm.jrcxz();
+        let whole = asm.jmp();
+        asm.here(lower);
+        // The host has to know that there is nothing in the upper halves: legacy instructions wait
+        // for what they keep there, else.
+        all(asm, Part::Lower);
+        clean(asm);
+        let done = asm.jmp();
+        asm.bind_here(whole);
+        all(asm, Part::Whole);
+        asm.bind_here(done);
     }
     asm.bind_here(past);
 }

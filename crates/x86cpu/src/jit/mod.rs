@@ -20,6 +20,7 @@ mod copy;
 mod encoding;
 mod forms;
 mod glue;
+mod loops;
 mod perf;
 mod places;
 mod ready;
@@ -28,14 +29,15 @@ mod runtime;
 mod trace;
 mod windows;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
-use crate::code::{Block, BlockIndex, BlockRef, Indexer, OpIndex};
+use crate::code::{Block, BlockIndex, BlockRef, Indexer, Op};
 use crate::mem::PageState;
 use crate::simd::CodeBuffer;
 use crate::tuning::Tuning;
 
-use compile::{Compiled, Goal, Link, Scratch, Work};
+use compile::{Compiled, Goal, Link, Resume, Scratch, Work};
 use places::{Placed, Places};
 
 /// Times that a page's code may change before its blocks have to be hotter to be compiled again.
@@ -48,48 +50,38 @@ const MOST_HEAT: u16 = 8;
 struct Entry {
     /// Its first block, if [`Entry::generation`] is the cache's; else that is gone.
     head: BlockRef,
-    generation: u64,
-    /// Offset in the page.
-    offset: u16,
     /// Its page, as a key of [`Jit::pages`].
     page: usize,
+    generation: u32,
     /// Offsets in the buffer of its code for jumps from elsewhere, and from its page.
     indirect: u32,
     direct: u32,
-    /// Ways of other traces that jump here.
-    linked: Vec<u32>,
+    /// The last way of another trace that was linked to it; see [`Way::next`].
+    linked: u32,
+    /// Number of the first of its calls.
+    first_call: u32,
+    /// Offset in the page.
+    offset: u16,
     live: bool,
     /// It is one instruction across two pages.
     crosses: bool,
-    /// Number of the first of its calls.
-    first_call: u32,
-    /// How often accesses that were to share a look into the TLB turned out not to.
-    failed: u16,
 }
 
-/// A call of the interpreter, packed: there are many.
+const _: () = assert!(size_of::<Entry>() == 40);
+
+/// A call of the interpreter.
 #[derive(Clone, Copy)]
 struct Call {
-    /// Where the call ends, in the buffer.
-    end: u32,
     /// Where in the cache the instruction's ops are, and its block, as long as that is there.
-    op: OpIndex,
-    block: BlockIndex,
+    op: *const Op,
+    block: BlockRef,
     /// Offset of the instruction in the page.
     at: u16,
     /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
     back: u16,
-    /// Where the trace goes on, from the call's end on.
-    resume: i16,
     ops: u8,
     missed: bool,
     work: Work,
-}
-
-impl Placed for Call {
-    fn place(&self) -> u32 {
-        self.end
-    }
 }
 
 impl Call {
@@ -97,29 +89,78 @@ impl Call {
     const MIDST: u16 = u16::MAX;
 }
 
-const _: () = assert!(size_of::<Call>() == 24);
+/// The same as it is kept: there are many.
+struct PackedCall {
+    /// Where the call ends, in the buffer.
+    end: u32,
+    block: BlockIndex,
+    /// Its op, from the block on.
+    op: u16,
+    at: u16,
+    back: u16,
+    /// Where the trace goes on, from the call's end on.
+    resume: i16,
+    work: u16,
+    ops: u8,
+    missed: bool,
+}
+
+const _: () = assert!(size_of::<PackedCall>() == 20);
+
+impl PackedCall {
+    fn unpack(&self, index: Indexer) -> Call {
+        Call {
+            op: index.op_in(self.block, self.op),
+            block: index.block_at(self.block),
+            at: self.at,
+            back: self.back,
+            ops: self.ops,
+            missed: self.missed,
+            work: Work::unpack(self.work),
+        }
+    }
+}
+
+impl Placed for PackedCall {
+    fn place(&self) -> u32 {
+        self.end
+    }
+}
 
 /// A way out of a trace.
-#[derive(Clone, Copy)]
 struct Way {
     /// Where the call that leaves ends, in the buffer.
     end: u32,
-    /// Where the displacement of the jump ends that may be linked: that call itself, or one that leads
-    /// there; 0 for none.
-    link: u32,
-    /// Offset from the page's start, or [`Way::INDIRECT`].
-    goal: i32,
     trace: u32,
+    /// The next way that is linked to the same trace, or one of the constants.
+    next: u32,
+    /// What may be linked: a jump whose displacement ends so many bytes before; 0 is the call itself.
+    link: u16,
+    /// Offset from the page's start, or [`Way::INDIRECT`].
+    goal: i16,
 }
 
+const _: () = assert!(size_of::<Way>() == 16);
+
 impl Way {
-    const INDIRECT: i32 = i32::MIN;
+    const INDIRECT: i16 = -1;
+    /// It has no link.
+    const NO_LINK: u16 = u16::MAX;
+    /// It is the last that is linked to a trace, or isn't linked.
+    const LAST: u32 = u32::MAX;
+    const UNLINKED: u32 = u32::MAX - 1;
 }
 
 impl Placed for Way {
     fn place(&self) -> u32 {
         self.end
     }
+}
+
+/// Windows of a trace that weren't ones.
+struct Failures {
+    count: u16,
+    since: Instant,
 }
 
 /// The traces of a page.
@@ -137,7 +178,7 @@ pub(crate) struct Jit {
     /// Runs after which a block is compiled.
     threshold: u16,
     /// Counts how often all blocks were forgotten.
-    generation: u64,
+    generation: u32,
     /// There may be traces whose blocks are gone.
     orphans: bool,
     /// Number of the first call whose blocks are there.
@@ -148,7 +189,7 @@ pub(crate) struct Jit {
     /// Executable memory was refused.
     refused: bool,
     traces: Vec<Entry>,
-    calls: Places<Call>,
+    calls: Places<PackedCall>,
     ways: Places<Way>,
     pages: HashMap<usize, PageTraces>,
     /// [`crate::mem::code_changes`] that have been dealt with.
@@ -159,8 +200,10 @@ pub(crate) struct Jit {
     missed_jump: bool,
     /// What it takes to compile, but for the processor's features, when that has been done before.
     scratch: Option<Box<Scratch>>,
-    /// Pages and offsets of traces without windows.
-    plain: HashSet<(usize, usize)>,
+    /// By a trace's page and offset, the offsets of instructions that must not open a window.
+    plain: HashMap<(usize, usize), Vec<u16>>,
+    /// By trace.
+    failures: HashMap<u32, Failures>,
     /// A trace is gone that jump caches may have.
     drop_jumps: bool,
     perf: perf::Map,
@@ -199,7 +242,8 @@ impl Jit {
             pending: None,
             missed_jump: false,
             scratch: None,
-            plain: HashSet::new(),
+            plain: HashMap::new(),
+            failures: HashMap::new(),
             drop_jumps: false,
             perf: perf::Map::new(tuning.perf_map),
         }
@@ -213,7 +257,7 @@ impl Jit {
 
     /// The blocks of all traces are gone.
     pub(crate) fn lose_blocks(&mut self) {
-        self.generation += 1;
+        self.generation = self.generation.wrapping_add(1);
         self.orphans = !self.traces.is_empty();
         self.first_call = self.calls.len() as u32;
     }
@@ -264,10 +308,8 @@ impl Jit {
     }
 
     fn side_tables(&self) -> usize {
-        // A way may be noted with the trace that it is linked to.
         self.calls.used()
             + self.ways.used()
-            + self.ways.len() * size_of::<u32>()
             + self.traces.len() * (size_of::<Entry>() + size_of::<u32>())
     }
 
@@ -275,13 +317,14 @@ impl Jit {
     pub(crate) fn clear(&mut self) {
         self.clears += 1;
         self.orphans = false;
-        self.generation += 1;
+        self.generation = self.generation.wrapping_add(1);
         self.first_call = 0;
         self.traces.clear();
         self.calls.clear();
         self.ways.clear();
         self.pages.clear();
         self.plain.clear();
+        self.failures.clear();
         self.pending = None;
         self.missed_jump = false;
         if let Some(made) = &mut self.made {
@@ -340,49 +383,51 @@ impl Jit {
             let call = &compiled.calls[slow.call];
             let step = &trace.steps[call.step];
             let end = slow.from.0;
-            let resume = slow.resume.unwrap_or(end) as i64 - end as i64;
-            self.calls.push(Call {
+            let resume = match slow.resume {
+                Resume::At(at) => at as i64 - end as i64,
+                _ => 0,
+            };
+            self.calls.push(PackedCall {
                 end: offset + end as u32,
-                op: index.op(step.op),
                 block: index.block(step.block),
+                op: index.op(step.block, step.op),
                 at: step.at,
                 back: step.back,
                 // No trace is longer.
                 resume: resume as i16,
+                work: call.work.pack(),
                 ops: step.ops,
-                work: call.work,
                 missed: call.missed,
             });
         }
         for way in &compiled.ways {
-            let end = offset + way.end as u32;
             self.ways.push(Way {
-                end,
+                end: offset + way.end as u32,
+                trace: number,
+                next: Way::UNLINKED,
                 link: match way.link {
-                    Link::None => 0,
-                    Link::Call => end,
-                    Link::Jump(at) => offset + at as u32,
+                    Link::None => Way::NO_LINK,
+                    Link::Call => 0,
+                    Link::Jump(at) => (way.end - at) as u16,
                 },
                 goal: match way.goal {
-                    Goal::Direct(offset) => offset as i32,
+                    Goal::Direct(offset) => offset as i16,
                     Goal::Indirect => Way::INDIRECT,
                 },
-                trace: number,
             });
         }
         let key = std::ptr::from_ref(page) as usize;
         self.traces.push(Entry {
             head,
-            generation: self.generation,
-            offset: head_offset(head) as u16,
             page: key,
+            generation: self.generation,
             indirect: offset,
             direct: offset + compiled.direct as u32,
-            linked: Vec::new(),
+            linked: Way::LAST,
+            first_call,
+            offset: head_offset(head) as u16,
             live: true,
             crosses: trace.crosses,
-            first_call,
-            failed: 0,
         });
         let traces = self.pages.entry(key).or_default();
         traces.version = version;
@@ -392,23 +437,22 @@ impl Jit {
 
     /// Has a way of one trace go straight to another of the same page.
     fn link(&mut self, way: u32, to: u32) {
-        let Some(way_) = self.ways.get(way).copied() else {
+        let (Some(found), Some(made)) = (self.ways.get_mut(way), &mut self.made) else {
             return;
         };
-        let from = &self.traces[way_.trace as usize];
+        let from = &self.traces[found.trace as usize];
         let goal = &self.traces[to as usize];
-        let good = from.page == goal.page && from.live && goal.live && way_.link != 0;
-        let direct = goal.direct;
-        if let (true, Some(made)) = (good, &mut self.made) {
-            made.link(&way_, Some(direct));
-            self.traces[to as usize].linked.push(way);
+        let good = from.page == goal.page && from.live && goal.live;
+        if good && found.link != Way::NO_LINK && found.next == Way::UNLINKED {
+            made.link(found, Some(goal.direct));
+            found.next = std::mem::replace(&mut self.traces[to as usize].linked, way);
         }
     }
 
     /// The way out that compiled code was left by, and its number, from where that was called.
-    fn way_from(&self, address: u64) -> Option<(u32, Way)> {
+    fn way_from(&self, address: u64) -> Option<(u32, &Way)> {
         let number = self.ways.at(self.place(address)?)?;
-        Some((number, *self.ways.get(number)?))
+        Some((number, self.ways.get(number)?))
     }
 
     /// The number of the call of the interpreter from there.
@@ -435,24 +479,36 @@ impl Jit {
         call >= self.first_call
     }
 
-    /// Takes note that a window was not one. If that comes often, the trace is compiled again without.
+    /// Takes note that a window was not one. If that comes often, the trace is compiled again without
+    /// that window.
     fn window_failed(&mut self, call: u32) {
         let number = self.trace_of(call);
-        let Some(entry) = self.traces.get_mut(number as usize) else {
+        let (Some(entry), Some(call)) = (self.traces.get(number as usize), self.calls.get(call))
+        else {
             return;
         };
-        entry.failed += 1;
-        if entry.failed == FAILURES {
-            self.plain.insert((entry.page, usize::from(entry.offset)));
+        let failures = self.failures.entry(number).or_insert_with(|| Failures {
+            count: 0,
+            since: Instant::now(),
+        });
+        failures.count += 1;
+        if failures.count < FAILURES {
+            return;
+        }
+        let often = failures.since.elapsed() < OFTEN;
+        self.failures.remove(&number);
+        if often {
+            let key = (entry.page, usize::from(entry.offset));
+            self.plain.entry(key).or_default().push(call.at);
             self.drop_trace(number);
             self.drop_jumps = true;
         }
     }
 
-    /// Whether a trace that begins with this block must not have windows.
-    fn is_plain(&self, head: &Block) -> bool {
-        self.plain
-            .contains(&(std::ptr::from_ref(head.page()) as usize, head.offset()))
+    /// The instructions that must not open a window in a trace that begins with this block.
+    fn plain(&self, head: &Block) -> &[u16] {
+        let key = (std::ptr::from_ref(head.page()) as usize, head.offset());
+        self.plain.get(&key).map_or(&[], Vec::as_slice)
     }
 
     /// Takes a trace out: nothing leads there any more.
@@ -463,15 +519,14 @@ impl Jit {
         if !std::mem::replace(&mut entry.live, false) {
             return;
         }
-        let linked = std::mem::take(&mut entry.linked);
+        let mut linked = std::mem::replace(&mut entry.linked, Way::LAST);
         if entry.generation == self.generation {
             forget_code(entry.head);
         }
         if let Some(made) = &mut self.made {
-            for way in linked {
-                if let Some(way) = self.ways.get(way) {
-                    made.link(way, None);
-                }
+            while let Some(way) = self.ways.get_mut(linked) {
+                made.link(way, None);
+                linked = std::mem::replace(&mut way.next, Way::UNLINKED);
             }
         }
     }
@@ -500,8 +555,10 @@ impl Jit {
     }
 }
 
-/// Windows that aren't ones before a trace is compiled without.
-const FAILURES: u16 = 16;
+/// Windows that aren't ones, and the time in which they come, before a trace is compiled without: when
+/// what they cost is no more than a hundredth of that, the others are worth it.
+const FAILURES: u16 = 64;
+const OFTEN: Duration = Duration::from_millis(5);
 /// More than the code of any trace takes.
 const LARGEST: usize = 64 << 10;
 /// Bytes of a near call, or of a jump.
@@ -549,21 +606,19 @@ impl Made {
 
     /// Has a way lead to an offset, or out again.
     fn link(&mut self, way: &Way, to: Option<u32>) {
-        let own = way.link == way.end;
-        let to = to.unwrap_or(match own {
-            true => self.glue.leave as u32,
+        let end = way.end as usize;
+        let (own, jump) = (way.link == 0, end - usize::from(way.link));
+        let out = if own {
+            self.glue.leave
+        } else {
             // The call that leaves.
-            false => way.end - CALL as u32,
-        });
-        let distance = to.wrapping_sub(way.link).to_le_bytes();
-        let end = way.link as usize;
-        self.buffer.write(end - distance.len(), &distance);
+            end - CALL
+        };
+        let distance = to.map_or(out, |to| to as usize).wrapping_sub(jump) as u32;
+        let distance = distance.to_le_bytes();
+        self.buffer.write(jump - distance.len(), &distance);
         if own {
-            let opcode = if to == self.glue.leave as u32 {
-                0xe8
-            } else {
-                0xe9
-            };
+            let opcode = if to.is_some() { 0xe9 } else { 0xe8 };
             self.buffer.write(end - CALL, &[opcode]);
         }
     }

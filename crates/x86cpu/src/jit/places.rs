@@ -36,6 +36,10 @@ impl<T: Placed> Places<T> {
         self.all.get(number as usize)
     }
 
+    pub(super) fn get_mut(&mut self, number: u32) -> Option<&mut T> {
+        self.all.get_mut(number as usize)
+    }
+
     /// Adds what comes behind all others.
     pub(super) fn push(&mut self, thing: T) {
         let stretch = (thing.place() >> SHIFT) as usize;

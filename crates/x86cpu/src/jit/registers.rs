@@ -55,14 +55,14 @@ pub(super) fn slot(guest: u8) -> Mem {
 }
 
 /// Where a part of an address is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     Host(Reg),
     Frame(Mem),
 }
 
 /// A guest address in the making: `base + index << scale + disp`, in a segment.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Address {
     pub(super) segment: Option<Mem>,
     pub(super) base: Option<Part>,
@@ -83,11 +83,7 @@ pub(super) fn part(register: Register) -> Option<Part> {
 
 impl Address {
     pub(super) fn new(i: &Instruction) -> Option<Self> {
-        let segment = match i.memory_segment() {
-            Register::FS => Some(Mem::frame(offset_of!(Frame, fs_base))),
-            Register::GS => Some(Mem::frame(offset_of!(Frame, gs_base))),
-            _ => None,
-        };
+        let segment = Self::segment(i.memory_segment());
         let base = match i.memory_base() {
             Register::None => None,
             Register::EIP => return None,
@@ -109,6 +105,15 @@ impl Address {
             index,
             disp,
         })
+    }
+
+    /// Where the base of a segment is that has one.
+    pub(super) fn segment(segment: Register) -> Option<Mem> {
+        match segment {
+            Register::FS => Some(Mem::frame(offset_of!(Frame, fs_base))),
+            Register::GS => Some(Mem::frame(offset_of!(Frame, gs_base))),
+            _ => None,
+        }
     }
 
     /// A host register plus a constant.

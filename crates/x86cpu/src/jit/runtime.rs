@@ -10,7 +10,7 @@ use super::{Call, PATIENCE, Way};
 use crate::code::{BlockRef, Op};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
-use crate::fpu::{attention, blocked, prepare_x87};
+use crate::fpu::{Ymm, attention, blocked, prepare_x87};
 use crate::mem::area::{Area, Frame};
 use crate::mem::{PAGE_MASK, PAGE_SIZE, changed_pages, code_changes};
 use crate::shared::Doing;
@@ -172,7 +172,7 @@ impl Cpu {
             origin,
             glue,
             hardened: self.code.jit.tuning.hardened,
-            windows: !self.code.jit.is_plain(found),
+            plain: self.code.jit.plain(found),
         };
         let compiled = if whole {
             compile::compile(&trace, request, scratch)
@@ -287,7 +287,7 @@ impl Cpu {
                 match way.goal {
                     offset if offset != Way::INDIRECT => {
                         self.rip = page.wrapping_add(i64::from(offset) as u64);
-                        if way.link == 0 {
+                        if way.link == Way::NO_LINK {
                             Counters::add(&counters.exits_request, 1);
                         } else {
                             Counters::add(&counters.exits_unlinked, 1);
@@ -343,6 +343,10 @@ impl Cpu {
             frame.vectors_live = 0;
         }
         let live = frame.vectors_live != 0;
+        if live {
+            let uppers = self.fpu.ymm.iter().map(Ymm::high);
+            frame.uppers = u8::from(uppers.fold(0, |all, upper| all | upper) != 0);
+        }
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
@@ -390,10 +394,9 @@ impl Cpu {
         if !self.code.jit.has_blocks(frame.number) {
             return self.decode_again(call, frame);
         }
-        let found = self.code.indexer().block_at(call.block);
+        let (found, op) = (call.block, call.op);
         // SAFETY: the block of a trace that has its blocks still.
         let block = unsafe { found.get() };
-        let op = self.code.indexer().op_at(call.op);
         self.rip = frame.rip_page + block.offset() as u64;
         self.gpr[usize::from(reg::BLOCK_RIP)] = self.rip;
         match call.work {
@@ -544,11 +547,12 @@ extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
     cpu.shared.set_doing(Doing::Interpreting);
     let jit = &cpu.code.jit;
     let found = jit.call_from(frame.resume);
-    let found = found.and_then(|number| Some((number, *jit.calls.get(number)?)));
+    let found = found.and_then(|number| Some((number, jit.calls.get(number)?)));
     let out = match found {
         Some((number, call)) => {
             frame.number = number;
             frame.resume = frame.resume.wrapping_add_signed(i64::from(call.resume));
+            let call = call.unpack(cpu.code.indexer());
             cpu.serve(call, frame)
         }
         None => LEAVE,

@@ -16,6 +16,13 @@ use crate::mem::area::WINDOWS;
 /// page.
 const SPAN: i64 = 1024;
 
+/// What the address of a window may change by in a turn of a loop at most: it is to stay in a page
+/// for some of them.
+const STRIDE: u64 = 1024;
+
+/// Windows that are carried through a loop, at most.
+const CARRIED: usize = 8;
+
 /// Distances from an origin that are further are left alone: sums of two of these fit an instruction.
 const FAR: u64 = 1 << 30;
 
@@ -67,6 +74,44 @@ pub(super) struct Share {
     pub distance: i32,
     /// What has been added to the base register since the window's origin.
     pub added: i32,
+    /// The window's pointer has no part of the base register, which is another in each turn.
+    pub moves: bool,
+}
+
+/// Where the base of an address comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Base {
+    /// The code's page.
+    Page,
+    Register(u8),
+}
+
+/// A window that is looked up before a loop, and good for several turns of it: its address changes
+/// by a constant in each, or not at all.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Carried {
+    pub window: usize,
+    pub write: bool,
+    pub segment: Register,
+    pub base: Option<Base>,
+    /// Register, and log2 of its scale.
+    pub index: Option<(u8, u8)>,
+    /// The first byte and what is past the last one, relative to the address in the first turn.
+    pub low: i32,
+    pub high: i32,
+    /// What the address changes by in a turn.
+    pub stride: i32,
+    /// See [`Share::moves`].
+    pub moves: bool,
+    /// A distance from the address that must be aligned, and to what.
+    pub align: Option<(i32, i32)>,
+}
+
+/// What is known of a trace's accesses.
+pub(super) struct Found {
+    /// By step and access.
+    pub shares: Vec<[Option<Share>; 2]>,
+    pub carried: Vec<Carried>,
 }
 
 struct Window {
@@ -78,6 +123,10 @@ struct Window {
     /// Where it is opened, and at which distance.
     first: (usize, usize, i64),
     members: usize,
+    /// It is carried through a loop: by what the base and the address change in a turn.
+    strides: Option<(i64, i64)>,
+    /// A distance that must be aligned, and to what.
+    align: Option<(i64, i64)>,
 }
 
 /// Finds windows. For each step and access: its share, if it has one.
@@ -87,20 +136,28 @@ pub(super) struct Windows {
     open: Vec<usize>,
     windows: Vec<Window>,
     shares: Vec<[Option<(usize, i64, i64)>; 2]>,
+    /// What is in the registers at the end, of a trace that is a loop.
+    ends: Option<[Value; 16]>,
 }
 
 impl Windows {
-    pub(super) fn find(steps: &[Step], ready: &[Ready]) -> Vec<[Option<Share>; 2]> {
+    /// `plain` are offsets of instructions that must not open one. `again` says that the trace is a
+    /// loop of which nothing is the interpreter's.
+    pub(super) fn find(steps: &[Step], ready: &[Ready], plain: &[u16], again: bool) -> Found {
         let mut found = Self {
-            values: std::array::from_fn(|n| Value {
-                origin: n as u32,
-                added: 0,
-            }),
+            values: origins(),
             next: 16,
             open: Vec::new(),
             windows: Vec::new(),
             shares: vec![[None; 2]; steps.len()],
+            ends: None,
         };
+        if again {
+            for (step, ready) in steps.iter().zip(ready) {
+                found.follow(&step.instruction, ready.changed());
+            }
+            found.ends = Some(std::mem::replace(&mut found.values, origins()));
+        }
         for (n, (step, ready)) in steps.iter().zip(ready).enumerate() {
             for (which, wanted) in ready.accesses().into_iter().enumerate() {
                 if let Some(wanted) = wanted {
@@ -113,7 +170,29 @@ impl Windows {
                 found.follow(&step.instruction, ready.changed());
             }
         }
-        found.shared()
+        found.shared(|n| plain.contains(&steps[n].at))
+    }
+
+    /// What an origin changes by in a turn of the loop, if that is known.
+    fn stride(&self, origin: u32) -> Option<i64> {
+        if origin == RIP {
+            return Some(0);
+        }
+        let end = self.ends?.get(origin as usize).copied()?;
+        (end.origin == origin).then_some(end.added)
+    }
+
+    /// By what a base and a whole address change in a turn, if it is known and not by too much.
+    fn strides(&self, key: &Key) -> Option<(i64, i64)> {
+        self.ends?;
+        let base = key.base.map_or(Some(0), |origin| self.stride(origin))?;
+        let index = match key.index {
+            Some((origin, scale)) => self.stride(origin)?.checked_mul(i64::from(scale))?,
+            None => 0,
+        };
+        let whole = base.checked_add(index)?;
+        let near = base.unsigned_abs() <= FAR && whole.unsigned_abs() <= STRIDE;
+        near.then_some((base, whole))
     }
 
     fn value(&self, register: u8) -> Value {
@@ -185,13 +264,19 @@ impl Windows {
     }
 
     fn access(&mut self, n: usize, which: usize, i: &Instruction, wanted: Wanted) {
-        if wanted.aligned {
-            return;
-        }
         let Some((key, at, added)) = self.place(i, wanted.memory) else {
             return;
         };
         if at.unsigned_abs() > FAR || added.unsigned_abs() > FAR {
+            return;
+        }
+        if let Some(strides) = self.strides(&key)
+            && let Some(window) = self.carried(&key, at, strides, wanted)
+        {
+            self.shares[n][which] = Some((window, at, added));
+            return;
+        }
+        if wanted.aligned {
             return;
         }
         let end = at + wanted.size as i64;
@@ -202,28 +287,77 @@ impl Windows {
                 && end.max(window.high) - at.min(window.low) <= SPAN
         };
         let known = self.open.iter().copied().find(|&w| fits(&self.windows[w]));
-        let window = match known {
-            Some(window) => {
-                let window_ = &mut self.windows[window];
-                window_.low = window_.low.min(at);
-                window_.high = window_.high.max(end);
-                window_.members += 1;
-                window
-            }
+        let window = known.unwrap_or_else(|| {
+            self.windows.push(Window {
+                key,
+                write: wanted.write,
+                low: at,
+                high: end,
+                first: (n, which, at),
+                members: 0,
+                strides: None,
+                align: None,
+            });
+            self.open.push(self.windows.len() - 1);
+            self.windows.len() - 1
+        });
+        self.windows[window].take(at, end);
+        self.shares[n][which] = Some((window, at, added));
+    }
+
+    /// The window of an access that is carried through the loop.
+    fn carried(
+        &mut self,
+        key: &Key,
+        at: i64,
+        strides: (i64, i64),
+        wanted: Wanted,
+    ) -> Option<usize> {
+        let end = at + wanted.size as i64;
+        // As the instructions have it that need any.
+        let align = wanted
+            .aligned
+            .then_some(if wanted.size == 32 { 32 } else { 16 });
+        if align.is_some_and(|align| strides.1 % align != 0) {
+            return None;
+        }
+        let fits = |window: &Window| {
+            let aligned = match (window.align, align) {
+                (Some((place, to)), Some(align)) => to == align && (at - place) % align == 0,
+                _ => true,
+            };
+            window.strides.is_some()
+                && window.key == *key
+                && aligned
+                && end.max(window.high) - at.min(window.low) <= SPAN
+        };
+        let window = match self.windows.iter().position(fits) {
+            Some(window) => window,
             None => {
+                let count = self.windows.iter().filter(|w| w.strides.is_some()).count();
+                if count >= CARRIED {
+                    return None;
+                }
                 self.windows.push(Window {
-                    key,
-                    write: wanted.write,
+                    key: *key,
+                    write: false,
                     low: at,
                     high: end,
-                    first: (n, which, at),
-                    members: 1,
+                    first: (usize::MAX, 0, 0),
+                    members: 0,
+                    strides: Some(strides),
+                    align: None,
                 });
-                self.open.push(self.windows.len() - 1);
                 self.windows.len() - 1
             }
         };
-        self.shares[n][which] = Some((window, at, added));
+        let window_ = &mut self.windows[window];
+        window_.take(at, end);
+        window_.write |= wanted.write;
+        if let Some(align) = align {
+            window_.align.get_or_insert((at, align));
+        }
+        Some(window)
     }
 
     /// What an instruction does to the registers, of which it may change those of `changed`.
@@ -283,14 +417,17 @@ impl Windows {
         }
     }
 
-    /// Windows of one access are none, and only so many have room in the frame.
-    fn shared(self) -> Vec<[Option<Share>; 2]> {
+    /// Windows of one access are none, if they aren't carried, and only so many have room in the
+    /// frame.
+    fn shared(self, plain: impl Fn(usize) -> bool) -> Found {
         let mut slots = 0;
         let slots: Vec<Option<usize>> = self
             .windows
             .iter()
             .map(|window| {
-                let keep = window.members > 1 && slots < WINDOWS;
+                let wanted =
+                    window.strides.is_some() || window.members > 1 && !plain(window.first.0);
+                let keep = wanted && slots < WINDOWS;
                 slots += usize::from(keep);
                 keep.then(|| slots - 1)
             })
@@ -309,9 +446,11 @@ impl Windows {
                 }),
                 distance: at as i32,
                 added: added as i32,
+                moves: window.moves(),
             })
         };
-        self.shares
+        let shares = self
+            .shares
             .iter()
             .enumerate()
             .map(|(n, accesses)| {
@@ -319,6 +458,55 @@ impl Windows {
                     accesses[which].and_then(|found| share(n, which, found))
                 })
             })
-            .collect()
+            .collect();
+        let carried = self.windows.iter().zip(&slots);
+        let carried = carried.filter_map(|(window, slot)| window.carried((*slot)?));
+        Found {
+            shares,
+            carried: carried.collect(),
+        }
     }
+}
+
+impl Window {
+    /// Takes an access in.
+    fn take(&mut self, at: i64, end: i64) {
+        self.low = self.low.min(at);
+        self.high = self.high.max(end);
+        self.members += 1;
+    }
+
+    fn moves(&self) -> bool {
+        self.strides.is_some_and(|(base, _)| base != 0)
+    }
+
+    fn carried(&self, window: usize) -> Option<Carried> {
+        let (_, stride) = self.strides?;
+        let base = self.key.base.map(|origin| match origin {
+            RIP => Base::Page,
+            // What is carried comes from a register as it was at first.
+            register => Base::Register(register as u8),
+        });
+        let index = self.key.index;
+        Some(Carried {
+            window,
+            write: self.write,
+            segment: self.key.segment,
+            base,
+            index: index.map(|(origin, scale)| (origin as u8, scale.trailing_zeros() as u8)),
+            low: self.low as i32,
+            high: self.high as i32,
+            stride: stride as i32,
+            moves: self.moves(),
+            align: self.align.map(|(at, to)| (at as i32, to as i32)),
+        })
+    }
+}
+
+/// What is in the registers when a trace begins.
+fn origins() -> [Value; 16] {
+    std::array::from_fn(|n| Value {
+        origin: n as u32,
+        added: 0,
+    })
 }

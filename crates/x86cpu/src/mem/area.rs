@@ -54,8 +54,12 @@ pub(crate) struct Frame {
     pub vectors_live: u8,
     /// Not zero if RFLAGS.DF is set.
     pub backwards: u8,
-    _pad: [u8; 3],
-    /// See [`WINDOWS`]. What is up to here has the shortest displacements.
+    /// Not zero if the upper half of some YMM register is not.
+    pub uppers: u8,
+    _pad: [u8; 2],
+    /// How often a loop may go on with the pointers that it has.
+    pub loop_count: u64,
+    /// See [`WINDOWS`]. What is up to the first of them has the shortest displacements.
     pub windows: [u64; WINDOWS],
     /// The processor.
     pub cpu: u64,
@@ -83,6 +87,8 @@ pub(crate) struct Frame {
     pub x87_dp: u64,
     /// Address of the function that replays.
     pub helper: u64,
+    /// The guest's flags while a loop looks its pointers up.
+    pub loop_flags: u64,
 }
 
 /// See the module's text.
