@@ -13,7 +13,7 @@ use super::loops::{self, Copies};
 use super::ready::{Branch, Ready};
 use super::registers::Address;
 use super::trace::{Step, Trace};
-use super::windows::{Share, Windows};
+use super::windows::{self, Share, Windows};
 use crate::cpuid::Features;
 use crate::mem::PAGE_SIZE;
 use crate::mem::area::Frame;
@@ -33,8 +33,11 @@ pub(super) enum Work {
     },
     /// Run it and leave: it is a branch.
     Branch,
-    /// The same; the jump cache is to have where it goes.
+    /// Go on if there is code for the address in R11. Else the same; the jump cache is to have where it
+    /// goes.
     Jump,
+    /// Go on if there is code for the address in R11, or else leave for there.
+    Goto,
     /// Run it and all others up to its block's end, and leave.
     ToEnd,
     /// Run the one instruction of a block that goes on in the next page, and say in
@@ -59,7 +62,8 @@ impl Work {
             Self::Sse => 6,
             Self::Avx => 7,
             Self::X87 => 8,
-            Self::Window { bytes, write } => bytes << 5 | u16::from(write) << 4 | 9,
+            Self::Goto => 9,
+            Self::Window { bytes, write } => bytes << 5 | u16::from(write) << 4 | 10,
         }
     }
 
@@ -74,6 +78,7 @@ impl Work {
             6 => Self::Sse,
             7 => Self::Avx,
             8 => Self::X87,
+            9 => Self::Goto,
             _ => Self::Window {
                 bytes: packed >> 5,
                 write: packed & 16 != 0,
@@ -91,19 +96,10 @@ pub(super) struct Call {
     pub missed: bool,
 }
 
-/// Where a trace is left.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Goal {
-    /// For an offset from the page's start.
-    Direct(i64),
-    /// For where [`Frame::target`] says.
-    Indirect,
-}
-
 /// What of a way out may be linked to another trace.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Link {
-    /// Nothing.
+    /// Nothing: something is requested.
     None,
     /// The call that leaves: it becomes a jump.
     Call,
@@ -116,7 +112,8 @@ pub(super) enum Link {
 pub(super) struct Way {
     /// Where the call that leaves ends.
     pub end: usize,
-    pub goal: Goal,
+    /// Offset from the page's start.
+    pub goal: i64,
     pub link: Link,
 }
 
@@ -144,6 +141,7 @@ pub(super) struct Scratch {
     slow: Vec<Slow>,
     ways: Vec<Way>,
     leaving: Vec<(Near, Exit)>,
+    windows: windows::Kept,
 }
 
 impl Scratch {
@@ -158,6 +156,7 @@ impl Scratch {
             slow: Vec::new(),
             ways: Vec::new(),
             leaving: Vec::new(),
+            windows: windows::Kept::default(),
         }
     }
 
@@ -283,7 +282,13 @@ pub(super) fn compile(
     ready.extend((trace.steps.iter()).map(|step| Ready::new(step, bytes, forms)));
     // Pointers that are carried on are used where the processor may only guess that they are good.
     let again = !request.hardened && loops::goes_round(&trace.steps, &ready);
-    let found = Windows::find(&trace.steps, &ready, request.plain, again);
+    let found = Windows::find(
+        &trace.steps,
+        &ready,
+        request.plain,
+        again,
+        &mut scratch.windows,
+    );
     c.shares = found.shares;
     if found.carried.is_empty() {
         c.entry();
@@ -326,6 +331,7 @@ impl<'a> Compiler<'a> {
     fn done(mut self, scratch: &mut Scratch) -> Compiled {
         self.finish();
         scratch.leaving = self.leaving;
+        scratch.windows.shares = self.shares;
         Compiled {
             asm: self.asm,
             direct: self.direct,
@@ -365,20 +371,20 @@ impl<'a> Compiler<'a> {
         self.asm.load(RCX, Mem::frame(offset_of!(Frame, requests)));
         self.asm.load32(RCX, Mem::base(RCX, 0));
         let quiet = self.asm.jrcxz();
-        self.leave(Goal::Direct(target), Link::None);
+        self.leave(target, Link::None);
         self.asm.here(quiet);
     }
 
-    /// Leaves. Direct ways without a link are those on which something is requested.
-    pub(super) fn leave(&mut self, goal: Goal, link: Link) {
+    /// Leaves for an offset from the page's start.
+    pub(super) fn leave(&mut self, goal: i64, link: Link) {
         let end = self.asm.call();
-        self.to_glue(end, self.request.glue.leave);
+        self.bind_glue(end, self.request.glue.leave);
         let end = end.0;
         self.ways.push(Way { end, goal, link });
     }
 
     /// Has a call go to a place in the glue.
-    fn to_glue(&mut self, from: Near, place: usize) {
+    fn bind_glue(&mut self, from: Near, place: usize) {
         self.asm.bind(from, place.wrapping_sub(self.request.origin));
     }
 
@@ -408,23 +414,18 @@ impl<'a> Compiler<'a> {
         });
     }
 
-    /// What is behind the trace: ways out.
+    /// What is behind the trace: ways out, and what is to be stored before calls.
     pub(super) fn finish(&mut self) {
         self.copies = match self.copies {
             Copies::Once => Copies::Once,
             Copies::Warm | Copies::Cold => Copies::Cold,
         };
-        for n in 0..self.slow.len() {
-            self.finish_slow(n);
-        }
-        // The accesses of one instruction may be noted after what it calls besides.
-        self.slow.sort_unstable_by_key(|slow| slow.from.0);
         let mut leaving = take(&mut self.leaving);
         let mut made: Vec<(Exit, usize)> = Vec::new();
         for (from, exit) in leaving.drain(..) {
             if self.is_plain(exit) {
                 self.asm.bind_here(from);
-                self.leave(Goal::Direct(exit.target), Link::Jump(from.0));
+                self.leave(exit.target, Link::Jump(from.0));
                 continue;
             }
             match made.iter().find(|(other, _)| *other == exit) {
@@ -437,6 +438,12 @@ impl<'a> Compiler<'a> {
             }
         }
         self.leaving = leaving;
+        // After the ways out, which may have calls.
+        for n in 0..self.slow.len() {
+            self.finish_slow(n);
+        }
+        // The accesses of one instruction may be noted after what it calls besides.
+        self.slow.sort_unstable_by_key(|slow| slow.from.0);
     }
 
     /// Says where a slow path goes, and comes back to; out of line if there is something to store.
@@ -455,7 +462,11 @@ impl<'a> Compiler<'a> {
             self.store_noted();
             from = self.asm.call();
         }
-        self.to_glue(from, self.request.glue.replay);
+        let to = match self.calls[self.slow[n].call].work {
+            Work::Jump | Work::Goto => self.request.glue.find,
+            _ => self.request.glue.replay,
+        };
+        self.bind_glue(from, to);
         self.slow[n].from = from;
         self.slow[n].resume = Resume::At(target);
     }

@@ -30,6 +30,7 @@ mod trace;
 mod windows;
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
 
 use crate::code::{Block, BlockIndex, BlockRef, Indexer, Op};
@@ -37,14 +38,15 @@ use crate::mem::PageState;
 use crate::simd::CodeBuffer;
 use crate::tuning::Tuning;
 
-use compile::{Compiled, Goal, Link, Resume, Scratch, Work};
+use compile::{Compiled, Link, Resume, Scratch, Work};
 use places::{Placed, Places};
 
 /// Times that a page's code may change before its blocks have to be hotter to be compiled again.
 const PATIENCE: u32 = 4;
 
-/// How much hotter than at first it must be, at most, where there isn't room for all that is hot.
-const MOST_HEAT: u16 = 8;
+/// Eighths of [`Tuning::code_bytes`] that compiled code may take, and its tables.
+const CODE: usize = 4;
+const TABLES: usize = 2;
 
 /// A trace that is compiled.
 struct Entry {
@@ -136,14 +138,13 @@ struct Way {
     next: u32,
     /// What may be linked: a jump whose displacement ends so many bytes before; 0 is the call itself.
     link: u16,
-    /// Offset from the page's start, or [`Way::INDIRECT`].
+    /// Offset from the page's start.
     goal: i16,
 }
 
 const _: () = assert!(size_of::<Way>() == 16);
 
 impl Way {
-    const INDIRECT: i16 = -1;
     /// It has no link.
     const NO_LINK: u16 = u16::MAX;
     /// It is the last that is linked to a trace, or isn't linked.
@@ -157,10 +158,20 @@ impl Placed for Way {
     }
 }
 
-/// Windows of a trace that weren't ones.
+/// A window that wasn't one, how often, and since when.
+#[derive(Clone, Copy)]
 struct Failures {
+    call: u32,
     count: u16,
-    since: Instant,
+    since: Option<Instant>,
+}
+
+impl Failures {
+    const NONE: Self = Self {
+        call: 0,
+        count: 0,
+        since: None,
+    };
 }
 
 /// The traces of a page.
@@ -191,7 +202,7 @@ pub(crate) struct Jit {
     traces: Vec<Entry>,
     calls: Places<PackedCall>,
     ways: Places<Way>,
-    pages: HashMap<usize, PageTraces>,
+    pages: ByAddress<usize, PageTraces>,
     /// [`crate::mem::code_changes`] that have been dealt with.
     seen: u64,
     /// The way by which compiled code was left last, to be linked.
@@ -201,17 +212,40 @@ pub(crate) struct Jit {
     /// What it takes to compile, but for the processor's features, when that has been done before.
     scratch: Option<Box<Scratch>>,
     /// By a trace's page and offset, the offsets of instructions that must not open a window.
-    plain: HashMap<(usize, usize), Vec<u16>>,
-    /// By trace.
-    failures: HashMap<u32, Failures>,
-    /// A trace is gone that jump caches may have.
-    drop_jumps: bool,
+    plain: ByAddress<(usize, usize), Vec<u16>>,
+    failures: [Failures; COUNTED],
+    /// Decoded blocks have to go before anything else is compiled.
+    pub(crate) wants_room: bool,
     perf: perf::Map,
 }
 
 // SAFETY: the pointers in it are into the code cache of the same processor, which it moves with.
 #[expect(unsafe_code, reason = "holds pointers to blocks")]
 unsafe impl Send for Jit {}
+
+/// A table by addresses of this process, which no guest chooses.
+type ByAddress<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// Spreads the bits of addresses.
+#[derive(Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_usize(usize::from(byte));
+        }
+    }
+
+    fn write_usize(&mut self, part: usize) {
+        let mixed = (self.0 ^ part as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ mixed >> 32;
+    }
+}
 
 /// What needs executable memory.
 struct Made {
@@ -237,14 +271,14 @@ impl Jit {
             traces: Vec::new(),
             calls: Places::new(),
             ways: Places::new(),
-            pages: HashMap::new(),
+            pages: ByAddress::default(),
             seen: 0,
             pending: None,
             missed_jump: false,
             scratch: None,
-            plain: HashMap::new(),
-            failures: HashMap::new(),
-            drop_jumps: false,
+            plain: ByAddress::default(),
+            failures: [Failures::NONE; COUNTED],
+            wants_room: false,
             perf: perf::Map::new(tuning.perf_map),
         }
     }
@@ -296,15 +330,38 @@ impl Jit {
         self.threshold
     }
 
-    /// All was dropped for want of room: from now on it takes more to be compiled, up to a point.
-    fn flushed(&mut self) {
-        self.threshold = (self.threshold * 2).min(self.tuning.threshold.saturating_mul(MOST_HEAT));
+    /// Sets how hot a block must be: the less room is left, the hotter, so that what is hottest need not
+    /// go for what is lukewarm. Who wants everything compiled gets that.
+    fn set_threshold(&mut self) {
+        let eighth = self.tuning.code_bytes / 8;
+        let sixteenths = (self.code_used() * 16 / (eighth * CODE))
+            .max(self.side_tables() * 16 / (eighth * TABLES));
+        let factor = match sixteenths {
+            _ if self.tuning.threshold == 1 => 1,
+            ..9 => 1,
+            9..12 => 2,
+            12..14 => 4,
+            14 => 16,
+            _ => 64,
+        };
+        self.threshold = self
+            .tuning
+            .threshold
+            .saturating_mul(factor)
+            .min(u16::MAX - 1);
+    }
+
+    /// More than the code of any trace takes.
+    pub(crate) const LARGEST: usize = 64 << 10;
+
+    /// Bytes of code.
+    pub(crate) fn code_used(&self) -> usize {
+        self.made.as_ref().map_or(0, |made| made.buffer.used())
     }
 
     /// Bytes of code and of what goes with it.
     pub(crate) fn used(&self) -> usize {
-        let code = self.made.as_ref().map_or(0, |made| made.buffer.used());
-        code + self.side_tables()
+        self.code_used() + self.side_tables()
     }
 
     fn side_tables(&self) -> usize {
@@ -324,12 +381,13 @@ impl Jit {
         self.ways.clear();
         self.pages.clear();
         self.plain.clear();
-        self.failures.clear();
+        self.failures = [Failures::NONE; COUNTED];
         self.pending = None;
         self.missed_jump = false;
         if let Some(made) = &mut self.made {
             made.buffer.reset_to(made.glue_len);
         }
+        self.set_threshold();
     }
 
     /// The same, and gives their memory back.
@@ -340,12 +398,12 @@ impl Jit {
         self.traces = Vec::new();
         self.calls = Places::new();
         self.ways = Places::new();
-        self.pages = HashMap::new();
+        self.pages = ByAddress::default();
     }
 
     fn made(&mut self) -> Option<&mut Made> {
         if self.made.is_none() && !self.refused {
-            match Made::new(self.tuning.code_bytes / 8 * 5) {
+            match Made::new(self.tuning.code_bytes / 8 * CODE) {
                 Some(made) => self.made = Some(made),
                 None => self.refused = true,
             }
@@ -353,13 +411,20 @@ impl Jit {
         self.made.as_mut()
     }
 
+    /// Whether compiled code was left, by a call from this address, for a trace that is gone.
+    fn is_gone(&self, from: u64) -> bool {
+        self.made
+            .as_ref()
+            .is_some_and(|made| from == made.base + (made.glue.gone + CALL) as u64)
+    }
+
     /// Whether another trace may be added.
     fn has_room(&self) -> bool {
         let code = self
             .made
             .as_ref()
-            .is_none_or(|made| made.buffer.has_room(LARGEST));
-        code && self.side_tables() < self.tuning.code_bytes / 8
+            .is_none_or(|made| made.buffer.has_room(Self::LARGEST));
+        code && self.side_tables() < self.tuning.code_bytes / 8 * TABLES
     }
 
     /// Puts compiled code in its place. `None` if there is no room for it.
@@ -410,10 +475,7 @@ impl Jit {
                     Link::Call => 0,
                     Link::Jump(at) => (way.end - at) as u16,
                 },
-                goal: match way.goal {
-                    Goal::Direct(offset) => offset as i16,
-                    Goal::Indirect => Way::INDIRECT,
-                },
+                goal: way.goal as i16,
             });
         }
         let key = std::ptr::from_ref(page) as usize;
@@ -432,6 +494,7 @@ impl Jit {
         let traces = self.pages.entry(key).or_default();
         traces.version = version;
         traces.traces.push(number);
+        self.set_threshold();
         Some(number)
     }
 
@@ -482,27 +545,31 @@ impl Jit {
     /// Takes note that a window was not one. If that comes often, the trace is compiled again without
     /// that window.
     fn window_failed(&mut self, call: u32) {
-        let number = self.trace_of(call);
-        let (Some(entry), Some(call)) = (self.traces.get(number as usize), self.calls.get(call))
-        else {
-            return;
-        };
-        let failures = self.failures.entry(number).or_insert_with(|| Failures {
-            count: 0,
-            since: Instant::now(),
-        });
+        let failures = &mut self.failures[call as usize % COUNTED];
+        if failures.call != call || failures.count == 0 {
+            *failures = Failures {
+                call,
+                count: 0,
+                since: Some(Instant::now()),
+            };
+        }
         failures.count += 1;
         if failures.count < FAILURES {
             return;
         }
-        let often = failures.since.elapsed() < OFTEN;
-        self.failures.remove(&number);
-        if often {
-            let key = (entry.page, usize::from(entry.offset));
-            self.plain.entry(key).or_default().push(call.at);
-            self.drop_trace(number);
-            self.drop_jumps = true;
-        }
+        failures.count = 0;
+        let often = failures.since.is_some_and(|since| since.elapsed() < OFTEN);
+        let number = self.trace_of(call);
+        let (true, Some(entry), Some(call)) = (
+            often,
+            self.traces.get(number as usize),
+            self.calls.get(call),
+        ) else {
+            return;
+        };
+        let key = (entry.page, usize::from(entry.offset));
+        self.plain.entry(key).or_default().push(call.at);
+        self.drop_trace(number);
     }
 
     /// The instructions that must not open a window in a trace that begins with this block.
@@ -511,7 +578,7 @@ impl Jit {
         self.plain.get(&key).map_or(&[], Vec::as_slice)
     }
 
-    /// Takes a trace out: nothing leads there any more.
+    /// Takes a trace out. Jump caches may lead there still, and find that it is gone.
     fn drop_trace(&mut self, number: u32) {
         let Some(entry) = self.traces.get_mut(number as usize) else {
             return;
@@ -528,6 +595,7 @@ impl Jit {
                 made.link(way, None);
                 linked = std::mem::replace(&mut way.next, Way::UNLINKED);
             }
+            made.bury(entry.indirect);
         }
     }
 
@@ -559,8 +627,8 @@ impl Jit {
 /// what they cost is no more than a hundredth of that, the others are worth it.
 const FAILURES: u16 = 64;
 const OFTEN: Duration = Duration::from_millis(5);
-/// More than the code of any trace takes.
-const LARGEST: usize = 64 << 10;
+/// Windows whose failures are counted at a time.
+const COUNTED: usize = 64;
 /// Bytes of a near call, or of a jump.
 const CALL: usize = 5;
 
@@ -621,5 +689,13 @@ impl Made {
             let opcode = if to.is_some() { 0xe9 } else { 0xe8 };
             self.buffer.write(end - CALL, &[opcode]);
         }
+    }
+
+    /// Has whoever jumps to an offset leave compiled code instead.
+    fn bury(&mut self, at: u32) {
+        let distance = self.glue.gone as i32 - (at as i32 + CALL as i32);
+        let [a, b, c, d] = distance.to_le_bytes();
+        // JMP.
+        self.buffer.write(at as usize, &[0xe9, a, b, c, d]);
     }
 }

@@ -12,7 +12,7 @@ use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
 use crate::fpu::{Ymm, attention, blocked, prepare_x87};
 use crate::mem::area::{Area, Frame};
-use crate::mem::{PAGE_MASK, PAGE_SIZE, changed_pages, code_changes};
+use crate::mem::{PAGE_MASK, PAGE_SIZE, Target, changed_pages, code_changes};
 use crate::shared::Doing;
 use crate::trap::{Trap, TrapKind};
 use crate::tuning::Counters;
@@ -63,7 +63,6 @@ impl Cpu {
         }
         if dropped > 0 {
             jit.pending = None;
-            self.mmu.drop_jumps();
             Counters::add(&self.shared.counters.invalidated_traces, dropped as u64);
         }
     }
@@ -92,6 +91,10 @@ impl Cpu {
         let single = !found.linkable && found.count == 1 && found.is_whole();
         if !self.sys.mode.is64() || found.is_one() || single {
             found.set_heat(u16::MAX);
+            return 0;
+        }
+        if self.code.has_too_many_blocks() {
+            self.code.jit.wants_room = true;
             return 0;
         }
         let page = found.page();
@@ -189,7 +192,6 @@ impl Cpu {
         let key = std::ptr::from_ref(page.state) as usize;
         if self.code.jit.has_others(key, version) {
             self.code.jit.drop_changed(key);
-            self.mmu.drop_jumps();
         }
         let counters = &self.shared.counters;
         Counters::add(&counters.compiled_traces, 1);
@@ -209,7 +211,6 @@ impl Cpu {
             self.code.jit.drop_trace(n as u32);
         }
         self.code.jit.clear();
-        self.code.jit.flushed();
         self.mmu.drop_jumps();
         Counters::add(&self.shared.counters.flushes, 1);
     }
@@ -220,14 +221,50 @@ impl Cpu {
         if let Some(way) = jit.pending.take() {
             jit.link(way, number);
         }
-        if std::mem::take(&mut jit.missed_jump)
-            && let Some(made) = &jit.made
-        {
-            let entry = made.base + u64::from(jit.traces[number as usize].indirect);
-            let linear = self.rip;
+        if std::mem::take(&mut jit.missed_jump) {
+            self.enter_jump(self.rip, number);
+        }
+    }
+
+    /// Has jumps to a linear address go to a trace.
+    fn enter_jump(&mut self, linear: u64, number: u32) {
+        let jit = &self.code.jit;
+        if let (Some(made), Some(trace)) = (&jit.made, jit.traces.get(number as usize)) {
+            let entry = Target {
+                base: made.base,
+                offset: trace.indirect,
+            };
             self.code.note_page(linear);
             self.mmu.enter_jump(linear, entry);
         }
+    }
+
+    /// Has jumps go to the trace for a linear address, if there is one, with as little ado as can be:
+    /// this is what a new address space asks for again and again.
+    fn find_trace(&mut self, linear: u64) -> bool {
+        if code_changes() != self.code.jit.seen || !self.mmu.is_fast() {
+            return false;
+        }
+        let address = self.trap.address;
+        let Ok((gpa, _)) = self.fetch_from(linear) else {
+            self.trap.kind = TrapKind::None;
+            self.trap.address = address;
+            return false;
+        };
+        let Some(block) = self.code.find(self.block_key(gpa, 0)) else {
+            return false;
+        };
+        // SAFETY: a block of the cache as it is.
+        let block = unsafe { block.get() };
+        let Some(number) = block.code().checked_sub(1) else {
+            return false;
+        };
+        if !block.is_current() {
+            return false;
+        }
+        Counters::add(&self.shared.counters.jumps_found, 1);
+        self.enter_jump(linear, number);
+        true
     }
 
     /// Runs compiled code from the trace of this number plus one, until it is left.
@@ -248,6 +285,7 @@ impl Cpu {
         frame.cpu = cpu as u64;
         frame.requests = requests as u64;
         frame.rip_page = rip_page;
+        frame.code_base = made.base;
         frame.helper = replay as *const () as u64;
         frame.flags = from_bits(self.flags.bits());
         frame.vectors_live = 0;
@@ -270,9 +308,6 @@ impl Cpu {
         self.take_x87_note(frame);
         let (from, page, target) = (frame.resume, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
-        if std::mem::take(&mut self.code.jit.drop_jumps) {
-            self.mmu.drop_jumps();
-        }
         self.left(out, from, page, target)
     }
 
@@ -280,25 +315,22 @@ impl Cpu {
     fn left(&mut self, out: u64, from: u64, page: u64, target: u64) -> Result<(), Trap> {
         let counters = &self.shared.counters;
         match out {
+            BACK if self.code.jit.is_gone(from) => {
+                Counters::add(&counters.exits_indirect, 1);
+                self.rip = target;
+                self.code.jit.missed_jump = true;
+                Ok(())
+            }
             BACK => {
                 let Some((number, way)) = self.code.jit.way_from(from) else {
                     return Ok(());
                 };
-                match way.goal {
-                    offset if offset != Way::INDIRECT => {
-                        self.rip = page.wrapping_add(i64::from(offset) as u64);
-                        if way.link == Way::NO_LINK {
-                            Counters::add(&counters.exits_request, 1);
-                        } else {
-                            Counters::add(&counters.exits_unlinked, 1);
-                            self.code.jit.pending = Some(number);
-                        }
-                    }
-                    _ => {
-                        Counters::add(&counters.exits_indirect, 1);
-                        self.rip = target;
-                        self.code.jit.missed_jump = true;
-                    }
+                self.rip = page.wrapping_add(way.goal as u64);
+                if way.link == Way::NO_LINK {
+                    Counters::add(&counters.exits_request, 1);
+                } else {
+                    Counters::add(&counters.exits_unlinked, 1);
+                    self.code.jit.pending = Some(number);
                 }
                 Ok(())
             }
@@ -347,6 +379,7 @@ impl Cpu {
             let uppers = self.fpu.ymm.iter().map(Ymm::high);
             frame.uppers = u8::from(uppers.fold(0, |all, upper| all | upper) != 0);
         }
+        (frame.jumps, frame.jump_keys) = self.mmu.jumps();
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
@@ -391,6 +424,12 @@ impl Cpu {
             self.refresh(frame);
             return BACK;
         }
+        if call.work == Work::Goto {
+            Counters::add(&self.shared.counters.exits_indirect, 1);
+            self.code.jit.missed_jump = true;
+            self.rip = frame.missed;
+            return LEAVE;
+        }
         if !self.code.jit.has_blocks(frame.number) {
             return self.decode_again(call, frame);
         }
@@ -422,6 +461,7 @@ impl Cpu {
             Work::Window { bytes, write } => {
                 self.take_window(frame.number, frame.missed, bytes, write)
             }
+            Work::Jump | Work::Goto => self.find_trace(frame.missed),
             _ => false,
         }
     }

@@ -6,6 +6,8 @@
 //! what has been added to it since. The first access of such a window looks for the whole of it; the
 //! others have their pointer.
 
+use std::mem::take;
+
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::ready::Ready;
@@ -127,6 +129,36 @@ struct Window {
     strides: Option<(i64, i64)>,
     /// A distance that must be aligned, and to what.
     align: Option<(i64, i64)>,
+    /// Where in the frame its pointer is, if it is one that is kept.
+    slot: Option<usize>,
+}
+
+/// An access in a window: its distance from the origin, and what of that is the base register's.
+#[derive(Clone, Copy)]
+struct Place {
+    window: u32,
+    at: i32,
+    added: i32,
+}
+
+impl Place {
+    fn new(window: usize, at: i64, added: i64) -> Self {
+        Self {
+            window: window as u32,
+            // Neither is far.
+            at: at as i32,
+            added: added as i32,
+        }
+    }
+}
+
+/// Memory that is kept from one trace to the next.
+#[derive(Default)]
+pub(super) struct Kept {
+    open: Vec<usize>,
+    windows: Vec<Window>,
+    places: Vec<[Option<Place>; 2]>,
+    pub shares: Vec<[Option<Share>; 2]>,
 }
 
 /// Finds windows. For each step and access: its share, if it has one.
@@ -135,7 +167,7 @@ pub(super) struct Windows {
     next: u32,
     open: Vec<usize>,
     windows: Vec<Window>,
-    shares: Vec<[Option<(usize, i64, i64)>; 2]>,
+    places: Vec<[Option<Place>; 2]>,
     /// What is in the registers at the end, of a trace that is a loop.
     ends: Option<[Value; 16]>,
 }
@@ -143,15 +175,22 @@ pub(super) struct Windows {
 impl Windows {
     /// `plain` are offsets of instructions that must not open one. `again` says that the trace is a
     /// loop of which nothing is the interpreter's.
-    pub(super) fn find(steps: &[Step], ready: &[Ready], plain: &[u16], again: bool) -> Found {
+    pub(super) fn find(
+        steps: &[Step],
+        ready: &[Ready],
+        plain: &[u16],
+        again: bool,
+        kept: &mut Kept,
+    ) -> Found {
         let mut found = Self {
             values: origins(),
             next: 16,
-            open: Vec::new(),
-            windows: Vec::new(),
-            shares: vec![[None; 2]; steps.len()],
+            open: take(&mut kept.open),
+            windows: take(&mut kept.windows),
+            places: take(&mut kept.places),
             ends: None,
         };
+        found.places.resize(steps.len(), [None; 2]);
         if again {
             for (step, ready) in steps.iter().zip(ready) {
                 found.follow(&step.instruction, ready.changed());
@@ -170,7 +209,7 @@ impl Windows {
                 found.follow(&step.instruction, ready.changed());
             }
         }
-        found.shared(|n| plain.contains(&steps[n].at))
+        found.shared(|n| plain.contains(&steps[n].at), kept)
     }
 
     /// What an origin changes by in a turn of the loop, if that is known.
@@ -273,7 +312,7 @@ impl Windows {
         if let Some(strides) = self.strides(&key)
             && let Some(window) = self.carried(&key, at, strides, wanted)
         {
-            self.shares[n][which] = Some((window, at, added));
+            self.places[n][which] = Some(Place::new(window, at, added));
             return;
         }
         if wanted.aligned {
@@ -297,12 +336,13 @@ impl Windows {
                 members: 0,
                 strides: None,
                 align: None,
+                slot: None,
             });
             self.open.push(self.windows.len() - 1);
             self.windows.len() - 1
         });
         self.windows[window].take(at, end);
-        self.shares[n][which] = Some((window, at, added));
+        self.places[n][which] = Some(Place::new(window, at, added));
     }
 
     /// The window of an access that is carried through the loop.
@@ -347,6 +387,7 @@ impl Windows {
                     members: 0,
                     strides: Some(strides),
                     align: None,
+                    slot: None,
                 });
                 self.windows.len() - 1
             }
@@ -419,52 +460,47 @@ impl Windows {
 
     /// Windows of one access are none, if they aren't carried, and only so many have room in the
     /// frame.
-    fn shared(self, plain: impl Fn(usize) -> bool) -> Found {
+    fn shared(mut self, plain: impl Fn(usize) -> bool, kept: &mut Kept) -> Found {
         let mut slots = 0;
-        let slots: Vec<Option<usize>> = self
-            .windows
-            .iter()
-            .map(|window| {
-                let wanted =
-                    window.strides.is_some() || window.members > 1 && !plain(window.first.0);
-                let keep = wanted && slots < WINDOWS;
-                slots += usize::from(keep);
-                keep.then(|| slots - 1)
-            })
-            .collect();
-        let share = |n: usize, which: usize, (number, at, added): (usize, i64, i64)| {
-            let window = &self.windows[number];
+        for window in &mut self.windows {
+            let wanted = window.strides.is_some() || window.members > 1 && !plain(window.first.0);
+            let keep = wanted && slots < WINDOWS;
+            slots += usize::from(keep);
+            window.slot = keep.then(|| slots - 1);
+        }
+        let share = |n: usize, which: usize, place: Place| {
+            let window = &self.windows[place.window as usize];
             let (first_step, first_which, first_at) = window.first;
             let opens = (first_step, first_which) == (n, which);
             Some(Share {
-                window: slots[number]?,
+                window: window.slot?,
                 opens: opens.then(|| {
                     (
                         (window.low - first_at) as i32,
                         (window.high - first_at) as i32,
                     )
                 }),
-                distance: at as i32,
-                added: added as i32,
+                distance: place.at,
+                added: place.added,
                 moves: window.moves(),
             })
         };
-        let shares = self
-            .shares
-            .iter()
-            .enumerate()
-            .map(|(n, accesses)| {
-                std::array::from_fn(|which| {
-                    accesses[which].and_then(|found| share(n, which, found))
-                })
-            })
-            .collect();
-        let carried = self.windows.iter().zip(&slots);
-        let carried = carried.filter_map(|(window, slot)| window.carried((*slot)?));
-        Found {
+        let mut shares = take(&mut kept.shares);
+        shares.clear();
+        shares.extend(self.places.iter().enumerate().map(|(n, accesses)| {
+            std::array::from_fn(|which| accesses[which].and_then(|found| share(n, which, found)))
+        }));
+        let carried = self.windows.iter();
+        let carried = carried.filter_map(|window| window.carried(window.slot?));
+        let found = Found {
             shares,
             carried: carried.collect(),
-        }
+        };
+        self.open.clear();
+        self.windows.clear();
+        self.places.clear();
+        (kept.open, kept.windows, kept.places) = (self.open, self.windows, self.places);
+        found
     }
 }
 
