@@ -4,10 +4,11 @@
 //! enter(frame, code) ─▶ save the caller's registers ─▶ guest's into the host's ─▶ trace
 //!                                                          ▲                       │ CALL replay
 //!                                                          └─ 0 ── helper ◀── guest's registers saved
-//!                                             out ◀─ else ────┘                    │ JMP leave
+//!                                             out ◀─ else ────┘                    │ CALL leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame while a trace runs; the helper runs on the caller's stack.
+//! RSP is the frame while a trace runs; the helper runs on the caller's stack. Where it was called
+//! from says which call it is, and which way out.
 
 use std::mem::offset_of;
 
@@ -18,9 +19,6 @@ use crate::fpu::FpuState;
 use crate::mem::area::{Area, Frame, JUMP_GROUP, JUMP_ROTATE, JUMPS};
 use crate::mem::jumps::{self, Jump, JumpKeys};
 
-/// Number, as of a way, for control that comes to a trace which is gone; its address is the target.
-pub(super) const GONE: u32 = super::compile::POLLED - 1;
-
 /// Numbers of conditions.
 const EQUAL: u8 = 4;
 const NOT_EQUAL: u8 = 5;
@@ -30,6 +28,7 @@ const NOT_EQUAL: u8 = 5;
 pub(super) struct Glue {
     pub replay: usize,
     pub leave: usize,
+    /// Where a jump goes that its cache misses: back, if the second level has it, or to the replay.
     pub find: usize,
     /// In the place of a trace that is gone.
     pub gone: usize,
@@ -99,9 +98,24 @@ fn save(asm: &mut Asm, avx: bool) {
     vectors(asm, avx, true);
 }
 
+/// From the processor's state to the host's registers.
+fn restore(asm: &mut Asm, avx: bool) {
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    vectors(asm, avx, false);
+    for (guest, at) in SPILLED {
+        asm.load(RCX, gpr(guest));
+        asm.store(Mem::frame(at), RCX);
+    }
+    load_flags(asm, Mem::frame(offset_of!(Frame, flags)));
+    for (guest, host) in pinned() {
+        asm.load(host, gpr(guest));
+    }
+    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
+}
+
 /// The code, to be called with a frame and an address in a trace.
 pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
-    let mut asm = Asm::default();
+    let mut asm = Asm::new(Vec::new());
     let host_rsp = Mem::frame(offset_of!(Frame, host_rsp));
     let resume = Mem::frame(offset_of!(Frame, resume));
     for register in SAVED {
@@ -116,24 +130,18 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
     asm.mov(RSP, RDI);
 
-    let load = asm.at();
-    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
-    vectors(&mut asm, avx, false);
-    for (guest, at) in SPILLED {
-        asm.load(RCX, gpr(guest));
-        asm.store(Mem::frame(at), RCX);
-    }
-    load_flags(&mut asm, Mem::frame(offset_of!(Frame, flags)));
-    for (guest, host) in pinned() {
-        asm.load(host, gpr(guest));
-    }
-    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
+    restore(&mut asm, avx);
     asm.jmp_memory(resume);
+
+    let back = asm.at();
+    restore(&mut asm, avx);
+    // PUSH, RET: as the processor expects after a call, most often with where that was from.
+    asm.op32(0xff, 6, Rm::Mem(resume));
+    asm.byte(0xc3);
 
     let replay = asm.at();
     // POP: its operand's address is computed after RSP has changed (SDM 2B, POP).
     asm.op32(0x8f, 0, Rm::Mem(resume));
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
     asm.mov(RBX, RSP);
@@ -147,15 +155,18 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let out = asm.jmp();
     asm.here(stay);
     let again = asm.jmp();
-    asm.bind(again, load);
+    asm.bind(again, back);
 
     let leave = asm.at();
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
+    asm.op32(0x8f, 0, Rm::Mem(resume));
     asm.store(Mem::frame(offset_of!(Frame, target)), R11);
     save(&mut asm, avx);
     asm.constant32(RAX, 0);
     asm.bind_here(out);
     asm.load(RSP, host_rsp);
+    // LEA RCX, [RIP + 2]; PUSH RCX; RET: the return that the processor expects from the call out of
+    // compiled code, or it would take all others for the one before.
+    asm.put(&[0x48, 0x8d, 0x0d, 2, 0, 0, 0, 0x51, 0xc3]);
     asm.lea(RSP, Mem::base(RSP, 8));
     for register in SAVED.into_iter().rev() {
         if register >= 8 {
@@ -169,16 +180,16 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let missed = find_jump(&mut asm);
     asm.bind(missed, replay);
     let gone = asm.at();
-    asm.constant32(RCX, GONE);
-    let out = asm.jmp();
+    let out = asm.call();
     asm.bind(out, leave);
     let glue = Glue {
-        gone,
         replay,
         leave,
         find,
+        gone,
     };
-    (asm.bytes, glue)
+    let code = asm.code().unwrap_or_default().to_vec();
+    (code, glue)
 }
 
 /// A field of the frame in a function that a trace has called.
@@ -186,15 +197,13 @@ fn called(offset: usize) -> Mem {
     Mem::base(RSP, offset as i32 + 8)
 }
 
-/// A function that traces call when the jump cache misses the guest address in R11, with a number in
-/// RCX. If the second level has it, it goes into the first, and back to the trace; else there is the
-/// jump that is returned, with all as it was.
+/// A function that traces call when the jump cache misses the guest address in R11. If the second level
+/// has it, it goes into the first, and back to the trace; else there is the jump that is returned, with
+/// all as it was.
 fn find_jump(asm: &mut Asm) -> Near {
     let rax = called(offset_of!(Frame, rax));
-    let number = called(offset_of!(Frame, number));
     let flags = called(offset_of!(Frame, flags));
     let keys = offset_of!(Frame, jump_keys);
-    asm.store32(number, RCX);
     asm.store(rax, RAX);
     // LAHF, SETO AL.
     asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
@@ -227,7 +236,6 @@ fn find_jump(asm: &mut Asm) -> Near {
     asm.bind_here(stale);
     load_flags(asm, flags);
     asm.load(RAX, rax);
-    asm.load32(RCX, number);
     asm.jmp()
 }
 

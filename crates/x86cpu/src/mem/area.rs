@@ -49,17 +49,6 @@ pub(crate) struct Frame {
     /// Bases of FS and GS.
     pub fs_base: u64,
     pub gs_base: u64,
-    /// Where to go for an instruction's replay, and to leave.
-    pub replay: u64,
-    pub leave: u64,
-    /// The same for a jump, which the second level of the jump cache may have.
-    pub find: u64,
-    /// [`super::jumps::Jumps`], the keys of what counts there, and what its code is relative to.
-    pub jumps: u64,
-    pub jump_keys: JumpKeys,
-    pub code_base: u64,
-    /// The guest's RAX while that is looked at.
-    pub rax: u64,
     /// Not zero if what is in the name can't be used as it is.
     pub sse_away: u8,
     pub avx_away: u8,
@@ -69,16 +58,18 @@ pub(crate) struct Frame {
     /// Not zero if RFLAGS.DF is set.
     pub backwards: u8,
     _pad: [u8; 3],
+    /// See [`WINDOWS`]. What is up to here has the shortest displacements.
+    pub windows: [u64; WINDOWS],
     /// The processor.
     pub cpu: u64,
     pub host_rsp: u64,
-    /// Where to go on in compiled code.
+    /// Where to go on in compiled code; where it has called from.
     pub resume: u64,
     /// The guest's flags: AH as of LAHF, AL as of SETO.
     pub flags: u32,
     /// The same, from before a division was tried.
     pub divide_flags: u32,
-    /// Number of a call or way.
+    /// Number of a call.
     pub number: u32,
     _pad2: u32,
     /// Target of an indirect jump.
@@ -95,8 +86,12 @@ pub(crate) struct Frame {
     pub x87_dp: u64,
     /// Address of the function that replays.
     pub helper: u64,
-    /// See [`WINDOWS`].
-    pub windows: [u64; WINDOWS],
+    /// [`super::jumps::Jumps`], the keys of what counts there, and what its code is relative to.
+    pub jumps: u64,
+    pub jump_keys: JumpKeys,
+    pub code_base: u64,
+    /// The guest's RAX while that is looked at.
+    pub rax: u64,
 }
 
 /// See the module's text.
