@@ -230,7 +230,7 @@ impl Compiler<'_> {
     /// turns of a loop leave that to the cold ones.
     fn missed(&mut self, n: usize, from: Near, call: usize, resume: Option<usize>) {
         if self.copies == Copies::Warm {
-            self.asm.to_jump(from);
+            self.asm.make_jump(from);
             self.falls.push((from, n));
         } else {
             self.slow(from, call, resume);

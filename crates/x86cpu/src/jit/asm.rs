@@ -344,7 +344,7 @@ impl Asm {
     }
 
     /// Makes a call a jump.
-    pub(super) fn to_jump(&mut self, call: Near) {
+    pub(super) fn make_jump(&mut self, call: Near) {
         if let Some(opcode) = self.bytes.get_mut(call.0 - 5) {
             *opcode = 0xe9;
         }

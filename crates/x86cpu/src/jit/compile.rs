@@ -456,7 +456,7 @@ impl<'a> Compiler<'a> {
             Resume::Cold(step) => self.cold.get(step).copied().unwrap_or(from.0),
         };
         if noted != Noted::default() {
-            self.asm.to_jump(from);
+            self.asm.make_jump(from);
             self.asm.bind_here(from);
             self.noted = noted;
             self.store_noted();

@@ -158,20 +158,10 @@ impl Placed for Way {
     }
 }
 
-/// A window that wasn't one, how often, and since when.
-#[derive(Clone, Copy)]
+/// How often a window wasn't one, and since when.
 struct Failures {
-    call: u32,
     count: u16,
-    since: Option<Instant>,
-}
-
-impl Failures {
-    const NONE: Self = Self {
-        call: 0,
-        count: 0,
-        since: None,
-    };
+    since: Instant,
 }
 
 /// The traces of a page.
@@ -213,7 +203,8 @@ pub(crate) struct Jit {
     scratch: Option<Box<Scratch>>,
     /// By a trace's page and offset, the offsets of instructions that must not open a window.
     plain: ByAddress<(usize, usize), Vec<u16>>,
-    failures: [Failures; COUNTED],
+    /// By the call that looks for the window.
+    failures: ByAddress<u32, Failures>,
     /// Decoded blocks have to go before anything else is compiled.
     pub(crate) wants_room: bool,
     perf: perf::Map,
@@ -223,7 +214,7 @@ pub(crate) struct Jit {
 #[expect(unsafe_code, reason = "holds pointers to blocks")]
 unsafe impl Send for Jit {}
 
-/// A table by addresses of this process, which no guest chooses.
+/// A table by addresses of this process and the like, which no guest chooses.
 type ByAddress<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 /// Spreads the bits of addresses.
@@ -239,6 +230,10 @@ impl Hasher for AddressHasher {
         for &byte in bytes {
             self.write_usize(usize::from(byte));
         }
+    }
+
+    fn write_u32(&mut self, part: u32) {
+        self.write_usize(part as usize);
     }
 
     fn write_usize(&mut self, part: usize) {
@@ -277,7 +272,7 @@ impl Jit {
             missed_jump: false,
             scratch: None,
             plain: ByAddress::default(),
-            failures: [Failures::NONE; COUNTED],
+            failures: ByAddress::default(),
             wants_room: false,
             perf: perf::Map::new(tuning.perf_map),
         }
@@ -381,7 +376,7 @@ impl Jit {
         self.ways.clear();
         self.pages.clear();
         self.plain.clear();
-        self.failures = [Failures::NONE; COUNTED];
+        self.failures.clear();
         self.pending = None;
         self.missed_jump = false;
         if let Some(made) = &mut self.made {
@@ -545,20 +540,19 @@ impl Jit {
     /// Takes note that a window was not one. If that comes often, the trace is compiled again without
     /// that window.
     fn window_failed(&mut self, call: u32) {
-        let failures = &mut self.failures[call as usize % COUNTED];
-        if failures.call != call || failures.count == 0 {
-            *failures = Failures {
-                call,
-                count: 0,
-                since: Some(Instant::now()),
-            };
+        if self.failures.len() > COUNTED {
+            self.failures.clear();
         }
+        let failures = self.failures.entry(call).or_insert_with(|| Failures {
+            count: 0,
+            since: Instant::now(),
+        });
         failures.count += 1;
         if failures.count < FAILURES {
             return;
         }
-        failures.count = 0;
-        let often = failures.since.is_some_and(|since| since.elapsed() < OFTEN);
+        let often = failures.since.elapsed() < OFTEN;
+        self.failures.remove(&call);
         let number = self.trace_of(call);
         let (true, Some(entry), Some(call)) = (
             often,
@@ -628,7 +622,7 @@ impl Jit {
 const FAILURES: u16 = 64;
 const OFTEN: Duration = Duration::from_millis(5);
 /// Windows whose failures are counted at a time.
-const COUNTED: usize = 64;
+const COUNTED: usize = 4096;
 /// Bytes of a near call, or of a jump.
 const CALL: usize = 5;
 
