@@ -14,7 +14,7 @@ struct Options {
     /// Boots of each
     #[arg(long, default_value_t = 10)]
     runs: usize,
-    /// An initrd that prints BOOT-OK and powers off [default: busybox's, made by tests/initrd.sh]
+    /// An initrd that prints BOOT-OK and powers off [default: one with busybox, made here]
     #[arg(long)]
     initrd: Option<PathBuf>,
     /// The QEMU to compare with

@@ -16,7 +16,7 @@ use crate::builtin;
 use crate::error::EngineError;
 use crate::hypervisor::Selected;
 use crate::machine::{MachineOptions, prepare, start};
-use crate::statistics::Statistics;
+use crate::statistics::{Statistics, sampler};
 
 /// A disk of the host for the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,10 +122,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
     let prepared = prepare(&spec.options, note)?;
     let limit = spec.options.time_limit;
     let handle = start(&prepared, config, attachments, None, limit)?;
-    let sampler = match spec.sampled {
-        true => handle.remote().sample()?,
-        false => None,
-    };
+    let sampler = sampler(handle.remote(), spec.sampled)?;
     if let Some(input) = input {
         feed_serial(handle.remote(), input)?;
     }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use skerry_machine::{MachineRemote, ProcessorStatistics, Sampler};
 
+use crate::error::EngineError;
 use crate::hypervisor::{Backend, Selected};
 use crate::soft::SoftOptions;
 
@@ -15,6 +16,18 @@ pub struct Statistics {
     pub soft: Option<SoftOptions>,
     /// By processor; `None` where the hypervisor counts nothing.
     pub processors: Option<Vec<ProcessorStatistics>>,
+}
+
+/// Begins to look at what the processors of `machine` are at, if that is wanted; `None` too where the
+/// hypervisor can't tell.
+pub(crate) fn sampler(
+    machine: &MachineRemote,
+    wanted: bool,
+) -> Result<Option<Sampler>, EngineError> {
+    match wanted {
+        true => Ok(machine.sample()?),
+        false => Ok(None),
+    }
 }
 
 impl Statistics {

@@ -6,7 +6,7 @@ mod common;
 mod guest;
 #[path = "common/modes.rs"]
 mod modes;
-#[path = "machine/processor.rs"]
+#[path = "../src/fuzzing/processor.rs"]
 mod processor;
 
 use std::time::{Duration, Instant};

@@ -92,7 +92,8 @@ pub struct Cpu {
     pub code: CodeCache,
     /// Answers to the device accesses of the current instruction.
     pub(crate) devices: DeviceReplay,
-    /// Retired instructions (whole blocks are counted at their start).
+    /// Instructions interpreted (whole blocks are counted at their start). Those that run in compiled
+    /// code are counted nowhere.
     pub instructions: u64,
     /// Number of the processor, also its initial APIC id.
     pub id: u32,

@@ -88,7 +88,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Instructions interpreted.
+    /// Instructions interpreted, each time.
     interpreted_instructions,
     /// Blocks decoded.
     decoded_blocks,
@@ -96,7 +96,7 @@ counters! {
     decoded_bytes,
     /// Traces compiled.
     compiled_traces,
-    /// Guest instructions in them.
+    /// Guest instructions in them, as they were compiled: nothing counts how often they run.
     compiled_instructions,
     /// Bytes that compiled code and its tables take now.
     compiled_bytes,

@@ -30,6 +30,7 @@ use crate::machine::{Prepared, prepare, start};
 use crate::paths::Paths;
 use crate::random::random;
 use crate::soft::SoftOptions;
+use crate::statistics::sampler;
 use crate::warm::Warm;
 use crate::{builtin, initrd};
 
@@ -234,13 +235,6 @@ impl Place<'_> {
         Ok(attachments)
     }
 
-    fn sampler(&self, handle: &MachineHandle) -> Result<Option<Sampler>, EngineError> {
-        match self.sampled {
-            true => Ok(handle.remote().sample()?),
-            false => Ok(None),
-        }
-    }
-
     /// Boots a machine.
     fn boot(&self, image: &Image, spec: &VmSpec, about: About) -> Result<Vm, EngineError> {
         let scratch = match spec.read_only {
@@ -256,7 +250,7 @@ impl Place<'_> {
         let config = about.machine.clone();
         let handle = start(self.prepared, config, attachments, None, self.time_limit)?;
         let paused = Paused {
-            sampler: self.sampler(&handle)?,
+            sampler: sampler(handle.remote(), self.sampled)?,
             handle,
             scratch,
             about,
@@ -287,7 +281,7 @@ impl Place<'_> {
             ..frozen.about.clone()
         };
         Ok(Paused {
-            sampler: self.sampler(&handle)?,
+            sampler: sampler(handle.remote(), self.sampled)?,
             handle,
             scratch,
             about,

@@ -9,6 +9,7 @@
 
 mod changes;
 mod guest;
+mod processor;
 #[cfg(test)]
 mod tests;
 
@@ -21,10 +22,11 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use skerry_hypervisor::{CpuidEntry, CpuidResult, CpuidTable, Hypervisor};
+use skerry_hypervisor::{CpuidTable, Hypervisor};
 use skerry_storage::{Access, Disk, Overlay, RawDisk};
 
 pub use changes::{Choices, change, change_text};
+use processor::cpuid;
 
 use crate::{
     Attachments, DiskConfig, Machine, MachineConfig, MachineError, MachineHandle, MachineState,
@@ -84,24 +86,6 @@ fn memory_file(len: u64) -> io::Result<File> {
 
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
     io::Error::other(error)
-}
-
-fn cpuid(id: u32) -> CpuidTable {
-    let entry = |leaf, eax, ebx, edx| CpuidEntry {
-        leaf,
-        subleaf: None,
-        result: CpuidResult {
-            eax,
-            ebx,
-            ecx: 0,
-            edx,
-        },
-    };
-    // FPU, PSE, TSC, MSR, PAE, CX8, APIC, CMOV, FXSR, SSE, SSE2.
-    let features = 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 9 | 1 << 15 | 7 << 24;
-    CpuidTable {
-        entries: vec![entry(0, 1, 0, 0), entry(1, 0x600, id << 24, features)],
-    }
 }
 
 fn config() -> MachineConfig {

@@ -4,6 +4,7 @@
 mod guest;
 #[path = "../common/modes.rs"]
 mod modes;
+#[path = "../../src/fuzzing/processor.rs"]
 mod processor;
 
 use std::io::Write;

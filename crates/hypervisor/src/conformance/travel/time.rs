@@ -6,7 +6,7 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::super::guest::{
-    DATA, Guest, apic_enable, apic_write, report, report_value, reported, reporting_handler, stop,
+    DATA, Guest, apic_enable, apic_write, report_value, reported, reporting_handler, stop,
 };
 use super::super::time::read_tsc;
 use super::{Journey, set, state_of};
@@ -213,18 +213,11 @@ pub(super) fn paravirtual_clock_goes_on<A: Hypervisor, B: Hypervisor>(journey: &
     }
     let home = journey.home();
     home.load(|a| {
-        let mut again = a.create_label();
         a.mov(ecx, crate::msr::KVM_SYSTEM_TIME)?;
         a.mov(eax, RECORD as u32 | 1)?;
         a.xor(edx, edx)?;
         a.wrmsr()?;
-        a.set_label(&mut again)?;
-        a.rdtsc()?;
-        a.mov(dword_ptr(DATA), eax)?;
-        a.mov(dword_ptr(DATA + 4), edx)?;
-        report(a)?;
-        a.jmp(again)?;
-        Ok(vec![])
+        read_tsc(a)
     });
     let mut vcpu = home.start();
     for _ in 0..3 {
