@@ -75,6 +75,8 @@ pub(super) struct Compiled {
     pub direct: usize,
     pub calls: Vec<Call>,
     pub ways: Vec<Way>,
+    /// Offset of the words of [`Compiler::guard`].
+    pub guard: Option<usize>,
 }
 
 /// What is asked of the compiler beside the trace.
@@ -130,16 +132,43 @@ pub(super) struct Exit {
     pub(super) poll: bool,
 }
 
-/// A trace for a block that is one instruction across two pages. What is in the second one may
-/// change without a trace of the first, so that it is looked at each time, by the interpreter.
-pub(super) fn crossing(trace: &Trace, request: Request<'_>) -> Option<Compiled> {
-    let mut c = Compiler::new(trace.steps.first()?.at, request);
+/// A trace for a block that is one instruction across two pages. What the second one is depends on how
+/// it is mapped, which the interpreter looks at, and vouches for until mappings change.
+pub(super) fn crossing(
+    trace: &Trace,
+    bytes: Option<&[u8]>,
+    request: Request<'_>,
+) -> Option<Compiled> {
+    let step = trace.steps.first()?;
+    let mut c = Compiler::new(step.at, request);
+    let ready = bytes.map(|bytes| (bytes, Ready::crossing(step, bytes, request.features)));
     c.entry();
     let call = c.call(Work::Cross, 0, false);
+    let mut words = Vec::new();
+    if let Some((bytes, ready)) = ready
+        && !matches!(ready, Ready::Interpret { .. })
+    {
+        c.shares = vec![[None; 2]];
+        let unsure;
+        (words, unsure) = c.guard();
+        c.step(0, step, &ready, bytes);
+        for from in unsure {
+            c.asm.bind_here(from);
+        }
+    }
     c.interpret(call);
     c.asm.load(R11, Mem::frame(offset_of!(Frame, target)));
     c.jump();
-    Some(c.done())
+    let mut done = c.done();
+    if !words.is_empty() {
+        done.guard = Some(done.bytes.len());
+        for (n, word) in words.into_iter().enumerate() {
+            let distance = (done.bytes.len() + 8 * n) as i32 - word as i32;
+            done.bytes[word - 4..word].copy_from_slice(&distance.to_le_bytes());
+        }
+        done.bytes.extend([0; 16]);
+    }
+    Some(done)
 }
 
 /// Compiles a trace. `bytes` are those of its page.
@@ -195,6 +224,7 @@ impl<'a> Compiler<'a> {
             direct: self.direct,
             calls: self.calls,
             ways: self.ways,
+            guard: None,
         }
     }
 
@@ -205,6 +235,27 @@ impl<'a> Compiler<'a> {
         self.asm.store(Mem::frame(offset_of!(Frame, rip_page)), R11);
         self.poll(i64::from(head));
         self.direct = self.asm.at();
+    }
+
+    /// Goes on only if the instruction is what the interpreter last vouched for: minus its linear address
+    /// and minus the key are in two words behind the code. Gives where the displacements of those
+    /// end, and the jumps for when it isn't.
+    fn guard(&mut self) -> (Vec<usize>, Vec<Near>) {
+        let (mut words, mut unsure) = (Vec::new(), Vec::new());
+        let fields = [
+            (offset_of!(Frame, rip_page), i32::from(self.head)),
+            (offset_of!(Frame, cross_key), 0),
+        ];
+        for (field, added) in fields {
+            self.asm.load(R11, Mem::frame(field));
+            self.asm.load_relative(RCX);
+            words.push(self.asm.at());
+            self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, added));
+            let same = self.asm.jrcxz();
+            unsure.push(self.asm.jmp());
+            self.asm.here(same);
+        }
+        (words, unsure)
     }
 
     /// Leaves for `target` if something is requested.
@@ -238,11 +289,23 @@ impl<'a> Compiler<'a> {
         self.asm.call_memory(Mem::frame(offset_of!(Frame, replay)));
     }
 
+    /// The same for what has to be done first: vector registers are not the interpreter's to bring.
+    fn slow_call(&mut self, call: u32) {
+        let number = (call - self.request.first_call) as usize;
+        let field = match self.calls[number].work {
+            Work::Sse => offset_of!(Frame, bring_sse),
+            Work::Avx => offset_of!(Frame, bring_avx),
+            _ => return self.interpret(call),
+        };
+        self.asm.constant32(RCX, call);
+        self.asm.call_memory(Mem::frame(field));
+    }
+
     /// What is behind the trace: slow paths and ways out.
     pub(super) fn finish(&mut self) {
         for slow in std::mem::take(&mut self.slow) {
             self.asm.bind_here(slow.from);
-            self.interpret(slow.call);
+            self.slow_call(slow.call);
             let back = self.asm.jmp();
             self.asm.bind(back, slow.resume.unwrap_or(slow.from.0));
         }
@@ -293,6 +356,7 @@ impl<'a> Compiler<'a> {
                 self.interpret(call);
                 (self.sse, self.avx, self.x87) = (false, false, false);
             }
+            Ready::System(system) => self.system(n, step, *system),
             Ready::Copy(copy) => {
                 let at = usize::from(step.at);
                 self.copy(n, step, copy, &bytes[at..at + step.instruction.len()]);

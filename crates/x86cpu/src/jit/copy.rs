@@ -46,6 +46,7 @@ impl Compiler<'_> {
         let class = copy.class;
         match class {
             Class::Nothing => return,
+            Class::Push if copy.address.is_some() => return self.push_memory(n, copy),
             Class::Push | Class::Pop | Class::Leave => return self.stack(n, i, class),
             Class::Divide { signed } => return self.divide(n, i, copy, signed),
             Class::Strings => {

@@ -7,12 +7,14 @@
 //!                                             out ◀─ else ────┘                    │ JMP leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame while a trace runs; the helper runs on the caller's stack.
+//! RSP is the frame while a trace runs; the helper runs on the caller's stack. The helper may answer
+//! with another frame to go on with. What comes out is its answer and the frame that ran last.
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, Mem, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
+use super::asm::{Asm, Mem, R11, RAX, RBX, RCX, RDI, RDX, RSI, RSP, Rm};
 use super::registers::{SPILLED, pinned};
+use super::runtime::TRAP;
 use crate::Cpu;
 use crate::fpu::FpuState;
 use crate::mem::area::Frame;
@@ -22,7 +24,29 @@ use crate::mem::area::Frame;
 pub(super) struct Glue {
     pub replay: usize,
     pub leave: usize,
+    pub switch: usize,
+    pub bring_sse: usize,
+    pub bring_avx: usize,
 }
+
+/// What moves from frame to frame when [`Frame::other`] becomes the running one. The bytes that tell
+/// what can't be used as it is are in one word.
+const MOVED: [usize; 12] = [
+    offset_of!(Frame, cross_key),
+    offset_of!(Frame, rip_page),
+    offset_of!(Frame, r10),
+    offset_of!(Frame, r11),
+    offset_of!(Frame, r15),
+    offset_of!(Frame, fs_base),
+    offset_of!(Frame, gs_base),
+    offset_of!(Frame, sse_away),
+    offset_of!(Frame, host_rsp),
+    offset_of!(Frame, x87_note),
+    offset_of!(Frame, x87_page),
+    offset_of!(Frame, x87_dp),
+];
+
+const _: () = assert!(offset_of!(Frame, waiting) == offset_of!(Frame, sse_away) + 7);
 
 /// What the caller's registers that it wants back are, in the order in which they are pushed.
 const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
@@ -118,11 +142,13 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     for (guest, host) in pinned() {
         asm.load(host, gpr(guest));
     }
+    asm.load(R11, Mem::frame(offset_of!(Frame, target)));
     asm.jmp_memory(resume);
 
     let replay = asm.at();
     // POP: its operand's address is computed after RSP has changed (SDM 2B, POP).
     asm.op32(0x8f, 0, Rm::Mem(resume));
+    let popped = asm.at();
     asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
@@ -132,10 +158,17 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.load(RSP, host_rsp);
     asm.call_memory(Mem::base(RBX, offset_of!(Frame, helper) as i32));
     asm.mov(RSP, RBX);
-    asm.mov32(RCX, RAX);
-    let stay = asm.jrcxz();
-    let out = asm.jmp();
-    asm.here(stay);
+    // CMP RAX, what the last way out is: more than that is another frame.
+    asm.op64(0x83, 7, Rm::Reg(RAX));
+    asm.byte(TRAP as u8);
+    let other = asm.jcc(7);
+    // TEST RAX, RAX.
+    asm.op64(0x85, RAX, Rm::Reg(RAX));
+    let out = asm.jcc(5);
+    let again = asm.jmp();
+    asm.bind(again, load);
+    asm.bind_here(other);
+    asm.mov(RSP, RAX);
     let again = asm.jmp();
     asm.bind(again, load);
 
@@ -145,6 +178,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     save(&mut asm, avx);
     asm.constant32(RAX, 0);
     asm.bind_here(out);
+    asm.mov(RDX, RSP);
     asm.load(RSP, host_rsp);
     asm.lea(RSP, Mem::base(RSP, 8));
     for register in SAVED.into_iter().rev() {
@@ -154,5 +188,67 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
         asm.byte(0x58 | register & 7);
     }
     asm.byte(0xc3);
-    (asm.bytes, Glue { replay, leave })
+
+    let switch = switch(&mut asm);
+    let [bring_sse, bring_avx] = bring(&mut asm, avx, popped);
+    let glue = Glue {
+        replay,
+        leave,
+        switch,
+        bring_sse,
+        bring_avx,
+    };
+    (asm.bytes, glue)
+}
+
+/// To be called with another frame in RCX: goes on with it, and RFLAGS.AC as it has it.
+fn switch(asm: &mut Asm) -> usize {
+    let at = asm.at();
+    asm.op32(
+        0x8f,
+        0,
+        Rm::Mem(Mem::base(RCX, offset_of!(Frame, resume) as i32)),
+    );
+    for field in MOVED {
+        asm.load(R11, Mem::frame(field));
+        asm.store(Mem::base(RCX, field as i32), R11);
+    }
+    asm.mov(RSP, RCX);
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, alignment)));
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    let flags = offset_of!(Cpu, rflags) + 2;
+    asm.op32(0x88, RCX, Rm::Mem(Mem::base(R11, flags as i32)));
+    asm.jmp_memory(Mem::frame(offset_of!(Frame, resume)));
+    at
+}
+
+/// To be called with a call's number in RCX: has the guest's vector registers in the host's; or makes
+/// the call if they can't be, at `replay`, which finds the address to go on at in the frame.
+fn bring(asm: &mut Asm, avx: bool, replay: usize) -> [usize; 2] {
+    let resume = Mem::frame(offset_of!(Frame, resume));
+    let mut starts = [asm.at(); 2];
+    asm.op32(0x8f, 0, Rm::Mem(resume));
+    asm.mov32(R11, RCX);
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, sse_blocked)));
+    let both = asm.jmp();
+    starts[1] = asm.at();
+    asm.op32(0x8f, 0, Rm::Mem(resume));
+    asm.mov32(R11, RCX);
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, avx_blocked)));
+    asm.bind_here(both);
+    let free = asm.jrcxz();
+    asm.mov32(RCX, R11);
+    let blocked = asm.jmp();
+    asm.bind(blocked, replay);
+    asm.here(free);
+    asm.store_byte(Mem::frame(offset_of!(Frame, vectors_live)), 1);
+    asm.store_byte(Mem::frame(offset_of!(Frame, sse_away)), 0);
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, avx_blocked)));
+    asm.op32(0x88, RCX, Rm::Mem(Mem::frame(offset_of!(Frame, avx_away))));
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    for n in 0..16 {
+        move_vector(asm, avx, n, vector(n), false);
+    }
+    asm.jmp_memory(resume);
+    starts
 }

@@ -18,11 +18,13 @@ mod classify;
 mod compile;
 mod copy;
 mod encoding;
+mod enter;
 mod glue;
 mod perf;
 mod ready;
 mod registers;
 mod runtime;
+mod system;
 mod trace;
 mod windows;
 
@@ -58,6 +60,8 @@ struct Entry {
     live: bool,
     /// It is one instruction across two pages.
     crosses: bool,
+    /// Offset in the buffer of what is known of an instruction across two pages; 0 for nothing.
+    guard: u32,
     /// Number of the first of its calls.
     first_call: u32,
     /// How often accesses that were to share a look into the TLB turned out not to.
@@ -203,15 +207,15 @@ impl Jit {
         // SAFETY: the caller has just made it.
         #[expect(unsafe_code, reason = "looks at a block")]
         let found = unsafe { block.get() };
-        let traces = self
-            .pages
-            .get(&(std::ptr::from_ref(found.page()) as usize))?;
+        let key = std::ptr::from_ref(found.page()) as usize;
+        let traces = self.pages.get(&key)?;
         if !found.is_of(traces.version) {
             return None;
         }
         let number = traces.traces.iter().copied().find(|&number| {
             let entry = &self.traces[number as usize];
             entry.live
+                && entry.page == key
                 && entry.generation != self.generation
                 && usize::from(entry.offset) == found.offset()
                 && entry.crosses != found.is_whole()
@@ -297,8 +301,7 @@ impl Jit {
     fn add(
         &mut self,
         head: BlockRef,
-        page: &PageState,
-        version: u32,
+        pages: [Option<(&PageState, u32)>; 2],
         trace: &trace::Trace,
         compiled: &Compiled,
         index: Indexer,
@@ -329,7 +332,7 @@ impl Jit {
             link: way.link.map_or(0, |at| offset + at as u32),
             trace: number,
         }));
-        let key = std::ptr::from_ref(page) as usize;
+        let key = std::ptr::from_ref(pages[0]?.0) as usize;
         self.traces.push(Entry {
             head,
             generation: self.generation,
@@ -340,12 +343,17 @@ impl Jit {
             linked: Vec::new(),
             live: true,
             crosses: trace.crosses,
+            guard: compiled.guard.map_or(0, |at| offset + at as u32),
             first_call,
             failed: 0,
         });
-        let traces = self.pages.entry(key).or_default();
-        traces.version = version;
-        traces.traces.push(number);
+        // It goes when either page changes.
+        for (page, version) in pages.into_iter().flatten() {
+            let key = std::ptr::from_ref(page) as usize;
+            let traces = self.pages.entry(key).or_default();
+            traces.version = version;
+            traces.traces.push(number);
+        }
         Some(number)
     }
 
@@ -360,6 +368,21 @@ impl Jit {
             let distance = i64::from(self.traces[to as usize].direct) - i64::from(link);
             made.patch(link, distance as i32);
             self.traces[to as usize].linked.push(way);
+        }
+    }
+
+    /// Has the trace that makes a call take its instruction across two pages for what it was, at an
+    /// address and under what [`crate::mem::Mmu::code_key`] says.
+    fn vouch(&mut self, call: u32, linear: u64, key: u64) {
+        let number = self.trace_of(call) as usize;
+        if let (Some(entry), Some(made)) = (self.traces.get(number), &mut self.made)
+            && entry.guard != 0
+            && entry.live
+        {
+            let words = [linear.wrapping_neg(), key.wrapping_neg()];
+            let at = entry.guard as usize;
+            made.buffer
+                .write(at, words.map(u64::to_le_bytes).as_flattened());
         }
     }
 

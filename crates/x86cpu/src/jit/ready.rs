@@ -7,6 +7,7 @@ use super::asm::{R11, RCX, Reg, Rm};
 use super::classify::{Align, Class, alignment, classify, writes_memory, writes_register};
 use super::encoding::{Encoding, Field, General, Operands, generals};
 use super::registers::{Address, HOST};
+use super::system::System;
 use super::trace::Step;
 use super::windows::{Memory, Wanted};
 use crate::cpu::reg;
@@ -21,6 +22,7 @@ pub(super) enum Ready {
         to_end: bool,
     },
     Copy(Copy),
+    System(System),
 }
 
 /// A near branch in its form for 64-bit code.
@@ -75,6 +77,22 @@ impl Ready {
                 return Self::Interpret { to_end: true };
             }
         }
+        Self::plain(step, bytes, features)
+    }
+
+    /// The same for an instruction across two pages, which is a block of its own.
+    pub(super) fn crossing(step: &Step, bytes: &[u8], features: &Features) -> Self {
+        match Branch::new(&step.instruction) {
+            Some(branch) => Self::Branch(branch),
+            None => Self::plain(step, bytes, features),
+        }
+    }
+
+    fn plain(step: &Step, bytes: &[u8], features: &Features) -> Self {
+        let i = &step.instruction;
+        if let Some(system) = System::of(i, features) {
+            return Self::System(system);
+        }
         let at = usize::from(step.at);
         let copy = bytes.get(at..at + i.len()).and_then(|bytes| {
             let class = classify(i).filter(|_| features.has_all(i.cpuid_features()))?;
@@ -93,6 +111,8 @@ impl Ready {
             Self::Interpret { .. } => true,
             // It changes registers in its own way, and may be interpreted.
             Self::Copy(copy) => copy.class == Class::Strings,
+            // RSP may be another frame, whose windows are not these.
+            Self::System(system) => !matches!(system, System::Pushf | System::Bit(_)),
         }
     }
 
@@ -114,6 +134,8 @@ impl Ready {
         });
         match self {
             Self::Interpret { .. } => [None, None],
+            Self::System(System::Pushf) => [rsp(-8, true), None],
+            Self::System(_) => [None, None],
             Self::Branch(branch) => match *branch {
                 Branch::Call { .. } => [rsp(-8, true), None],
                 Branch::Return { .. } => [rsp(0, false), None],
@@ -126,6 +148,8 @@ impl Ready {
                 _ => [None, None],
             },
             Self::Copy(copy) => match copy.class {
+                // For the second see `push_memory`.
+                Class::Push if copy.address.is_some() => [operand, None],
                 Class::Push => [rsp(-8, true), None],
                 Class::Pop => [rsp(0, false), None],
                 Class::Leave => [
@@ -204,6 +228,10 @@ impl Copy {
             Class::Nothing => return Some(copy),
             Class::Strings => return Strings::of(i).map(|_| copy),
             Class::Push => {
+                if i.code() == iced_x86::Code::Push_rm64 && memory {
+                    copy.address = Some(Address::new(i)?);
+                    return Some(copy);
+                }
                 let known = match i.op0_kind() {
                     OpKind::Register => i.op0_register().is_gpr64(),
                     kind => matches!(kind, OpKind::Immediate8to64 | OpKind::Immediate32to64),
