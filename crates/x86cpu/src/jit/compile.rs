@@ -28,8 +28,11 @@ pub(super) enum Work {
     },
     /// Run it and leave: it is a branch.
     Branch,
-    /// The same; the jump cache is to have where it goes.
+    /// Go on if there is code for the address in R11. Else the same; the jump cache is to have where it
+    /// goes.
     Jump,
+    /// Go on if there is code for the address in R11, or else leave for there.
+    Goto,
     /// Run it and all others up to its block's end, and leave.
     ToEnd,
     /// Run the one instruction of a block that goes on in the next page, and say in
@@ -50,19 +53,11 @@ pub(super) struct Call {
     pub missed: bool,
 }
 
-/// Where a trace is left.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Goal {
-    /// For an offset from the page's start.
-    Direct(i64),
-    /// For where [`Frame::target`] says.
-    Indirect,
-}
-
 /// One way out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Way {
-    pub goal: Goal,
+    /// Offset from the page's start.
+    pub goal: i64,
     /// Where the jump's displacement ends that may be linked to another trace.
     pub link: Option<usize>,
 }
@@ -263,12 +258,12 @@ impl<'a> Compiler<'a> {
         self.asm.load(RCX, Mem::frame(offset_of!(Frame, requests)));
         self.asm.load32(RCX, Mem::base(RCX, 0));
         let quiet = self.asm.jrcxz();
-        let way = self.way(Goal::Direct(target), None);
+        let way = self.way(target, None);
         self.leave(way | POLLED);
         self.asm.here(quiet);
     }
 
-    pub(super) fn way(&mut self, goal: Goal, link: Option<usize>) -> u32 {
+    pub(super) fn way(&mut self, goal: i64, link: Option<usize>) -> u32 {
         self.ways.push(Way { goal, link });
         self.request.first_way + self.ways.len() as u32 - 1
     }

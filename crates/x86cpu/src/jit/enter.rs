@@ -39,9 +39,6 @@ impl Cpu {
             return LEAVE;
         }
         self.drop_stale_traces();
-        if std::mem::take(&mut self.code.jit.drop_jumps) {
-            self.mmu.drop_jumps();
-        }
         let Some(code) = self.code_here() else {
             return LEAVE;
         };
@@ -61,7 +58,7 @@ impl Cpu {
     fn start(&mut self, frame: &mut Frame, code: u64) -> u64 {
         frame.flags = from_bits(self.flags.bits());
         frame.resume = code;
-        frame.target = self.rip;
+        frame.missed = self.rip;
         frame.rip_page = self.rip & !PAGE_MASK;
         self.refresh(frame);
         self.forget_way();
@@ -78,6 +75,8 @@ impl Cpu {
         if let Some(made) = &self.code.jit.made {
             frame.replay = made.base + made.glue.replay as u64;
             frame.leave = made.base + made.glue.leave as u64;
+            frame.find = made.base + made.glue.find as u64;
+            frame.code_base = made.base;
             frame.switch = made.base + made.glue.switch as u64;
             frame.bring_sse = made.base + made.glue.bring_sse as u64;
             frame.bring_avx = made.base + made.glue.bring_avx as u64;
@@ -127,18 +126,16 @@ impl Cpu {
     /// The code for jumps to RIP.
     fn code_here(&mut self) -> Option<u64> {
         let linear = self.rip;
+        let base = self.code.jit.made.as_ref()?.base;
         if let Some(code) = self.view.jump(linear) {
             return Some(code);
         }
-        let block = self.quick_block()?;
-        // SAFETY: the jump cache holds only blocks of the cache as it is.
-        let found = unsafe { block.get() };
-        let number = found.code().checked_sub(1).filter(|_| found.is_current())?;
-        let jit = &self.code.jit;
-        let entry = jit.traces.get(number as usize)?.indirect;
-        let code = jit.made.as_ref()?.base + u64::from(entry);
-        self.code.note_page(linear);
-        self.mmu.enter_jump(linear, code);
-        Some(code)
+        if let Some(offset) = self.mmu.jump(linear) {
+            return Some(base + u64::from(offset));
+        }
+        if self.find_trace(linear) {
+            return self.view.jump(linear);
+        }
+        None
     }
 }

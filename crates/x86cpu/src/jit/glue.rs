@@ -12,12 +12,20 @@
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, Mem, R11, RAX, RBX, RCX, RDI, RDX, RSI, RSP, Rm};
+use super::asm::{Asm, Mem, Near, R11, RAX, RBX, RCX, RDI, RDX, RSI, RSP, Rm};
 use super::registers::{SPILLED, pinned};
 use super::runtime::TRAP;
 use crate::Cpu;
 use crate::fpu::FpuState;
-use crate::mem::area::Frame;
+use crate::mem::area::{Area, Frame, JUMP_GROUP, JUMP_ROTATE, JUMPS};
+use crate::mem::jumps::{self, Jump, JumpKeys};
+
+/// Number, as of a way, for control that comes to a trace which is gone; its address is the target.
+pub(super) const GONE: u32 = super::compile::POLLED - 1;
+
+/// Numbers of conditions.
+const EQUAL: u8 = 4;
+const NOT_EQUAL: u8 = 5;
 
 /// Offsets of the three pieces in the code of [`glue`].
 #[derive(Clone, Copy, Debug)]
@@ -27,12 +35,17 @@ pub(super) struct Glue {
     pub switch: usize,
     pub bring_sse: usize,
     pub bring_avx: usize,
+    pub find: usize,
+    /// In the place of a trace that is gone.
+    pub gone: usize,
 }
 
 /// What moves from frame to frame when [`Frame::other`] becomes the running one. The bytes that tell
 /// what can't be used as it is are in one word.
-const MOVED: [usize; 12] = [
+const MOVED: [usize; 14] = [
     offset_of!(Frame, cross_key),
+    offset_of!(Frame, jumps),
+    offset_of!(Frame, jump_keys),
     offset_of!(Frame, rip_page),
     offset_of!(Frame, r10),
     offset_of!(Frame, r11),
@@ -136,13 +149,11 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
         asm.load(RCX, gpr(guest));
         asm.store(Mem::frame(at), RCX);
     }
-    asm.load32(RAX, Mem::frame(offset_of!(Frame, flags)));
-    // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
-    asm.put(&[0x04, 0x7f, 0x9e]);
+    load_flags(&mut asm, Mem::frame(offset_of!(Frame, flags)));
     for (guest, host) in pinned() {
         asm.load(host, gpr(guest));
     }
-    asm.load(R11, Mem::frame(offset_of!(Frame, target)));
+    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
     asm.jmp_memory(resume);
 
     let replay = asm.at();
@@ -189,6 +200,13 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     }
     asm.byte(0xc3);
 
+    let find = asm.at();
+    let missed = find_jump(&mut asm);
+    asm.bind(missed, replay);
+    let gone = asm.at();
+    asm.constant32(RCX, GONE);
+    let out = asm.jmp();
+    asm.bind(out, leave);
     let switch = switch(&mut asm);
     let [bring_sse, bring_avx] = bring(&mut asm, avx, popped);
     let glue = Glue {
@@ -197,6 +215,8 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
         switch,
         bring_sse,
         bring_avx,
+        find,
+        gone,
     };
     (asm.bytes, glue)
 }
@@ -251,4 +271,94 @@ fn bring(asm: &mut Asm, avx: bool, replay: usize) -> [usize; 2] {
     }
     asm.jmp_memory(resume);
     starts
+}
+
+/// A field of the frame in a function that a trace has called.
+fn called(offset: usize) -> Mem {
+    Mem::base(RSP, offset as i32 + 8)
+}
+
+/// A function that traces call when the jump cache misses the guest address in R11, with a number in
+/// RCX. If the second level has it, it goes into the first, and back to the trace; else there is the
+/// jump that is returned, with all as it was.
+fn find_jump(asm: &mut Asm) -> Near {
+    let rax = called(offset_of!(Frame, rax));
+    let number = called(offset_of!(Frame, number));
+    let flags = called(offset_of!(Frame, flags));
+    let keys = offset_of!(Frame, jump_keys);
+    asm.store32(number, RCX);
+    asm.store(rax, RAX);
+    // LAHF, SETO AL.
+    asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
+    asm.store32(flags, RAX);
+    asm.rorx(RAX, R11, jumps::SHIFT as u8);
+    asm.op64(0x33, RAX, Rm::Reg(R11));
+    and_constant(asm, RAX, jumps::MASK);
+    asm.lea(RAX, Mem::indexed(RAX, RAX, 0, 0));
+    asm.load(RCX, called(offset_of!(Frame, jumps)));
+    asm.lea(RAX, Mem::indexed(RCX, RAX, 3, 0));
+    // CMP.
+    asm.op64(0x39, R11, Rm::Mem(Mem::base(RAX, 0)));
+    let other = asm.jcc(NOT_EQUAL);
+    asm.load32(RCX, Mem::base(RAX, offset_of!(Jump, key) as i32));
+    let own = called(keys + offset_of!(JumpKeys, own));
+    asm.op32(0x3b, RCX, Rm::Mem(own));
+    let hit = asm.jcc(EQUAL);
+    let global = called(keys + offset_of!(JumpKeys, global));
+    asm.op32(0x3b, RCX, Rm::Mem(global));
+    let stale = asm.jcc(NOT_EQUAL);
+    asm.bind_here(hit);
+    asm.load32(RCX, Mem::base(RAX, offset_of!(Jump, code) as i32));
+    asm.op64(0x03, RCX, Rm::Mem(called(offset_of!(Frame, code_base))));
+    enter_found(asm);
+    load_flags(asm, flags);
+    asm.load(RAX, rax);
+    // RET.
+    asm.byte(0xc3);
+    asm.bind_here(other);
+    asm.bind_here(stale);
+    load_flags(asm, flags);
+    asm.load(RAX, rax);
+    asm.load32(RCX, number);
+    asm.jmp()
+}
+
+/// Has the first level take the code in RCX for the guest address in R11. RAX is free.
+fn enter_found(asm: &mut Asm) {
+    let column = |offset: usize| Mem::indexed(RSP, RAX, 3, offset as i32 + 8);
+    asm.rorx(RAX, R11, JUMP_ROTATE as u8);
+    asm.op64(0x03, RAX, Rm::Reg(R11));
+    and_constant(asm, RAX, JUMPS as u32 - 1);
+    asm.store(column(offset_of!(Area, jump_code)), RCX);
+    // NEG, before and after.
+    asm.op64(0xf7, 3, Rm::Reg(R11));
+    asm.store(column(offset_of!(Area, jump_tag)), R11);
+    asm.op64(0xf7, 3, Rm::Reg(R11));
+    // SHR.
+    asm.op32(0xc1, 5, Rm::Reg(RAX));
+    asm.byte(JUMP_GROUP as u8);
+    // MOV of a byte.
+    asm.op32(
+        0xc6,
+        0,
+        Rm::Mem(Mem::indexed(
+            RSP,
+            RAX,
+            0,
+            offset_of!(Area, jump_used) as i32 + 8,
+        )),
+    );
+    asm.byte(1);
+}
+
+fn and_constant(asm: &mut Asm, reg: u8, mask: u32) {
+    asm.op32(0x81, 4, Rm::Reg(reg));
+    asm.dword(mask as i32);
+}
+
+/// Loads the guest's flags; RAX is lost.
+fn load_flags(asm: &mut Asm, from: Mem) {
+    asm.load32(RAX, from);
+    // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
+    asm.put(&[0x04, 0x7f, 0x9e]);
 }

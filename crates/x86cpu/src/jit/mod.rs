@@ -35,13 +35,13 @@ use crate::mem::{PAGE_SIZE, PageState};
 use crate::simd::CodeBuffer;
 use crate::tuning::Tuning;
 
-use compile::{Compiled, Goal, Work};
+use compile::{Compiled, Work};
 
 /// Times that a page's code may change before its blocks have to be hotter to be compiled again.
 const PATIENCE: u32 = 4;
 
-/// How much hotter than at first it must be, at most, where there isn't room for all that is hot.
-const MOST_HEAT: u16 = 8;
+/// Eighths of [`Tuning::code_bytes`] that compiled code may take; its tables may take one more.
+const CODE: usize = 5;
 
 /// A trace that is compiled.
 struct Entry {
@@ -93,15 +93,11 @@ const _: () = assert!(size_of::<Call>() == 20);
 /// A way out of a trace.
 #[derive(Clone, Copy)]
 struct Way {
-    /// Offset from the page's start, or [`Way::INDIRECT`].
+    /// Offset from the page's start.
     goal: i32,
     /// Offset in the buffer where the jump's displacement ends that may be linked; 0 for none.
     link: u32,
     trace: u32,
-}
-
-impl Way {
-    const INDIRECT: i32 = i32::MIN;
 }
 
 /// The traces of a page.
@@ -142,8 +138,8 @@ pub(crate) struct Jit {
     bytes: Option<Box<[u8; PAGE_SIZE]>>,
     /// Pages and offsets of traces without windows.
     plain: HashSet<(usize, usize)>,
-    /// A trace is gone that jump caches may have.
-    drop_jumps: bool,
+    /// Decoded blocks have to go before anything else is compiled.
+    pub(crate) wants_room: bool,
     perf: perf::Map,
 }
 
@@ -181,7 +177,7 @@ impl Jit {
             missed_jump: false,
             bytes: None,
             plain: HashSet::new(),
-            drop_jumps: false,
+            wants_room: false,
             perf: perf::Map::new(tuning.perf_map),
         }
     }
@@ -233,15 +229,38 @@ impl Jit {
         self.threshold
     }
 
-    /// All was dropped for want of room: from now on it takes more to be compiled, up to a point.
-    fn flushed(&mut self) {
-        self.threshold = (self.threshold * 2).min(self.tuning.threshold.saturating_mul(MOST_HEAT));
+    /// Sets how hot a block must be: the less room is left, the hotter, so that what is hottest need not
+    /// go for what is lukewarm. Who wants everything compiled gets that.
+    fn set_threshold(&mut self) {
+        let eighth = self.tuning.code_bytes / 8;
+        let sixteenths =
+            (self.code_used() * 16 / (eighth * CODE)).max(self.side_tables() * 16 / eighth);
+        let factor = match sixteenths {
+            _ if self.tuning.threshold == 1 => 1,
+            ..9 => 1,
+            9..12 => 2,
+            12..14 => 4,
+            14 => 16,
+            _ => 64,
+        };
+        self.threshold = self
+            .tuning
+            .threshold
+            .saturating_mul(factor)
+            .min(u16::MAX - 1);
+    }
+
+    /// More than the code of any trace takes.
+    pub(crate) const LARGEST: usize = 64 << 10;
+
+    /// Bytes of code.
+    pub(crate) fn code_used(&self) -> usize {
+        self.made.as_ref().map_or(0, |made| made.buffer.used())
     }
 
     /// Bytes of code and of what goes with it.
     pub(crate) fn used(&self) -> usize {
-        let code = self.made.as_ref().map_or(0, |made| made.buffer.used());
-        code + self.side_tables()
+        self.code_used() + self.side_tables()
     }
 
     fn side_tables(&self) -> usize {
@@ -266,6 +285,7 @@ impl Jit {
         if let Some(made) = &mut self.made {
             made.buffer.reset_to(made.glue_len);
         }
+        self.set_threshold();
     }
 
     /// The same, and gives their memory back.
@@ -280,7 +300,7 @@ impl Jit {
 
     fn made(&mut self) -> Option<&mut Made> {
         if self.made.is_none() && !self.refused {
-            match Made::new(self.tuning.code_bytes / 8 * 5) {
+            match Made::new(self.tuning.code_bytes / 8 * CODE) {
                 Some(made) => self.made = Some(made),
                 None => self.refused = true,
             }
@@ -293,7 +313,7 @@ impl Jit {
         let code = self
             .made
             .as_ref()
-            .is_none_or(|made| made.buffer.has_room(LARGEST));
+            .is_none_or(|made| made.buffer.has_room(Self::LARGEST));
         code && self.side_tables() < self.tuning.code_bytes / 8
     }
 
@@ -325,10 +345,7 @@ impl Jit {
             }
         }));
         self.ways.extend(compiled.ways.iter().map(|way| Way {
-            goal: match way.goal {
-                Goal::Direct(offset) => offset as i32,
-                Goal::Indirect => Way::INDIRECT,
-            },
+            goal: way.goal as i32,
             link: way.link.map_or(0, |at| offset + at as u32),
             trace: number,
         }));
@@ -354,6 +371,7 @@ impl Jit {
             traces.version = version;
             traces.traces.push(number);
         }
+        self.set_threshold();
         Some(number)
     }
 
@@ -409,7 +427,6 @@ impl Jit {
         if entry.failed == FAILURES {
             self.plain.insert((entry.page, usize::from(entry.offset)));
             self.drop_trace(number);
-            self.drop_jumps = true;
         }
     }
 
@@ -419,7 +436,7 @@ impl Jit {
             .contains(&(std::ptr::from_ref(head.page()) as usize, head.offset()))
     }
 
-    /// Takes a trace out: nothing leads there any more.
+    /// Takes a trace out. Jump caches may lead there still, and find that it is gone.
     fn drop_trace(&mut self, number: u32) {
         let Some(entry) = self.traces.get_mut(number as usize) else {
             return;
@@ -435,6 +452,7 @@ impl Jit {
             for way in linked {
                 made.patch(self.ways[way as usize].link, 0);
             }
+            made.bury(entry.indirect);
         }
     }
 
@@ -464,9 +482,6 @@ impl Jit {
 
 /// Windows that aren't ones before a trace is compiled without.
 const FAILURES: u16 = 16;
-/// More than the code of any trace takes.
-const LARGEST: usize = 64 << 10;
-
 /// Whether the host has the instructions that traces are made with.
 fn host_can() -> bool {
     std::arch::is_x86_feature_detected!("bmi2")
@@ -505,6 +520,14 @@ impl Made {
             base,
             glue_len: code.len(),
         })
+    }
+
+    /// Has whoever jumps to an offset leave compiled code instead.
+    fn bury(&mut self, at: u32) {
+        let distance = self.glue.gone as i32 - (at as i32 + 5);
+        let [a, b, c, d] = distance.to_le_bytes();
+        // JMP.
+        self.buffer.write(at as usize, &[0xe9, a, b, c, d]);
     }
 
     /// Writes the displacement of a jump that ends at an offset.

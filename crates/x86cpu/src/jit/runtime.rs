@@ -5,14 +5,15 @@ use std::ptr::NonNull;
 use std::time::Instant;
 
 use super::compile::{self, POLLED, Request, Work};
+use super::glue::GONE;
 use super::trace::Trace;
-use super::{Call, PATIENCE, Way};
+use super::{Call, PATIENCE};
 use crate::code::{BlockRef, Op};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
 use crate::fpu::{attention, blocked, prepare_x87};
 use crate::mem::area::{Area, Frame};
-use crate::mem::{PAGE_MASK, PAGE_SIZE, PageState, changed_pages, code_changes};
+use crate::mem::{PAGE_MASK, PAGE_SIZE, PageState, Target, changed_pages, code_changes};
 use crate::shared::Doing;
 use crate::trap::{Trap, TrapKind};
 use crate::tuning::Counters;
@@ -74,7 +75,6 @@ impl Cpu {
         }
         if dropped > 0 {
             jit.pending = None;
-            self.mmu.drop_jumps();
             Counters::add(&self.shared.counters.invalidated_traces, dropped as u64);
         }
     }
@@ -103,6 +103,10 @@ impl Cpu {
         let single = !found.linkable && found.count == 1 && found.is_whole();
         if !self.sys.mode.is64() || found.is_one() || single {
             found.set_heat(u16::MAX);
+            return 0;
+        }
+        if self.code.has_too_many_blocks() {
+            self.code.jit.wants_room = true;
             return 0;
         }
         let page = found.page();
@@ -207,7 +211,6 @@ impl Cpu {
             let key = std::ptr::from_ref(state) as usize;
             if self.code.jit.has_others(key, version) {
                 self.code.jit.drop_changed(key);
-                self.mmu.drop_jumps();
             }
         }
         let counters = &self.shared.counters;
@@ -223,7 +226,6 @@ impl Cpu {
             self.code.jit.drop_trace(n as u32);
         }
         self.code.jit.clear();
-        self.code.jit.flushed();
         self.mmu.drop_jumps();
         Counters::add(&self.shared.counters.flushes, 1);
     }
@@ -234,14 +236,50 @@ impl Cpu {
         if let Some(way) = jit.pending.take() {
             jit.link(way, number);
         }
-        if std::mem::take(&mut jit.missed_jump)
-            && let Some(made) = &jit.made
-        {
-            let entry = made.base + u64::from(jit.traces[number as usize].indirect);
-            let linear = self.rip;
+        if std::mem::take(&mut jit.missed_jump) {
+            self.enter_jump(self.rip, number);
+        }
+    }
+
+    /// Has jumps to a linear address go to a trace.
+    fn enter_jump(&mut self, linear: u64, number: u32) {
+        let jit = &self.code.jit;
+        if let (Some(made), Some(trace)) = (&jit.made, jit.traces.get(number as usize)) {
+            let entry = Target {
+                base: made.base,
+                offset: trace.indirect,
+            };
             self.code.note_page(linear);
             self.mmu.enter_jump(linear, entry);
         }
+    }
+
+    /// Has jumps go to the trace for a linear address, if there is one, with as little ado as can be:
+    /// this is what a new address space asks for again and again.
+    pub(super) fn find_trace(&mut self, linear: u64) -> bool {
+        if code_changes() != self.code.jit.seen || !self.mmu.is_fast() {
+            return false;
+        }
+        let address = self.trap.address;
+        let Ok((gpa, _)) = self.fetch_from(linear) else {
+            self.trap.kind = TrapKind::None;
+            self.trap.address = address;
+            return false;
+        };
+        let Some(block) = self.code.find(self.block_key(gpa, 0)) else {
+            return false;
+        };
+        // SAFETY: a block of the cache as it is.
+        let block = unsafe { block.get() };
+        let Some(number) = block.code().checked_sub(1) else {
+            return false;
+        };
+        if !block.is_current() {
+            return false;
+        }
+        Counters::add(&self.shared.counters.jumps_found, 1);
+        self.enter_jump(linear, number);
+        true
     }
 
     /// Runs compiled code from the trace of this number plus one, until it is left.
@@ -279,9 +317,6 @@ impl Cpu {
         self.take_x87_note(frame);
         let (number, page, target) = (frame.number, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
-        if std::mem::take(&mut self.code.jit.drop_jumps) {
-            self.mmu.drop_jumps();
-        }
         self.left(out, number, page, target)
     }
 
@@ -289,25 +324,22 @@ impl Cpu {
     fn left(&mut self, out: u64, number: u32, page: u64, target: u64) -> Result<(), Trap> {
         let counters = &self.shared.counters;
         match out {
+            BACK if number == GONE => {
+                Counters::add(&counters.exits_indirect, 1);
+                self.rip = target;
+                self.code.jit.missed_jump = true;
+                Ok(())
+            }
             BACK => {
                 let Some(way) = self.code.jit.ways.get((number & !POLLED) as usize) else {
                     return Ok(());
                 };
-                match way.goal {
-                    offset if offset != Way::INDIRECT => {
-                        self.rip = page.wrapping_add(i64::from(offset) as u64);
-                        if number & POLLED != 0 {
-                            Counters::add(&counters.exits_request, 1);
-                        } else {
-                            Counters::add(&counters.exits_unlinked, 1);
-                            self.code.jit.pending = Some(number);
-                        }
-                    }
-                    _ => {
-                        Counters::add(&counters.exits_indirect, 1);
-                        self.rip = target;
-                        self.code.jit.missed_jump = true;
-                    }
+                self.rip = page.wrapping_add(i64::from(way.goal) as u64);
+                if number & POLLED != 0 {
+                    Counters::add(&counters.exits_request, 1);
+                } else {
+                    Counters::add(&counters.exits_unlinked, 1);
+                    self.code.jit.pending = Some(number);
                 }
                 Ok(())
             }
@@ -352,6 +384,7 @@ impl Cpu {
             frame.vectors_live = 0;
         }
         let live = frame.vectors_live != 0;
+        (frame.jumps, frame.jump_keys) = self.mmu.jumps();
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
@@ -401,7 +434,18 @@ impl Cpu {
             self.refresh(frame);
             return BACK;
         }
+        if call.work == Work::Goto {
+            Counters::add(&self.shared.counters.exits_indirect, 1);
+            self.code.jit.missed_jump = true;
+            self.rip = frame.missed;
+            return LEAVE;
+        }
         if !self.code.jit.has_blocks(frame.number) {
+            if call.work == Work::Cross {
+                // Without its block nobody can vouch for it any more: it is to be compiled again.
+                let number = self.code.jit.trace_of(frame.number);
+                self.code.jit.drop_trace(number);
+            }
             return self.decode_again(call, frame);
         }
         let found = self.code.indexer().block_at(call.block);
@@ -433,6 +477,7 @@ impl Cpu {
             Work::Window { bytes, write } => {
                 self.take_window(frame.number, frame.missed, bytes, write)
             }
+            Work::Jump | Work::Goto => self.find_trace(frame.missed),
             _ => false,
         }
     }
