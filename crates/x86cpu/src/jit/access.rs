@@ -8,7 +8,7 @@ use super::compile::{Compiler, Slow, Work};
 use super::registers::{Address, Part};
 use crate::mem::area::{Area, Frame};
 
-impl Compiler<'_> {
+impl Compiler {
     /// Computes an address within its segment (and adds the segment's base if `linear`) into R11.
     pub(super) fn address(&mut self, address: &Address, linear: bool) {
         self.held = None;
@@ -46,7 +46,7 @@ impl Compiler<'_> {
         size: usize,
         align: Align,
         write: bool,
-        call: u32,
+        call: usize,
     ) -> Mem {
         let which = self.made;
         self.made += 1;
@@ -146,14 +146,14 @@ impl Compiler<'_> {
 
     /// Compares where an access ends with the entry of the TLB whose index is in a register. The entry's
     /// tag, which is minus its page, comes to RCX, and `last` adds the address of the last byte to it.
-    /// Gives the jump for a miss.
+    /// Gives the call for a miss.
     pub(super) fn compare(&mut self, index: Reg, tags: i32, last: Mem, align: Align) -> Near {
         let mask = Mem::frame(offset_of!(Frame, masks) + 8 * align as usize);
         self.asm.load(RCX, entry(index, tags));
         self.asm.lea(RCX, last);
         self.asm.pext(RCX, RCX, mask);
         let hit = self.asm.jrcxz();
-        let miss = self.asm.jmp();
+        let miss = self.asm.call();
         self.asm.here(hit);
         miss
     }
@@ -171,7 +171,7 @@ impl Compiler<'_> {
         size: usize,
         align: Align,
         write: bool,
-        call: u32,
+        call: usize,
     ) -> Mem {
         let (tags, addend) = columns(write);
         let last = if align == Align::None {

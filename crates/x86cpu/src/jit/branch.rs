@@ -5,13 +5,13 @@ use std::mem::offset_of;
 use super::access::entry;
 use super::asm::{Mem, R11, RCX, Short};
 use super::classify::Align;
-use super::compile::{Compiler, Exit, Work};
+use super::compile::{Compiler, Exit, Link, Work};
 use super::ready::Branch;
 use super::registers::{Address, GUEST_RCX, GUEST_RSP};
 use super::trace::Step;
 use crate::mem::area::{Area, Frame, JUMP_ROTATE};
 
-impl Compiler<'_> {
+impl Compiler {
     /// Goes to another trace, or to this one's start.
     pub(super) fn go(&mut self, exit: Exit) {
         let offset = super::trace::in_page(exit.target);
@@ -34,10 +34,7 @@ impl Compiler<'_> {
             return;
         }
         self.settle_x87();
-        let link = self.asm.jmp();
-        self.asm.bind_here(link);
-        let way = self.way(exit.target, Some(link.0));
-        self.leave(way);
+        self.leave(exit.target, Link::Call);
     }
 
     /// Jumps to the guest address in R11, another page of straight code or a direct branch.
@@ -76,8 +73,7 @@ impl Compiler<'_> {
     pub(super) fn indirect(&mut self, work: Work, n: usize) {
         let hit = self.find_jump();
         let call = self.call(work, n, false);
-        self.asm.constant32(RCX, call);
-        self.asm.call_memory(Mem::frame(offset_of!(Frame, find)));
+        self.interpret(call);
         self.asm.here(hit);
     }
 

@@ -4,13 +4,16 @@
 //! operands that go through the TLB. The guest's flags are the host's; nothing that is emitted
 //! between the guest's instructions changes them.
 
-use std::mem::offset_of;
+use std::mem::{offset_of, take};
 
 use super::asm::{Asm, Mem, Near, R11, RCX};
+use super::forms::Forms;
+use super::glue::Glue;
 use super::ready::Ready;
 use super::trace::{Step, Trace};
 use super::windows::{Share, Windows};
 use crate::cpuid::Features;
+use crate::mem::PAGE_SIZE;
 use crate::mem::area::Frame;
 
 /// What the interpreter is asked to do for compiled code.
@@ -53,52 +56,107 @@ pub(super) struct Call {
     pub missed: bool,
 }
 
+/// What of a way out may be linked to another trace.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Link {
+    /// Nothing.
+    None,
+    /// The call that leaves: it becomes a jump.
+    Call,
+    /// A jump to that call, whose displacement ends here.
+    Jump(usize),
+}
+
 /// One way out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Way {
+    /// Where the call that leaves ends.
+    pub end: usize,
     /// Offset from the page's start.
     pub goal: i64,
-    /// Where the jump's displacement ends that may be linked to another trace.
-    pub link: Option<usize>,
+    pub link: Link,
 }
 
-/// Machine code, and what goes with it. Calls and ways have their numbers in the code, counted from
-/// where the compiler was told to start.
+/// Machine code, and what goes with it. Calls and ways are found by where in the code they are made.
 pub(super) struct Compiled {
-    pub bytes: Vec<u8>,
+    pub asm: Asm,
     /// Offset of the entry for jumps from within the page; at 0 is that for others.
     pub direct: usize,
     pub calls: Vec<Call>,
+    /// The places where they are made.
+    pub slow: Vec<Slow>,
     pub ways: Vec<Way>,
     /// Offset of the words of [`Compiler::guard`].
     pub guard: Option<usize>,
 }
 
+/// What the compiler has from one trace to the next: memory, and what it has found out of
+/// instructions.
+pub(super) struct Scratch {
+    pub forms: Forms,
+    /// The page that the trace is of.
+    pub page: Box<[u8; PAGE_SIZE]>,
+    pub steps: Vec<Step>,
+    ready: Vec<Ready>,
+    code: Vec<u8>,
+    calls: Vec<Call>,
+    slow: Vec<Slow>,
+    ways: Vec<Way>,
+    leaving: Vec<(Near, Exit)>,
+}
+
+impl Scratch {
+    pub(super) fn new(features: Features) -> Self {
+        Self {
+            forms: Forms::new(features),
+            page: Box::new([0; _]),
+            steps: Vec::new(),
+            ready: Vec::new(),
+            code: Vec::new(),
+            calls: Vec::new(),
+            slow: Vec::new(),
+            ways: Vec::new(),
+            leaving: Vec::new(),
+        }
+    }
+
+    /// Takes the memory of what was compiled.
+    pub(super) fn take_back(&mut self, trace: Trace, compiled: Compiled) {
+        self.steps = trace.steps;
+        self.code = compiled.asm.into_bytes();
+        self.calls = compiled.calls;
+        self.slow = compiled.slow;
+        self.ways = compiled.ways;
+        self.steps.clear();
+        self.calls.clear();
+        self.slow.clear();
+        self.ways.clear();
+    }
+}
+
 /// What is asked of the compiler beside the trace.
 #[derive(Clone, Copy)]
-pub(super) struct Request<'a> {
-    pub features: &'a Features,
-    pub first_call: u32,
-    pub first_way: u32,
+pub(super) struct Request {
+    /// Where the code is going to be, and what it calls, from the buffer's start on.
+    pub origin: usize,
+    pub glue: Glue,
     pub hardened: bool,
     /// Whether accesses may share a look into the TLB.
     pub windows: bool,
 }
 
-/// Bit of a way's number: it is left because something is requested.
-pub(super) const POLLED: u32 = 1 << 31;
-
-/// A jump to the slow path of an access, and the call that is made there.
+/// A place where the interpreter is called: when an access misses, or always.
 pub(super) struct Slow {
     pub(super) from: Near,
-    pub(super) call: u32,
+    /// Which call it is.
+    pub(super) call: usize,
     /// Where to go on; `None` while the instruction isn't complete.
     pub(super) resume: Option<usize>,
 }
 
-pub(super) struct Compiler<'a> {
+pub(super) struct Compiler {
     pub(super) asm: Asm,
-    pub(super) request: Request<'a>,
+    pub(super) request: Request,
     pub(super) calls: Vec<Call>,
     pub(super) ways: Vec<Way>,
     pub(super) slow: Vec<Slow>,
@@ -128,15 +186,18 @@ pub(super) struct Exit {
 }
 
 /// A trace for a block that is one instruction across two pages. What the second one is depends on how
-/// it is mapped, which the interpreter looks at, and vouches for until mappings change.
+/// it is mapped, which the interpreter looks at, and vouches for until mappings change. `bytes` are those
+/// of the one page, and the first of the other.
 pub(super) fn crossing(
     trace: &Trace,
     bytes: Option<&[u8]>,
-    request: Request<'_>,
+    request: Request,
+    scratch: &mut Scratch,
 ) -> Option<Compiled> {
     let step = trace.steps.first()?;
-    let mut c = Compiler::new(step.at, request);
-    let ready = bytes.map(|bytes| (bytes, Ready::crossing(step, bytes, request.features)));
+    let mut c = Compiler::new(step.at, request, scratch);
+    let forms = &mut scratch.forms;
+    let ready = bytes.map(|bytes| (bytes, Ready::crossing(step, bytes, forms)));
     c.entry();
     let call = c.call(Work::Cross, 0, false);
     let mut words = Vec::new();
@@ -154,28 +215,25 @@ pub(super) fn crossing(
     c.interpret(call);
     c.asm.load(R11, Mem::frame(offset_of!(Frame, target)));
     c.jump();
-    let mut done = c.done();
+    let mut done = c.done(scratch);
     if !words.is_empty() {
-        done.guard = Some(done.bytes.len());
+        let at = done.asm.at();
         for (n, word) in words.into_iter().enumerate() {
-            let distance = (done.bytes.len() + 8 * n) as i32 - word as i32;
-            done.bytes[word - 4..word].copy_from_slice(&distance.to_le_bytes());
+            done.asm.bind(word, at + 8 * n);
         }
-        done.bytes.extend([0; 16]);
+        done.asm.put(&[0; 16]);
+        done.guard = Some(at);
     }
     Some(done)
 }
 
-/// Compiles a trace. `bytes` are those of its page.
-pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Option<Compiled> {
+/// Compiles a trace.
+pub(super) fn compile(trace: &Trace, request: Request, scratch: &mut Scratch) -> Option<Compiled> {
     let head = trace.steps.first()?.at;
-    let mut c = Compiler::new(head, request);
-    c.asm.bytes.reserve(4096);
-    let ready: Vec<Ready> = trace
-        .steps
-        .iter()
-        .map(|step| Ready::new(step, bytes, request.features))
-        .collect();
+    let mut c = Compiler::new(head, request, scratch);
+    let mut ready = take(&mut scratch.ready);
+    let (forms, bytes) = (&mut scratch.forms, &scratch.page[..]);
+    ready.extend((trace.steps.iter()).map(|step| Ready::new(step, bytes, forms)));
     c.shares = if request.windows {
         Windows::find(&trace.steps, &ready)
     } else {
@@ -187,18 +245,20 @@ pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Opti
             break;
         }
     }
-    Some(c.done())
+    ready.clear();
+    scratch.ready = ready;
+    Some(c.done(scratch))
 }
 
-impl<'a> Compiler<'a> {
-    fn new(head: u16, request: Request<'a>) -> Self {
+impl Compiler {
+    fn new(head: u16, request: Request, scratch: &mut Scratch) -> Self {
         Self {
-            asm: Asm::default(),
+            asm: Asm::new(take(&mut scratch.code)),
             request,
-            calls: Vec::new(),
-            ways: Vec::new(),
-            slow: Vec::new(),
-            leaving: Vec::new(),
+            calls: take(&mut scratch.calls),
+            ways: take(&mut scratch.ways),
+            slow: take(&mut scratch.slow),
+            leaving: take(&mut scratch.leaving),
             direct: 0,
             head,
             held: None,
@@ -212,12 +272,14 @@ impl<'a> Compiler<'a> {
         }
     }
 
-    fn done(mut self) -> Compiled {
+    fn done(mut self, scratch: &mut Scratch) -> Compiled {
         self.finish();
+        scratch.leaving = self.leaving;
         Compiled {
-            bytes: self.asm.bytes,
+            asm: self.asm,
             direct: self.direct,
             calls: self.calls,
+            slow: self.slow,
             ways: self.ways,
             guard: None,
         }
@@ -233,9 +295,9 @@ impl<'a> Compiler<'a> {
     }
 
     /// Goes on only if the instruction is what the interpreter last vouched for: minus its linear address
-    /// and minus the key are in two words behind the code. Gives where the displacements of those
-    /// end, and the jumps for when it isn't.
-    fn guard(&mut self) -> (Vec<usize>, Vec<Near>) {
+    /// and minus the key are in two words behind the code. Gives the loads of those, to be bound as
+    /// jumps are, and the jumps for when it isn't.
+    fn guard(&mut self) -> (Vec<Near>, Vec<Near>) {
         let (mut words, mut unsure) = (Vec::new(), Vec::new());
         let fields = [
             (offset_of!(Frame, rip_page), i32::from(self.head)),
@@ -243,8 +305,7 @@ impl<'a> Compiler<'a> {
         ];
         for (field, added) in fields {
             self.asm.load(R11, Mem::frame(field));
-            self.asm.load_relative(RCX);
-            words.push(self.asm.at());
+            words.push(self.asm.load_relative(RCX));
             self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, added));
             let same = self.asm.jrcxz();
             unsure.push(self.asm.jmp());
@@ -258,56 +319,60 @@ impl<'a> Compiler<'a> {
         self.asm.load(RCX, Mem::frame(offset_of!(Frame, requests)));
         self.asm.load32(RCX, Mem::base(RCX, 0));
         let quiet = self.asm.jrcxz();
-        let way = self.way(target, None);
-        self.leave(way | POLLED);
+        self.leave(target, Link::None);
         self.asm.here(quiet);
     }
 
-    pub(super) fn way(&mut self, goal: i64, link: Option<usize>) -> u32 {
-        self.ways.push(Way { goal, link });
-        self.request.first_way + self.ways.len() as u32 - 1
+    /// Leaves. Ways without a link are those on which something is requested.
+    pub(super) fn leave(&mut self, goal: i64, link: Link) {
+        let end = self.asm.call();
+        self.bind_glue(end, self.request.glue.leave);
+        let end = end.0;
+        self.ways.push(Way { end, goal, link });
     }
 
-    pub(super) fn leave(&mut self, way: u32) {
-        self.asm.constant32(RCX, way);
-        self.asm.jmp_memory(Mem::frame(offset_of!(Frame, leave)));
+    /// Has a call go to a place in the glue.
+    pub(super) fn bind_glue(&mut self, from: Near, place: usize) {
+        self.asm.bind(from, place.wrapping_sub(self.request.origin));
     }
 
-    pub(super) fn call(&mut self, work: Work, step: usize, missed: bool) -> u32 {
+    pub(super) fn call(&mut self, work: Work, step: usize, missed: bool) -> usize {
         self.calls.push(Call { work, step, missed });
-        self.request.first_call + self.calls.len() as u32 - 1
+        self.calls.len() - 1
     }
 
     /// Calls the interpreter here and now.
-    pub(super) fn interpret(&mut self, call: u32) {
-        self.asm.constant32(RCX, call);
-        self.asm.call_memory(Mem::frame(offset_of!(Frame, replay)));
+    pub(super) fn interpret(&mut self, call: usize) {
+        let from = self.asm.call();
+        let resume = Some(self.asm.at());
+        self.slow.push(Slow { from, call, resume });
     }
 
-    /// The same for what has to be done first: vector registers are not the interpreter's to bring.
-    fn slow_call(&mut self, call: u32) {
-        let number = (call - self.request.first_call) as usize;
-        let field = match self.calls[number].work {
-            Work::Sse => offset_of!(Frame, bring_sse),
-            Work::Avx => offset_of!(Frame, bring_avx),
-            _ => return self.interpret(call),
-        };
-        self.asm.constant32(RCX, call);
-        self.asm.call_memory(Mem::frame(field));
-    }
-
-    /// What is behind the trace: slow paths and ways out.
+    /// What is behind the trace: ways out.
     pub(super) fn finish(&mut self) {
-        for slow in std::mem::take(&mut self.slow) {
-            self.asm.bind_here(slow.from);
-            self.slow_call(slow.call);
-            let back = self.asm.jmp();
-            self.asm.bind(back, slow.resume.unwrap_or(slow.from.0));
-        }
-        for (from, exit) in std::mem::take(&mut self.leaving) {
+        let mut leaving = take(&mut self.leaving);
+        for (from, exit) in leaving.drain(..) {
             self.asm.bind_here(from);
-            self.go(exit);
+            let offset = super::trace::in_page(exit.target);
+            if exit.poll || self.noted_x87 || offset.is_none_or(|offset| offset == self.head) {
+                self.go(exit);
+            } else {
+                self.leave(exit.target, Link::Jump(from.0));
+            }
         }
+        self.leaving = leaving;
+        // Ways out may be more of them.
+        for n in 0..self.slow.len() {
+            let place = match self.calls[self.slow[n].call].work {
+                Work::Jump | Work::Goto => self.request.glue.find,
+                Work::Sse => self.request.glue.bring_sse,
+                Work::Avx => self.request.glue.bring_avx,
+                _ => self.request.glue.replay,
+            };
+            self.bind_glue(self.slow[n].from, place);
+        }
+        // The accesses of one instruction may be noted after what it calls besides.
+        self.slow.sort_unstable_by_key(|slow| slow.from.0);
     }
 
     /// Compiles one instruction; `true` if nothing comes after it.

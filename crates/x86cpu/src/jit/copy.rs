@@ -14,7 +14,7 @@ use super::trace::Step;
 use crate::cpu::reg;
 use crate::mem::area::Frame;
 
-impl Compiler<'_> {
+impl Compiler {
     /// Makes sure that the vector or x87 registers are where copied instructions find them.
     pub(super) fn ready(&mut self, n: usize, class: Class) {
         let (known, field, work) = match class {
@@ -28,14 +28,9 @@ impl Compiler<'_> {
         }
         self.asm.load_byte(RCX, Mem::frame(field));
         let ready = self.asm.jrcxz();
-        let from = self.asm.jmp();
-        self.asm.here(ready);
         let call = self.call(work, n, false);
-        self.slow.push(Slow {
-            from,
-            call,
-            resume: Some(self.asm.at()),
-        });
+        self.interpret(call);
+        self.asm.here(ready);
         // Whoever comes back from there has nothing in it.
         self.held = None;
     }
@@ -46,7 +41,9 @@ impl Compiler<'_> {
         let class = copy.class;
         match class {
             Class::Nothing => return,
-            Class::Push if copy.address.is_some() => return self.push_memory(n, copy),
+            Class::Push if let Some(address) = copy.address(i) => {
+                return self.push_memory(n, &address);
+            }
             Class::Push | Class::Pop | Class::Leave => return self.stack(n, i, class),
             Class::Divide { signed } => return self.divide(n, i, copy, signed),
             Class::Strings => {
@@ -61,7 +58,8 @@ impl Compiler<'_> {
         };
         self.ready(n, class);
         let mut operands = copy.plan.operands;
-        if let Some(address) = &copy.address {
+        let address = copy.address(i);
+        if let Some(address) = &address {
             let operand = if class == Class::Lea {
                 address.plain().unwrap_or_else(|| {
                     self.held = None;
@@ -91,7 +89,7 @@ impl Compiler<'_> {
             self.asm.store(slot(spill.guest), spill.temporary);
         }
         if class == Class::X87 {
-            self.note_x87(step, bytes, copy.address.as_ref());
+            self.note_x87(step, bytes, address.as_ref());
         }
     }
 
@@ -195,12 +193,12 @@ impl Compiler<'_> {
         let asm = &mut self.asm;
         asm.load_byte(RCX, Mem::frame(offset_of!(Frame, backwards)));
         let forwards = asm.jrcxz();
-        let from = asm.jmp();
+        let from = asm.call();
         asm.here(forwards);
         // A count with which no address wraps around.
         asm.pext(RCX, GUEST_RCX, Mem::frame(offset_of!(Frame, masks)));
         let few = asm.jrcxz();
-        let many = asm.jmp();
+        let many = asm.call();
         asm.here(few);
         let mut slow = vec![from, many];
         let sides: &[(Reg, bool)] = if strings.moves {
@@ -265,7 +263,7 @@ impl Compiler<'_> {
     /// DIV and IDIV of 32 and 64 bits, where no #DE can come of it; else the interpreter's.
     pub(super) fn divide(&mut self, n: usize, i: &Instruction, copy: &Copy, signed: bool) {
         let wide = copy.size == 8;
-        if let Some(address) = &copy.address {
+        if let Some(address) = &copy.address(i) {
             let call = self.call(Work::Run, n, true);
             let from = self.access(n, address, copy.size, Align::None, false, call);
             self.operation(wide, 0x8b, RCX, Rm::Mem(from));
@@ -288,17 +286,17 @@ impl Compiler<'_> {
             self.operation(wide, 0xc1, 7, Rm::Reg(R11));
             self.asm.byte(if wide { 63 } else { 31 });
             self.operation(wide, 0x3b, R11, Rm::Reg(RDX));
-            let odd = self.asm.jcc(5);
+            let odd = self.asm.call_if(5);
             self.slow_from(odd, n);
             self.operation(wide, 0x8d, R11, Rm::Mem(Mem::base(RCX, 1)));
             self.operation(wide, 0x83, 7, Rm::Reg(R11));
             self.asm.byte(1);
-            let odd = self.asm.jcc(6);
+            let odd = self.asm.call_if(6);
             self.slow_from(odd, n);
         } else {
             // The quotient fits if the upper half is less than the divisor.
             self.operation(wide, 0x3b, RDX, Rm::Reg(RCX));
-            let odd = self.asm.jcc(3);
+            let odd = self.asm.call_if(3);
             self.slow_from(odd, n);
         }
         self.operation(wide, 0xf7, if signed { 7 } else { 6 }, Rm::Reg(RCX));

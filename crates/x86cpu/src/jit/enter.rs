@@ -73,13 +73,7 @@ impl Cpu {
         frame.vectors_live = 0;
         frame.x87_note = u64::MAX;
         if let Some(made) = &self.code.jit.made {
-            frame.replay = made.base + made.glue.replay as u64;
-            frame.leave = made.base + made.glue.leave as u64;
-            frame.find = made.base + made.glue.find as u64;
             frame.code_base = made.base;
-            frame.switch = made.base + made.glue.switch as u64;
-            frame.bring_sse = made.base + made.glue.bring_sse as u64;
-            frame.bring_avx = made.base + made.glue.bring_avx as u64;
         }
     }
 
@@ -106,7 +100,7 @@ impl Cpu {
         frame.other = other.as_ptr() as u64;
         // SAFETY: an area of the processor, and another than that of the frame.
         let other = unsafe { &mut other.as_mut().frame };
-        if other.cpu != frame.cpu || other.replay != frame.replay {
+        if other.cpu != frame.cpu || other.code_base != frame.code_base {
             self.prepare(other);
         }
         other.not_kernel = 0;

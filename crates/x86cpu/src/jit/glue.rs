@@ -4,11 +4,12 @@
 //! enter(frame, code) ─▶ save the caller's registers ─▶ guest's into the host's ─▶ trace
 //!                                                          ▲                       │ CALL replay
 //!                                                          └─ 0 ── helper ◀── guest's registers saved
-//!                                             out ◀─ else ────┘                    │ JMP leave
+//!                                             out ◀─ else ────┘                    │ CALL leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
 //! RSP is the frame while a trace runs; the helper runs on the caller's stack. The helper may answer
-//! with another frame to go on with. What comes out is its answer and the frame that ran last.
+//! with another frame to go on with. What comes out is its answer and the frame that ran last. Where it
+//! was called from says which call it is, and which way out.
 
 use std::mem::offset_of;
 
@@ -19,9 +20,6 @@ use crate::Cpu;
 use crate::fpu::FpuState;
 use crate::mem::area::{Area, Frame, JUMP_GROUP, JUMP_ROTATE, JUMPS};
 use crate::mem::jumps::{self, Jump, JumpKeys};
-
-/// Number, as of a way, for control that comes to a trace which is gone; its address is the target.
-pub(super) const GONE: u32 = super::compile::POLLED - 1;
 
 /// Numbers of conditions.
 const EQUAL: u8 = 4;
@@ -35,6 +33,7 @@ pub(super) struct Glue {
     pub switch: usize,
     pub bring_sse: usize,
     pub bring_avx: usize,
+    /// Where a jump goes that its cache misses: back, if the second level has it, or to the replay.
     pub find: usize,
     /// In the place of a trace that is gone.
     pub gone: usize,
@@ -125,9 +124,24 @@ fn save(asm: &mut Asm, avx: bool) {
     vectors(asm, avx, true);
 }
 
+/// From the processor's state to the host's registers.
+fn restore(asm: &mut Asm, avx: bool) {
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    vectors(asm, avx, false);
+    for (guest, at) in SPILLED {
+        asm.load(RCX, gpr(guest));
+        asm.store(Mem::frame(at), RCX);
+    }
+    load_flags(asm, Mem::frame(offset_of!(Frame, flags)));
+    for (guest, host) in pinned() {
+        asm.load(host, gpr(guest));
+    }
+    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
+}
+
 /// The code, to be called with a frame and an address in a trace.
 pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
-    let mut asm = Asm::default();
+    let mut asm = Asm::new(Vec::new());
     let host_rsp = Mem::frame(offset_of!(Frame, host_rsp));
     let resume = Mem::frame(offset_of!(Frame, resume));
     for register in SAVED {
@@ -142,25 +156,20 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
     asm.mov(RSP, RDI);
 
-    let load = asm.at();
-    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
-    vectors(&mut asm, avx, false);
-    for (guest, at) in SPILLED {
-        asm.load(RCX, gpr(guest));
-        asm.store(Mem::frame(at), RCX);
-    }
-    load_flags(&mut asm, Mem::frame(offset_of!(Frame, flags)));
-    for (guest, host) in pinned() {
-        asm.load(host, gpr(guest));
-    }
-    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
+    let enter = asm.at();
+    restore(&mut asm, avx);
     asm.jmp_memory(resume);
+
+    let back = asm.at();
+    restore(&mut asm, avx);
+    // PUSH, RET: as the processor expects after a call, most often with where that was from.
+    asm.op32(0xff, 6, Rm::Mem(resume));
+    asm.byte(0xc3);
 
     let replay = asm.at();
     // POP: its operand's address is computed after RSP has changed (SDM 2B, POP).
     asm.op32(0x8f, 0, Rm::Mem(resume));
     let popped = asm.at();
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
     asm.mov(RBX, RSP);
@@ -177,20 +186,23 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.op64(0x85, RAX, Rm::Reg(RAX));
     let out = asm.jcc(5);
     let again = asm.jmp();
-    asm.bind(again, load);
+    asm.bind(again, back);
     asm.bind_here(other);
     asm.mov(RSP, RAX);
     let again = asm.jmp();
-    asm.bind(again, load);
+    asm.bind(again, enter);
 
     let leave = asm.at();
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
+    asm.op32(0x8f, 0, Rm::Mem(resume));
     asm.store(Mem::frame(offset_of!(Frame, target)), R11);
     save(&mut asm, avx);
     asm.constant32(RAX, 0);
     asm.bind_here(out);
     asm.mov(RDX, RSP);
     asm.load(RSP, host_rsp);
+    // LEA RCX, [RIP + 2]; PUSH RCX; RET: the return that the processor expects from the call out of
+    // compiled code, or it would take all others for the one before.
+    asm.put(&[0x48, 0x8d, 0x0d, 2, 0, 0, 0, 0x51, 0xc3]);
     asm.lea(RSP, Mem::base(RSP, 8));
     for register in SAVED.into_iter().rev() {
         if register >= 8 {
@@ -204,8 +216,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let missed = find_jump(&mut asm);
     asm.bind(missed, replay);
     let gone = asm.at();
-    asm.constant32(RCX, GONE);
-    let out = asm.jmp();
+    let out = asm.call();
     asm.bind(out, leave);
     let switch = switch(&mut asm);
     let [bring_sse, bring_avx] = bring(&mut asm, avx, popped);
@@ -218,7 +229,8 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
         find,
         gone,
     };
-    (asm.bytes, glue)
+    let code = asm.code().unwrap_or_default().to_vec();
+    (code, glue)
 }
 
 /// To be called with another frame in RCX: goes on with it, and RFLAGS.AC as it has it.
@@ -242,22 +254,19 @@ fn switch(asm: &mut Asm) -> usize {
     at
 }
 
-/// To be called with a call's number in RCX: has the guest's vector registers in the host's; or makes
-/// the call if they can't be, at `replay`, which finds the address to go on at in the frame.
+/// To be called: has the guest's vector registers in the host's. If they can't be, that becomes a call of
+/// the interpreter, at `replay`, which finds in the frame where it was from.
 fn bring(asm: &mut Asm, avx: bool, replay: usize) -> [usize; 2] {
     let resume = Mem::frame(offset_of!(Frame, resume));
     let mut starts = [asm.at(); 2];
     asm.op32(0x8f, 0, Rm::Mem(resume));
-    asm.mov32(R11, RCX);
     asm.load_byte(RCX, Mem::frame(offset_of!(Frame, sse_blocked)));
     let both = asm.jmp();
     starts[1] = asm.at();
     asm.op32(0x8f, 0, Rm::Mem(resume));
-    asm.mov32(R11, RCX);
     asm.load_byte(RCX, Mem::frame(offset_of!(Frame, avx_blocked)));
     asm.bind_here(both);
     let free = asm.jrcxz();
-    asm.mov32(RCX, R11);
     let blocked = asm.jmp();
     asm.bind(blocked, replay);
     asm.here(free);
@@ -278,15 +287,13 @@ fn called(offset: usize) -> Mem {
     Mem::base(RSP, offset as i32 + 8)
 }
 
-/// A function that traces call when the jump cache misses the guest address in R11, with a number in
-/// RCX. If the second level has it, it goes into the first, and back to the trace; else there is the
-/// jump that is returned, with all as it was.
+/// A function that traces call when the jump cache misses the guest address in R11. If the second level
+/// has it, it goes into the first, and back to the trace; else there is the jump that is returned, with
+/// all as it was.
 fn find_jump(asm: &mut Asm) -> Near {
     let rax = called(offset_of!(Frame, rax));
-    let number = called(offset_of!(Frame, number));
     let flags = called(offset_of!(Frame, flags));
     let keys = offset_of!(Frame, jump_keys);
-    asm.store32(number, RCX);
     asm.store(rax, RAX);
     // LAHF, SETO AL.
     asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
@@ -319,7 +326,6 @@ fn find_jump(asm: &mut Asm) -> Near {
     asm.bind_here(stale);
     load_flags(asm, flags);
     asm.load(RAX, rax);
-    asm.load32(RCX, number);
     asm.jmp()
 }
 

@@ -19,8 +19,10 @@ mod compile;
 mod copy;
 mod encoding;
 mod enter;
+mod forms;
 mod glue;
 mod perf;
+mod places;
 mod ready;
 mod registers;
 mod runtime;
@@ -31,11 +33,12 @@ mod windows;
 use std::collections::{HashMap, HashSet};
 
 use crate::code::{Block, BlockIndex, BlockRef, Indexer, OpIndex};
-use crate::mem::{PAGE_SIZE, PageState};
+use crate::mem::PageState;
 use crate::simd::CodeBuffer;
 use crate::tuning::Tuning;
 
-use compile::{Compiled, Work};
+use compile::{Compiled, Link, Scratch, Work};
+use places::{Placed, Places};
 
 /// Times that a page's code may change before its blocks have to be hotter to be compiled again.
 const PATIENCE: u32 = 4;
@@ -71,6 +74,8 @@ struct Entry {
 /// A call of the interpreter, packed: there are many.
 #[derive(Clone, Copy)]
 struct Call {
+    /// Where the call ends, in the buffer.
+    end: u32,
     /// Where in the cache the instruction's ops are, and its block, as long as that is there.
     op: OpIndex,
     block: BlockIndex,
@@ -78,9 +83,17 @@ struct Call {
     at: u16,
     /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
     back: u16,
+    /// Where the trace goes on, from the call's end on.
+    resume: i16,
     ops: u8,
     missed: bool,
     work: Work,
+}
+
+impl Placed for Call {
+    fn place(&self) -> u32 {
+        self.end
+    }
 }
 
 impl Call {
@@ -88,16 +101,25 @@ impl Call {
     const MIDST: u16 = u16::MAX;
 }
 
-const _: () = assert!(size_of::<Call>() == 20);
+const _: () = assert!(size_of::<Call>() == 24);
 
 /// A way out of a trace.
 #[derive(Clone, Copy)]
 struct Way {
+    /// Where the call that leaves ends, in the buffer.
+    end: u32,
+    /// Where the displacement of the jump ends that may be linked: that call itself, or one that leads
+    /// there; 0 for none.
+    link: u32,
     /// Offset from the page's start.
     goal: i32,
-    /// Offset in the buffer where the jump's displacement ends that may be linked; 0 for none.
-    link: u32,
     trace: u32,
+}
+
+impl Placed for Way {
+    fn place(&self) -> u32 {
+        self.end
+    }
 }
 
 /// The traces of a page.
@@ -126,8 +148,8 @@ pub(crate) struct Jit {
     /// Executable memory was refused.
     refused: bool,
     traces: Vec<Entry>,
-    calls: Vec<Call>,
-    ways: Vec<Way>,
+    calls: Places<Call>,
+    ways: Places<Way>,
     pages: HashMap<usize, PageTraces>,
     /// [`crate::mem::code_changes`] that have been dealt with.
     seen: u64,
@@ -135,7 +157,8 @@ pub(crate) struct Jit {
     pending: Option<u32>,
     /// An indirect jump went where the jump cache has nothing.
     missed_jump: bool,
-    bytes: Option<Box<[u8; PAGE_SIZE]>>,
+    /// What it takes to compile, but for the processor's features, when that has been done before.
+    scratch: Option<Box<Scratch>>,
     /// Pages and offsets of traces without windows.
     plain: HashSet<(usize, usize)>,
     /// Decoded blocks have to go before anything else is compiled.
@@ -169,13 +192,13 @@ impl Jit {
             made: None,
             refused: !tuning.compile || !host_can(),
             traces: Vec::new(),
-            calls: Vec::new(),
-            ways: Vec::new(),
+            calls: Places::new(),
+            ways: Places::new(),
             pages: HashMap::new(),
             seen: 0,
             pending: None,
             missed_jump: false,
-            bytes: None,
+            scratch: None,
             plain: HashSet::new(),
             wants_room: false,
             perf: perf::Map::new(tuning.perf_map),
@@ -264,8 +287,10 @@ impl Jit {
     }
 
     fn side_tables(&self) -> usize {
-        self.calls.len() * size_of::<Call>()
-            + self.ways.len() * (size_of::<Way>() + size_of::<u32>())
+        // A way may be noted with the trace that it is linked to.
+        self.calls.used()
+            + self.ways.used()
+            + self.ways.len() * size_of::<u32>()
             + self.traces.len() * (size_of::<Entry>() + size_of::<u32>())
     }
 
@@ -292,9 +317,10 @@ impl Jit {
     pub(crate) fn give_back(&mut self) {
         self.clear();
         self.made = None;
+        self.scratch = None;
         self.traces = Vec::new();
-        self.calls = Vec::new();
-        self.ways = Vec::new();
+        self.calls = Places::new();
+        self.ways = Places::new();
         self.pages = HashMap::new();
     }
 
@@ -306,6 +332,13 @@ impl Jit {
             }
         }
         self.made.as_mut()
+    }
+
+    /// Whether compiled code was left, by a call from this address, for a trace that is gone.
+    fn is_gone(&self, from: u64) -> bool {
+        self.made
+            .as_ref()
+            .is_some_and(|made| from == made.base + (made.glue.gone + CALL) as u64)
     }
 
     /// Whether another trace may be added.
@@ -327,28 +360,43 @@ impl Jit {
         index: Indexer,
     ) -> Option<u32> {
         let made = self.made.as_mut()?;
-        let code = made.buffer.push(&compiled.bytes)?.as_ptr() as u64;
+        let bytes = compiled.asm.code()?;
+        let code = made.buffer.push(bytes)?.as_ptr() as u64;
         let offset = (code - made.base) as u32;
         let number = u32::try_from(self.traces.len()).ok()?;
-        self.perf.add(code, compiled.bytes.len(), number);
+        self.perf.add(code, bytes.len(), number);
         let first_call = self.calls.len() as u32;
-        self.calls.extend(compiled.calls.iter().map(|call| {
+        for slow in &compiled.slow {
+            let call = &compiled.calls[slow.call];
             let step = &trace.steps[call.step];
-            Call {
+            let end = slow.from.0;
+            let resume = slow.resume.unwrap_or(end) as i64 - end as i64;
+            self.calls.push(Call {
+                end: offset + end as u32,
                 op: index.op(step.op),
                 block: index.block(step.block),
                 at: step.at,
                 back: step.back,
+                // No trace is longer.
+                resume: resume as i16,
                 ops: step.ops,
                 work: call.work,
                 missed: call.missed,
-            }
-        }));
-        self.ways.extend(compiled.ways.iter().map(|way| Way {
-            goal: way.goal as i32,
-            link: way.link.map_or(0, |at| offset + at as u32),
-            trace: number,
-        }));
+            });
+        }
+        for way in &compiled.ways {
+            let end = offset + way.end as u32;
+            self.ways.push(Way {
+                end,
+                link: match way.link {
+                    Link::None => 0,
+                    Link::Call => end,
+                    Link::Jump(at) => offset + at as u32,
+                },
+                goal: way.goal as i32,
+                trace: number,
+            });
+        }
         let key = std::ptr::from_ref(pages[0]?.0) as usize;
         self.traces.push(Entry {
             head,
@@ -377,14 +425,15 @@ impl Jit {
 
     /// Has a way of one trace go straight to another of the same page.
     fn link(&mut self, way: u32, to: u32) {
-        let Some(from) = self.ways.get(way as usize).copied() else {
+        let Some(way_) = self.ways.get(way).copied() else {
             return;
         };
-        let same_page = self.traces[from.trace as usize].page == self.traces[to as usize].page;
-        let live = self.traces[from.trace as usize].live && self.traces[to as usize].live;
-        if let (link @ 1.., true, Some(made)) = (from.link, same_page && live, &mut self.made) {
-            let distance = i64::from(self.traces[to as usize].direct) - i64::from(link);
-            made.patch(link, distance as i32);
+        let from = &self.traces[way_.trace as usize];
+        let goal = &self.traces[to as usize];
+        let good = from.page == goal.page && from.live && goal.live && way_.link != 0;
+        let direct = goal.direct;
+        if let (true, Some(made)) = (good, &mut self.made) {
+            made.link(&way_, Some(direct));
             self.traces[to as usize].linked.push(way);
         }
     }
@@ -402,6 +451,23 @@ impl Jit {
             made.buffer
                 .write(at, words.map(u64::to_le_bytes).as_flattened());
         }
+    }
+
+    /// The way out that compiled code was left by, and its number, from where that was called.
+    fn way_from(&self, address: u64) -> Option<(u32, Way)> {
+        let number = self.ways.at(self.place(address)?)?;
+        Some((number, *self.ways.get(number)?))
+    }
+
+    /// The number of the call of the interpreter from there.
+    fn call_from(&self, address: u64) -> Option<u32> {
+        self.calls.at(self.place(address)?)
+    }
+
+    /// Where in the buffer an address of compiled code is.
+    fn place(&self, address: u64) -> Option<u32> {
+        let made = self.made.as_ref()?;
+        address.checked_sub(made.base)?.try_into().ok()
     }
 
     /// The trace that makes a call.
@@ -450,7 +516,9 @@ impl Jit {
         }
         if let Some(made) = &mut self.made {
             for way in linked {
-                made.patch(self.ways[way as usize].link, 0);
+                if let Some(way) = self.ways.get(way) {
+                    made.link(way, None);
+                }
             }
             made.bury(entry.indirect);
         }
@@ -482,6 +550,9 @@ impl Jit {
 
 /// Windows that aren't ones before a trace is compiled without.
 const FAILURES: u16 = 16;
+/// Bytes of a near call, or of a jump.
+const CALL: usize = 5;
+
 /// Whether the host has the instructions that traces are made with.
 fn host_can() -> bool {
     std::arch::is_x86_feature_detected!("bmi2")
@@ -524,14 +595,30 @@ impl Made {
 
     /// Has whoever jumps to an offset leave compiled code instead.
     fn bury(&mut self, at: u32) {
-        let distance = self.glue.gone as i32 - (at as i32 + 5);
+        let distance = self.glue.gone as i32 - (at as i32 + CALL as i32);
         let [a, b, c, d] = distance.to_le_bytes();
         // JMP.
         self.buffer.write(at as usize, &[0xe9, a, b, c, d]);
     }
 
-    /// Writes the displacement of a jump that ends at an offset.
-    fn patch(&mut self, end: u32, distance: i32) {
-        self.buffer.write(end as usize - 4, &distance.to_le_bytes());
+    /// Has a way lead to an offset, or out again.
+    fn link(&mut self, way: &Way, to: Option<u32>) {
+        let own = way.link == way.end;
+        let to = to.unwrap_or(match own {
+            true => self.glue.leave as u32,
+            // The call that leaves.
+            false => way.end - CALL as u32,
+        });
+        let distance = to.wrapping_sub(way.link).to_le_bytes();
+        let end = way.link as usize;
+        self.buffer.write(end - distance.len(), &distance);
+        if own {
+            let opcode = if to == self.glue.leave as u32 {
+                0xe8
+            } else {
+                0xe9
+            };
+            self.buffer.write(end - CALL, &[opcode]);
+        }
     }
 }

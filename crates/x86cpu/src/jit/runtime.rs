@@ -4,8 +4,7 @@
 use std::ptr::NonNull;
 use std::time::Instant;
 
-use super::compile::{self, POLLED, Request, Work};
-use super::glue::GONE;
+use super::compile::{self, Request, Scratch, Work};
 use super::trace::Trace;
 use super::{Call, PATIENCE};
 use crate::code::{BlockRef, Op};
@@ -141,11 +140,22 @@ impl Cpu {
     }
 
     fn compile_now(&mut self, block: BlockRef) -> Option<u32> {
+        let kept = self.code.jit.scratch.take();
+        let mut scratch = kept
+            .filter(|scratch| *scratch.forms.features() == self.features)
+            .unwrap_or_else(|| Box::new(Scratch::new(self.features)));
+        let number = self.compile_with(block, &mut scratch);
+        self.code.jit.scratch = Some(scratch);
+        number
+    }
+
+    fn compile_with(&mut self, block: BlockRef, scratch: &mut Scratch) -> Option<u32> {
         let (gpa, _) = self.fetch_from(self.code_linear()).ok()?;
         if !self.code.jit.has_room() {
             self.flush_traces();
         }
-        self.code.jit.made()?;
+        let made = self.code.jit.made()?;
+        let (origin, glue) = (made.buffer.next(), made.glue);
         // SAFETY: as above.
         let found = unsafe { block.get() };
         let slots = self.mmu.slots().clone();
@@ -157,18 +167,17 @@ impl Cpu {
         if !found.is_of(version) || !page.state.is_claimed() {
             return None;
         }
-        let taken = self.code.jit.bytes.take();
-        let mut bytes = taken.unwrap_or_else(|| Box::new([0; _]));
-        page.read(0, &mut bytes[..]);
+        page.read(0, &mut scratch.page[..]);
         let second = found.second_page();
         let crossing = second.and_then(|(gpa, state, version)| {
             let second = slots.page(gpa)?;
-            let mut both = bytes.to_vec();
+            let mut both = scratch.page.to_vec();
             both.resize(PAGE_SIZE + LONGEST, 0);
             second.read(0, &mut both[PAGE_SIZE..]);
             let same = std::ptr::eq(second.state, state) && state.version() == version;
             same.then_some(both)
         });
+        let steps = std::mem::take(&mut scratch.steps);
         let find = |offset: u16| {
             let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
             // SAFETY: blocks of the cache as it is.
@@ -178,26 +187,21 @@ impl Cpu {
         };
         let whole = found.is_whole();
         let trace = if whole {
-            Trace::new(block, &bytes, &find)
+            Trace::new(block, &scratch.page, find, steps)
         } else {
-            Trace::crossing(block, crossing.as_deref())
+            Trace::crossing(block, crossing.as_deref(), steps)
+        }?;
+        let request = Request {
+            origin,
+            glue,
+            hardened: self.code.jit.tuning.hardened,
+            windows: !self.code.jit.is_plain(found),
         };
-        let compiled = trace.as_ref().and_then(|trace| {
-            let request = Request {
-                features: &self.features,
-                first_call: self.code.jit.calls.len() as u32,
-                first_way: self.code.jit.ways.len() as u32,
-                hardened: self.code.jit.tuning.hardened,
-                windows: !self.code.jit.is_plain(found),
-            };
-            if whole {
-                compile::compile(trace, &bytes[..], request)
-            } else {
-                compile::crossing(trace, crossing.as_deref(), request)
-            }
-        });
-        self.code.jit.bytes = Some(bytes);
-        let (trace, compiled) = (trace?, compiled?);
+        let compiled = if whole {
+            compile::compile(&trace, request, scratch)
+        } else {
+            compile::crossing(&trace, crossing.as_deref(), request, scratch)
+        }?;
         // Whoever writes the page from here on makes the trace stale; who has done so before, or
         // is doing so, has changed the version, or will.
         let changed = |(_, state, version): (u64, &PageState, u32)| state.version() != version;
@@ -217,7 +221,9 @@ impl Cpu {
         Counters::add(&counters.compiled_traces, 1);
         Counters::add(&counters.compiled_instructions, trace.steps.len() as u64);
         let index = self.code.indexer();
-        self.code.jit.add(block, pages, &trace, &compiled, index)
+        let number = self.code.jit.add(block, pages, &trace, &compiled, index);
+        scratch.take_back(trace, compiled);
+        number
     }
 
     /// Forgets all compiled code; the blocks stay.
@@ -315,27 +321,27 @@ impl Cpu {
         let frame = unsafe { &mut *frame };
         self.follow_frame(frame);
         self.take_x87_note(frame);
-        let (number, page, target) = (frame.number, frame.rip_page, frame.target);
+        let (from, page, target) = (frame.resume, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
-        self.left(out, number, page, target)
+        self.left(out, from, page, target)
     }
 
     /// What comes after compiled code.
-    fn left(&mut self, out: u64, number: u32, page: u64, target: u64) -> Result<(), Trap> {
+    fn left(&mut self, out: u64, from: u64, page: u64, target: u64) -> Result<(), Trap> {
         let counters = &self.shared.counters;
         match out {
-            BACK if number == GONE => {
+            BACK if self.code.jit.is_gone(from) => {
                 Counters::add(&counters.exits_indirect, 1);
                 self.rip = target;
                 self.code.jit.missed_jump = true;
                 Ok(())
             }
             BACK => {
-                let Some(way) = self.code.jit.ways.get((number & !POLLED) as usize) else {
+                let Some((number, way)) = self.code.jit.way_from(from) else {
                     return Ok(());
                 };
                 self.rip = page.wrapping_add(i64::from(way.goal) as u64);
-                if number & POLLED != 0 {
+                if way.link == 0 {
                     Counters::add(&counters.exits_request, 1);
                 } else {
                     Counters::add(&counters.exits_unlinked, 1);
@@ -603,9 +609,13 @@ pub(super) extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
     // lent itself to compiled code, and the frame, which is apart from it.
     let (cpu, frame) = unsafe { (&mut *cpu, &mut *frame) };
     cpu.shared.set_doing(Doing::Interpreting);
-    let call = cpu.code.jit.calls.get(frame.number as usize).copied();
-    let out = match call {
-        Some(call) => {
+    let jit = &cpu.code.jit;
+    let found = jit.call_from(frame.resume);
+    let found = found.and_then(|number| Some((number, *jit.calls.get(number)?)));
+    let out = match found {
+        Some((number, call)) => {
+            frame.number = number;
+            frame.resume = frame.resume.wrapping_add_signed(i64::from(call.resume));
             cpu.follow_frame(frame);
             cpu.serve(call, frame)
         }

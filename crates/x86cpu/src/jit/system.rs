@@ -12,7 +12,6 @@ use super::access::{columns, entry};
 use super::asm::{Mem, Near, R11, RAX, RCX, Rm, Short};
 use super::classify::Align;
 use super::compile::{Compiler, Slow, Work};
-use super::ready::Copy;
 use super::registers::{Address, GUEST_RSP, HOST, slot};
 use super::trace::Step;
 use crate::cpu::{Cpu, seg};
@@ -146,7 +145,7 @@ impl Bit {
     }
 }
 
-impl Compiler<'_> {
+impl Compiler {
     /// A field of the processor, whose address is in R11.
     fn field(at: usize) -> Mem {
         Mem::base(R11, at as i32)
@@ -157,20 +156,20 @@ impl Compiler<'_> {
     }
 
     /// Goes on only if a byte of the frame is zero; else the instruction is the interpreter's.
-    fn only_if_zero(&mut self, field: usize, call: u32) {
+    fn only_if_zero(&mut self, field: usize, call: usize) {
         self.asm.load_byte(RCX, Mem::frame(field));
         self.unless_zero(call);
     }
 
     /// The same of RCX.
-    fn unless_zero(&mut self, call: u32) {
+    fn unless_zero(&mut self, call: usize) {
         let zero = self.asm.jrcxz();
-        let from = self.asm.jmp();
+        let from = self.asm.call();
         self.asm.here(zero);
         self.aside(from, call);
     }
 
-    fn aside(&mut self, from: Near, call: u32) {
+    fn aside(&mut self, from: Near, call: usize) {
         self.slow.push(Slow {
             from,
             call,
@@ -219,10 +218,11 @@ impl Compiler<'_> {
                 let done = self.asm.jrcxz();
                 self.asm.load(RCX, Mem::frame(offset_of!(Frame, other)));
                 let none = self.asm.jrcxz();
-                self.asm.call_memory(Mem::frame(offset_of!(Frame, switch)));
+                let from = self.asm.call();
+                self.bind_glue(from, self.request.glue.switch);
                 let over = self.asm.jmp();
                 self.asm.here(none);
-                let from = self.asm.jmp();
+                let from = self.asm.call();
                 self.aside(from, call);
                 self.asm.bind_here(over);
                 self.asm.here(done);
@@ -265,7 +265,7 @@ impl Compiler<'_> {
     }
 
     /// STI. What the shadow covers is told, as whoever looks at requests next may be ahead of it.
-    fn sti(&mut self, step: &Step, call: u32) {
+    fn sti(&mut self, step: &Step, call: usize) {
         self.only_if_zero(offset_of!(Frame, waiting), call);
         let clear = self.if_clear();
         let done = self.asm.jmp();
@@ -357,11 +357,8 @@ impl Compiler<'_> {
 }
 
 /// PUSH of what is in memory: two accesses.
-impl Compiler<'_> {
-    pub(super) fn push_memory(&mut self, n: usize, copy: &Copy) {
-        let Some(address) = &copy.address else {
-            return;
-        };
+impl Compiler {
+    pub(super) fn push_memory(&mut self, n: usize, address: &Address) {
         let kept = Mem::frame(offset_of!(Frame, target));
         let call = self.call(Work::Run, n, true);
         let from = self.access(n, address, 8, Align::None, false, call);

@@ -6,7 +6,7 @@
 //! what has been added to it since. The first access of such a window looks for the whole of it; the
 //! others have their pointer.
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::ready::Ready;
 use super::trace::Step;
@@ -101,7 +101,6 @@ impl Windows {
             windows: Vec::new(),
             shares: vec![[None; 2]; steps.len()],
         };
-        let mut factory = InstructionInfoFactory::new();
         for (n, (step, ready)) in steps.iter().zip(ready).enumerate() {
             for (which, wanted) in ready.accesses().into_iter().enumerate() {
                 if let Some(wanted) = wanted {
@@ -111,7 +110,7 @@ impl Windows {
             if ready.is_interpreted() {
                 found.forget();
             } else {
-                found.follow(&step.instruction, &mut factory);
+                found.follow(&step.instruction, ready.changed());
             }
         }
         found.shared()
@@ -227,8 +226,8 @@ impl Windows {
         self.shares[n][which] = Some((window, at, added));
     }
 
-    /// What an instruction does to the registers.
-    fn follow(&mut self, i: &Instruction, factory: &mut InstructionInfoFactory) {
+    /// What an instruction does to the registers, of which it may change those of `changed`.
+    fn follow(&mut self, i: &Instruction, changed: u16) {
         let rsp = 4;
         let wide = |n: u32| i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr64();
         let number = |n: u32| i.op_register(n).number() as u8;
@@ -267,19 +266,10 @@ impl Windows {
                 self.fresh(5);
             }
             _ => {
-                let info = factory.info(i);
-                for used in info.used_registers() {
-                    let written = matches!(
-                        used.access(),
-                        OpAccess::Write
-                            | OpAccess::CondWrite
-                            | OpAccess::ReadWrite
-                            | OpAccess::ReadCondWrite
-                    );
-                    let register = used.register();
-                    if written && register.is_gpr() {
-                        self.fresh(register.full_register().number() as u8);
-                    }
+                let mut changed = changed;
+                while changed != 0 {
+                    self.fresh(changed.trailing_zeros() as u8);
+                    changed &= changed - 1;
                 }
             }
         }

@@ -50,17 +50,6 @@ pub(crate) struct Frame {
     /// Bases of FS and GS.
     pub fs_base: u64,
     pub gs_base: u64,
-    /// Where to go for an instruction's replay, and to leave.
-    pub replay: u64,
-    pub leave: u64,
-    /// The same for a jump, which the second level of the jump cache may have.
-    pub find: u64,
-    /// [`super::jumps::Jumps`], the keys of what counts there, and what its code is relative to.
-    pub jumps: u64,
-    pub jump_keys: JumpKeys,
-    pub code_base: u64,
-    /// The guest's RAX while that is looked at.
-    pub rax: u64,
     /// Not zero if what is in the name can't be used as it is.
     pub sse_away: u8,
     pub avx_away: u8,
@@ -74,6 +63,8 @@ pub(crate) struct Frame {
     pub avx_blocked: u8,
     /// Not zero if something waits for RFLAGS.IF, or the privilege level isn't 0.
     pub waiting: u8,
+    /// See [`WINDOWS`]. What is up to here has the shortest displacements.
+    pub windows: [u64; WINDOWS],
     /// Not zero if the privilege level isn't 0.
     pub not_kernel: u8,
     /// Not zero if STAC or CLAC has something to do.
@@ -85,11 +76,6 @@ pub(crate) struct Frame {
     /// The frame to run with once RFLAGS.AC is the other way; 0 if that takes more than to change
     /// the frame.
     pub other: u64,
-    /// Where to go to change the frame.
-    pub switch: u64,
-    /// Where to go for the vector registers.
-    pub bring_sse: u64,
-    pub bring_avx: u64,
     /// What must agree, beside the address, for an instruction across two pages to be what it was.
     pub cross_key: u64,
     /// RFLAGS.IF, and the bits of a bit's number in a word of 32 and 64 bits: for PEXT.
@@ -98,13 +84,13 @@ pub(crate) struct Frame {
     /// The processor.
     pub cpu: u64,
     pub host_rsp: u64,
-    /// Where to go on in compiled code.
+    /// Where to go on in compiled code; where it has called from.
     pub resume: u64,
     /// The guest's flags: AH as of LAHF, AL as of SETO.
     pub flags: u32,
     /// The same, from before a division was tried.
     pub divide_flags: u32,
-    /// Number of a call or way.
+    /// Number of a call.
     pub number: u32,
     _pad2: u32,
     /// Target of an indirect jump.
@@ -121,8 +107,12 @@ pub(crate) struct Frame {
     pub x87_dp: u64,
     /// Address of the function that replays.
     pub helper: u64,
-    /// See [`WINDOWS`].
-    pub windows: [u64; WINDOWS],
+    /// [`super::jumps::Jumps`], the keys of what counts there, and what its code is relative to.
+    pub jumps: u64,
+    pub jump_keys: JumpKeys,
+    pub code_base: u64,
+    /// The guest's RAX while that is looked at.
+    pub rax: u64,
 }
 
 /// See the module's text.

@@ -47,9 +47,14 @@ impl CodeBuffer {
         })
     }
 
-    /// Appends code (position-independent) and returns where it can be called; `None` when full.
+    /// Where, from the start on, the code comes that is appended next.
+    pub fn next(&self) -> usize {
+        self.used.next_multiple_of(ALIGN)
+    }
+
+    /// Appends code (position-independent, or made for [`CodeBuffer::next`]) and returns where it can be called; `None` when full.
     pub fn push(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
-        let start = self.used.next_multiple_of(ALIGN);
+        let start = self.next();
         let end = start.checked_add(code.len())?;
         if end > self.capacity {
             return None;
