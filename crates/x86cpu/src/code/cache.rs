@@ -219,6 +219,13 @@ impl Block {
         }
     }
 
+    /// The page into which its only instruction crosses: address, state, version.
+    pub(crate) fn second_page(&self) -> Option<(u64, &PageState, u32)> {
+        let second = self.second()?;
+        // SAFETY: as in `is_current`.
+        Some((second.gpa, unsafe { second.page.as_ref() }, second.version))
+    }
+
     /// Guest-physical address of the page into which its only instruction crosses.
     pub(super) fn second_gpa(&self) -> Option<u64> {
         self.second().map(|second| second.gpa)

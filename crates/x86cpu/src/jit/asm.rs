@@ -240,6 +240,13 @@ impl Asm {
         self.op32(0x89, reg, Rm::Mem(mem));
     }
 
+    /// Loads what lies at a place that is bound like a jump's target.
+    pub(super) fn load_relative(&mut self, reg: Reg) -> Near {
+        self.put(&[0x48 | (reg >> 3) << 2, 0x8b, (reg & 7) << 3 | 5]);
+        self.dword(0);
+        Near(self.at())
+    }
+
     /// Stores a sign-extended constant of 64 bits.
     pub(super) fn store_constant(&mut self, mem: Mem, value: i32) {
         self.op64(0xc7, 0, Rm::Mem(mem));
@@ -270,10 +277,6 @@ impl Asm {
         self.op64(0x8b, to, Rm::Reg(from));
     }
 
-    pub(super) fn mov32(&mut self, to: Reg, from: Reg) {
-        self.op32(0x8b, to, Rm::Reg(from));
-    }
-
     pub(super) fn constant32(&mut self, reg: Reg, value: u32) {
         if reg >= 8 {
             self.byte(0x41);
@@ -290,6 +293,39 @@ impl Asm {
         }
         self.put(&[0x0f, 0xb6]);
         self.modrm(reg, Rm::Mem(mem));
+    }
+
+    /// Loads two bytes, with zeros above.
+    pub(super) fn load_word(&mut self, reg: Reg, mem: Mem) {
+        self.two_byte(false, 0xb7, reg, Rm::Mem(mem));
+    }
+
+    pub(super) fn store_byte(&mut self, mem: Mem, value: u8) {
+        self.op32(0xc6, 0, Rm::Mem(mem));
+        self.byte(value);
+    }
+
+    /// An instruction of the map that 0x0f opens, with 64 or 32 bits of operand.
+    pub(super) fn two_byte(&mut self, wide: bool, opcode: u8, reg: Reg, rm: Rm) {
+        let rex = u8::from(wide) << 3 | (reg >> 3) << 2 | rm.rex();
+        if rex != 0 {
+            self.byte(0x40 | rex);
+        }
+        self.put(&[0x0f, opcode]);
+        self.modrm(reg, rm);
+    }
+
+    /// SARX: shifts right, with the sign, and without a trace in the flags.
+    pub(super) fn sarx(&mut self, wide: bool, to: Reg, from: Rm, by: Reg) {
+        let inverted = !((to >> 3) << 2 | from.rex()) & 7;
+        self.put(&[
+            0xc4,
+            inverted << 5 | 0x02,
+            // pp of F3.
+            u8::from(wide) << 7 | (!by & 15) << 3 | 0x02,
+            0xf7,
+        ]);
+        self.modrm(to, from);
     }
 
     /// PEXT: takes the bits of `from` that the mask in memory has, without a trace in the flags.

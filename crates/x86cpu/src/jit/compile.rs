@@ -126,6 +126,8 @@ pub(super) struct Compiled {
     /// The places where they are made.
     pub slow: Vec<Slow>,
     pub ways: Vec<Way>,
+    /// Offset of the words of [`Compiler::guard`].
+    pub guard: Option<usize>,
 }
 
 /// What the compiler has from one trace to the next: memory, and what it has found out of
@@ -253,20 +255,46 @@ pub(super) struct Noted {
     pub(super) operand: Option<Address>,
 }
 
-/// A trace for a block that is one instruction across two pages. What is in the second one may
-/// change without a trace of the first, so that it is looked at each time, by the interpreter.
+/// A trace for a block that is one instruction across two pages. What the second one is depends on how
+/// it is mapped, which the interpreter looks at, and vouches for until mappings change. `bytes` are those
+/// of the one page, and the first of the other.
 pub(super) fn crossing(
     trace: &Trace,
+    bytes: Option<&[u8]>,
     request: Request<'_>,
     scratch: &mut Scratch,
 ) -> Option<Compiled> {
-    let mut c = Compiler::new(trace.steps.first()?.at, request, scratch);
+    let step = trace.steps.first()?;
+    let mut c = Compiler::new(step.at, request, scratch);
+    let forms = &mut scratch.forms;
+    let ready = bytes.map(|bytes| (bytes, Ready::crossing(step, bytes, forms)));
     c.entry();
     let call = c.call(Work::Cross, 0, false);
+    let mut words = Vec::new();
+    if let Some((bytes, ready)) = ready
+        && !matches!(ready, Ready::Interpret { .. })
+    {
+        c.shares = vec![[None; 2]];
+        let unsure;
+        (words, unsure) = c.guard();
+        c.step(0, step, &ready, bytes);
+        for from in unsure {
+            c.asm.bind_here(from);
+        }
+    }
     c.interpret(call);
     c.asm.load(R11, Mem::frame(offset_of!(Frame, target)));
     c.jump();
-    Some(c.done(scratch))
+    let mut done = c.done(scratch);
+    if !words.is_empty() {
+        let at = done.asm.at();
+        for (n, word) in words.into_iter().enumerate() {
+            done.asm.bind(word, at + 8 * n);
+        }
+        done.asm.put(&[0; 16]);
+        done.guard = Some(at);
+    }
+    Some(done)
 }
 
 /// Compiles a trace.
@@ -338,6 +366,7 @@ impl<'a> Compiler<'a> {
             calls: self.calls,
             slow: self.slow,
             ways: self.ways,
+            guard: None,
         }
     }
 
@@ -366,6 +395,26 @@ impl<'a> Compiler<'a> {
         }
     }
 
+    /// Goes on only if the instruction is what the interpreter last vouched for: minus its linear address
+    /// and minus the key are in two words behind the code. Gives the loads of those, to be bound as
+    /// jumps are, and the jumps for when it isn't.
+    fn guard(&mut self) -> (Vec<Near>, Vec<Near>) {
+        let (mut words, mut unsure) = (Vec::new(), Vec::new());
+        let fields = [
+            (offset_of!(Frame, rip_page), i32::from(self.head)),
+            (offset_of!(Frame, cross_key), 0),
+        ];
+        for (field, added) in fields {
+            self.asm.load(R11, Mem::frame(field));
+            words.push(self.asm.load_relative(RCX));
+            self.asm.lea(RCX, Mem::indexed(RCX, R11, 0, added));
+            let same = self.asm.jrcxz();
+            unsure.push(self.asm.jmp());
+            self.asm.here(same);
+        }
+        (words, unsure)
+    }
+
     /// Leaves for `target` if something is requested.
     pub(super) fn poll(&mut self, target: i64) {
         self.asm.load(RCX, Mem::frame(offset_of!(Frame, requests)));
@@ -384,7 +433,7 @@ impl<'a> Compiler<'a> {
     }
 
     /// Has a call go to a place in the glue.
-    fn bind_glue(&mut self, from: Near, place: usize) {
+    pub(super) fn bind_glue(&mut self, from: Near, place: usize) {
         self.asm.bind(from, place.wrapping_sub(self.request.origin));
     }
 
@@ -461,9 +510,14 @@ impl<'a> Compiler<'a> {
             self.noted = noted;
             self.store_noted();
             from = self.asm.call();
+            // For who comes back to where the call was from.
+            let back = self.asm.jmp();
+            self.asm.bind(back, target);
         }
         let to = match self.calls[self.slow[n].call].work {
             Work::Jump | Work::Goto => self.request.glue.find,
+            Work::Sse => self.request.glue.bring_sse,
+            Work::Avx => self.request.glue.bring_avx,
             _ => self.request.glue.replay,
         };
         self.bind_glue(from, to);
@@ -527,6 +581,10 @@ impl<'a> Compiler<'a> {
                 let call = self.call(Work::Run, n, false);
                 self.interpret(call);
                 (self.sse, self.avx, self.x87) = (false, false, false);
+            }
+            Ready::System(system) => {
+                self.keep_operand(ready.changed());
+                self.system(n, step, *system);
             }
             Ready::Copy(copy) => {
                 let at = usize::from(step.at);

@@ -56,6 +56,9 @@ impl Compiler<'_> {
         let class = copy.class;
         match class {
             Class::Nothing => return,
+            Class::Push if let Some(address) = copy.address(i) => {
+                return self.push_memory(n, &address);
+            }
             Class::Push | Class::Pop | Class::Leave => return self.stack(n, i, class),
             Class::Divide { signed } => return self.divide(n, i, copy, signed),
             Class::Strings => {

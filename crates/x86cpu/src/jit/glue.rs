@@ -7,13 +7,15 @@
 //!                                             out ◀─ else ────┘                    │ CALL leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame while a trace runs; the helper runs on the caller's stack. Where it was called
-//! from says which call it is, and which way out.
+//! RSP is the frame while a trace runs; the helper runs on the caller's stack. The helper may answer
+//! with another frame to go on with. What comes out is its answer and the frame that ran last. Where it
+//! was called from says which call it is, and which way out.
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, Mem, Near, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
+use super::asm::{Asm, Mem, Near, R11, RAX, RBX, RCX, RDI, RDX, RSI, RSP, Rm};
 use super::registers::{SPILLED, pinned};
+use super::runtime::TRAP;
 use crate::Cpu;
 use crate::fpu::FpuState;
 use crate::mem::area::{Area, Frame, JUMP_GROUP, JUMP_ROTATE, JUMPS};
@@ -28,11 +30,36 @@ const NOT_EQUAL: u8 = 5;
 pub(super) struct Glue {
     pub replay: usize,
     pub leave: usize,
+    pub switch: usize,
+    pub bring_sse: usize,
+    pub bring_avx: usize,
     /// Where a jump goes that its cache misses: back, if the second level has it, or to the replay.
     pub find: usize,
     /// In the place of a trace that is gone.
     pub gone: usize,
 }
+
+/// What moves from frame to frame when [`Frame::other`] becomes the running one. The bytes that tell
+/// what can't be used as it is are in one word.
+const MOVED: [usize; 15] = [
+    offset_of!(Frame, uppers),
+    offset_of!(Frame, cross_key),
+    offset_of!(Frame, jumps),
+    offset_of!(Frame, jump_keys),
+    offset_of!(Frame, rip_page),
+    offset_of!(Frame, r10),
+    offset_of!(Frame, r11),
+    offset_of!(Frame, r15),
+    offset_of!(Frame, fs_base),
+    offset_of!(Frame, gs_base),
+    offset_of!(Frame, sse_away),
+    offset_of!(Frame, host_rsp),
+    offset_of!(Frame, x87_note),
+    offset_of!(Frame, x87_page),
+    offset_of!(Frame, x87_dp),
+];
+
+const _: () = assert!(offset_of!(Frame, waiting) == offset_of!(Frame, sse_away) + 7);
 
 /// What the caller's registers that it wants back are, in the order in which they are pushed.
 const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
@@ -85,32 +112,38 @@ fn vectors(asm: &mut Asm, avx: bool, store: bool) {
     asm.here(away);
     let past = asm.jmp();
     asm.bind_here(live);
-    let all = |asm: &mut Asm, part| {
-        for n in 0..16 {
-            move_vector(asm, part, n, vector(n), store);
-        }
-    };
     if !avx {
-        all(asm, Part::Legacy);
+        move_vectors(asm, Part::Legacy, store);
     } else if store {
-        all(asm, Part::Whole);
+        move_vectors(asm, Part::Whole, store);
         // The code that comes next is of the legacy kind.
         clean(asm);
     } else {
-        asm.load_byte(RCX, Mem::frame(offset_of!(Frame, uppers)));
-        let lower = asm.jrcxz();
-        let whole = asm.jmp();
-        asm.here(lower);
-        // The host has to know that there is nothing in the upper halves: legacy instructions wait
-        // for what they keep there, else.
-        all(asm, Part::Lower);
-        clean(asm);
-        let done = asm.jmp();
-        asm.bind_here(whole);
-        all(asm, Part::Whole);
-        asm.bind_here(done);
+        load_vectors(asm);
     }
     asm.bind_here(past);
+}
+
+fn move_vectors(asm: &mut Asm, part: Part, store: bool) {
+    for n in 0..16 {
+        move_vector(asm, part, n, vector(n), store);
+    }
+}
+
+/// Loads all vector registers where there is AVX.
+fn load_vectors(asm: &mut Asm) {
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, uppers)));
+    let lower = asm.jrcxz();
+    let whole = asm.jmp();
+    asm.here(lower);
+    // The host has to know that there is nothing in the upper halves: legacy instructions wait for what
+    // they keep there, else.
+    move_vectors(asm, Part::Lower, false);
+    clean(asm);
+    let done = asm.jmp();
+    asm.bind_here(whole);
+    move_vectors(asm, Part::Whole, false);
+    asm.bind_here(done);
 }
 
 /// From the host's registers to the processor's state. R11 is the processor afterwards.
@@ -141,6 +174,7 @@ fn restore(asm: &mut Asm, avx: bool) {
     for (guest, host) in pinned() {
         asm.load(host, gpr(guest));
     }
+    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
 }
 
 /// The code, to be called with a frame and an address in a trace.
@@ -160,12 +194,12 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
     asm.mov(RSP, RDI);
 
+    let enter = asm.at();
     restore(&mut asm, avx);
     asm.jmp_memory(resume);
 
     let back = asm.at();
     restore(&mut asm, avx);
-    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
     // PUSH, RET: as the processor expects after a call, most often with where that was from.
     asm.op32(0xff, 6, Rm::Mem(resume));
     asm.byte(0xc3);
@@ -173,6 +207,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let replay = asm.at();
     // POP: its operand's address is computed after RSP has changed (SDM 2B, POP).
     asm.op32(0x8f, 0, Rm::Mem(resume));
+    let popped = asm.at();
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
     asm.mov(RBX, RSP);
@@ -181,12 +216,19 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.load(RSP, host_rsp);
     asm.call_memory(Mem::base(RBX, offset_of!(Frame, helper) as i32));
     asm.mov(RSP, RBX);
-    asm.mov32(RCX, RAX);
-    let stay = asm.jrcxz();
-    let out = asm.jmp();
-    asm.here(stay);
+    // CMP RAX, what the last way out is: more than that is another frame.
+    asm.op64(0x83, 7, Rm::Reg(RAX));
+    asm.byte(TRAP as u8);
+    let other = asm.jcc(7);
+    // TEST RAX, RAX.
+    asm.op64(0x85, RAX, Rm::Reg(RAX));
+    let out = asm.jcc(5);
     let again = asm.jmp();
     asm.bind(again, back);
+    asm.bind_here(other);
+    asm.mov(RSP, RAX);
+    let again = asm.jmp();
+    asm.bind(again, enter);
 
     let leave = asm.at();
     asm.op32(0x8f, 0, Rm::Mem(resume));
@@ -194,6 +236,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     save(&mut asm, avx);
     asm.constant32(RAX, 0);
     asm.bind_here(out);
+    asm.mov(RDX, RSP);
     asm.load(RSP, host_rsp);
     // LEA RCX, [RIP + 2]; PUSH RCX; RET: the return that the processor expects from the call out of
     // compiled code, or it would take all others for the one before.
@@ -213,13 +256,71 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let gone = asm.at();
     let out = asm.call();
     asm.bind(out, leave);
+    let switch = switch(&mut asm);
+    let [bring_sse, bring_avx] = bring(&mut asm, avx, popped);
     let glue = Glue {
         replay,
         leave,
+        switch,
+        bring_sse,
+        bring_avx,
         find,
         gone,
     };
     (asm.code().unwrap_or_default().to_vec(), glue)
+}
+
+/// To be called with another frame in RCX: goes on with it, and RFLAGS.AC as it has it.
+fn switch(asm: &mut Asm) -> usize {
+    let at = asm.at();
+    asm.op32(
+        0x8f,
+        0,
+        Rm::Mem(Mem::base(RCX, offset_of!(Frame, resume) as i32)),
+    );
+    for field in MOVED {
+        asm.load(R11, Mem::frame(field));
+        asm.store(Mem::base(RCX, field as i32), R11);
+    }
+    asm.mov(RSP, RCX);
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, alignment)));
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    let flags = offset_of!(Cpu, rflags) + 2;
+    asm.op32(0x88, RCX, Rm::Mem(Mem::base(R11, flags as i32)));
+    asm.jmp_memory(Mem::frame(offset_of!(Frame, resume)));
+    at
+}
+
+/// To be called: has the guest's vector registers in the host's. If they can't be, that becomes a call of
+/// the interpreter, at `replay`, which finds in the frame where it was from.
+fn bring(asm: &mut Asm, avx: bool, replay: usize) -> [usize; 2] {
+    let resume = Mem::frame(offset_of!(Frame, resume));
+    let mut starts = [asm.at(); 2];
+    asm.op32(0x8f, 0, Rm::Mem(resume));
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, sse_blocked)));
+    let both = asm.jmp();
+    starts[1] = asm.at();
+    asm.op32(0x8f, 0, Rm::Mem(resume));
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, avx_blocked)));
+    asm.bind_here(both);
+    let free = asm.jrcxz();
+    let blocked = asm.jmp();
+    asm.bind(blocked, replay);
+    asm.here(free);
+    asm.store_byte(Mem::frame(offset_of!(Frame, vectors_live)), 1);
+    asm.store_byte(Mem::frame(offset_of!(Frame, sse_away)), 0);
+    asm.load_byte(RCX, Mem::frame(offset_of!(Frame, avx_blocked)));
+    asm.op32(0x88, RCX, Rm::Mem(Mem::frame(offset_of!(Frame, avx_away))));
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    if avx {
+        load_vectors(asm);
+    } else {
+        move_vectors(asm, Part::Legacy, false);
+    }
+    // PUSH, RET.
+    asm.op32(0xff, 6, Rm::Mem(resume));
+    asm.byte(0xc3);
+    starts
 }
 
 /// A field of the frame in a function that a trace has called.

@@ -48,7 +48,8 @@ pub(super) fn goes_round(steps: &[Step], ready: &[Ready]) -> bool {
         }
         _ => false,
     };
-    back && last.follow.is_none() && !ready.iter().any(Ready::is_interpreted)
+    let other = |ready: &Ready| ready.is_interpreted() || matches!(ready, Ready::System(_));
+    back && last.follow.is_none() && !ready.iter().any(other)
 }
 
 const CONDITION_A: u8 = 7;

@@ -18,6 +18,7 @@ mod classify;
 mod compile;
 mod copy;
 mod encoding;
+mod enter;
 mod forms;
 mod glue;
 mod loops;
@@ -26,6 +27,7 @@ mod places;
 mod ready;
 mod registers;
 mod runtime;
+mod system;
 mod trace;
 mod windows;
 
@@ -67,9 +69,11 @@ struct Entry {
     live: bool,
     /// It is one instruction across two pages.
     crosses: bool,
+    /// Offset in the buffer of what is known of an instruction across two pages; 0 for nothing.
+    guard: u32,
 }
 
-const _: () = assert!(size_of::<Entry>() == 40);
+const _: () = assert!(size_of::<Entry>() == 48);
 
 /// A call of the interpreter.
 #[derive(Clone, Copy)]
@@ -299,15 +303,15 @@ impl Jit {
         // SAFETY: the caller has just made it.
         #[expect(unsafe_code, reason = "looks at a block")]
         let found = unsafe { block.get() };
-        let traces = self
-            .pages
-            .get(&(std::ptr::from_ref(found.page()) as usize))?;
+        let key = std::ptr::from_ref(found.page()) as usize;
+        let traces = self.pages.get(&key)?;
         if !found.is_of(traces.version) {
             return None;
         }
         let number = traces.traces.iter().copied().find(|&number| {
             let entry = &self.traces[number as usize];
             entry.live
+                && entry.page == key
                 && entry.generation != self.generation
                 && usize::from(entry.offset) == found.offset()
                 && entry.crosses != found.is_whole()
@@ -426,8 +430,7 @@ impl Jit {
     fn add(
         &mut self,
         head: BlockRef,
-        page: &PageState,
-        version: u32,
+        pages: [Option<(&PageState, u32)>; 2],
         trace: &trace::Trace,
         compiled: &Compiled,
         index: Indexer,
@@ -473,7 +476,7 @@ impl Jit {
                 goal: way.goal as i16,
             });
         }
-        let key = std::ptr::from_ref(page) as usize;
+        let key = std::ptr::from_ref(pages[0]?.0) as usize;
         self.traces.push(Entry {
             head,
             page: key,
@@ -485,10 +488,15 @@ impl Jit {
             offset: head_offset(head) as u16,
             live: true,
             crosses: trace.crosses,
+            guard: compiled.guard.map_or(0, |at| offset + at as u32),
         });
-        let traces = self.pages.entry(key).or_default();
-        traces.version = version;
-        traces.traces.push(number);
+        // It goes when either page changes.
+        for (page, version) in pages.into_iter().flatten() {
+            let key = std::ptr::from_ref(page) as usize;
+            let traces = self.pages.entry(key).or_default();
+            traces.version = version;
+            traces.traces.push(number);
+        }
         self.set_threshold();
         Some(number)
     }
@@ -504,6 +512,21 @@ impl Jit {
         if good && found.link != Way::NO_LINK && found.next == Way::UNLINKED {
             made.link(found, Some(goal.direct));
             found.next = std::mem::replace(&mut self.traces[to as usize].linked, way);
+        }
+    }
+
+    /// Has the trace that makes a call take its instruction across two pages for what it was, at an
+    /// address and under what [`crate::mem::Mmu::code_key`] says.
+    fn vouch(&mut self, call: u32, linear: u64, key: u64) {
+        let number = self.trace_of(call) as usize;
+        if let (Some(entry), Some(made)) = (self.traces.get(number), &mut self.made)
+            && entry.guard != 0
+            && entry.live
+        {
+            let words = [linear.wrapping_neg(), key.wrapping_neg()];
+            let at = entry.guard as usize;
+            made.buffer
+                .write(at, words.map(u64::to_le_bytes).as_flattened());
         }
     }
 

@@ -8,6 +8,7 @@ use super::classify::{Align, Class};
 use super::encoding::{Encoding, Field, Operands};
 use super::forms::{Form, Forms};
 use super::registers::{Address, HOST};
+use super::system::System;
 use super::trace::Step;
 use super::windows::{Memory, Wanted};
 use crate::cpu::reg;
@@ -21,6 +22,7 @@ pub(super) enum Ready {
         to_end: bool,
     },
     Copy(Copy),
+    System(System),
 }
 
 /// A near branch in its form for 64-bit code.
@@ -79,6 +81,22 @@ impl Ready {
                 return Self::Interpret { to_end: true };
             }
         }
+        Self::plain(step, bytes, forms)
+    }
+
+    /// The same for an instruction across two pages, which is a block of its own.
+    pub(super) fn crossing(step: &Step, bytes: &[u8], forms: &mut Forms) -> Self {
+        match Branch::new(&step.instruction) {
+            Some(branch) => Self::Branch(branch),
+            None => Self::plain(step, bytes, forms),
+        }
+    }
+
+    fn plain(step: &Step, bytes: &[u8], forms: &mut Forms) -> Self {
+        let i = &step.instruction;
+        if let Some(system) = System::of(i, forms.features()) {
+            return Self::System(system);
+        }
         let at = usize::from(step.at);
         let copy = bytes.get(at..at + i.len()).and_then(|bytes| {
             let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
@@ -95,6 +113,9 @@ impl Ready {
     pub(super) fn changed(&self) -> u16 {
         match self {
             Self::Interpret { .. } => u16::MAX,
+            Self::System(System::Bit(_)) => 0,
+            Self::System(System::Pushf) => 1 << reg::RSP,
+            Self::System(_) => u16::MAX,
             Self::Copy(copy) => copy.changed,
             Self::Branch(branch) => match branch {
                 Branch::Conditional { .. } | Branch::Zero { .. } | Branch::Jump { .. } => 0,
@@ -113,6 +134,8 @@ impl Ready {
             Self::Interpret { .. } => true,
             // It changes registers in its own way, and may be interpreted.
             Self::Copy(copy) => copy.class == Class::Strings,
+            // RSP may be another frame, whose windows are not these.
+            Self::System(system) => !matches!(system, System::Pushf | System::Bit(_)),
         }
     }
 
@@ -134,6 +157,8 @@ impl Ready {
         });
         match self {
             Self::Interpret { .. } => [None, None],
+            Self::System(System::Pushf) => [rsp(-8, true), None],
+            Self::System(_) => [None, None],
             Self::Branch(branch) => match *branch {
                 Branch::Call { .. } => [rsp(-8, true), None],
                 Branch::Return { .. } => [rsp(0, false), None],
@@ -146,6 +171,8 @@ impl Ready {
                 _ => [None, None],
             },
             Self::Copy(copy) => match copy.class {
+                // For the second see `push_memory`.
+                Class::Push if copy.memory => [operand, None],
                 Class::Push => [rsp(-8, true), None],
                 Class::Pop => [rsp(0, false), None],
                 Class::Leave => [
@@ -226,6 +253,11 @@ impl Copy {
             Class::Nothing => return Some(copy),
             Class::Strings => return Strings::of(i).map(|_| copy),
             Class::Push => {
+                if i.code() == iced_x86::Code::Push_rm64 && memory {
+                    Address::new(i)?;
+                    copy.memory = true;
+                    return Some(copy);
+                }
                 let known = match i.op0_kind() {
                     OpKind::Register => i.op0_register().is_gpr64(),
                     kind => matches!(kind, OpKind::Immediate8to64 | OpKind::Immediate32to64),

@@ -12,24 +12,35 @@ use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
 use crate::fpu::{Ymm, attention, blocked, prepare_x87};
 use crate::mem::area::{Area, Frame};
-use crate::mem::{PAGE_MASK, PAGE_SIZE, Target, changed_pages, code_changes};
+use crate::mem::{PAGE_MASK, PAGE_SIZE, PageState, Target, changed_pages, code_changes};
 use crate::shared::Doing;
 use crate::trap::{Trap, TrapKind};
 use crate::tuning::Counters;
 
+/// What comes out of compiled code: what [`replay`] said, or that a way out was taken; and the frame
+/// that ran last.
+#[repr(C)]
+struct Left {
+    out: u64,
+    frame: *mut Frame,
+}
+
 /// What [`replay`] tells the glue: back to the trace.
 const BACK: u64 = 0;
 /// Leave: RIP is set.
-const LEAVE: u64 = 1;
-/// Leave: the reason is in `cpu.trap`.
-const TRAP: u64 = 2;
+pub(super) const LEAVE: u64 = 1;
+/// Leave: the reason is in `cpu.trap`. What is more than this is the frame to go on with.
+pub(super) const TRAP: u64 = 2;
+
+/// Bytes of the longest instruction, but for the first.
+const LONGEST: usize = 14;
 
 /// Flags as LAHF and SETO give them, at their places in RFLAGS.
 fn to_bits(flags: u32) -> u64 {
     u64::from(flags >> 8 & 0xd5) | u64::from(flags & 1) << 11
 }
 
-fn from_bits(bits: u64) -> u32 {
+pub(super) fn from_bits(bits: u64) -> u32 {
     ((bits as u32 & 0xd5) | 2) << 8 | (bits >> 11 & 1) as u32
 }
 
@@ -157,6 +168,15 @@ impl Cpu {
             return None;
         }
         page.read(0, &mut scratch.page[..]);
+        let second = found.second_page();
+        let crossing = second.and_then(|(gpa, state, version)| {
+            let second = slots.page(gpa)?;
+            let mut both = scratch.page.to_vec();
+            both.resize(PAGE_SIZE + LONGEST, 0);
+            second.read(0, &mut both[PAGE_SIZE..]);
+            let same = std::ptr::eq(second.state, state) && state.version() == version;
+            same.then_some(both)
+        });
         let steps = std::mem::take(&mut scratch.steps);
         let find = |offset: u16| {
             let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
@@ -169,7 +189,7 @@ impl Cpu {
         let trace = if whole {
             Trace::new(block, &scratch.page, find, steps)
         } else {
-            Trace::crossing(block, steps)
+            Trace::crossing(block, crossing.as_deref(), steps)
         }?;
         let request = Request {
             origin,
@@ -180,27 +200,28 @@ impl Cpu {
         let compiled = if whole {
             compile::compile(&trace, request, scratch)
         } else {
-            compile::crossing(&trace, request, scratch)
+            compile::crossing(&trace, crossing.as_deref(), request, scratch)
         }?;
         // Whoever writes the page from here on makes the trace stale; who has done so before, or
         // is doing so, has changed the version, or will.
-        if page.state.version() != version {
+        let changed = |(_, state, version): (u64, &PageState, u32)| state.version() != version;
+        if page.state.version() != version || second.is_some_and(changed) {
             return None;
         }
         // Those of another version are stale, whether or not the change has been counted yet: the
         // version that is noted now would hide them.
-        let key = std::ptr::from_ref(page.state) as usize;
-        if self.code.jit.has_others(key, version) {
-            self.code.jit.drop_changed(key);
+        let pages = [Some((page.state, version)), second.map(|(_, p, v)| (p, v))];
+        for (state, version) in pages.into_iter().flatten() {
+            let key = std::ptr::from_ref(state) as usize;
+            if self.code.jit.has_others(key, version) {
+                self.code.jit.drop_changed(key);
+            }
         }
         let counters = &self.shared.counters;
         Counters::add(&counters.compiled_traces, 1);
         Counters::add(&counters.compiled_instructions, trace.steps.len() as u64);
         let index = self.code.indexer();
-        let number = self
-            .code
-            .jit
-            .add(block, page.state, version, &trace, &compiled, index);
+        let number = self.code.jit.add(block, pages, &trace, &compiled, index);
         scratch.take_back(trace, compiled);
         number
     }
@@ -241,7 +262,7 @@ impl Cpu {
 
     /// Has jumps go to the trace for a linear address, if there is one, with as little ado as can be:
     /// this is what a new address space asks for again and again.
-    fn find_trace(&mut self, linear: u64) -> bool {
+    pub(super) fn find_trace(&mut self, linear: u64) -> bool {
         if code_changes() != self.code.jit.seen || !self.mmu.is_fast() {
             return false;
         }
@@ -273,38 +294,32 @@ impl Cpu {
         self.connect(number);
         let mut area = self.view.area();
         let rip_page = self.rip & !PAGE_MASK;
-        let requests = &raw const self.shared.requests;
-        let cpu: *mut Cpu = self;
         let jit = &self.code.jit;
         let Some(made) = &jit.made else {
             return Ok(());
         };
-        let entry = made.base + u64::from(jit.traces[number as usize].direct);
+        let glue = made.base;
+        let entry = glue + u64::from(jit.traces[number as usize].direct);
         // SAFETY: the area is the processor's, and nobody uses it now.
         let frame = unsafe { &mut area.as_mut().frame };
-        frame.cpu = cpu as u64;
-        frame.requests = requests as u64;
+        self.prepare(frame);
         frame.rip_page = rip_page;
-        frame.code_base = made.base;
-        frame.helper = replay as *const () as u64;
         frame.flags = from_bits(self.flags.bits());
-        frame.vectors_live = 0;
-        frame.x87_note = u64::MAX;
-        let glue = made.base;
         self.refresh(frame);
         self.shared.set_doing(Doing::Compiled);
         Counters::add(&self.shared.counters.entries, 1);
         // SAFETY: the glue's code is such a function: it keeps what a function must keep, and runs
         // code that is made to use the frame, its area and the processor that the frame names, and
         // guest memory that the TLB has; none of that is borrowed now.
-        let out = unsafe {
-            let enter: extern "sysv64" fn(*mut Frame, u64) -> u64 =
+        let Left { out, frame } = unsafe {
+            let enter: extern "sysv64" fn(*mut Frame, u64) -> Left =
                 std::mem::transmute(glue as *const ());
             enter(area.cast::<Frame>().as_ptr(), entry)
         };
         self.shared.set_doing(Doing::Interpreting);
-        // SAFETY: as above.
-        let frame = unsafe { &mut area.as_mut().frame };
+        // SAFETY: the frame that ran last, of an area of the processor.
+        let frame = unsafe { &mut *frame };
+        self.follow_frame(frame);
         self.take_x87_note(frame);
         let (from, page, target) = (frame.resume, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
@@ -365,7 +380,7 @@ impl Cpu {
     }
 
     /// What compiled code finds in its frame, as it is now.
-    fn refresh(&self, frame: &mut Frame) {
+    pub(super) fn refresh(&mut self, frame: &mut Frame) {
         frame.fs_base = self.seg_base[usize::from(seg::FS)];
         frame.gs_base = self.seg_base[usize::from(seg::GS)];
         let idle = attention::X87_IDLE | attention::X87_UNMASKED;
@@ -375,16 +390,19 @@ impl Cpu {
             frame.vectors_live = 0;
         }
         let live = frame.vectors_live != 0;
-        if live {
-            let uppers = self.fpu.ymm.iter().map(Ymm::high);
-            frame.uppers = u8::from(uppers.fold(0, |all, upper| all | upper) != 0);
-        }
+        let uppers = self.fpu.ymm.iter().map(Ymm::high);
+        frame.uppers = u64::from(uppers.fold(0, |all, upper| all | upper) != 0);
         (frame.jumps, frame.jump_keys) = self.mmu.jumps();
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
         frame.sse_away = u8::from(!live);
-        frame.avx_away = u8::from(!live || !self.can_copy(blocked::AVX));
+        let avx = self.can_copy(blocked::AVX);
+        frame.avx_away = u8::from(!live || !avx);
+        frame.cross_key = self.mmu.code_key();
+        frame.sse_blocked = u8::from(!sse);
+        frame.avx_blocked = u8::from(!sse || !avx);
+        self.refresh_system(frame);
     }
 
     /// Whether vector instructions of a kind may run as they are.
@@ -431,6 +449,11 @@ impl Cpu {
             return LEAVE;
         }
         if !self.code.jit.has_blocks(frame.number) {
+            if call.work == Work::Cross {
+                // Without its block nobody can vouch for it any more: it is to be compiled again.
+                let number = self.code.jit.trace_of(frame.number);
+                self.code.jit.drop_trace(number);
+            }
             return self.decode_again(call, frame);
         }
         let (found, op) = (call.block, call.op);
@@ -468,7 +491,6 @@ impl Cpu {
 
     /// Runs an instruction and what is left of its block.
     fn run_to_end(&mut self, call: Call, block: BlockRef, op: *const Op, frame: &mut Frame) -> u64 {
-        Counters::add(&self.shared.counters.exits_interpreter, 1);
         let result = if call.back == Call::MIDST {
             // In the midst of a fused op: a block of its own begins here.
             // SAFETY: the first op of the instruction.
@@ -481,7 +503,7 @@ impl Cpu {
         };
         frame.flags = from_bits(self.flags.bits());
         match result {
-            Ok(()) => LEAVE,
+            Ok(()) => self.go_on(frame),
             Err(Trap) => TRAP,
         }
     }
@@ -502,7 +524,7 @@ impl Cpu {
             && (1..=15).contains(&self.rip.wrapping_sub(start));
         // To decode may be to find a new memory map, for which all traces go: this one too.
         if !goes_on || clears != self.code.jit.clears {
-            return LEAVE;
+            return self.go_on(frame);
         }
         self.back_if_same(area, frame)
     }
@@ -513,7 +535,13 @@ impl Cpu {
         // SAFETY: traces go before their blocks do.
         let ops = unsafe { block.get() }.ops();
         let result = match self.usable(block, self.rip) {
-            Ok(true) => self.execute_rest(block, ops),
+            Ok(true) => {
+                let linear = self.rip;
+                self.code.note_page((linear | PAGE_MASK).wrapping_add(1));
+                let key = self.mmu.code_key();
+                self.code.jit.vouch(frame.number, linear, key);
+                self.execute_rest(block, ops)
+            }
             Ok(false) => return LEAVE,
             Err(Trap) => Err(Trap),
         };
@@ -530,7 +558,7 @@ impl Cpu {
     fn back_if_same(&mut self, area: NonNull<Area>, frame: &mut Frame) -> u64 {
         let stale = code_changes() != self.code.jit.seen || self.block_end.0.is_null();
         if stale || self.view.area() != area || !self.sys.mode.is64() {
-            return LEAVE;
+            return self.go_on(frame);
         }
         self.refresh(frame);
         BACK
@@ -560,18 +588,15 @@ impl Cpu {
             }
         }
         frame.flags = from_bits(self.flags.bits());
-        if call.work == Work::Jump {
-            Counters::add(&self.shared.counters.exits_indirect, 1);
-            self.code.jit.missed_jump = true;
-        }
         if matches!(call.work, Work::Branch | Work::Jump) {
-            return LEAVE;
+            self.code.jit.missed_jump = call.work == Work::Jump;
+            return self.go_on(frame);
         }
         if self.block_end.0.is_null() || self.view.area() != area {
             // SAFETY: the first of them.
             let op: &Op = unsafe { &*first };
             self.rip = self.next_rip(op);
-            return LEAVE;
+            return self.go_on(frame);
         }
         self.refresh(frame);
         BACK
@@ -580,7 +605,7 @@ impl Cpu {
 
 /// What the glue calls when compiled code wants something done. A panic ends the process: it can't
 /// pass through compiled frames, and the calling convention doesn't let it.
-extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
+pub(super) extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
     // SAFETY: the glue passes on what `run_compiled` has put into the frame: the processor, which
     // lent itself to compiled code, and the frame, which is apart from it.
     let (cpu, frame) = unsafe { (&mut *cpu, &mut *frame) };
@@ -593,6 +618,7 @@ extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
             frame.number = number;
             frame.resume = frame.resume.wrapping_add_signed(i64::from(call.resume));
             let call = call.unpack(cpu.code.indexer());
+            cpu.follow_frame(frame);
             cpu.serve(call, frame)
         }
         None => LEAVE,

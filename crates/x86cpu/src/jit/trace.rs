@@ -138,11 +138,20 @@ impl Trace {
         Some(trace)
     }
 
-    /// The one instruction of a block that goes on in another page.
-    pub(super) fn crossing(head: BlockRef, steps: Vec<Step>) -> Option<Self> {
+    /// The one instruction of a block that goes on in another page. `bytes` are those of its page and the
+    /// first of the other.
+    pub(super) fn crossing(head: BlockRef, bytes: Option<&[u8]>, steps: Vec<Step>) -> Option<Self> {
         // SAFETY: nothing clears the cache while a trace is made.
         #[expect(unsafe_code, reason = "looks into a block")]
         let block = unsafe { head.get() };
+        let instruction = bytes.and_then(|bytes| {
+            let options = DecoderOptions::FORCE_RESERVED_NOP;
+            let mut decoder = Decoder::with_ip(64, bytes, 0, options);
+            decoder.set_position(block.offset()).ok()?;
+            decoder.set_ip(block.offset() as u64);
+            let instruction = decoder.decode();
+            (instruction.len() == usize::from(block.len)).then_some(instruction)
+        });
         let mut trace = Self {
             crosses: true,
             steps,
@@ -151,7 +160,7 @@ impl Trace {
             match trace.steps.last_mut() {
                 Some(step) => step.ops += 1,
                 None => trace.steps.push(Step {
-                    instruction: Instruction::default(),
+                    instruction: instruction.unwrap_or_default(),
                     at: block.offset() as u16,
                     op: found.op,
                     ops: 1,

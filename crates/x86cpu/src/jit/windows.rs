@@ -429,7 +429,7 @@ impl Windows {
                 self.values[usize::from(number(0) & 15)] = base;
                 self.add(number(0), i.memory_displacement64() as i64);
             }
-            Mnemonic::Push => self.add(rsp, -8),
+            Mnemonic::Push | Mnemonic::Pushfq => self.add(rsp, -8),
             Mnemonic::Call => self.add(rsp, -8),
             Mnemonic::Pop => {
                 self.add(rsp, 8);

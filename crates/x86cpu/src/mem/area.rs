@@ -11,6 +11,7 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
 
+use crate::flags::rflags;
 use crate::mem::jumps::JumpKeys;
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
@@ -57,13 +58,33 @@ pub(crate) struct Frame {
     pub vectors_live: u8,
     /// Not zero if RFLAGS.DF is set.
     pub backwards: u8,
-    /// Not zero if the upper half of some YMM register is not.
-    pub uppers: u8,
-    _pad: [u8; 2],
+    /// Not zero if vector instructions are the interpreter's, or those with VEX are.
+    pub sse_blocked: u8,
+    pub avx_blocked: u8,
+    /// Not zero if something waits for RFLAGS.IF, or the privilege level isn't 0.
+    pub waiting: u8,
     /// How often a loop may go on with the pointers that it has.
     pub loop_count: u64,
     /// See [`WINDOWS`]. What is up to the first of them has the shortest displacements.
     pub windows: [u64; WINDOWS],
+    /// Not zero if the privilege level isn't 0.
+    pub not_kernel: u8,
+    /// Not zero if STAC or CLAC has something to do.
+    pub stac: u8,
+    pub clac: u8,
+    /// The byte of RFLAGS that has AC.
+    pub alignment: u8,
+    _pad: [u8; 4],
+    /// Not zero if the upper half of some YMM register in the processor's state is not.
+    pub uppers: u64,
+    /// The frame to run with once RFLAGS.AC is the other way; 0 if that takes more than to change
+    /// the frame.
+    pub other: u64,
+    /// What must agree, beside the address, for an instruction across two pages to be what it was.
+    pub cross_key: u64,
+    /// RFLAGS.IF, and the bits of a bit's number in a word of 32 and 64 bits: for PEXT.
+    pub interrupt_mask: u64,
+    pub bit_masks: [u64; 2],
     /// The processor.
     pub cpu: u64,
     pub host_rsp: u64,
@@ -159,6 +180,8 @@ impl Area {
         self.frame.index_mask = ((FIRST as u64) - 1) << PAGE_SHIFT;
         self.frame.masks = [!PAGE_MASK, !PAGE_MASK | 15, !PAGE_MASK | 31];
         self.frame.jump_mask = (JUMPS as u64) - 1;
+        self.frame.interrupt_mask = rflags::IF;
+        self.frame.bit_masks = [31, 63];
         for n in [0, LAST] {
             self.drop_entry(n);
         }

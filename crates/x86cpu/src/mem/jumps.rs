@@ -66,6 +66,14 @@ impl Jumps {
         }
     }
 
+    /// The code of a jump, as compiled code looks for it.
+    pub(super) fn find(&self, linear: u64, keys: JumpKeys) -> Option<u32> {
+        let index = (linear ^ linear >> SHIFT) as u32 & MASK;
+        let entry = self.entries.get(index as usize)?;
+        let known = entry.key == keys.own || entry.key == keys.global;
+        (entry.linear == linear && known).then_some(entry.code)
+    }
+
     /// Drops all.
     pub(super) fn clear(&mut self) {
         self.epoch += 1;
@@ -85,29 +93,22 @@ impl Jumps {
 mod tests {
     use super::*;
 
-    fn find(jumps: &Jumps, linear: u64, keys: JumpKeys) -> Option<u32> {
-        let index = (linear ^ linear >> SHIFT) as u32 & MASK;
-        let entry = jumps.entries[index as usize];
-        let known = entry.key == keys.own || entry.key == keys.global;
-        (entry.linear == linear && known).then_some(entry.code)
-    }
-
     #[test]
     fn spaces_privileges_and_epochs_are_apart() {
         let mut jumps = Jumps::new();
         let kernel = jumps.keys(7, false);
-        assert_eq!(find(&jumps, 0, kernel), None, "an empty table has nothing");
+        assert_eq!(jumps.find(0, kernel), None, "an empty table has nothing");
         jumps.enter(0x1234, kernel.own, 1);
         jumps.enter(0x5678, kernel.global, 2);
-        assert_eq!(find(&jumps, 0x1234, kernel), Some(1));
-        assert_eq!(find(&jumps, 0x1234, jumps.keys(8, false)), None);
-        assert_eq!(find(&jumps, 0x1234, jumps.keys(7, true)), None);
-        assert_eq!(find(&jumps, 0x5678, jumps.keys(8, false)), Some(2));
-        assert_eq!(find(&jumps, 0x5678, jumps.keys(8, true)), None);
+        assert_eq!(jumps.find(0x1234, kernel), Some(1));
+        assert_eq!(jumps.find(0x1234, jumps.keys(8, false)), None);
+        assert_eq!(jumps.find(0x1234, jumps.keys(7, true)), None);
+        assert_eq!(jumps.find(0x5678, jumps.keys(8, false)), Some(2));
+        assert_eq!(jumps.find(0x5678, jumps.keys(8, true)), None);
         // So often that the epochs start over.
         for _ in 0..1_u32 << (u32::BITS - SPACE_BITS) {
             jumps.clear();
-            assert_eq!(find(&jumps, 0x1234, jumps.keys(7, false)), None);
+            assert_eq!(jumps.find(0x1234, jumps.keys(7, false)), None);
         }
     }
 }

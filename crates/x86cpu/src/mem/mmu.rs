@@ -1,11 +1,13 @@
 //! Translation as a whole: address spaces, flushes, and what happens on a miss.
 
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::cpu::Cpu;
 use crate::flags::rflags;
 use crate::mem::PAGE_MASK;
+use crate::mem::area::Area;
 use crate::mem::jumps::JumpKeys;
 use crate::mem::memory::SlotTable;
 use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, Target, TlbView};
@@ -43,6 +45,8 @@ pub struct Mmu {
     last_asid: u16,
     /// Hashes of 2 MiB (and 1 GiB) regions that large pages have been entered for.
     large: Box<[u64; LARGE_WORDS]>,
+    /// Counts what made jump caches stale.
+    jump_epoch: u64,
     /// Writes that found no code left in a page that had some.
     idle_writes: u32,
 }
@@ -88,6 +92,7 @@ impl Mmu {
             global: 2,
             last_asid: 2,
             large: zeroed(),
+            jump_epoch: 0,
             idle_writes: 0,
         }
     }
@@ -119,9 +124,22 @@ impl Mmu {
         (self.first.jumps(), self.first.jump_keys(self.asid, user))
     }
 
+    /// Where code is, in the second level of the jump cache.
+    pub(crate) fn jump(&self, linear: u64) -> Option<u32> {
+        self.first.jump(linear, self.jumps().1)
+    }
+
     /// Forgets all of [`Mmu::enter_jump`].
     pub(crate) fn drop_jumps(&mut self) {
         self.first.drop_jumps();
+        self.jump_epoch += 1;
+    }
+
+    /// What must agree for code to be what it was at a linear address; never 0. It changes with
+    /// [`Mmu::drop_jumps`].
+    pub(crate) fn code_key(&self) -> u64 {
+        let user = self.table == Table::User;
+        self.jump_epoch << 17 | u64::from(user) << 16 | u64::from(self.asid)
     }
 
     /// Gives memory back to the host.
@@ -132,6 +150,17 @@ impl Mmu {
     /// Whether accesses of instructions may take the fast path.
     pub(crate) fn is_fast(&self) -> bool {
         self.table != Table::Slow
+    }
+
+    /// The area of the same address space and privilege for when RFLAGS.AC is the other way, if under
+    /// SMAP that is all there is to it.
+    pub(crate) fn other_under_smap(&mut self) -> Option<NonNull<Area>> {
+        let other = match self.table {
+            Table::Supervisor if self.paging.smap => Table::SupervisorAc,
+            Table::SupervisorAc => Table::Supervisor,
+            _ => return None,
+        };
+        Some(self.first.view(other, self.asid).area())
     }
 
     pub(crate) fn slots(&self) -> &Arc<SlotTable> {
@@ -146,6 +175,7 @@ impl Mmu {
             self.large.fill(0);
             self.last_asid = 1;
             self.global = 1;
+            self.jump_epoch += 1;
         }
         self.last_asid += 1;
         self.last_asid

@@ -6,7 +6,7 @@
 
 use std::ptr::NonNull;
 
-use crate::mem::area::{Area, GLOBAL as GLOBAL_PAGE, OwnArea, index};
+use crate::mem::area::{Area, GLOBAL as GLOBAL_PAGE, OwnArea, index, jump_index};
 use crate::mem::jumps::{JumpKeys, Jumps};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT};
 
@@ -53,6 +53,15 @@ impl TlbView {
     #[inline(always)]
     fn hit(tag: u64, linear: u64, size: usize) -> bool {
         linear.wrapping_add(size as u64 - 1).wrapping_add(tag) <= PAGE_MASK
+    }
+
+    /// The code that jumps to a linear address go to.
+    #[inline]
+    pub(crate) fn jump(&self, linear: u64) -> Option<u64> {
+        let n = jump_index(linear);
+        // SAFETY: as in `read`.
+        let area = unsafe { self.area.as_ref() };
+        (area.jump_tag[n].wrapping_add(linear) == 0).then(|| area.jump_code[n])
     }
 
     /// The area itself.
@@ -241,6 +250,11 @@ impl FirstLevel {
     /// Where the second level of the jump cache is.
     pub(super) fn jumps(&self) -> u64 {
         self.jumps.base()
+    }
+
+    /// The code for a linear address there.
+    pub(super) fn jump(&self, linear: u64, keys: JumpKeys) -> Option<u32> {
+        self.jumps.find(linear, keys)
     }
 
     /// What must agree there beside the address.

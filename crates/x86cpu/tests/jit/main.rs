@@ -15,3 +15,4 @@ mod litmus;
 mod machine;
 mod remap;
 mod requests;
+mod system;

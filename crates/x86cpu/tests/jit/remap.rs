@@ -320,3 +320,137 @@ fn with_own_stack(t: &mut TestCpu) {
     let at = crate::machine::IDT + 16 * 14 + 4;
     t.write(at, &[1]);
 }
+
+/// A page whose last instruction goes on in the next one, which is [`E`] or [`F`]; and again, with the
+/// other behind it. Its end is jumped to from within the page.
+const D: u64 = 0x35_0000;
+const E: u64 = 0x36_0000;
+const F: u64 = 0x37_0000;
+const ACROSS: u64 = PAGE + 0x2ff0;
+const AGAIN: u64 = PAGE + 0x4ff0;
+/// What it leaves in EAX.
+const WITH_E: u64 = 0x1_0010;
+const WITH_F: u64 = 0x2_0010;
+
+fn set_up_across(t: &TestCpu) {
+    for (table, pages) in [(PT, [D, E, D, F]), (PT2, [D, F, D, E])] {
+        for (n, page) in pages.into_iter().enumerate() {
+            t.write(table + 16 + 8 * n as u64, &(page | 7).to_le_bytes());
+        }
+    }
+    // JMP to where MOV EAX, imm32 begins, and that; RET.
+    t.write(D + 0xff0, &[0xeb, 0x0b]);
+    t.write(D + 0xffd, &[0xb8, 0x10, 0]);
+    t.write(E, &[1, 0, 0xc3]);
+    t.write(F, &[2, 0, 0xc3]);
+}
+
+fn each_across(code: &[u8], set: impl Fn(&mut TestCpu), expected: u64) {
+    for (name, tuning) in TUNINGS {
+        let mut t = machine(1, tuning);
+        set_up(&t);
+        set_up_across(&t);
+        t.write(CODE, code);
+        set(&mut t);
+        t.cpu.gpr[9] = ROUNDS;
+        t.cpu.gpr[6] = ACROSS;
+        t.cpu.gpr[7] = AGAIN;
+        run_to_halt(&mut t.cpu, name);
+        assert_eq!(t.cpu.gpr[8], expected, "{name}");
+    }
+}
+
+#[test]
+fn across_pages_under_two_addresses() {
+    let code = assemble!(
+        "xor r8d, r8d",
+        "2:",
+        "call rsi",
+        "add r8, rax",
+        "call rsi",
+        "add r8, rax",
+        "call rdi",
+        "add r8, rax",
+        "dec r9",
+        "jnz 2b",
+        "hlt",
+    );
+    each_across(code, |_| {}, ROUNDS * (2 * WITH_E + WITH_F));
+}
+
+#[test]
+fn across_pages_that_are_mapped_anew() {
+    let code = assemble!(
+        "xor r8d, r8d",
+        "2:",
+        "call rsi",
+        "add r8, rax",
+        "mov qword ptr [{pt}], {f}",
+        "invlpg [{page}]",
+        "call rsi",
+        "add r8, rax",
+        "call rsi",
+        "add r8, rax",
+        "mov qword ptr [{pt}], {e}",
+        "invlpg [{page}]",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        pt = const PT + 24,
+        e = const E | 7,
+        f = const F | 7,
+        page = const PAGE + 0x3000,
+    );
+    each_across(code, |_| {}, ROUNDS * (WITH_E + 2 * WITH_F));
+}
+
+#[test]
+fn across_pages_in_two_address_spaces() {
+    let code = assemble!(
+        "xor r8d, r8d",
+        "2:",
+        "mov cr3, r12",
+        "call rsi",
+        "add r8, rax",
+        "call rsi",
+        "add r8, rax",
+        "mov cr3, r13",
+        "call rsi",
+        "add r8, rax",
+        "dec r9",
+        "jnz 2b",
+        "hlt",
+    );
+    for pcid in [false, true] {
+        let set = |t: &mut TestCpu| {
+            t.cpu.gpr[12] = TABLES;
+            t.cpu.gpr[13] = ROOT2;
+            if pcid {
+                t.cpu.sys.cr4 |= cr4::PCIDE;
+                t.cpu.update_mode();
+                t.cpu.gpr[12] |= 1 | 1 << 63;
+                t.cpu.gpr[13] |= 2 | 1 << 63;
+            }
+        };
+        each_across(code, set, ROUNDS * (2 * WITH_E + WITH_F));
+    }
+}
+
+#[test]
+fn across_pages_of_which_the_second_changes() {
+    let code = assemble!(
+        "xor r8d, r8d",
+        "2:",
+        "mov [{e}], r9w",
+        "call rsi",
+        "add r8, rax",
+        "call rsi",
+        "add r8, rax",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        e = const E,
+    );
+    let sum = (1..=ROUNDS).map(|n| 2 * (n << 16 | 0x10)).sum();
+    each_across(code, |_| {}, sum);
+}

@@ -34,6 +34,14 @@ fn loops() -> Vec<(&'static str, &'static [u8])> {
             ),
         ),
         ("loop", assemble!("2:", "loop 2b", "jmp 2b")),
+        (
+            "interrupts off and on",
+            assemble!("2:", "cli", "inc rax", "sti", "inc rbx", "jmp 2b"),
+        ),
+        (
+            "interrupts on for a moment",
+            assemble!("2:", "sti", "nop", "cli", "pushfq", "pop rax", "jmp 2b"),
+        ),
         ("jrcxz", assemble!("xor ecx, ecx", "2:", "jrcxz 2b", "ud2")),
         (
             "indirect jump",
