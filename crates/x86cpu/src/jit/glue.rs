@@ -7,12 +7,12 @@
 //!                                             out ◀─ else ────┘                    │ CALL leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame while a trace runs; the helper runs on the caller's stack. Where it was called
-//! from says which call it is, and which way out.
+//! RSP is the frame and [`BIAS`] while a trace runs; the helper runs on the caller's stack. Where it was
+//! called from says which call it is, and which way out.
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, Mem, Near, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
+use super::asm::{Asm, BIAS, Mem, Near, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
 use super::registers::{SPILLED, pinned};
 use crate::Cpu;
 use crate::fpu::FpuState;
@@ -158,7 +158,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.lea(RSP, Mem::base(RSP, -8));
     asm.store(Mem::base(RDI, offset_of!(Frame, host_rsp) as i32), RSP);
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
-    asm.mov(RSP, RDI);
+    asm.lea(RSP, Mem::base(RDI, BIAS));
 
     restore(&mut asm, avx);
     asm.jmp_memory(resume);
@@ -175,12 +175,12 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.op32(0x8f, 0, Rm::Mem(resume));
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
-    asm.mov(RBX, RSP);
+    asm.lea(RBX, Mem::base(RSP, -BIAS));
     asm.mov(RDI, R11);
     asm.mov(RSI, RBX);
     asm.load(RSP, host_rsp);
     asm.call_memory(Mem::base(RBX, offset_of!(Frame, helper) as i32));
-    asm.mov(RSP, RBX);
+    asm.lea(RSP, Mem::base(RBX, BIAS));
     asm.mov32(RCX, RAX);
     let stay = asm.jrcxz();
     let out = asm.jmp();
@@ -224,7 +224,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
 
 /// A field of the frame in a function that a trace has called.
 fn called(offset: usize) -> Mem {
-    Mem::base(RSP, offset as i32 + 8)
+    Mem::base(RSP, offset as i32 + 8 - BIAS)
 }
 
 /// A function that traces call when the jump cache misses the guest address in R11. If the second level
@@ -271,7 +271,7 @@ fn find_jump(asm: &mut Asm) -> Near {
 
 /// Has the first level take the code in RCX for the guest address in R11. RAX is free.
 fn enter_found(asm: &mut Asm) {
-    let column = |offset: usize| Mem::indexed(RSP, RAX, 3, offset as i32 + 8);
+    let column = |offset: usize| Mem::indexed(RSP, RAX, 3, offset as i32 + 8 - BIAS);
     asm.rorx(RAX, R11, JUMP_ROTATE as u8);
     asm.op64(0x03, RAX, Rm::Reg(R11));
     and_constant(asm, RAX, JUMPS as u32 - 1);
@@ -291,7 +291,7 @@ fn enter_found(asm: &mut Asm) {
             RSP,
             RAX,
             0,
-            offset_of!(Area, jump_used) as i32 + 8,
+            offset_of!(Area, jump_used) as i32 + 8 - BIAS,
         )),
     );
     asm.byte(1);
