@@ -99,6 +99,8 @@ pub(super) struct Slow {
     pub(super) call: u32,
     pub(super) resume: Resume,
     pub(super) noted: Noted,
+    /// What R11 is to hold for the call.
+    pub(super) first: Option<Mem>,
 }
 
 /// Where to go on after a slow path.
@@ -299,6 +301,7 @@ impl<'a> Compiler<'a> {
             call,
             resume,
             noted: self.noted,
+            first: None,
         });
     }
 
@@ -312,6 +315,9 @@ impl<'a> Compiler<'a> {
             self.asm.bind_here(slow.from);
             self.noted = slow.noted;
             self.store_noted();
+            if let Some(first) = slow.first {
+                self.asm.lea(R11, first);
+            }
             self.interpret(slow.call);
             let back = self.asm.jmp();
             let target = match slow.resume {

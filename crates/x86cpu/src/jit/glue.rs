@@ -7,11 +7,11 @@
 //!                                             out ◀─ else ────┘                    │ JMP leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame while a trace runs; the helper runs on the caller's stack.
+//! RSP is the frame and [`BIAS`] while a trace runs; the helper runs on the caller's stack.
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, Mem, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
+use super::asm::{Asm, BIAS, Mem, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
 use super::registers::{SPILLED, pinned};
 use crate::Cpu;
 use crate::fpu::FpuState;
@@ -134,7 +134,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.lea(RSP, Mem::base(RSP, -8));
     asm.store(Mem::base(RDI, offset_of!(Frame, host_rsp) as i32), RSP);
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
-    asm.mov(RSP, RDI);
+    asm.lea(RSP, Mem::base(RDI, BIAS));
 
     let load = asm.at();
     asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
@@ -157,12 +157,12 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
-    asm.mov(RBX, RSP);
+    asm.lea(RBX, Mem::base(RSP, -BIAS));
     asm.mov(RDI, R11);
     asm.mov(RSI, RBX);
     asm.load(RSP, host_rsp);
     asm.call_memory(Mem::base(RBX, offset_of!(Frame, helper) as i32));
-    asm.mov(RSP, RBX);
+    asm.lea(RSP, Mem::base(RBX, BIAS));
     asm.mov32(RCX, RAX);
     let stay = asm.jrcxz();
     let out = asm.jmp();
