@@ -179,6 +179,11 @@ impl Features {
         features.iter().all(|f| self.has(*f))
     }
 
+    #[cfg(test)]
+    pub(crate) fn all() -> Self {
+        Self([u64::MAX; 4])
+    }
+
     fn add(&mut self, feature: CpuidFeature) {
         let i = feature as usize;
         self.0[(i / 64) & 3] |= 1 << (i % 64);

@@ -108,8 +108,10 @@ counters! {
     entries,
     /// Left because control went where nothing is compiled or linked yet.
     exits_unlinked,
-    /// Left because an indirect jump missed the jump cache.
+    /// Left because a jump to another page, or an indirect one, went where nothing is compiled yet.
     exits_indirect,
+    /// Such jumps that missed the jump caches but went where something is compiled.
+    jumps_found,
     /// Left for an instruction that only the interpreter has.
     exits_interpreter,
     /// Left for an interrupt or because somebody asked.

@@ -146,19 +146,31 @@ impl Arena {
         unsafe { self.place(index).as_mut() }
     }
 
-    /// Forgets all pieces.
-    pub(super) fn clear(&mut self) {
+    /// Forgets all pieces, and gives back what memory there is beyond `keep` bytes.
+    pub(super) fn clear(&mut self, keep: usize) {
         self.used = 0;
+        self.give_back_from(keep.next_multiple_of(STRETCH));
     }
 
     /// Forgets all pieces, and gives their memory back to the host.
     pub(super) fn give_back(&mut self) {
         self.used = 0;
-        // SAFETY: the range is the mapping's, and nothing in it is needed any more.
-        unsafe {
-            libc::madvise(self.base.as_ptr().cast(), self.taken, libc::MADV_DONTNEED);
+        self.give_back_from(0);
+    }
+
+    fn give_back_from(&mut self, keep: usize) {
+        if self.taken <= keep {
+            return;
         }
-        self.taken = 0;
+        // SAFETY: the range is within the mapping, and nothing in it is needed any more.
+        unsafe {
+            libc::madvise(
+                self.base.as_ptr().add(keep).cast(),
+                self.taken - keep,
+                libc::MADV_DONTNEED,
+            );
+        }
+        self.taken = keep;
     }
 }
 
@@ -195,7 +207,7 @@ mod tests {
         assert_eq!(again, pieces[0]);
         // SAFETY: the first piece again, which is ours.
         assert_eq!(unsafe { again.cast::<u64>().read() }, 0);
-        arena.clear();
+        arena.clear(STRETCH);
         assert!(arena.has_room(2 * STRETCH));
     }
 }

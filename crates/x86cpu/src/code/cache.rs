@@ -25,14 +25,20 @@ use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState, code_changes};
 use crate::simd::fused::FusedCode;
 use crate::tuning::{Counters, Tuning};
 
-/// [`Tuning::code_bytes`] shared out: this part is for decoded blocks.
-const SHARE: (usize, usize) = (1, 4);
+/// The most and the least that decoded blocks may take of [`Tuning::code_bytes`], in eighths. Between
+/// them it depends on what compiled code leaves.
+const MOST: usize = 5;
+const LEAST: usize = 2;
+/// What decoded blocks and compiled code may take together, in eighths: the rest is for tables.
+const BOTH: usize = 7;
 /// More than any block takes.
 const LARGEST: usize = 64 << 10;
 /// Bytes of blocks that an idle guest, which runs little but its timers, doesn't come to.
 const MUCH: usize = 1 << 20;
 /// Entries of the jump cache.
 const JUMPS: usize = 1 << 14;
+/// Entries of the table of what was found last.
+const FOUND: usize = 1 << 13;
 
 /// Ops that run one after the other, right behind this in memory.
 #[repr(C)]
@@ -353,6 +359,8 @@ pub struct CodeCache {
     arena: Arena,
     directory: Directory,
     jumps: Box<[Jump; JUMPS]>,
+    /// Blocks by key, each where its key's hash says: what is asked for again takes one look.
+    found: Box<[Cell<(u64, u32)>; FOUND]>,
     /// Address space, mode, privilege and epoch: what must agree beside the linear address.
     key: u32,
     /// The same for pages that all address spaces have.
@@ -371,6 +379,8 @@ pub struct CodeCache {
     pub(crate) decoded: u64,
     /// How often all was forgotten.
     pub(super) clears: u64,
+    /// An eighth of [`Tuning::code_bytes`].
+    eighth: usize,
     pub(crate) jit: Jit,
 }
 
@@ -380,12 +390,13 @@ unsafe impl Send for CodeCache {}
 impl CodeCache {
     /// Empty.
     pub fn new(tuning: Tuning) -> Self {
-        let capacity = tuning.code_bytes.max(Tuning::LEAST_CODE_BYTES) / SHARE.1 * SHARE.0;
+        let eighth = tuning.code_bytes.max(Tuning::LEAST_CODE_BYTES) / 8;
         let mut cache = Self {
-            arena: Arena::new(capacity.next_multiple_of(LARGEST)),
+            arena: Arena::new((eighth * MOST).next_multiple_of(LARGEST)),
             jit: Jit::new(tuning),
             directory: Directory::new(),
             jumps: no_jumps(),
+            found: nothing_found(),
             key: 0,
             global_key: 0,
             epoch: 0,
@@ -396,6 +407,7 @@ impl CodeCache {
             fused: FusedCode::default(),
             decoded: 0,
             clears: 0,
+            eighth,
         };
         cache.begin();
         cache
@@ -417,10 +429,11 @@ impl CodeCache {
     /// again that they need.
     pub(super) fn clear_blocks(&mut self) {
         self.clears += 1;
-        self.arena.clear();
+        self.arena.clear(self.eighth * LEAST);
         self.begin();
         self.directory.clear();
         self.jumps.fill(NO_JUMP);
+        self.found.fill(Cell::new((0, 0)));
         self.fused.clear();
         self.jit.lose_blocks();
     }
@@ -432,6 +445,7 @@ impl CodeCache {
         self.begin();
         self.directory.clear();
         self.jumps = no_jumps();
+        self.found = nothing_found();
         self.pages.fill(0);
         self.fused = FusedCode::default();
         self.scratch = Scratch::new();
@@ -456,7 +470,17 @@ impl CodeCache {
 
     /// Whether any block fits, with the code that its ops call, without forgetting all.
     pub(super) fn has_room(&self) -> bool {
-        self.arena.has_room(LARGEST) && !self.fused.is_full()
+        self.arena.has_room(LARGEST) && self.has_both(LARGEST) && !self.fused.is_full()
+    }
+
+    /// Whether there may be so many bytes more of blocks and compiled code together.
+    fn has_both(&self, more: usize) -> bool {
+        self.arena.used() + self.jit.code_used() + more <= self.eighth * BOTH
+    }
+
+    /// Whether blocks have to make room before more is compiled.
+    pub(crate) fn has_too_many_blocks(&self) -> bool {
+        self.arena.used() > self.eighth * LEAST && !self.has_both(Jit::LARGEST)
     }
 
     /// Adds a block, under its key.
@@ -503,6 +527,7 @@ impl CodeCache {
         };
         self.decoded += 1;
         self.enter(key, added);
+        self.note_found(key, added);
         Some(added)
     }
 
@@ -538,6 +563,19 @@ impl CodeCache {
 
     /// The block under a key, current or not.
     pub(crate) fn find(&self, key: u64) -> Option<BlockRef> {
+        match self.found[found_index(key)].get() {
+            (known, index @ 1..) if known == key => Some(BlockRef(self.arena.at(index).cast())),
+            _ => self
+                .find_listed(key)
+                .inspect(|&block| self.note_found(key, block)),
+        }
+    }
+
+    fn note_found(&self, key: u64, block: BlockRef) {
+        self.found[found_index(key)].set((key, self.arena.index_of(block.0.cast())));
+    }
+
+    fn find_listed(&self, key: u64) -> Option<BlockRef> {
         let gpa = key >> KEY_SHIFT;
         let lists = self.directory.find(gpa >> PAGE_SHIFT)?;
         let list = self.arena.get::<Lists>(lists)[granule(gpa)];
@@ -583,6 +621,16 @@ fn listed(arena: &Arena, index: u32) -> Option<BlockRef> {
 fn no_jumps() -> Box<[Jump; JUMPS]> {
     // SAFETY: jumps of zeros are `NO_JUMP`.
     unsafe { Box::<[Jump; JUMPS]>::new_zeroed().assume_init() }
+}
+
+fn nothing_found() -> Box<[Cell<(u64, u32)>; FOUND]> {
+    // SAFETY: zeros are key 0, and no block.
+    unsafe { Box::<[Cell<(u64, u32)>; FOUND]>::new_zeroed().assume_init() }
+}
+
+#[inline(always)]
+fn found_index(key: u64) -> usize {
+    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize & (FOUND - 1)
 }
 
 #[inline(always)]

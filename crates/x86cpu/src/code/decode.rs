@@ -9,7 +9,6 @@ use crate::code::lower::Lowering;
 use crate::cpu::Cpu;
 use crate::mem::{PAGE_MASK, PAGE_SIZE};
 use crate::trap::Trap;
-use crate::tuning::Counters;
 
 /// Bytes that are looked at for one block; so many of them at first, which is enough for most.
 const WINDOW: usize = 256;
@@ -91,8 +90,7 @@ impl Cpu {
     fn decode_block(&mut self, linear: u64, gpa: u64, bits: u64) -> Result<BlockRef, Trap> {
         // Not later: ops refer to the code that goes with the blocks.
         if !self.code.has_room() {
-            self.code.clear_blocks();
-            Counters::add(&self.shared.counters.flushes, 1);
+            self.flush_blocks();
         }
         let mut ops = std::mem::take(&mut self.code.scratch.ops);
         let result = self.decode_into(&mut ops, linear, gpa, bits);

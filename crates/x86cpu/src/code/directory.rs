@@ -138,7 +138,7 @@ mod tests {
             .of(arena.used() as u64 + (1 << 40), &mut arena)
             .is_some()
         {}
-        arena.clear();
+        arena.clear(0);
         directory.clear();
         assert!(directory.find(page(1)).is_none());
     }

@@ -12,6 +12,7 @@ use crate::code::op::Op;
 use crate::cpu::{Cpu, reg};
 use crate::mem::PAGE_MASK;
 use crate::trap::{Trap, TrapKind};
+use crate::tuning::Counters;
 
 impl Cpu {
     /// Ends the running block after the current instruction.
@@ -95,6 +96,11 @@ impl Cpu {
                     self.run_compiled(code)?;
                     continue;
                 }
+                if std::mem::take(&mut self.code.jit.wants_room) {
+                    self.flush_blocks();
+                    last = None;
+                    continue;
+                }
             }
             self.forget_way();
             let mut block = block;
@@ -129,6 +135,12 @@ impl Cpu {
                 }
             }
         }
+    }
+
+    /// Forgets decoded blocks for want of room. Not while one runs.
+    pub(super) fn flush_blocks(&mut self) {
+        self.code.clear_blocks();
+        Counters::add(&self.shared.counters.flushes, 1);
     }
 
     /// Whether a block is compiled, or is to be; counts that it is run.

@@ -180,7 +180,12 @@ impl<'a> Lowering<'a> {
             self.ops.push(op);
         }
         let mut lowered = std::mem::take(&mut self.lowered);
-        let main = self.fuse(&lowered);
+        // What is to be compiled when it gets hot doesn't pay for being made faster until then.
+        let main = if self.cpu.code.jit.is_on() && self.mode.is64() {
+            self.ops.len()
+        } else {
+            self.fuse(&lowered)
+        };
         lowered.clear();
         self.cpu.code.scratch.lowered = lowered;
         main

@@ -4,12 +4,12 @@ use std::mem::offset_of;
 
 use super::asm::{BIAS, Mem, Near, R11, RCX, RSP, Reg};
 use super::classify::Align;
-use super::compile::{Compiler, Work};
+use super::compile::{Compiler, Noted, Work};
 use super::loops::Copies;
 use super::registers::{Address, Part};
 use crate::mem::area::{Area, Frame};
 
-impl Compiler<'_> {
+impl Compiler {
     /// Computes an address within its segment (and adds the segment's base if `linear`) into R11.
     pub(super) fn address(&mut self, address: &Address, linear: bool) {
         self.held = None;
@@ -47,7 +47,7 @@ impl Compiler<'_> {
         size: usize,
         align: Align,
         write: bool,
-        call: u32,
+        call: usize,
     ) -> Mem {
         let which = self.made;
         self.made += 1;
@@ -101,31 +101,18 @@ impl Compiler<'_> {
         let bytes = (high - low) as u16;
         let call = self.call(Work::Window { bytes, write }, n, true);
         let (tags, addend) = columns(write);
-        if let Some(plain) = again_at_hand(address) {
-            let first = Mem {
-                disp: plain.disp + low,
-                ..plain
-            };
-            let from = self.probe(first, tags, high - low - 1, Align::None);
-            self.missed(n, from, call, Some(again), Some(first));
-            self.asm.load(R11, entry(R11, addend));
-            if let Some(base) = plain.base {
-                self.asm.lea(R11, Mem::indexed(R11, base, 0, -added));
-            }
-        } else {
-            self.address(address, true);
-            if low != 0 {
-                self.asm.lea(R11, Mem::base(R11, low));
-            }
-            let index_mask = Mem::frame(offset_of!(Frame, index_mask));
-            self.asm.pext(RCX, R11, index_mask);
-            let last = Mem::indexed(RCX, R11, 0, high - low - 1);
-            let from = self.compare(RCX, tags, last, Align::None);
-            self.missed(n, from, call, Some(again), None);
-            self.asm.pext(RCX, R11, index_mask);
-            self.asm.load(RCX, entry(RCX, addend));
-            self.origin(address, low, added);
+        self.address(address, true);
+        if low != 0 {
+            self.asm.lea(R11, Mem::base(R11, low));
         }
+        let index_mask = Mem::frame(offset_of!(Frame, index_mask));
+        self.asm.pext(RCX, R11, index_mask);
+        let last = Mem::indexed(RCX, R11, 0, high - low - 1);
+        let from = self.compare(RCX, tags, last, Align::None);
+        self.missed(n, from, call, Some(again));
+        self.asm.pext(RCX, R11, index_mask);
+        self.asm.load(RCX, entry(RCX, addend));
+        self.origin(address, low, added);
         self.asm.store(slot, R11);
         if self.request.hardened {
             self.fence();
@@ -187,7 +174,7 @@ impl Compiler<'_> {
 
     /// Compares where an access ends with the entry of the TLB whose index is in a register. The entry's
     /// tag, which is minus its page, comes to RCX, and `last` adds the address of the last byte to it.
-    /// Gives the jump for a miss.
+    /// Gives the call for a miss.
     pub(super) fn compare(&mut self, index: Reg, tags: i32, last: Mem, align: Align) -> Near {
         self.asm.load(RCX, entry(index, tags));
         self.asm.lea(RCX, last);
@@ -204,7 +191,12 @@ impl Compiler<'_> {
             self.asm.pext(RCX, RCX, mask);
         }
         let hit = self.asm.jrcxz();
-        let miss = self.asm.jmp();
+        let aside = self.copies == Copies::Warm || self.noted != Noted::default();
+        let miss = if aside {
+            self.asm.jmp()
+        } else {
+            self.asm.call()
+        };
         self.asm.here(hit);
         miss
     }
@@ -223,7 +215,7 @@ impl Compiler<'_> {
         size: usize,
         align: Align,
         write: bool,
-        call: u32,
+        call: usize,
     ) -> Mem {
         let (tags, addend) = columns(write);
         let last = if align == Align::None {
@@ -249,7 +241,7 @@ impl Compiler<'_> {
         if self.request.hardened {
             self.fence();
         }
-        self.missed(n, miss, call, None, None);
+        self.missed(n, miss, call, None);
         operand
     }
 
@@ -268,22 +260,11 @@ impl Compiler<'_> {
 
     /// Where to go if an access of an instruction misses the TLB, with nothing done of it yet. Warm
     /// turns of a loop leave that to the cold ones.
-    /// `first` is an address that the slow path wants in R11.
-    fn missed(
-        &mut self,
-        n: usize,
-        from: Near,
-        call: u32,
-        resume: Option<usize>,
-        first: Option<Mem>,
-    ) {
+    fn missed(&mut self, n: usize, from: Near, call: usize, resume: Option<usize>) {
         if self.copies == Copies::Warm {
             self.falls.push((from, n));
-            return;
-        }
-        self.slow(from, call, resume);
-        if let Some(slow) = self.slow.last_mut() {
-            slow.first = first;
+        } else {
+            self.slow(from, call, resume);
         }
     }
 }

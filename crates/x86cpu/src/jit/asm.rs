@@ -91,74 +91,141 @@ pub(super) struct Short(usize);
 #[must_use]
 pub(super) struct Near(pub usize);
 
+/// ModRM, SIB and displacement.
+#[inline(always)]
+fn operand(reg: u8, rm: Rm) -> Piece {
+    let reg = (reg & 7) << 3;
+    let mut piece = Piece::default();
+    let mem = match rm {
+        Rm::Reg(rm) => {
+            piece.add(u64::from(0xc0 | reg | rm & 7), 1);
+            return piece;
+        }
+        Rm::Mem(mem) => mem,
+    };
+    let (mode, base, size) = match (mem.base, mem.disp) {
+        // SIB without a base, and with 32 bits of displacement.
+        (None, _) => (0, RBP, 4),
+        // RBP and R13 as bases always have a displacement.
+        (Some(base), 0) if base & 7 != RBP => (0, base & 7, 0),
+        (Some(base), -128..=127) => (0x40, base & 7, 1),
+        (Some(base), _) => (0x80, base & 7, 4),
+    };
+    match mem.index {
+        None if base != RSP && mem.base.is_some() => {
+            piece.add(u64::from(mode | reg | base), 1);
+        }
+        index => {
+            let (index, scale) = index.unwrap_or((RSP, 0));
+            let sib = scale << 6 | (index & 7) << 3 | base;
+            piece.add(u64::from(mode | reg | 4) | u64::from(sib) << 8, 2);
+        }
+    }
+    let disp = u64::from(mem.disp as u32);
+    piece.add(if size == 1 { disp & 0xff } else { disp }, size);
+    piece
+}
+
+/// Bytes of machine code that there is room for.
+const ROOM: usize = 32 << 10;
+/// What is written at a time, however much of it counts.
+const WORD: usize = size_of::<u64>();
+
 /// A buffer of machine code.
-#[derive(Default)]
 pub(super) struct Asm {
-    pub(super) bytes: Vec<u8>,
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+/// Up to eight bytes of code in the making, the first in the lowest bits.
+#[derive(Clone, Copy, Default)]
+struct Piece {
+    bytes: u64,
+    len: usize,
+}
+
+impl Piece {
+    #[inline(always)]
+    fn add(&mut self, bytes: u64, len: usize) {
+        self.bytes |= bytes << (8 * self.len);
+        self.len += len;
+    }
 }
 
 impl Asm {
+    /// With memory that was one's before, if any.
+    pub(super) fn new(mut bytes: Vec<u8>) -> Self {
+        bytes.resize(ROOM + WORD, 0);
+        Self { bytes, at: 0 }
+    }
+
+    /// The code; `None` if it has become too long.
+    pub(super) fn code(&self) -> Option<&[u8]> {
+        self.bytes[..ROOM].get(..self.at)
+    }
+
+    /// Its memory.
+    pub(super) fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
+    #[inline(always)]
     pub(super) fn at(&self) -> usize {
-        self.bytes.len()
+        self.at
     }
 
+    #[inline(always)]
+    fn piece(&mut self, piece: Piece) {
+        if let Some(to) = self.bytes.get_mut(self.at..self.at + WORD) {
+            to.copy_from_slice(&piece.bytes.to_le_bytes());
+        }
+        self.at += piece.len;
+    }
+
+    #[inline(always)]
     pub(super) fn byte(&mut self, byte: u8) {
-        self.bytes.push(byte);
+        self.word(u64::from(byte), 1);
     }
 
+    /// The lowest `len` bytes.
+    #[inline(always)]
+    pub(super) fn word(&mut self, bytes: u64, len: usize) {
+        self.piece(Piece { bytes, len });
+    }
+
+    #[inline(always)]
     pub(super) fn put(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
+        for bytes in bytes.chunks(WORD) {
+            let mut word = [0; WORD];
+            word[..bytes.len()].copy_from_slice(bytes);
+            self.word(u64::from_le_bytes(word), bytes.len());
+        }
     }
 
+    #[inline(always)]
     pub(super) fn dword(&mut self, value: i32) {
-        self.put(&value.to_le_bytes());
+        self.word(u64::from(value as u32), 4);
     }
 
     /// ModRM, SIB and displacement.
+    #[inline(always)]
     pub(super) fn modrm(&mut self, reg: u8, rm: Rm) {
-        let reg = (reg & 7) << 3;
-        match rm {
-            Rm::Reg(rm) => self.byte(0xc0 | reg | rm & 7),
-            Rm::Mem(mem) => self.memory(reg, mem),
-        }
-    }
-
-    fn memory(&mut self, reg: u8, mem: Mem) {
-        let Some(base) = mem.base else {
-            // SIB without a base, and with 32 bits of displacement.
-            let (index, scale) = mem.index.unwrap_or((RSP, 0));
-            self.put(&[reg | 4, scale << 6 | (index & 7) << 3 | 5]);
-            self.dword(mem.disp);
-            return;
-        };
-        let size = match mem.disp {
-            // RBP and R13 as bases always have a displacement.
-            0 if base & 7 != RBP => 0,
-            -128..=127 => 0x40,
-            _ => 0x80,
-        };
-        match mem.index {
-            None if base & 7 != RSP => self.byte(size | reg | base & 7),
-            index => {
-                let (index, scale) = index.unwrap_or((RSP, 0));
-                self.put(&[size | reg | 4, scale << 6 | (index & 7) << 3 | base & 7]);
-            }
-        }
-        match size {
-            0 => {}
-            0x40 => self.byte(mem.disp as u8),
-            _ => self.dword(mem.disp),
-        }
+        self.piece(operand(reg, rm));
     }
 
     /// An instruction with REX.W and a one-byte opcode.
+    #[inline]
     pub(super) fn op64(&mut self, opcode: u8, reg: Reg, rm: Rm) {
-        self.byte(0x48 | (reg >> 3) << 2 | rm.rex());
-        self.byte(opcode);
+        let rex = 0x48 | (reg >> 3) << 2 | rm.rex();
+        self.piece(Piece {
+            bytes: u64::from(rex) | u64::from(opcode) << 8,
+            len: 2,
+        });
         self.modrm(reg, rm);
     }
 
     /// The same with 32 bits of operand.
+    #[inline]
     pub(super) fn op32(&mut self, opcode: u8, reg: Reg, rm: Rm) {
         let rex = (reg >> 3) << 2 | rm.rex();
         if rex != 0 {
@@ -282,13 +349,28 @@ impl Asm {
     pub(super) fn here(&mut self, from: Short) {
         let distance = self.at() - from.0;
         debug_assert!(distance < 128, "a short jump over {distance} bytes");
-        self.bytes[from.0 - 1] = distance as u8;
+        if let Some(to) = self.bytes.get_mut(from.0 - 1) {
+            *to = distance as u8;
+        }
     }
 
     pub(super) fn jmp(&mut self) -> Near {
         self.byte(0xe9);
         self.dword(0);
         Near(self.at())
+    }
+
+    /// A call whose target is bound like a jump's.
+    pub(super) fn call(&mut self) -> Near {
+        self.byte(0xe8);
+        self.dword(0);
+        Near(self.at())
+    }
+
+    /// The same if a condition holds.
+    pub(super) fn call_if(&mut self, condition: u8) -> Near {
+        self.put(&[0x70 | (condition ^ 1) & 15, 5]);
+        self.call()
     }
 
     /// A conditional jump, by its condition's number.
@@ -300,8 +382,10 @@ impl Asm {
 
     /// Has a jump go to a place in this buffer.
     pub(super) fn bind(&mut self, jump: Near, target: usize) {
-        let distance = target as i64 - jump.0 as i64;
-        self.bytes[jump.0 - 4..jump.0].copy_from_slice(&(distance as i32).to_le_bytes());
+        let distance = target.wrapping_sub(jump.0) as i32;
+        if let Some(to) = self.bytes.get_mut(jump.0 - 4..jump.0) {
+            to.copy_from_slice(&distance.to_le_bytes());
+        }
     }
 
     pub(super) fn bind_here(&mut self, jump: Near) {

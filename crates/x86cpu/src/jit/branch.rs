@@ -5,14 +5,14 @@ use std::mem::offset_of;
 use super::access::entry;
 use super::asm::{Mem, R11, RCX, Short};
 use super::classify::Align;
-use super::compile::{Compiler, Exit, Goal, Work};
+use super::compile::{Compiler, Exit, Link, Work};
 use super::loops::Copies;
 use super::ready::Branch;
 use super::registers::{Address, GUEST_RCX, GUEST_RSP};
 use super::trace::Step;
 use crate::mem::area::{Area, Frame, JUMP_ROTATE};
 
-impl Compiler<'_> {
+impl Compiler {
     /// Goes to another trace, or to this one's start.
     pub(super) fn go(&mut self, exit: Exit) {
         self.noted = exit.noted;
@@ -42,18 +42,12 @@ impl Compiler<'_> {
             return;
         }
         self.settle_x87();
-        let link = self.asm.jmp();
-        self.asm.bind_here(link);
-        let way = self.way(Goal::Direct(exit.target), Some(link.0));
-        self.leave(way);
+        self.leave(exit.target, Link::Call);
     }
 
     /// Jumps to the guest address in R11, another page of straight code or a direct branch.
     pub(super) fn jump(&mut self) {
-        let hit = self.find_jump();
-        let way = self.way(Goal::Indirect, None);
-        self.leave(way);
-        self.asm.here(hit);
+        self.indirect(Work::Goto, 0);
         self.jump_found();
     }
 
@@ -82,14 +76,15 @@ impl Compiler<'_> {
         self.asm.jmp_memory(entry(RCX, codes));
     }
 
-    /// Looks the target of an indirect branch up, which is in R11, before anything is changed: if the
-    /// jump cache hasn't got it, or it is no address at all, the branch is the interpreter's.
-    pub(super) fn indirect(&mut self, n: usize) {
+    /// Looks the target of a branch up, which is in R11, before anything is changed. Without code for it,
+    /// an indirect branch is the interpreter's: it may be no address at all.
+    pub(super) fn indirect(&mut self, work: Work, n: usize) {
         let hit = self.find_jump();
-        let call = self.call(Work::Jump, n, false);
+        let call = self.call(work, n, false);
         self.interpret(call);
         self.asm.here(hit);
     }
+
     /// Compiles a near branch. Says whether the trace ends here.
     pub(super) fn branch(&mut self, n: usize, step: &Step, branch: Branch) -> bool {
         let after = i64::from(step.at) + step.instruction.len() as i64;
@@ -157,14 +152,14 @@ impl Compiler<'_> {
                 let from = Address::of(GUEST_RSP, 0);
                 let from = self.access(n, &from, 8, Align::None, false, call);
                 self.asm.load(R11, from);
-                self.indirect(n);
+                self.indirect(Work::Jump, n);
                 self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
                 self.jump_found();
             }
             Branch::Indirect { call, register } => {
                 let target = Mem::frame(offset_of!(Frame, target));
                 self.indirect_target(n, step, register);
-                self.indirect(n);
+                self.indirect(Work::Jump, n);
                 if call {
                     self.asm.store(target, R11);
                     self.push_return(n, after);

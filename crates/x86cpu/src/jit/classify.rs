@@ -1,6 +1,6 @@
 //! Which instructions are copied, and what they do to memory.
 
-use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use crate::simd::thunk::needs_alignment;
 
@@ -55,7 +55,7 @@ pub(super) fn classify(i: &Instruction) -> Option<Class> {
         M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
             Class::Strings
         }
-        M::Movsd if i.op0_kind() == OpKind::MemoryESRDI => Class::Strings,
+        M::Movsd if i.code() == Code::Movsd_m32_m32 => Class::Strings,
         M::Div => Class::Divide { signed: false },
         M::Idiv => Class::Divide { signed: true },
         M::Bt | M::Bts | M::Btr | M::Btc

@@ -4,15 +4,18 @@
 //! operands that go through the TLB. The guest's flags are the host's; nothing that is emitted
 //! between the guest's instructions changes them.
 
-use std::mem::offset_of;
+use std::mem::{offset_of, take};
 
 use super::asm::{Asm, Mem, Near, R11, RCX};
+use super::forms::Forms;
+use super::glue::Glue;
 use super::loops::{self, Copies};
 use super::ready::{Branch, Ready};
 use super::registers::Address;
 use super::trace::{Step, Trace};
 use super::windows::{Share, Windows};
 use crate::cpuid::Features;
+use crate::mem::PAGE_SIZE;
 use crate::mem::area::Frame;
 
 /// What the interpreter is asked to do for compiled code.
@@ -30,8 +33,11 @@ pub(super) enum Work {
     },
     /// Run it and leave: it is a branch.
     Branch,
-    /// The same; the jump cache is to have where it goes.
+    /// Go on if there is code for the address in R11. Else the same; the jump cache is to have where it
+    /// goes.
     Jump,
+    /// Go on if there is code for the address in R11, or else leave for there.
+    Goto,
     /// Run it and all others up to its block's end, and leave.
     ToEnd,
     /// Run the one instruction of a block that goes on in the next page, and say in
@@ -52,70 +58,105 @@ pub(super) struct Call {
     pub missed: bool,
 }
 
-/// Where a trace is left.
+/// What of a way out may be linked to another trace.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Goal {
-    /// For an offset from the page's start.
-    Direct(i64),
-    /// For where [`Frame::target`] says.
-    Indirect,
+pub(super) enum Link {
+    /// Nothing.
+    None,
+    /// The call that leaves: it becomes a jump.
+    Call,
+    /// A jump to that call, whose displacement ends here.
+    Jump(usize),
 }
 
 /// One way out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Way {
-    pub goal: Goal,
-    /// Where the jump's displacement ends that may be linked to another trace.
-    pub link: Option<usize>,
+    /// Where the call that leaves ends.
+    pub end: usize,
+    /// Offset from the page's start.
+    pub goal: i64,
+    pub link: Link,
 }
 
-/// Machine code, and what goes with it. Calls and ways have their numbers in the code, counted from
-/// where the compiler was told to start.
+/// Machine code, and what goes with it. Calls and ways are found by where in the code they are made.
 pub(super) struct Compiled {
-    pub bytes: Vec<u8>,
+    pub asm: Asm,
     /// Offset of the entry for jumps from within the page; at 0 is that for others.
     pub direct: usize,
     pub calls: Vec<Call>,
+    /// The places where they are made.
+    pub slow: Vec<Slow>,
     pub ways: Vec<Way>,
+}
+
+/// What the compiler has from one trace to the next: memory, and what it has found out of
+/// instructions.
+pub(super) struct Scratch {
+    pub forms: Forms,
+    /// The page that the trace is of.
+    pub page: Box<[u8; PAGE_SIZE]>,
+    pub steps: Vec<Step>,
+    ready: Vec<Ready>,
+    code: Vec<u8>,
+    calls: Vec<Call>,
+    slow: Vec<Slow>,
+    ways: Vec<Way>,
+    leaving: Vec<(Near, Exit)>,
+}
+
+impl Scratch {
+    pub(super) fn new(features: Features) -> Self {
+        Self {
+            forms: Forms::new(features),
+            page: Box::new([0; _]),
+            steps: Vec::new(),
+            ready: Vec::new(),
+            code: Vec::new(),
+            calls: Vec::new(),
+            slow: Vec::new(),
+            ways: Vec::new(),
+            leaving: Vec::new(),
+        }
+    }
+
+    /// Takes the memory of what was compiled.
+    pub(super) fn take_back(&mut self, trace: Trace, compiled: Compiled) {
+        self.steps = trace.steps;
+        self.code = compiled.asm.into_bytes();
+        self.calls = compiled.calls;
+        self.slow = compiled.slow;
+        self.ways = compiled.ways;
+        self.steps.clear();
+        self.calls.clear();
+        self.slow.clear();
+        self.ways.clear();
+    }
 }
 
 /// What is asked of the compiler beside the trace.
 #[derive(Clone, Copy)]
-pub(super) struct Request<'a> {
-    pub features: &'a Features,
-    pub first_call: u32,
-    pub first_way: u32,
+pub(super) struct Request {
+    /// Where the code is going to be, and what it calls, from the buffer's start on.
+    pub origin: usize,
+    pub glue: Glue,
     pub hardened: bool,
-    /// Offsets of instructions whose accesses must not open a window.
-    pub plain: &'a [u16],
 }
 
-/// Bit of a way's number: it is left because something is requested.
-pub(super) const POLLED: u32 = 1 << 31;
-
-/// A jump to the slow path of an access, and the call that is made there.
+/// A place where the interpreter is called: when an access misses, or always.
 pub(super) struct Slow {
     pub(super) from: Near,
-    pub(super) call: u32,
-    pub(super) resume: Resume,
+    /// Which call it is.
+    pub(super) call: usize,
+    /// Where to go on; `None` while the instruction isn't complete.
+    pub(super) resume: Option<usize>,
+    /// What is to be stored before: then `from` is a jump to where that is done.
     pub(super) noted: Noted,
-    /// What R11 is to hold for the call.
-    pub(super) first: Option<Mem>,
 }
 
-/// Where to go on after a slow path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Resume {
-    /// Behind the instruction, which isn't complete yet.
-    Behind,
-    At(usize),
-    /// In the cold turns of the loop, at a step.
-    Cold(usize),
-}
-
-pub(super) struct Compiler<'a> {
+pub(super) struct Compiler {
     pub(super) asm: Asm,
-    pub(super) request: Request<'a>,
+    pub(super) request: Request,
     pub(super) calls: Vec<Call>,
     pub(super) ways: Vec<Way>,
     pub(super) slow: Vec<Slow>,
@@ -163,29 +204,31 @@ pub(super) struct Noted {
 
 /// A trace for a block that is one instruction across two pages. What is in the second one may
 /// change without a trace of the first, so that it is looked at each time, by the interpreter.
-pub(super) fn crossing(trace: &Trace, request: Request<'_>) -> Option<Compiled> {
-    let mut c = Compiler::new(trace.steps.first()?.at, request);
+pub(super) fn crossing(trace: &Trace, request: Request, scratch: &mut Scratch) -> Option<Compiled> {
+    let mut c = Compiler::new(trace.steps.first()?.at, request, scratch);
     c.entry();
     let call = c.call(Work::Cross, 0, false);
     c.interpret(call);
     c.asm.load(R11, Mem::frame(offset_of!(Frame, target)));
     c.jump();
-    Some(c.done())
+    Some(c.done(scratch))
 }
 
-/// Compiles a trace. `bytes` are those of its page.
-pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Option<Compiled> {
+/// Compiles a trace. `plain` are offsets of instructions whose accesses must not open a window.
+pub(super) fn compile(
+    trace: &Trace,
+    request: Request,
+    plain: &[u16],
+    scratch: &mut Scratch,
+) -> Option<Compiled> {
     let head = trace.steps.first()?.at;
-    let mut c = Compiler::new(head, request);
-    c.asm.bytes.reserve(4096);
-    let ready: Vec<Ready> = trace
-        .steps
-        .iter()
-        .map(|step| Ready::new(step, bytes, request.features))
-        .collect();
+    let mut c = Compiler::new(head, request, scratch);
+    let mut ready = take(&mut scratch.ready);
+    let (forms, bytes) = (&mut scratch.forms, &scratch.page[..]);
+    ready.extend((trace.steps.iter()).map(|step| Ready::new(step, bytes, forms)));
     // Pointers that are carried on are used where the processor may only guess that they are good.
     let again = !request.hardened && loops::goes_round(&trace.steps, &ready);
-    let found = Windows::find(&trace.steps, &ready, request.plain, again);
+    let found = Windows::find(&trace.steps, &ready, plain, again);
     c.shares = found.shares;
     if found.carried.is_empty() {
         c.entry();
@@ -193,18 +236,20 @@ pub(super) fn compile(trace: &Trace, bytes: &[u8], request: Request<'_>) -> Opti
     } else {
         c.rounds(&trace.steps, &ready, bytes, &found.carried);
     }
-    Some(c.done())
+    ready.clear();
+    scratch.ready = ready;
+    Some(c.done(scratch))
 }
 
-impl<'a> Compiler<'a> {
-    fn new(head: u16, request: Request<'a>) -> Self {
+impl Compiler {
+    fn new(head: u16, request: Request, scratch: &mut Scratch) -> Self {
         Self {
-            asm: Asm::default(),
+            asm: Asm::new(take(&mut scratch.code)),
             request,
-            calls: Vec::new(),
-            ways: Vec::new(),
-            slow: Vec::new(),
-            leaving: Vec::new(),
+            calls: take(&mut scratch.calls),
+            ways: take(&mut scratch.ways),
+            slow: take(&mut scratch.slow),
+            leaving: take(&mut scratch.leaving),
             copies: Copies::Once,
             warm: 0,
             cold: Vec::new(),
@@ -223,12 +268,14 @@ impl<'a> Compiler<'a> {
         }
     }
 
-    fn done(mut self) -> Compiled {
+    fn done(mut self, scratch: &mut Scratch) -> Compiled {
         self.finish();
+        scratch.leaving = self.leaving;
         Compiled {
-            bytes: self.asm.bytes,
+            asm: self.asm,
             direct: self.direct,
             calls: self.calls,
+            slow: self.slow,
             ways: self.ways,
         }
     }
@@ -263,81 +310,89 @@ impl<'a> Compiler<'a> {
         self.asm.load(RCX, Mem::frame(offset_of!(Frame, requests)));
         self.asm.load32(RCX, Mem::base(RCX, 0));
         let quiet = self.asm.jrcxz();
-        let way = self.way(Goal::Direct(target), None);
-        self.leave(way | POLLED);
+        self.leave(target, Link::None);
         self.asm.here(quiet);
     }
 
-    pub(super) fn way(&mut self, goal: Goal, link: Option<usize>) -> u32 {
-        self.ways.push(Way { goal, link });
-        self.request.first_way + self.ways.len() as u32 - 1
+    /// Leaves. Ways without a link are those on which something is requested.
+    pub(super) fn leave(&mut self, goal: i64, link: Link) {
+        let end = self.asm.call();
+        self.bind_glue(end, self.request.glue.leave);
+        let end = end.0;
+        self.ways.push(Way { end, goal, link });
     }
 
-    pub(super) fn leave(&mut self, way: u32) {
-        self.asm.constant32(RCX, way);
-        self.asm.jmp_memory(Mem::frame(offset_of!(Frame, leave)));
+    /// Has a call go to a place in the glue.
+    fn bind_glue(&mut self, from: Near, place: usize) {
+        self.asm.bind(from, place.wrapping_sub(self.request.origin));
     }
 
-    pub(super) fn call(&mut self, work: Work, step: usize, missed: bool) -> u32 {
+    pub(super) fn call(&mut self, work: Work, step: usize, missed: bool) -> usize {
         if missed && self.copies == Copies::Warm {
             // Never made: see `missed`.
             return 0;
         }
         self.calls.push(Call { work, step, missed });
-        self.request.first_call + self.calls.len() as u32 - 1
+        self.calls.len() - 1
     }
 
     /// Calls the interpreter here and now.
-    pub(super) fn interpret(&mut self, call: u32) {
-        self.asm.constant32(RCX, call);
-        self.asm.call_memory(Mem::frame(offset_of!(Frame, replay)));
+    pub(super) fn interpret(&mut self, call: usize) {
+        let from = self.asm.call();
+        let resume = Some(self.asm.at());
+        self.slow.push(Slow {
+            from,
+            call,
+            resume,
+            noted: Noted::default(),
+        });
     }
 
-    /// A slow path, with what it finds noted as it is now.
-    pub(super) fn slow(&mut self, from: Near, call: u32, resume: Option<usize>) {
-        let resume = resume.map_or(Resume::Behind, Resume::At);
+    /// A slow path, with what is to be stored before.
+    pub(super) fn slow(&mut self, from: Near, call: usize, resume: Option<usize>) {
         self.slow.push(Slow {
             from,
             call,
             resume,
             noted: self.noted,
-            first: None,
         });
     }
 
-    /// What is behind the trace: slow paths and ways out.
+    /// What is behind the trace: slow paths on which something is stored, ways out.
     pub(super) fn finish(&mut self) {
-        self.copies = match self.copies {
-            Copies::Once => Copies::Once,
-            Copies::Warm | Copies::Cold => Copies::Cold,
-        };
-        for slow in std::mem::take(&mut self.slow) {
-            self.asm.bind_here(slow.from);
-            self.noted = slow.noted;
-            self.store_noted();
-            if let Some(first) = slow.first {
-                self.asm.lea(R11, first);
+        if self.copies == Copies::Warm {
+            self.copies = Copies::Cold;
+        }
+        for n in 0..self.slow.len() {
+            let noted = take(&mut self.slow[n].noted);
+            if noted != Noted::default() {
+                self.asm.bind_here(self.slow[n].from);
+                self.noted = noted;
+                self.store_noted();
+                self.slow[n].from = self.asm.call();
             }
-            self.interpret(slow.call);
-            let back = self.asm.jmp();
-            let target = match slow.resume {
-                Resume::Behind => slow.from.0,
-                Resume::At(at) => at,
-                Resume::Cold(step) => self.cold.get(step).copied().unwrap_or(slow.from.0),
+        }
+        let mut leaving = take(&mut self.leaving);
+        for (from, exit) in leaving.drain(..) {
+            self.asm.bind_here(from);
+            let offset = super::trace::in_page(exit.target);
+            if exit.poll || self.noted_x87 || offset.is_none_or(|offset| offset == self.head) {
+                self.go(exit);
+            } else {
+                self.leave(exit.target, Link::Jump(from.0));
+            }
+        }
+        self.leaving = leaving;
+        // Ways out may be more of them.
+        for n in 0..self.slow.len() {
+            let place = match self.calls[self.slow[n].call].work {
+                Work::Jump | Work::Goto => self.request.glue.find,
+                _ => self.request.glue.replay,
             };
-            self.asm.bind(back, target);
+            self.bind_glue(self.slow[n].from, place);
         }
-        let mut made: Vec<(Exit, usize)> = Vec::new();
-        for (from, exit) in std::mem::take(&mut self.leaving) {
-            match made.iter().find(|(other, _)| *other == exit) {
-                Some(&(_, at)) => self.asm.bind(from, at),
-                None => {
-                    made.push((exit, self.asm.at()));
-                    self.asm.bind_here(from);
-                    self.go(exit);
-                }
-            }
-        }
+        // The accesses of one instruction may be noted after what it calls besides.
+        self.slow.sort_unstable_by_key(|slow| slow.from.0);
     }
 
     /// Compiles one instruction; `true` if nothing comes after it.
@@ -349,14 +404,9 @@ impl<'a> Compiler<'a> {
             self.held = None;
         }
         // The end of the instruction, not of what leads away from it.
-        let here = match self.copies {
-            Copies::Warm => Resume::Cold(n + 1),
-            _ => Resume::At(self.asm.at()),
-        };
+        let here = self.asm.at();
         for slow in &mut self.slow[before..] {
-            if slow.resume == Resume::Behind {
-                slow.resume = here;
-            }
+            slow.resume.get_or_insert(here);
         }
         if !done && step.last && step.follow.is_none() {
             let target = i64::from(step.at) + step.instruction.len() as i64;
@@ -393,7 +443,7 @@ impl<'a> Compiler<'a> {
             }
             Ready::Copy(copy) => {
                 let at = usize::from(step.at);
-                self.keep_operand(&step.instruction);
+                self.keep_operand(ready.changed());
                 self.copy(n, step, copy, &bytes[at..at + step.instruction.len()]);
             }
         }

@@ -2,19 +2,19 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, OpKind};
+use iced_x86::{Instruction, OpKind};
 
 use super::access::{columns, entry};
 use super::asm::{Mem, Near, R11, RAX, RCX, RDX, Reg, Rm};
 use super::classify::{Align, Class, writes_count};
 use super::compile::{Compiler, Work};
 use super::ready::{Copy, Strings};
-use super::registers::{Address, GUEST_RCX, GUEST_RSP, HOST, Part, part, slot};
+use super::registers::{Address, GUEST_RCX, GUEST_RSP, HOST, Part, held_in, slot};
 use super::trace::Step;
 use crate::cpu::reg;
 use crate::mem::area::Frame;
 
-impl Compiler<'_> {
+impl Compiler {
     /// Whether it is known that the registers of a class are where copied instructions find them, and
     /// the field that says so.
     pub(super) fn unit(&mut self, class: Class) -> Option<(&mut bool, usize)> {
@@ -41,10 +41,13 @@ impl Compiler<'_> {
         }
         self.asm.load_byte(RCX, Mem::frame(field));
         let ready = self.asm.jrcxz();
-        let from = self.asm.jmp();
-        self.asm.here(ready);
         let call = self.call(work, n, false);
-        self.slow(from, call, Some(self.asm.at()));
+        // Only on the way there: on the other one it is still to be stored.
+        let noted = self.noted;
+        self.store_noted();
+        self.interpret(call);
+        self.asm.here(ready);
+        self.noted = noted;
         // Whoever comes back from there has nothing in it.
         self.held = None;
     }
@@ -56,7 +59,10 @@ impl Compiler<'_> {
         match class {
             Class::Nothing => return,
             Class::Push | Class::Pop | Class::Leave => return self.stack(n, i, class),
-            Class::Divide { signed } => return self.divide(n, i, copy, signed),
+            Class::Divide { signed } => {
+                self.store_noted();
+                return self.divide(n, i, copy, signed);
+            }
             Class::Strings => {
                 self.held = None;
                 self.store_noted();
@@ -70,7 +76,8 @@ impl Compiler<'_> {
         };
         self.ready(n, class);
         let mut operands = copy.plan.operands;
-        if let Some(address) = &copy.address {
+        let address = copy.address(i);
+        if let Some(address) = &address {
             let operand = if class == Class::Lea {
                 address.plain().unwrap_or_else(|| {
                     self.held = None;
@@ -100,7 +107,7 @@ impl Compiler<'_> {
             self.asm.store(slot(spill.guest), spill.temporary);
         }
         if class == Class::X87 {
-            self.note_x87(step, bytes, copy.address.as_ref());
+            self.note_x87(step, bytes, address.as_ref());
         }
     }
 
@@ -130,19 +137,15 @@ impl Compiler<'_> {
         parts.iter().filter(in_frame).count() < 2
     }
 
-    /// Before an instruction that changes registers of the last x87 operand's address.
-    pub(super) fn keep_operand(&mut self, i: &Instruction) {
+    /// Before an instruction that may change the registers of a mask: the last x87 operand's address
+    /// may be made of them.
+    pub(super) fn keep_operand(&mut self, changed: u16) {
         let Some(address) = self.noted.operand else {
             return;
         };
-        let mut factory = InstructionInfoFactory::new();
-        let changed = factory.info(i).used_registers().iter().any(|used| {
-            let written = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead);
-            let part = part(used.register().full_register());
-            let index = address.index.map(|(index, _)| index);
-            written && part.is_some() && (part == address.base || part == index)
-        });
-        if changed {
+        let parts = [address.base, address.index.map(|(index, _)| index)];
+        let is_part = |guest: &u8| changed >> guest & 1 != 0 && parts.contains(&held_in(*guest));
+        if (0..16).any(|guest| is_part(&guest)) {
             self.store_operand();
         }
     }
@@ -253,12 +256,12 @@ impl Compiler<'_> {
         let asm = &mut self.asm;
         asm.load_byte(RCX, Mem::frame(offset_of!(Frame, backwards)));
         let forwards = asm.jrcxz();
-        let from = asm.jmp();
+        let from = asm.call();
         asm.here(forwards);
         // A count with which no address wraps around.
         asm.pext(RCX, GUEST_RCX, Mem::frame(offset_of!(Frame, masks)));
         let few = asm.jrcxz();
-        let many = asm.jmp();
+        let many = asm.call();
         asm.here(few);
         let mut slow = vec![from, many];
         let sides: &[(Reg, bool)] = if strings.moves {
@@ -319,7 +322,7 @@ impl Compiler<'_> {
     /// DIV and IDIV of 32 and 64 bits, where no #DE can come of it; else the interpreter's.
     pub(super) fn divide(&mut self, n: usize, i: &Instruction, copy: &Copy, signed: bool) {
         let wide = copy.size == 8;
-        if let Some(address) = &copy.address {
+        if let Some(address) = &copy.address(i) {
             let call = self.call(Work::Run, n, true);
             let from = self.access(n, address, copy.size, Align::None, false, call);
             self.operation(wide, 0x8b, RCX, Rm::Mem(from));
@@ -342,17 +345,17 @@ impl Compiler<'_> {
             self.operation(wide, 0xc1, 7, Rm::Reg(R11));
             self.asm.byte(if wide { 63 } else { 31 });
             self.operation(wide, 0x3b, R11, Rm::Reg(RDX));
-            let odd = self.asm.jcc(5);
+            let odd = self.asm.call_if(5);
             self.slow_from(odd, n);
             self.operation(wide, 0x8d, R11, Rm::Mem(Mem::base(RCX, 1)));
             self.operation(wide, 0x83, 7, Rm::Reg(R11));
             self.asm.byte(1);
-            let odd = self.asm.jcc(6);
+            let odd = self.asm.call_if(6);
             self.slow_from(odd, n);
         } else {
             // The quotient fits if the upper half is less than the divisor.
             self.operation(wide, 0x3b, RDX, Rm::Reg(RCX));
-            let odd = self.asm.jcc(3);
+            let odd = self.asm.call_if(3);
             self.slow_from(odd, n);
         }
         self.operation(wide, 0xf7, if signed { 7 } else { 6 }, Rm::Reg(RCX));

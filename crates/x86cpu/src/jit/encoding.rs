@@ -1,36 +1,36 @@
 //! A guest instruction taken apart, so that it can be put together again with other registers and
 //! another memory operand.
 
-use iced_x86::{Instruction, OpCodeOperandKind, OpKind, Register};
+use iced_x86::{Instruction, OpCodeOperandKind};
 
 use super::asm::{Asm, Rm};
 
 /// What of an encoding stays as it is, and where its operands go.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Encoding {
-    /// Legacy prefixes but for segments, in their order.
-    prefixes: [u8; 4],
-    prefix_count: u8,
-    rex: Option<u8>,
+    /// Up to eight bytes, the first in the lowest bits.
+    immediate: u64,
+    /// Legacy prefixes but for segments, in their order, like that.
+    prefixes: u32,
+    /// Up to three bytes, like that.
+    opcode: u32,
     vex: Option<Vex>,
-    opcode: [u8; 3],
+    prefix_count: u8,
     opcode_len: u8,
+    immediate_len: u8,
+    /// 0 for none.
+    rex: u8,
     /// The byte itself, if there is one.
     modrm: Option<u8>,
-    immediate: [u8; 8],
-    immediate_len: u8,
 }
 
-/// The payload of a VEX prefix, as in its three-byte form and not inverted.
+/// A VEX prefix of three bytes, without the first.
 #[derive(Clone, Copy, Debug)]
 struct Vex {
-    map: u8,
-    w: bool,
-    vvvv: u8,
-    l: bool,
-    pp: u8,
-    r: bool,
-    xb: u8,
+    /// The opcode's map, and above it R, X and B, inverted.
+    first: u8,
+    /// W, VVVV inverted, L, and PP.
+    second: u8,
 }
 
 /// Which field of the encoding holds a register.
@@ -43,20 +43,6 @@ pub(super) enum Field {
     Opcode,
     /// None: the instruction has it by itself.
     Fixed,
-}
-
-/// An operand in a general register.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct General {
-    pub field: Field,
-    /// Number of the guest's register; of AH to BH that of RAX to RBX.
-    pub number: u8,
-    /// AH, CH, DH or BH.
-    pub high: bool,
-    /// Bytes.
-    pub size: u8,
-    /// Which operand it is.
-    pub operand: u8,
 }
 
 /// The field of an operand, by its kind in the manual's terms.
@@ -84,52 +70,20 @@ pub(super) fn field(kind: OpCodeOperandKind) -> Option<Field> {
     })
 }
 
-/// The general registers that are operands of an instruction; `None` if some operand is of a kind
-/// that isn't known.
-pub(super) fn generals(i: &Instruction) -> Option<([Option<General>; 4], usize)> {
-    let mut found = [None; 4];
-    let mut count = 0;
-    let code = i.op_code();
-    for n in 0..i.op_count().min(4) {
-        if i.op_kind(n) != OpKind::Register {
-            continue;
-        }
-        let register = i.op_register(n);
-        if !register.is_gpr() {
-            if register.is_segment_register() || register.is_cr() || register.is_dr() {
-                return None;
-            }
-            continue;
-        }
-        let high = matches!(
-            register,
-            Register::AH | Register::CH | Register::DH | Register::BH
-        );
-        found[count] = Some(General {
-            field: field(code.op_kind(n))?,
-            number: register.full_register().number() as u8,
-            high,
-            size: register.size() as u8,
-            operand: n as u8,
-        });
-        count += 1;
-    }
-    Some((found, count))
-}
-
 impl Encoding {
     /// Takes the encoding of `i` apart. `None` if it has a form that isn't known here.
+    #[inline]
     pub(super) fn new(bytes: &[u8], i: &Instruction) -> Option<Self> {
         let mut e = Self {
-            prefixes: [0; 4],
-            prefix_count: 0,
-            rex: None,
+            immediate: 0,
+            prefixes: 0,
+            opcode: 0,
             vex: None,
-            opcode: [0; 3],
+            prefix_count: 0,
             opcode_len: 0,
-            modrm: None,
-            immediate: [0; 8],
             immediate_len: 0,
+            rex: 0,
+            modrm: None,
         };
         let mut at = 0;
         loop {
@@ -137,7 +91,10 @@ impl Encoding {
                 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 => {}
                 0x67 => return None,
                 prefix @ (0x66 | 0xf0 | 0xf2 | 0xf3) => {
-                    *e.prefixes.get_mut(usize::from(e.prefix_count))? = prefix;
+                    if e.prefix_count == 4 {
+                        return None;
+                    }
+                    e.prefixes |= u32::from(prefix) << (8 * e.prefix_count);
                     e.prefix_count += 1;
                 }
                 _ => break,
@@ -145,27 +102,29 @@ impl Encoding {
             at += 1;
         }
         if let rex @ 0x40..=0x4f = *bytes.get(at)? {
-            e.rex = Some(rex);
+            e.rex = rex;
             at += 1;
         }
         at = match *bytes.get(at)? {
             0xc4 | 0xc5 => e.read_vex(bytes, at)?,
             _ => e.read_opcode(bytes, at)?,
         };
-        let has_modrm = e
-            .vex
-            .is_some_and(|vex| !(vex.map == 1 && e.opcode[0] == 0x77))
-            || e.vex.is_none() && legacy_has_modrm(&e.opcode[..usize::from(e.opcode_len)]);
+        let has_modrm = match e.vex {
+            // VZEROUPPER has none.
+            Some(vex) => !(vex.first & 31 == 1 && e.opcode == 0x77),
+            None => legacy_has_modrm(e.opcode, e.opcode_len),
+        };
         if has_modrm {
             at = e.read_modrm(bytes, at)?;
         }
-        let tail = bytes.get(at..i.len())?;
-        e.immediate.get_mut(..tail.len())?.copy_from_slice(tail);
+        let tail = bytes.get(at..i.len()).filter(|tail| tail.len() <= 8)?;
         e.immediate_len = tail.len() as u8;
+        e.immediate = tail.iter().rev().fold(0, |all, &b| all << 8 | u64::from(b));
         Some(e)
     }
 
     /// ModRM, and past what belongs to it.
+    #[inline]
     fn read_modrm(&mut self, bytes: &[u8], at: usize) -> Option<usize> {
         let modrm = *bytes.get(at)?;
         self.modrm = Some(modrm);
@@ -187,66 +146,61 @@ impl Encoding {
         })
     }
 
+    #[inline]
     fn read_vex(&mut self, bytes: &[u8], at: usize) -> Option<usize> {
-        let two = *bytes.get(at)? == 0xc5;
         let first = *bytes.get(at + 1)?;
-        let second = if two {
-            first & 0x7f
+        let (vex, at) = if *bytes.get(at)? == 0xc5 {
+            // Of two bytes: X, B and W are 0, and the map is the first.
+            let vex = Vex {
+                first: first & 0x80 | 0x61,
+                second: first & 0x7f,
+            };
+            (vex, at + 2)
         } else {
-            *bytes.get(at + 2)?
+            let second = *bytes.get(at + 2)?;
+            (Vex { first, second }, at + 3)
         };
-        self.vex = Some(Vex {
-            map: if two { 1 } else { first & 31 },
-            w: second & 0x80 != 0,
-            vvvv: !(second >> 3) & 15,
-            l: second & 4 != 0,
-            pp: second & 3,
-            r: first & 0x80 == 0,
-            xb: if two { 0 } else { !(first >> 5) & 3 },
-        });
-        let at = at + if two { 2 } else { 3 };
-        self.opcode[0] = *bytes.get(at)?;
+        self.vex = Some(vex);
+        self.opcode = u32::from(*bytes.get(at)?);
         self.opcode_len = 1;
         Some(at + 1)
     }
 
-    fn read_opcode(&mut self, bytes: &[u8], mut at: usize) -> Option<usize> {
+    #[inline]
+    fn read_opcode(&mut self, bytes: &[u8], at: usize) -> Option<usize> {
         let first = *bytes.get(at)?;
         let len = match (first, bytes.get(at + 1)) {
             (0x0f, Some(0x38 | 0x3a)) => 3,
             (0x0f, Some(_)) => 2,
             _ => 1,
         };
-        for n in 0..len {
-            self.opcode[n] = *bytes.get(at)?;
-            at += 1;
-        }
+        let opcode = bytes.get(at..at + len)?;
+        self.opcode = (0..len).fold(0, |all, n| all | u32::from(opcode[n]) << (8 * n));
         self.opcode_len = len as u8;
-        Some(at)
+        Some(at + len)
+    }
+
+    /// R, X and B of the prefix, from bit 2 on.
+    fn extensions(&self) -> u8 {
+        match self.vex {
+            Some(vex) => !vex.first >> 5,
+            None => self.rex & 7,
+        }
     }
 
     /// ModRM.reg with its extension bit.
     fn own_reg(&self) -> u8 {
-        let high = match (self.vex, self.rex) {
-            (Some(vex), _) => u8::from(vex.r),
-            (None, Some(rex)) => rex >> 2 & 1,
-            (None, None) => 0,
-        };
-        high << 3 | self.modrm.unwrap_or(0) >> 3 & 7
+        (self.extensions() & 4) << 1 | self.modrm.unwrap_or(0) >> 3 & 7
     }
 
     /// ModRM.rm with its extension bit.
     fn own_rm(&self) -> u8 {
-        let high = match (self.vex, self.rex) {
-            (Some(vex), _) => vex.xb & 1,
-            (None, Some(rex)) => rex & 1,
-            (None, None) => 0,
-        };
-        high << 3 | self.modrm.unwrap_or(0) & 7
+        (self.extensions() & 1) << 3 | self.modrm.unwrap_or(0) & 7
     }
 
     fn own_opcode_register(&self) -> u8 {
-        (self.rex.unwrap_or(0) & 1) << 3 | self.opcode[usize::from(self.opcode_len) - 1] & 7
+        let last = self.opcode >> (8 * (self.opcode_len - 1));
+        (self.rex & 1) << 3 | last as u8 & 7
     }
 
     /// Emits the instruction with other operands: `None` leaves a field as it was. `byte_low` says
@@ -254,40 +208,46 @@ impl Encoding {
     pub(super) fn emit(&self, asm: &mut Asm, new: &Operands) {
         let reg = new.reg.unwrap_or_else(|| self.own_reg());
         let rm = new.rm.unwrap_or(Rm::Reg(self.own_rm()));
-        asm.put(&self.prefixes[..usize::from(self.prefix_count)]);
+        if self.prefix_count != 0 {
+            let prefixes = u64::from(self.prefixes);
+            asm.word(prefixes, usize::from(self.prefix_count));
+        }
+        let opcode = u64::from(self.opcode);
         if let Some(vex) = self.vex {
-            let vvvv = new.vvvv.unwrap_or(vex.vvvv);
             let rex = (reg >> 3) << 2 | rm.rex();
+            let vvvv = match new.vvvv {
+                Some(vvvv) => (!vvvv & 15) << 3,
+                None => vex.second & 0x78,
+            };
             asm.put(&[
                 0xc4,
-                (!rex & 7) << 5 | vex.map,
-                u8::from(vex.w) << 7 | (!vvvv & 15) << 3 | u8::from(vex.l) << 2 | vex.pp,
-                self.opcode[0],
+                (!rex & 7) << 5 | vex.first & 31,
+                vex.second & !0x78 | vvvv,
+                opcode as u8,
             ]);
         } else {
-            let opcode_register = new
-                .opcode
-                .or_else(|| (self.modrm.is_none()).then(|| self.own_opcode_register()));
-            let mut rex = self.rex.unwrap_or(0) & 8;
+            let last = 8 * (self.opcode_len - 1);
+            let mut rex = self.rex & 8;
+            let mut opcode = opcode;
             if self.modrm.is_some() {
                 rex |= (reg >> 3) << 2 | rm.rex();
-            } else if let Some(register) = opcode_register {
-                rex |= register >> 3;
+            } else {
+                rex |= new.opcode.unwrap_or_else(|| self.own_opcode_register()) >> 3;
+            }
+            if let Some(register) = new.opcode {
+                opcode = opcode & !(7 << last) | u64::from(register & 7) << last;
             }
             if rex != 0 || new.byte_low {
                 asm.byte(0x40 | rex);
             }
-            let last = usize::from(self.opcode_len) - 1;
-            asm.put(&self.opcode[..last]);
-            asm.byte(match new.opcode {
-                Some(register) => self.opcode[last] & !7 | register & 7,
-                None => self.opcode[last],
-            });
+            asm.word(opcode, usize::from(self.opcode_len));
         }
         if self.modrm.is_some() {
             asm.modrm(reg, rm);
         }
-        asm.put(&self.immediate[..usize::from(self.immediate_len)]);
+        if self.immediate_len != 0 {
+            asm.word(self.immediate, usize::from(self.immediate_len));
+        }
     }
 
     /// Whether [`Encoding::emit`] would need a REX prefix.
@@ -300,7 +260,7 @@ impl Encoding {
                 || rm != 0 && self.modrm.is_some()
                 || opcode >= 8
                 || new.byte_low
-                || self.rex.unwrap_or(0) & 8 != 0)
+                || self.rex & 8 != 0)
     }
 }
 
@@ -316,13 +276,11 @@ pub(super) struct Operands {
 }
 
 /// Whether an opcode of the legacy maps has a ModRM byte, of those that the compiler takes.
-fn legacy_has_modrm(opcode: &[u8]) -> bool {
-    match *opcode {
-        [0x0f, op] => {
-            !matches!(op, 0x05..=0x0b | 0x30..=0x37 | 0x77 | 0x80..=0x8f | 0xa0..=0xa2 | 0xa8..=0xaa | 0xc8..=0xcf)
-        }
-        [op] => match op {
-            0x00..=0x3f => op & 7 < 4,
+fn legacy_has_modrm(opcode: u32, len: u8) -> bool {
+    let op = (opcode >> 8) as u8;
+    match len {
+        1 => match opcode as u8 {
+            op @ 0x00..=0x3f => op & 7 < 4,
             0x63
             | 0x69
             | 0x6b
@@ -338,6 +296,9 @@ fn legacy_has_modrm(opcode: &[u8]) -> bool {
             | 0xff => true,
             _ => false,
         },
+        2 => {
+            !matches!(op, 0x05..=0x0b | 0x30..=0x37 | 0x77 | 0x80..=0x8f | 0xa0..=0xa2 | 0xa8..=0xaa | 0xc8..=0xcf)
+        }
         _ => true,
     }
 }

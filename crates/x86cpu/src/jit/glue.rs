@@ -4,24 +4,34 @@
 //! enter(frame, code) ─▶ save the caller's registers ─▶ guest's into the host's ─▶ trace
 //!                                                          ▲                       │ CALL replay
 //!                                                          └─ 0 ── helper ◀── guest's registers saved
-//!                                             out ◀─ else ────┘                    │ JMP leave
+//!                                             out ◀─ else ────┘                    │ CALL leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame and [`BIAS`] while a trace runs; the helper runs on the caller's stack.
+//! RSP is the frame and [`BIAS`] while a trace runs; the helper runs on the caller's stack. Where it was
+//! called from says which call it is, and which way out.
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, BIAS, Mem, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
+use super::asm::{Asm, BIAS, Mem, Near, R11, RAX, RBX, RCX, RDI, RSI, RSP, Rm};
 use super::registers::{SPILLED, pinned};
 use crate::Cpu;
 use crate::fpu::FpuState;
-use crate::mem::area::Frame;
+use crate::mem::area::{Area, Frame, JUMP_GROUP, JUMP_ROTATE, JUMPS};
+use crate::mem::jumps::{self, Jump, JumpKeys};
+
+/// Numbers of conditions.
+const EQUAL: u8 = 4;
+const NOT_EQUAL: u8 = 5;
 
 /// Offsets of the three pieces in the code of [`glue`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Glue {
     pub replay: usize,
     pub leave: usize,
+    /// Where a jump goes that its cache misses: back, if the second level has it, or to the replay.
+    pub find: usize,
+    /// In the place of a trace that is gone.
+    pub gone: usize,
 }
 
 /// What the caller's registers that it wants back are, in the order in which they are pushed.
@@ -119,9 +129,24 @@ fn save(asm: &mut Asm, avx: bool) {
     vectors(asm, avx, true);
 }
 
+/// From the processor's state to the host's registers.
+fn restore(asm: &mut Asm, avx: bool) {
+    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
+    vectors(asm, avx, false);
+    for (guest, at) in SPILLED {
+        asm.load(RCX, gpr(guest));
+        asm.store(Mem::frame(at), RCX);
+    }
+    load_flags(asm, Mem::frame(offset_of!(Frame, flags)));
+    for (guest, host) in pinned() {
+        asm.load(host, gpr(guest));
+    }
+    asm.load(R11, Mem::frame(offset_of!(Frame, missed)));
+}
+
 /// The code, to be called with a frame and an address in a trace.
 pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
-    let mut asm = Asm::default();
+    let mut asm = Asm::new(Vec::new());
     let host_rsp = Mem::frame(offset_of!(Frame, host_rsp));
     let resume = Mem::frame(offset_of!(Frame, resume));
     for register in SAVED {
@@ -136,25 +161,18 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
     asm.lea(RSP, Mem::base(RDI, BIAS));
 
-    let load = asm.at();
-    asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
-    vectors(&mut asm, avx, false);
-    for (guest, at) in SPILLED {
-        asm.load(RCX, gpr(guest));
-        asm.store(Mem::frame(at), RCX);
-    }
-    asm.load32(RAX, Mem::frame(offset_of!(Frame, flags)));
-    // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
-    asm.put(&[0x04, 0x7f, 0x9e]);
-    for (guest, host) in pinned() {
-        asm.load(host, gpr(guest));
-    }
+    restore(&mut asm, avx);
     asm.jmp_memory(resume);
+
+    let back = asm.at();
+    restore(&mut asm, avx);
+    // PUSH, RET: as the processor expects after a call, most often with where that was from.
+    asm.op32(0xff, 6, Rm::Mem(resume));
+    asm.byte(0xc3);
 
     let replay = asm.at();
     // POP: its operand's address is computed after RSP has changed (SDM 2B, POP).
     asm.op32(0x8f, 0, Rm::Mem(resume));
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
     asm.lea(RBX, Mem::base(RSP, -BIAS));
@@ -168,15 +186,18 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let out = asm.jmp();
     asm.here(stay);
     let again = asm.jmp();
-    asm.bind(again, load);
+    asm.bind(again, back);
 
     let leave = asm.at();
-    asm.store32(Mem::frame(offset_of!(Frame, number)), RCX);
+    asm.op32(0x8f, 0, Rm::Mem(resume));
     asm.store(Mem::frame(offset_of!(Frame, target)), R11);
     save(&mut asm, avx);
     asm.constant32(RAX, 0);
     asm.bind_here(out);
     asm.load(RSP, host_rsp);
+    // LEA RCX, [RIP + 2]; PUSH RCX; RET: the return that the processor expects from the call out of
+    // compiled code, or it would take all others for the one before.
+    asm.put(&[0x48, 0x8d, 0x0d, 2, 0, 0, 0, 0x51, 0xc3]);
     asm.lea(RSP, Mem::base(RSP, 8));
     for register in SAVED.into_iter().rev() {
         if register >= 8 {
@@ -185,5 +206,106 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
         asm.byte(0x58 | register & 7);
     }
     asm.byte(0xc3);
-    (asm.bytes, Glue { replay, leave })
+
+    let find = asm.at();
+    let missed = find_jump(&mut asm);
+    asm.bind(missed, replay);
+    let gone = asm.at();
+    let out = asm.call();
+    asm.bind(out, leave);
+    let glue = Glue {
+        replay,
+        leave,
+        find,
+        gone,
+    };
+    let code = asm.code().unwrap_or_default().to_vec();
+    (code, glue)
+}
+
+/// A field of the frame in a function that a trace has called.
+fn called(offset: usize) -> Mem {
+    Mem::base(RSP, offset as i32 + 8 - BIAS)
+}
+
+/// A function that traces call when the jump cache misses the guest address in R11. If the second level
+/// has it, it goes into the first, and back to the trace; else there is the jump that is returned, with
+/// all as it was.
+fn find_jump(asm: &mut Asm) -> Near {
+    let rax = called(offset_of!(Frame, rax));
+    let flags = called(offset_of!(Frame, flags));
+    let keys = offset_of!(Frame, jump_keys);
+    asm.store(rax, RAX);
+    // LAHF, SETO AL.
+    asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
+    asm.store32(flags, RAX);
+    asm.rorx(RAX, R11, jumps::SHIFT as u8);
+    asm.op64(0x33, RAX, Rm::Reg(R11));
+    and_constant(asm, RAX, jumps::MASK);
+    asm.lea(RAX, Mem::indexed(RAX, RAX, 0, 0));
+    asm.load(RCX, called(offset_of!(Frame, jumps)));
+    asm.lea(RAX, Mem::indexed(RCX, RAX, 3, 0));
+    // CMP.
+    asm.op64(0x39, R11, Rm::Mem(Mem::base(RAX, 0)));
+    let other = asm.jcc(NOT_EQUAL);
+    asm.load32(RCX, Mem::base(RAX, offset_of!(Jump, key) as i32));
+    let own = called(keys + offset_of!(JumpKeys, own));
+    asm.op32(0x3b, RCX, Rm::Mem(own));
+    let hit = asm.jcc(EQUAL);
+    let global = called(keys + offset_of!(JumpKeys, global));
+    asm.op32(0x3b, RCX, Rm::Mem(global));
+    let stale = asm.jcc(NOT_EQUAL);
+    asm.bind_here(hit);
+    asm.load32(RCX, Mem::base(RAX, offset_of!(Jump, code) as i32));
+    asm.op64(0x03, RCX, Rm::Mem(called(offset_of!(Frame, code_base))));
+    enter_found(asm);
+    load_flags(asm, flags);
+    asm.load(RAX, rax);
+    // RET.
+    asm.byte(0xc3);
+    asm.bind_here(other);
+    asm.bind_here(stale);
+    load_flags(asm, flags);
+    asm.load(RAX, rax);
+    asm.jmp()
+}
+
+/// Has the first level take the code in RCX for the guest address in R11. RAX is free.
+fn enter_found(asm: &mut Asm) {
+    let column = |offset: usize| Mem::indexed(RSP, RAX, 3, offset as i32 + 8 - BIAS);
+    asm.rorx(RAX, R11, JUMP_ROTATE as u8);
+    asm.op64(0x03, RAX, Rm::Reg(R11));
+    and_constant(asm, RAX, JUMPS as u32 - 1);
+    asm.store(column(offset_of!(Area, jump_code)), RCX);
+    // NEG, before and after.
+    asm.op64(0xf7, 3, Rm::Reg(R11));
+    asm.store(column(offset_of!(Area, jump_tag)), R11);
+    asm.op64(0xf7, 3, Rm::Reg(R11));
+    // SHR.
+    asm.op32(0xc1, 5, Rm::Reg(RAX));
+    asm.byte(JUMP_GROUP as u8);
+    // MOV of a byte.
+    asm.op32(
+        0xc6,
+        0,
+        Rm::Mem(Mem::indexed(
+            RSP,
+            RAX,
+            0,
+            offset_of!(Area, jump_used) as i32 + 8 - BIAS,
+        )),
+    );
+    asm.byte(1);
+}
+
+fn and_constant(asm: &mut Asm, reg: u8, mask: u32) {
+    asm.op32(0x81, 4, Rm::Reg(reg));
+    asm.dword(mask as i32);
+}
+
+/// Loads the guest's flags; RAX is lost.
+fn load_flags(asm: &mut Asm, from: Mem) {
+    asm.load32(RAX, from);
+    // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
+    asm.put(&[0x04, 0x7f, 0x9e]);
 }

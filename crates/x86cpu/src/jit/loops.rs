@@ -16,9 +16,10 @@ use std::mem::offset_of;
 
 use super::access::{columns, entry};
 use super::asm::{Mem, Near, R11, RAX, RCX, Rm};
+use super::classify::Class;
 use super::compile::Compiler;
 use super::ready::{Branch, Ready};
-use super::registers::{Address, HOST, Part, slot};
+use super::registers::{Address, Part, held_in};
 use super::trace::Step;
 use super::windows::{Base, Carried};
 use crate::mem::PAGE_MASK;
@@ -26,6 +27,9 @@ use crate::mem::area::Frame;
 
 /// Warm turns between looks at requests, at most.
 const TURNS: i32 = 256;
+
+/// Instructions of a loop that is there twice, at most.
+const LONGEST: usize = 96;
 
 /// Which copy of a loop is being emitted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,7 +52,14 @@ pub(super) fn goes_round(steps: &[Step], ready: &[Ready]) -> bool {
         }
         _ => false,
     };
-    back && last.follow.is_none() && !ready.iter().any(Ready::is_interpreted)
+    let short = steps.len() <= LONGEST;
+    short && back && last.follow.is_none() && !ready.iter().any(may_be_interpreted)
+}
+
+/// Whether the interpreter may run an instruction for more than a miss of the TLB.
+fn may_be_interpreted(ready: &Ready) -> bool {
+    let divides = matches!(ready, Ready::Copy(copy) if matches!(copy.class, Class::Divide { .. }));
+    divides || ready.is_interpreted()
 }
 
 const CONDITION_A: u8 = 7;
@@ -59,7 +70,7 @@ fn count() -> Mem {
     Mem::frame(offset_of!(Frame, loop_count))
 }
 
-impl Compiler<'_> {
+impl Compiler {
     /// Compiles a loop.
     pub(super) fn rounds(
         &mut self,
@@ -268,10 +279,4 @@ impl Compiler<'_> {
             }
         }
     }
-}
-
-/// Where a guest register is.
-fn held_in(guest: u8) -> Option<Part> {
-    let host = HOST.get(usize::from(guest))?;
-    Some(host.map_or(Part::Frame(slot(guest)), Part::Host))
 }

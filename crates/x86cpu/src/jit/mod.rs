@@ -18,9 +18,11 @@ mod classify;
 mod compile;
 mod copy;
 mod encoding;
+mod forms;
 mod glue;
 mod loops;
 mod perf;
+mod places;
 mod ready;
 mod registers;
 mod runtime;
@@ -31,17 +33,18 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::code::{Block, BlockIndex, BlockRef, Indexer, OpIndex};
-use crate::mem::{PAGE_SIZE, PageState};
+use crate::mem::PageState;
 use crate::simd::CodeBuffer;
 use crate::tuning::Tuning;
 
-use compile::{Compiled, Goal, Work};
+use compile::{Compiled, Link, Scratch, Work};
+use places::{Placed, Places};
 
 /// Times that a page's code may change before its blocks have to be hotter to be compiled again.
 const PATIENCE: u32 = 4;
 
-/// How much hotter than at first it must be, at most, where there isn't room for all that is hot.
-const MOST_HEAT: u16 = 8;
+/// Eighths of [`Tuning::code_bytes`] that compiled code may take; its tables may take one more.
+const CODE: usize = 5;
 
 /// A trace that is compiled.
 struct Entry {
@@ -70,6 +73,8 @@ struct Entry {
 /// A call of the interpreter, packed: there are many.
 #[derive(Clone, Copy)]
 struct Call {
+    /// Where the call ends, in the buffer.
+    end: u32,
     /// Where in the cache the instruction's ops are, and its block, as long as that is there.
     op: OpIndex,
     block: BlockIndex,
@@ -77,9 +82,17 @@ struct Call {
     at: u16,
     /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
     back: u16,
+    /// Where the trace goes on, from the call's end on.
+    resume: i16,
     ops: u8,
     missed: bool,
     work: Work,
+}
+
+impl Placed for Call {
+    fn place(&self) -> u32 {
+        self.end
+    }
 }
 
 impl Call {
@@ -87,20 +100,25 @@ impl Call {
     const MIDST: u16 = u16::MAX;
 }
 
-const _: () = assert!(size_of::<Call>() == 20);
+const _: () = assert!(size_of::<Call>() == 24);
 
 /// A way out of a trace.
 #[derive(Clone, Copy)]
 struct Way {
-    /// Offset from the page's start, or [`Way::INDIRECT`].
-    goal: i32,
-    /// Offset in the buffer where the jump's displacement ends that may be linked; 0 for none.
+    /// Where the call that leaves ends, in the buffer.
+    end: u32,
+    /// Where the displacement of the jump ends that may be linked: that call itself, or one that leads
+    /// there; 0 for none.
     link: u32,
+    /// Offset from the page's start.
+    goal: i32,
     trace: u32,
 }
 
-impl Way {
-    const INDIRECT: i32 = i32::MIN;
+impl Placed for Way {
+    fn place(&self) -> u32 {
+        self.end
+    }
 }
 
 /// The traces of a page.
@@ -129,8 +147,8 @@ pub(crate) struct Jit {
     /// Executable memory was refused.
     refused: bool,
     traces: Vec<Entry>,
-    calls: Vec<Call>,
-    ways: Vec<Way>,
+    calls: Places<Call>,
+    ways: Places<Way>,
     pages: HashMap<usize, PageTraces>,
     /// [`crate::mem::code_changes`] that have been dealt with.
     seen: u64,
@@ -138,11 +156,12 @@ pub(crate) struct Jit {
     pending: Option<u32>,
     /// An indirect jump went where the jump cache has nothing.
     missed_jump: bool,
-    bytes: Option<Box<[u8; PAGE_SIZE]>>,
+    /// What it takes to compile, but for the processor's features, when that has been done before.
+    scratch: Option<Box<Scratch>>,
     /// By a trace's page and offset, the offsets of instructions that must not open a window.
     plain: HashMap<(usize, usize), Vec<u16>>,
-    /// A trace is gone that jump caches may have.
-    drop_jumps: bool,
+    /// Decoded blocks have to go before anything else is compiled.
+    pub(crate) wants_room: bool,
     perf: perf::Map,
 }
 
@@ -172,15 +191,15 @@ impl Jit {
             made: None,
             refused: !tuning.compile || !host_can(),
             traces: Vec::new(),
-            calls: Vec::new(),
-            ways: Vec::new(),
+            calls: Places::new(),
+            ways: Places::new(),
             pages: HashMap::new(),
             seen: 0,
             pending: None,
             missed_jump: false,
-            bytes: None,
+            scratch: None,
             plain: HashMap::new(),
-            drop_jumps: false,
+            wants_room: false,
             perf: perf::Map::new(tuning.perf_map),
         }
     }
@@ -232,20 +251,45 @@ impl Jit {
         self.threshold
     }
 
-    /// All was dropped for want of room: from now on it takes more to be compiled, up to a point.
-    fn flushed(&mut self) {
-        self.threshold = (self.threshold * 2).min(self.tuning.threshold.saturating_mul(MOST_HEAT));
+    /// Sets how hot a block must be: the less room is left, the hotter, so that what is hottest need not
+    /// go for what is lukewarm. Who wants everything compiled gets that.
+    fn set_threshold(&mut self) {
+        let eighth = self.tuning.code_bytes / 8;
+        let sixteenths =
+            (self.code_used() * 16 / (eighth * CODE)).max(self.side_tables() * 16 / eighth);
+        let factor = match sixteenths {
+            _ if self.tuning.threshold == 1 => 1,
+            ..9 => 1,
+            9..12 => 2,
+            12..14 => 4,
+            14 => 16,
+            _ => 64,
+        };
+        self.threshold = self
+            .tuning
+            .threshold
+            .saturating_mul(factor)
+            .min(u16::MAX - 1);
+    }
+
+    /// More than the code of any trace takes.
+    pub(crate) const LARGEST: usize = 64 << 10;
+
+    /// Bytes of code.
+    pub(crate) fn code_used(&self) -> usize {
+        self.made.as_ref().map_or(0, |made| made.buffer.used())
     }
 
     /// Bytes of code and of what goes with it.
     pub(crate) fn used(&self) -> usize {
-        let code = self.made.as_ref().map_or(0, |made| made.buffer.used());
-        code + self.side_tables()
+        self.code_used() + self.side_tables()
     }
 
     fn side_tables(&self) -> usize {
-        self.calls.len() * size_of::<Call>()
-            + self.ways.len() * (size_of::<Way>() + size_of::<u32>())
+        // A way may be noted with the trace that it is linked to.
+        self.calls.used()
+            + self.ways.used()
+            + self.ways.len() * size_of::<u32>()
             + self.traces.len() * (size_of::<Entry>() + size_of::<u32>())
     }
 
@@ -265,21 +309,23 @@ impl Jit {
         if let Some(made) = &mut self.made {
             made.buffer.reset_to(made.glue_len);
         }
+        self.set_threshold();
     }
 
     /// The same, and gives their memory back.
     pub(crate) fn give_back(&mut self) {
         self.clear();
         self.made = None;
+        self.scratch = None;
         self.traces = Vec::new();
-        self.calls = Vec::new();
-        self.ways = Vec::new();
+        self.calls = Places::new();
+        self.ways = Places::new();
         self.pages = HashMap::new();
     }
 
     fn made(&mut self) -> Option<&mut Made> {
         if self.made.is_none() && !self.refused {
-            match Made::new(self.tuning.code_bytes / 8 * 5) {
+            match Made::new(self.tuning.code_bytes / 8 * CODE) {
                 Some(made) => self.made = Some(made),
                 None => self.refused = true,
             }
@@ -287,12 +333,19 @@ impl Jit {
         self.made.as_mut()
     }
 
+    /// Whether compiled code was left, by a call from this address, for a trace that is gone.
+    fn is_gone(&self, from: u64) -> bool {
+        self.made
+            .as_ref()
+            .is_some_and(|made| from == made.base + (made.glue.gone + CALL) as u64)
+    }
+
     /// Whether another trace may be added.
     fn has_room(&self) -> bool {
         let code = self
             .made
             .as_ref()
-            .is_none_or(|made| made.buffer.has_room(LARGEST));
+            .is_none_or(|made| made.buffer.has_room(Self::LARGEST));
         code && self.side_tables() < self.tuning.code_bytes / 8
     }
 
@@ -307,31 +360,43 @@ impl Jit {
         index: Indexer,
     ) -> Option<u32> {
         let made = self.made.as_mut()?;
-        let code = made.buffer.push(&compiled.bytes)?.as_ptr() as u64;
+        let bytes = compiled.asm.code()?;
+        let code = made.buffer.push(bytes)?.as_ptr() as u64;
         let offset = (code - made.base) as u32;
         let number = u32::try_from(self.traces.len()).ok()?;
-        self.perf.add(code, compiled.bytes.len(), number);
+        self.perf.add(code, bytes.len(), number);
         let first_call = self.calls.len() as u32;
-        self.calls.extend(compiled.calls.iter().map(|call| {
+        for slow in &compiled.slow {
+            let call = &compiled.calls[slow.call];
             let step = &trace.steps[call.step];
-            Call {
+            let end = slow.from.0;
+            let resume = slow.resume.unwrap_or(end) as i64 - end as i64;
+            self.calls.push(Call {
+                end: offset + end as u32,
                 op: index.op(step.op),
                 block: index.block(step.block),
                 at: step.at,
                 back: step.back,
+                // No trace is longer.
+                resume: resume as i16,
                 ops: step.ops,
                 work: call.work,
                 missed: call.missed,
-            }
-        }));
-        self.ways.extend(compiled.ways.iter().map(|way| Way {
-            goal: match way.goal {
-                Goal::Direct(offset) => offset as i32,
-                Goal::Indirect => Way::INDIRECT,
-            },
-            link: way.link.map_or(0, |at| offset + at as u32),
-            trace: number,
-        }));
+            });
+        }
+        for way in &compiled.ways {
+            let end = offset + way.end as u32;
+            self.ways.push(Way {
+                end,
+                link: match way.link {
+                    Link::None => 0,
+                    Link::Call => end,
+                    Link::Jump(at) => offset + at as u32,
+                },
+                goal: way.goal as i32,
+                trace: number,
+            });
+        }
         let key = std::ptr::from_ref(page) as usize;
         self.traces.push(Entry {
             head,
@@ -350,21 +415,40 @@ impl Jit {
         let traces = self.pages.entry(key).or_default();
         traces.version = version;
         traces.traces.push(number);
+        self.set_threshold();
         Some(number)
     }
 
     /// Has a way of one trace go straight to another of the same page.
     fn link(&mut self, way: u32, to: u32) {
-        let Some(from) = self.ways.get(way as usize).copied() else {
+        let Some(way_) = self.ways.get(way).copied() else {
             return;
         };
-        let same_page = self.traces[from.trace as usize].page == self.traces[to as usize].page;
-        let live = self.traces[from.trace as usize].live && self.traces[to as usize].live;
-        if let (link @ 1.., true, Some(made)) = (from.link, same_page && live, &mut self.made) {
-            let distance = i64::from(self.traces[to as usize].direct) - i64::from(link);
-            made.patch(link, distance as i32);
+        let from = &self.traces[way_.trace as usize];
+        let goal = &self.traces[to as usize];
+        let good = from.page == goal.page && from.live && goal.live && way_.link != 0;
+        let direct = goal.direct;
+        if let (true, Some(made)) = (good, &mut self.made) {
+            made.link(&way_, Some(direct));
             self.traces[to as usize].linked.push(way);
         }
+    }
+
+    /// The way out that compiled code was left by, and its number, from where that was called.
+    fn way_from(&self, address: u64) -> Option<(u32, Way)> {
+        let number = self.ways.at(self.place(address)?)?;
+        Some((number, *self.ways.get(number)?))
+    }
+
+    /// The number of the call of the interpreter from there.
+    fn call_from(&self, address: u64) -> Option<u32> {
+        self.calls.at(self.place(address)?)
+    }
+
+    /// Where in the buffer an address of compiled code is.
+    fn place(&self, address: u64) -> Option<u32> {
+        let made = self.made.as_ref()?;
+        address.checked_sub(made.base)?.try_into().ok()
     }
 
     /// The trace that makes a call.
@@ -384,10 +468,9 @@ impl Jit {
     /// that window.
     fn window_failed(&mut self, call: u32) {
         let number = self.trace_of(call);
-        let (Some(entry), Some(call)) = (
-            self.traces.get_mut(number as usize),
-            self.calls.get(call as usize),
-        ) else {
+        let (Some(entry), Some(call)) =
+            (self.traces.get_mut(number as usize), self.calls.get(call))
+        else {
             return;
         };
         entry.failed += 1;
@@ -401,7 +484,6 @@ impl Jit {
             let key = (entry.page, usize::from(entry.offset));
             self.plain.entry(key).or_default().push(call.at);
             self.drop_trace(number);
-            self.drop_jumps = true;
         }
     }
 
@@ -411,7 +493,7 @@ impl Jit {
         self.plain.get(&key).map_or(&[], Vec::as_slice)
     }
 
-    /// Takes a trace out: nothing leads there any more.
+    /// Takes a trace out. Jump caches may lead there still, and find that it is gone.
     fn drop_trace(&mut self, number: u32) {
         let Some(entry) = self.traces.get_mut(number as usize) else {
             return;
@@ -425,8 +507,11 @@ impl Jit {
         }
         if let Some(made) = &mut self.made {
             for way in linked {
-                made.patch(self.ways[way as usize].link, 0);
+                if let Some(way) = self.ways.get(way) {
+                    made.link(way, None);
+                }
             }
+            made.bury(entry.indirect);
         }
     }
 
@@ -458,8 +543,8 @@ impl Jit {
 /// what they cost is no more than a hundredth of that, the others are worth it.
 const FAILURES: u16 = 64;
 const OFTEN: Duration = Duration::from_millis(5);
-/// More than the code of any trace takes.
-const LARGEST: usize = 64 << 10;
+/// Bytes of a near call, or of a jump.
+const CALL: usize = 5;
 
 /// Whether the host has the instructions that traces are made with.
 fn host_can() -> bool {
@@ -501,8 +586,32 @@ impl Made {
         })
     }
 
-    /// Writes the displacement of a jump that ends at an offset.
-    fn patch(&mut self, end: u32, distance: i32) {
-        self.buffer.write(end as usize - 4, &distance.to_le_bytes());
+    /// Has whoever jumps to an offset leave compiled code instead.
+    fn bury(&mut self, at: u32) {
+        let distance = self.glue.gone as i32 - (at as i32 + CALL as i32);
+        let [a, b, c, d] = distance.to_le_bytes();
+        // JMP.
+        self.buffer.write(at as usize, &[0xe9, a, b, c, d]);
+    }
+
+    /// Has a way lead to an offset, or out again.
+    fn link(&mut self, way: &Way, to: Option<u32>) {
+        let own = way.link == way.end;
+        let to = to.unwrap_or(match own {
+            true => self.glue.leave as u32,
+            // The call that leaves.
+            false => way.end - CALL as u32,
+        });
+        let distance = to.wrapping_sub(way.link).to_le_bytes();
+        let end = way.link as usize;
+        self.buffer.write(end - distance.len(), &distance);
+        if own {
+            let opcode = if to == self.glue.leave as u32 {
+                0xe8
+            } else {
+                0xe9
+            };
+            self.buffer.write(end - CALL, &[opcode]);
+        }
     }
 }

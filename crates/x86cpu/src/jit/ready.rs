@@ -4,13 +4,13 @@
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::asm::{R11, RCX, Reg, Rm};
-use super::classify::{Align, Class, alignment, classify, writes_memory, writes_register};
-use super::encoding::{Encoding, Field, General, Operands, generals};
+use super::classify::{Align, Class};
+use super::encoding::{Encoding, Field, Operands};
+use super::forms::{Form, Forms};
 use super::registers::{Address, HOST};
 use super::trace::Step;
 use super::windows::{Memory, Wanted};
 use crate::cpu::reg;
-use crate::cpuid::Features;
 
 /// What is known of an instruction before anything is emitted.
 pub(super) enum Ready {
@@ -57,15 +57,19 @@ pub(super) struct Copy {
     pub(super) class: Class,
     /// Not for those that are emitted in another form.
     pub(super) encoding: Option<Encoding>,
-    pub(super) address: Option<Address>,
+    /// It has a memory operand.
+    memory: bool,
     pub(super) plan: Plan,
     pub(super) size: usize,
     pub(super) align: Align,
     pub(super) write: bool,
+    /// The general registers that it may change, as bits.
+    changed: u16,
 }
 
 impl Ready {
-    pub(super) fn new(step: &Step, bytes: &[u8], features: &Features) -> Self {
+    #[inline]
+    pub(super) fn new(step: &Step, bytes: &[u8], forms: &mut Forms) -> Self {
         let i = &step.instruction;
         if step.last {
             if let Some(branch) = Branch::new(i) {
@@ -77,12 +81,28 @@ impl Ready {
         }
         let at = usize::from(step.at);
         let copy = bytes.get(at..at + i.len()).and_then(|bytes| {
-            let class = classify(i).filter(|_| features.has_all(i.cpuid_features()))?;
-            Copy::new(i, class, bytes)
+            let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+            let form = forms.of(i, memory)?;
+            Copy::new(i, &form, memory, bytes)
         });
         match copy {
             Some(copy) => Self::Copy(copy),
             None => Self::Interpret { to_end: false },
+        }
+    }
+
+    /// The general registers that it may change, as bits.
+    pub(super) fn changed(&self) -> u16 {
+        match self {
+            Self::Interpret { .. } => u16::MAX,
+            Self::Copy(copy) => copy.changed,
+            Self::Branch(branch) => match branch {
+                Branch::Conditional { .. } | Branch::Zero { .. } | Branch::Jump { .. } => 0,
+                Branch::Indirect { call: false, .. } => 0,
+                Branch::Loop { .. } => 1 << reg::RCX,
+                Branch::Call { .. } | Branch::Return { .. } => 1 << reg::RSP,
+                Branch::Indirect { call: true, .. } => 1 << reg::RSP,
+            },
         }
     }
 
@@ -138,7 +158,7 @@ impl Ready {
                     None,
                 ],
                 Class::Lea | Class::Nothing | Class::Strings => [None, None],
-                _ if copy.address.is_some() => [
+                _ if copy.memory => [
                     Some(Wanted {
                         memory: Memory::Operand,
                         size: copy.size,
@@ -189,16 +209,18 @@ impl Branch {
 }
 
 impl Copy {
-    pub(super) fn new(i: &Instruction, class: Class, bytes: &[u8]) -> Option<Self> {
-        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+    #[inline]
+    pub(super) fn new(i: &Instruction, form: &Form, memory: bool, bytes: &[u8]) -> Option<Self> {
+        let class = form.class;
         let mut copy = Self {
             class,
             encoding: None,
-            address: None,
+            memory: false,
             plan: Plan::default(),
             size: 0,
             align: Align::None,
             write: false,
+            changed: form.changed(i),
         };
         match class {
             Class::Nothing => return Some(copy),
@@ -228,20 +250,29 @@ impl Copy {
             }
             _ => {
                 let encoding = Encoding::new(bytes, i)?;
-                copy.plan = Plan::new(i, memory)?;
+                copy.plan = Plan::new(i, form, memory)?;
                 if copy.plan.high && (memory || encoding.needs_rex(&copy.plan.operands)) {
                     return None;
                 }
                 copy.encoding = Some(encoding);
-                copy.size = i.memory_size().size().max(1);
+                copy.size = usize::from(form.size);
             }
         }
         if memory {
-            copy.address = Some(Address::new(i)?);
-            copy.align = alignment(i, class, copy.size);
-            copy.write = writes_memory(i, class);
+            Address::new(i)?;
+            copy.memory = true;
+            copy.align = form.align;
+            copy.write = form.write;
         }
         Some(copy)
+    }
+}
+
+impl Copy {
+    /// The memory operand's address.
+    #[inline]
+    pub(super) fn address(&self, i: &Instruction) -> Option<Address> {
+        self.memory.then(|| Address::new(i)).flatten()
     }
 }
 
@@ -315,21 +346,16 @@ impl Plan {
         self.spills.into_iter().flatten()
     }
 
-    pub(super) fn new(i: &Instruction, memory: bool) -> Option<Self> {
-        let (generals, number) = generals(i)?;
-        let generals = || generals.iter().take(number).flatten();
+    #[inline]
+    pub(super) fn new(i: &Instruction, form: &Form, memory: bool) -> Option<Self> {
+        let fields = || (0..).zip(form.fields).filter_map(|(n, f)| Some((n, f?)));
+        let counts = |(n, field)| field == Field::Fixed && i.op_register(n) == Register::CL;
         let mut plan = Self {
             operands: Operands::default(),
             spills: [None; 2],
-            count: generals().any(|g| g.field == Field::Fixed && g.number == reg::RCX),
+            count: form.count || fields().any(counts),
             high: false,
         };
-        if matches!(
-            i.mnemonic(),
-            iced_x86::Mnemonic::Cmpxchg8b | iced_x86::Mnemonic::Cmpxchg16b
-        ) {
-            plan.count16(i)?;
-        }
         // An address may need R11, and RCX until the operand is reached.
         let free: &[Reg] = match (memory, plan.count) {
             (true, true) => &[],
@@ -338,40 +364,40 @@ impl Plan {
             (false, false) => &[RCX, R11],
         };
         let mut free = free.iter().copied();
-        for g in generals() {
-            plan.assign(i, g, &mut free)?;
+        for (n, field) in fields() {
+            let written = form.writes >> n & 1 != 0;
+            plan.assign(i.op_register(n), field, written, &mut free)?;
         }
         Some(plan)
     }
 
-    /// CMPXCHG8B and CMPXCHG16B take the new upper half from RCX.
-    pub(super) fn count16(&mut self, i: &Instruction) -> Option<()> {
-        // With 32 bits the upper half of RCX doesn't matter.
-        (i.op0_kind() == OpKind::Memory).then(|| self.count = true)
-    }
-
+    #[inline]
     pub(super) fn assign(
         &mut self,
-        i: &Instruction,
-        g: &General,
+        register: Register,
+        field: Field,
+        written: bool,
         free: &mut impl Iterator<Item = Reg>,
     ) -> Option<()> {
-        if g.high {
+        let number = register.full_register().number() as u8;
+        if matches!(
+            register,
+            Register::AH | Register::CH | Register::DH | Register::BH
+        ) {
             self.high = true;
-            return (g.number != reg::RCX).then_some(());
+            return (number != reg::RCX).then_some(());
         }
-        if g.field == Field::Fixed {
+        if field == Field::Fixed {
             return Some(());
         }
-        let written = writes_register(i, g.operand);
-        let host = match HOST[usize::from(g.number & 15)] {
+        let host = match HOST[usize::from(number & 15)] {
             Some(host) => host,
-            None => self.spill(g.number, written, free)?,
+            None => self.spill(number, written, free)?,
         };
-        if g.size == 1 && (4..8).contains(&host) {
+        if register.size() == 1 && (4..8).contains(&host) {
             self.operands.byte_low = true;
         }
-        match g.field {
+        match field {
             Field::Reg => self.operands.reg = Some(host),
             Field::Rm => self.operands.rm = Some(Rm::Reg(host)),
             Field::Vvvv => self.operands.vvvv = Some(host),

@@ -70,6 +70,12 @@ pub(super) struct Address {
     pub(super) disp: i32,
 }
 
+/// Where a guest register is.
+pub(super) fn held_in(guest: u8) -> Option<Part> {
+    let host = HOST.get(usize::from(guest))?;
+    Some(host.map_or(Part::Frame(slot(guest)), Part::Host))
+}
+
 pub(super) fn part(register: Register) -> Option<Part> {
     if !register.is_gpr64() {
         return None;

@@ -4,15 +4,15 @@
 use std::ptr::NonNull;
 use std::time::Instant;
 
-use super::compile::{self, POLLED, Request, Work};
+use super::compile::{self, Request, Scratch, Work};
 use super::trace::Trace;
-use super::{Call, PATIENCE, Way};
+use super::{Call, PATIENCE};
 use crate::code::{BlockRef, Op};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
 use crate::fpu::{Ymm, attention, blocked, prepare_x87};
 use crate::mem::area::{Area, Frame};
-use crate::mem::{PAGE_MASK, PAGE_SIZE, changed_pages, code_changes};
+use crate::mem::{PAGE_MASK, PAGE_SIZE, Target, changed_pages, code_changes};
 use crate::shared::Doing;
 use crate::trap::{Trap, TrapKind};
 use crate::tuning::Counters;
@@ -63,7 +63,6 @@ impl Cpu {
         }
         if dropped > 0 {
             jit.pending = None;
-            self.mmu.drop_jumps();
             Counters::add(&self.shared.counters.invalidated_traces, dropped as u64);
         }
     }
@@ -92,6 +91,10 @@ impl Cpu {
         let single = !found.linkable && found.count == 1 && found.is_whole();
         if !self.sys.mode.is64() || found.is_one() || single {
             found.set_heat(u16::MAX);
+            return 0;
+        }
+        if self.code.has_too_many_blocks() {
+            self.code.jit.wants_room = true;
             return 0;
         }
         let page = found.page();
@@ -126,11 +129,22 @@ impl Cpu {
     }
 
     fn compile_now(&mut self, block: BlockRef) -> Option<u32> {
+        let kept = self.code.jit.scratch.take();
+        let mut scratch = kept
+            .filter(|scratch| *scratch.forms.features() == self.features)
+            .unwrap_or_else(|| Box::new(Scratch::new(self.features)));
+        let number = self.compile_with(block, &mut scratch);
+        self.code.jit.scratch = Some(scratch);
+        number
+    }
+
+    fn compile_with(&mut self, block: BlockRef, scratch: &mut Scratch) -> Option<u32> {
         let (gpa, _) = self.fetch_from(self.code_linear()).ok()?;
         if !self.code.jit.has_room() {
             self.flush_traces();
         }
-        self.code.jit.made()?;
+        let made = self.code.jit.made()?;
+        let (origin, glue) = (made.buffer.next(), made.glue);
         // SAFETY: as above.
         let found = unsafe { block.get() };
         let slots = self.mmu.slots().clone();
@@ -142,9 +156,8 @@ impl Cpu {
         if !found.is_of(version) || !page.state.is_claimed() {
             return None;
         }
-        let taken = self.code.jit.bytes.take();
-        let mut bytes = taken.unwrap_or_else(|| Box::new([0; _]));
-        page.read(0, &mut bytes[..]);
+        page.read(0, &mut scratch.page[..]);
+        let steps = std::mem::take(&mut scratch.steps);
         let find = |offset: u16| {
             let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
             // SAFETY: blocks of the cache as it is.
@@ -154,26 +167,20 @@ impl Cpu {
         };
         let whole = found.is_whole();
         let trace = if whole {
-            Trace::new(block, &bytes, &find)
+            Trace::new(block, &scratch.page, find, steps)
         } else {
-            Trace::crossing(block)
+            Trace::crossing(block, steps)
+        }?;
+        let request = Request {
+            origin,
+            glue,
+            hardened: self.code.jit.tuning.hardened,
         };
-        let compiled = trace.as_ref().and_then(|trace| {
-            let request = Request {
-                features: &self.features,
-                first_call: self.code.jit.calls.len() as u32,
-                first_way: self.code.jit.ways.len() as u32,
-                hardened: self.code.jit.tuning.hardened,
-                plain: self.code.jit.plain(found),
-            };
-            if whole {
-                compile::compile(trace, &bytes[..], request)
-            } else {
-                compile::crossing(trace, request)
-            }
-        });
-        self.code.jit.bytes = Some(bytes);
-        let (trace, compiled) = (trace?, compiled?);
+        let compiled = if whole {
+            compile::compile(&trace, request, self.code.jit.plain(found), scratch)
+        } else {
+            compile::crossing(&trace, request, scratch)
+        }?;
         // Whoever writes the page from here on makes the trace stale; who has done so before, or
         // is doing so, has changed the version, or will.
         if page.state.version() != version {
@@ -184,15 +191,17 @@ impl Cpu {
         let key = std::ptr::from_ref(page.state) as usize;
         if self.code.jit.has_others(key, version) {
             self.code.jit.drop_changed(key);
-            self.mmu.drop_jumps();
         }
         let counters = &self.shared.counters;
         Counters::add(&counters.compiled_traces, 1);
         Counters::add(&counters.compiled_instructions, trace.steps.len() as u64);
         let index = self.code.indexer();
-        self.code
+        let number = self
+            .code
             .jit
-            .add(block, page.state, version, &trace, &compiled, index)
+            .add(block, page.state, version, &trace, &compiled, index);
+        scratch.take_back(trace, compiled);
+        number
     }
 
     /// Forgets all compiled code; the blocks stay.
@@ -201,7 +210,6 @@ impl Cpu {
             self.code.jit.drop_trace(n as u32);
         }
         self.code.jit.clear();
-        self.code.jit.flushed();
         self.mmu.drop_jumps();
         Counters::add(&self.shared.counters.flushes, 1);
     }
@@ -212,14 +220,50 @@ impl Cpu {
         if let Some(way) = jit.pending.take() {
             jit.link(way, number);
         }
-        if std::mem::take(&mut jit.missed_jump)
-            && let Some(made) = &jit.made
-        {
-            let entry = made.base + u64::from(jit.traces[number as usize].indirect);
-            let linear = self.rip;
+        if std::mem::take(&mut jit.missed_jump) {
+            self.enter_jump(self.rip, number);
+        }
+    }
+
+    /// Has jumps to a linear address go to a trace.
+    fn enter_jump(&mut self, linear: u64, number: u32) {
+        let jit = &self.code.jit;
+        if let (Some(made), Some(trace)) = (&jit.made, jit.traces.get(number as usize)) {
+            let entry = Target {
+                base: made.base,
+                offset: trace.indirect,
+            };
             self.code.note_page(linear);
             self.mmu.enter_jump(linear, entry);
         }
+    }
+
+    /// Has jumps go to the trace for a linear address, if there is one, with as little ado as can be:
+    /// this is what a new address space asks for again and again.
+    fn find_trace(&mut self, linear: u64) -> bool {
+        if code_changes() != self.code.jit.seen || !self.mmu.is_fast() {
+            return false;
+        }
+        let address = self.trap.address;
+        let Ok((gpa, _)) = self.fetch_from(linear) else {
+            self.trap.kind = TrapKind::None;
+            self.trap.address = address;
+            return false;
+        };
+        let Some(block) = self.code.find(self.block_key(gpa, 0)) else {
+            return false;
+        };
+        // SAFETY: a block of the cache as it is.
+        let block = unsafe { block.get() };
+        let Some(number) = block.code().checked_sub(1) else {
+            return false;
+        };
+        if !block.is_current() {
+            return false;
+        }
+        Counters::add(&self.shared.counters.jumps_found, 1);
+        self.enter_jump(linear, number);
+        true
     }
 
     /// Runs compiled code from the trace of this number plus one, until it is left.
@@ -240,8 +284,7 @@ impl Cpu {
         frame.cpu = cpu as u64;
         frame.requests = requests as u64;
         frame.rip_page = rip_page;
-        frame.replay = made.base + made.glue.replay as u64;
-        frame.leave = made.base + made.glue.leave as u64;
+        frame.code_base = made.base;
         frame.helper = replay as *const () as u64;
         frame.flags = from_bits(self.flags.bits());
         frame.vectors_live = 0;
@@ -262,37 +305,31 @@ impl Cpu {
         // SAFETY: as above.
         let frame = unsafe { &mut area.as_mut().frame };
         self.take_x87_note(frame);
-        let (number, page, target) = (frame.number, frame.rip_page, frame.target);
+        let (from, page, target) = (frame.resume, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
-        if std::mem::take(&mut self.code.jit.drop_jumps) {
-            self.mmu.drop_jumps();
-        }
-        self.left(out, number, page, target)
+        self.left(out, from, page, target)
     }
 
     /// What comes after compiled code.
-    fn left(&mut self, out: u64, number: u32, page: u64, target: u64) -> Result<(), Trap> {
+    fn left(&mut self, out: u64, from: u64, page: u64, target: u64) -> Result<(), Trap> {
         let counters = &self.shared.counters;
         match out {
+            BACK if self.code.jit.is_gone(from) => {
+                Counters::add(&counters.exits_indirect, 1);
+                self.rip = target;
+                self.code.jit.missed_jump = true;
+                Ok(())
+            }
             BACK => {
-                let Some(way) = self.code.jit.ways.get((number & !POLLED) as usize) else {
+                let Some((number, way)) = self.code.jit.way_from(from) else {
                     return Ok(());
                 };
-                match way.goal {
-                    offset if offset != Way::INDIRECT => {
-                        self.rip = page.wrapping_add(i64::from(offset) as u64);
-                        if number & POLLED != 0 {
-                            Counters::add(&counters.exits_request, 1);
-                        } else {
-                            Counters::add(&counters.exits_unlinked, 1);
-                            self.code.jit.pending = Some(number);
-                        }
-                    }
-                    _ => {
-                        Counters::add(&counters.exits_indirect, 1);
-                        self.rip = target;
-                        self.code.jit.missed_jump = true;
-                    }
+                self.rip = page.wrapping_add(i64::from(way.goal) as u64);
+                if way.link == 0 {
+                    Counters::add(&counters.exits_request, 1);
+                } else {
+                    Counters::add(&counters.exits_unlinked, 1);
+                    self.code.jit.pending = Some(number);
                 }
                 Ok(())
             }
@@ -341,6 +378,7 @@ impl Cpu {
             let uppers = self.fpu.ymm.iter().map(Ymm::high);
             frame.uppers = u8::from(uppers.fold(0, |all, upper| all | upper) != 0);
         }
+        (frame.jumps, frame.jump_keys) = self.mmu.jumps();
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
@@ -385,6 +423,12 @@ impl Cpu {
             self.refresh(frame);
             return BACK;
         }
+        if call.work == Work::Goto {
+            Counters::add(&self.shared.counters.exits_indirect, 1);
+            self.code.jit.missed_jump = true;
+            self.rip = frame.missed;
+            return LEAVE;
+        }
         if !self.code.jit.has_blocks(frame.number) {
             return self.decode_again(call, frame);
         }
@@ -417,6 +461,7 @@ impl Cpu {
             Work::Window { bytes, write } => {
                 self.take_window(frame.number, frame.missed, bytes, write)
             }
+            Work::Jump | Work::Goto => self.find_trace(frame.missed),
             _ => false,
         }
     }
@@ -540,9 +585,15 @@ extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
     // lent itself to compiled code, and the frame, which is apart from it.
     let (cpu, frame) = unsafe { (&mut *cpu, &mut *frame) };
     cpu.shared.set_doing(Doing::Interpreting);
-    let call = cpu.code.jit.calls.get(frame.number as usize).copied();
-    let out = match call {
-        Some(call) => cpu.serve(call, frame),
+    let jit = &cpu.code.jit;
+    let found = jit.call_from(frame.resume);
+    let found = found.and_then(|number| Some((number, *jit.calls.get(number)?)));
+    let out = match found {
+        Some((number, call)) => {
+            frame.number = number;
+            frame.resume = frame.resume.wrapping_add_signed(i64::from(call.resume));
+            cpu.serve(call, frame)
+        }
         None => LEAVE,
     };
     cpu.shared.set_doing(Doing::Compiled);

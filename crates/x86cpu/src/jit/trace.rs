@@ -46,18 +46,18 @@ pub(super) struct Trace {
     pub crosses: bool,
 }
 
-/// The ops of one instruction.
+/// An op of an instruction.
 struct Found {
     ip: u16,
     op: *const Op,
-    ops: u8,
     back: u16,
+    /// It may be one of several.
+    plain: bool,
 }
 
-/// Ops by instruction.
+/// Gives the ops of a block that are for instructions, fused ones by their parts.
 #[expect(unsafe_code, reason = "walks the ops of a block")]
-fn ops_of(block: &Block) -> Vec<Found> {
-    let mut found: Vec<Found> = Vec::new();
+fn each_op(block: &Block, mut found: impl FnMut(Found) -> Option<()>) -> Option<()> {
     let mut at = block.ops();
     while at < block.end() {
         // SAFETY: between the block's first op and its end.
@@ -66,33 +66,30 @@ fn ops_of(block: &Block) -> Vec<Found> {
             for n in 0..u32::from(op.extra) {
                 // SAFETY: `aux` ops on from a fused op there are `extra` parts.
                 let part = unsafe { at.add((op.aux + n) as usize) };
-                found.push(Found {
+                found(Found {
                     // SAFETY: as above.
                     ip: unsafe { &*part }.ip,
                     op: part,
-                    ops: 1,
                     back: if n == 0 {
                         u16::try_from(op.aux).unwrap_or(Call::MIDST)
                     } else {
                         Call::MIDST
                     },
-                });
+                    plain: false,
+                })?;
             }
         } else if op.len != 0 {
-            match found.last_mut() {
-                Some(last) if last.ip == op.ip => last.ops += 1,
-                _ => found.push(Found {
-                    ip: op.ip,
-                    op: at,
-                    ops: 1,
-                    back: 0,
-                }),
-            }
+            found(Found {
+                ip: op.ip,
+                op: at,
+                back: 0,
+                plain: true,
+            })?;
         }
         // SAFETY: at most the block's end.
         at = unsafe { at.add(1) };
     }
-    found
+    Some(())
 }
 
 /// Where a near branch with a target in the instruction goes, relative to the page.
@@ -113,24 +110,26 @@ impl Trace {
     pub(super) fn new(
         head: BlockRef,
         page: &[u8; PAGE_SIZE],
-        find: &dyn Fn(u16) -> Option<BlockRef>,
+        find: impl Fn(u16) -> Option<BlockRef>,
+        steps: Vec<Step>,
     ) -> Option<Self> {
         let mut trace = Self {
-            steps: Vec::new(),
+            steps,
             crosses: false,
         };
-        let mut seen = Vec::new();
+        let options = DecoderOptions::FORCE_RESERVED_NOP;
+        let mut decoder = Decoder::with_ip(64, page, 0, options);
+        let mut seen = [head; BLOCKS];
         let mut block = head;
-        loop {
-            trace.add(block, page)?;
-            seen.push(block);
-            let next = trace.next(find, &seen);
-            let Some((offset, next)) = next else {
-                break;
-            };
-            if trace.steps.len() >= LONGEST || seen.len() >= BLOCKS {
+        for n in 0..BLOCKS {
+            trace.add(block, &mut decoder)?;
+            seen[n] = block;
+            if trace.steps.len() >= LONGEST || n + 1 == BLOCKS {
                 break;
             }
+            let Some((offset, next)) = trace.next(&find, &seen[..=n]) else {
+                break;
+            };
             if let Some(step) = trace.steps.last_mut() {
                 step.follow = Some(offset);
             }
@@ -140,55 +139,68 @@ impl Trace {
     }
 
     /// The one instruction of a block that goes on in another page.
-    pub(super) fn crossing(head: BlockRef) -> Option<Self> {
+    pub(super) fn crossing(head: BlockRef, steps: Vec<Step>) -> Option<Self> {
         // SAFETY: nothing clears the cache while a trace is made.
         #[expect(unsafe_code, reason = "looks into a block")]
         let block = unsafe { head.get() };
-        let found = ops_of(block).into_iter().next()?;
-        Some(Self {
+        let mut trace = Self {
             crosses: true,
-            steps: vec![Step {
-                instruction: Instruction::default(),
-                at: block.offset() as u16,
-                op: found.op,
-                ops: found.ops,
-                back: found.back,
-                block: head,
-                last: true,
-                follow: None,
-            }],
-        })
+            steps,
+        };
+        each_op(block, |found| {
+            match trace.steps.last_mut() {
+                Some(step) => step.ops += 1,
+                None => trace.steps.push(Step {
+                    instruction: Instruction::default(),
+                    at: block.offset() as u16,
+                    op: found.op,
+                    ops: 1,
+                    back: found.back,
+                    block: head,
+                    last: true,
+                    follow: None,
+                }),
+            }
+            Some(())
+        })?;
+        (!trace.steps.is_empty()).then_some(trace)
     }
 
     #[expect(unsafe_code, reason = "looks into a block")]
-    fn add(&mut self, block: BlockRef, page: &[u8; PAGE_SIZE]) -> Option<()> {
+    fn add(&mut self, block: BlockRef, decoder: &mut Decoder<'_>) -> Option<()> {
         // SAFETY: nothing clears the cache while a trace is made.
         let current = unsafe { block.get() };
-        let ops = ops_of(current);
         let start = current.offset();
         let end = start + usize::from(current.len);
-        let options = DecoderOptions::FORCE_RESERVED_NOP;
-        let bytes = page.get(..end)?;
-        let mut decoder = Decoder::with_ip(64, bytes, 0, options);
         decoder.set_position(start).ok()?;
         decoder.set_ip(start as u64);
-        for (n, found) in ops.iter().enumerate() {
+        let first = self.steps.len();
+        each_op(current, |found| {
             let at = start + usize::from(found.ip);
+            if let Some(last) = self.steps[first..].last_mut()
+                && found.plain
+                && usize::from(last.at) == at
+            {
+                last.ops += 1;
+                return Some(());
+            }
             if decoder.position() != at {
                 return None;
             }
-            let instruction = decoder.decode();
             self.steps.push(Step {
-                instruction,
+                instruction: Instruction::default(),
                 at: at as u16,
                 op: found.op,
-                ops: found.ops,
+                ops: 1,
                 back: found.back,
                 block,
-                last: n + 1 == ops.len(),
+                last: false,
                 follow: None,
             });
-        }
+            decoder.decode_out(&mut self.steps.last_mut()?.instruction);
+            Some(())
+        })?;
+        self.steps[first..].last_mut()?.last = true;
         (decoder.position() == end).then_some(())
     }
 
@@ -196,7 +208,7 @@ impl Trace {
     #[expect(unsafe_code, reason = "looks into blocks")]
     fn next(
         &self,
-        find: &dyn Fn(u16) -> Option<BlockRef>,
+        find: impl Fn(u16) -> Option<BlockRef>,
         seen: &[BlockRef],
     ) -> Option<(u16, BlockRef)> {
         let step = self.steps.last()?;

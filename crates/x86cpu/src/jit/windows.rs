@@ -6,7 +6,7 @@
 //! what has been added to it since. The first access of such a window looks for the whole of it; the
 //! others have their pointer.
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::ready::Ready;
 use super::trace::Step;
@@ -152,10 +152,9 @@ impl Windows {
             shares: vec![[None; 2]; steps.len()],
             ends: None,
         };
-        let mut factory = InstructionInfoFactory::new();
         if again {
-            for step in steps {
-                found.follow(&step.instruction, &mut factory);
+            for (step, ready) in steps.iter().zip(ready) {
+                found.follow(&step.instruction, ready.changed());
             }
             found.ends = Some(std::mem::replace(&mut found.values, origins()));
         }
@@ -168,7 +167,7 @@ impl Windows {
             if ready.is_interpreted() {
                 found.forget();
             } else {
-                found.follow(&step.instruction, &mut factory);
+                found.follow(&step.instruction, ready.changed());
             }
         }
         found.shared(|n| plain.contains(&steps[n].at))
@@ -361,8 +360,8 @@ impl Windows {
         Some(window)
     }
 
-    /// What an instruction does to the registers.
-    fn follow(&mut self, i: &Instruction, factory: &mut InstructionInfoFactory) {
+    /// What an instruction does to the registers, of which it may change those of `changed`.
+    fn follow(&mut self, i: &Instruction, changed: u16) {
         let rsp = 4;
         let wide = |n: u32| i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr64();
         let number = |n: u32| i.op_register(n).number() as u8;
@@ -401,19 +400,10 @@ impl Windows {
                 self.fresh(5);
             }
             _ => {
-                let info = factory.info(i);
-                for used in info.used_registers() {
-                    let written = matches!(
-                        used.access(),
-                        OpAccess::Write
-                            | OpAccess::CondWrite
-                            | OpAccess::ReadWrite
-                            | OpAccess::ReadCondWrite
-                    );
-                    let register = used.register();
-                    if written && register.is_gpr() {
-                        self.fresh(register.full_register().number() as u8);
-                    }
+                let mut changed = changed;
+                while changed != 0 {
+                    self.fresh(changed.trailing_zeros() as u8);
+                    changed &= changed - 1;
                 }
             }
         }

@@ -2,7 +2,7 @@
 //! address space and kind of access, and the jump cache that goes with it.
 //!
 //! ```text
-//!  guard │ room for signal handlers │ Frame │ TLB: read, write, addend, gpa │ jumps: tag, code
+//!  guard │ room for signal handlers │ Frame │ TLB: read, write, addend, gpa │ jumps: tag, code, used
 //!                                   ▲ RSP while compiled code runs
 //! ```
 //! The same code runs on every area, and so needs to know neither address space nor privilege.
@@ -11,12 +11,15 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
 
+use crate::mem::jumps::JumpKeys;
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
 /// Entries of a first-level TLB.
 pub(crate) const FIRST: usize = 1024;
-/// Entries of a jump cache.
-pub(crate) const JUMPS: usize = 16384;
+/// Entries of a jump cache: few enough to stay in the host's, what doesn't fit is in [`super::jumps`].
+pub(crate) const JUMPS: usize = 4096;
+/// Log2 of how many of them are dropped together.
+pub(crate) const JUMP_GROUP: u32 = 6;
 /// Jumps are told apart by their address plus the same rotated right by so much, so that both the
 /// page and the place in it count.
 pub(crate) const JUMP_ROTATE: u32 = 12;
@@ -49,9 +52,6 @@ pub(crate) struct Frame {
     /// Bases of FS and GS.
     pub fs_base: u64,
     pub gs_base: u64,
-    /// Where to go for an instruction's replay, and to leave.
-    pub replay: u64,
-    pub leave: u64,
     /// Not zero if what is in the name can't be used as it is.
     pub sse_away: u8,
     pub avx_away: u8,
@@ -63,16 +63,18 @@ pub(crate) struct Frame {
     /// Not zero if the upper half of some YMM register is not.
     pub uppers: u8,
     _pad: [u8; 2],
+    /// See [`WINDOWS`]. What is up to here has the shortest displacements.
+    pub windows: [u64; WINDOWS],
     /// The processor.
     pub cpu: u64,
     pub host_rsp: u64,
-    /// Where to go on in compiled code.
+    /// Where to go on in compiled code; where it has called from.
     pub resume: u64,
     /// The guest's flags: AH as of LAHF, AL as of SETO.
     pub flags: u32,
     /// The same, from before a division was tried.
     pub divide_flags: u32,
-    /// Number of a call or way.
+    /// Number of a call.
     pub number: u32,
     _pad2: u32,
     /// Target of an indirect jump.
@@ -93,8 +95,12 @@ pub(crate) struct Frame {
     /// are looked up.
     pub loop_count: u64,
     pub loop_flags: u64,
-    /// See [`WINDOWS`].
-    pub windows: [u64; WINDOWS],
+    /// [`super::jumps::Jumps`], the keys of what counts there, and what its code is relative to.
+    pub jumps: u64,
+    pub jump_keys: JumpKeys,
+    pub code_base: u64,
+    /// The guest's RAX while that is looked at.
+    pub rax: u64,
 }
 
 /// See the module's text.
@@ -107,12 +113,14 @@ pub(crate) struct Area {
     pub write: [u64; FIRST],
     /// Host address minus linear address.
     pub addend: [u64; FIRST],
-    /// Guest-physical address of the page.
+    /// Guest-physical address of the page; bit 0 is set if all address spaces have it.
     pub gpa: [u64; FIRST],
     /// Minus the linear address of a trace.
     pub jump_tag: [u64; JUMPS],
     /// Its code.
     pub jump_code: [u64; JUMPS],
+    /// Which groups of jumps may have any.
+    pub jump_used: [u8; JUMPS >> JUMP_GROUP],
 }
 
 /// The index of an address's page.
@@ -136,6 +144,9 @@ const fn no_page(index: usize) -> u64 {
         _ => 0,
     }
 }
+
+/// Bit of [`Area::gpa`].
+pub(super) const GLOBAL: u64 = 1;
 
 /// The last index, and the tag of a page of neither that nor the first.
 const LAST: usize = FIRST - 1;
@@ -183,13 +194,46 @@ impl Area {
 
     pub(super) fn drop_writes_to(&mut self, gpa: u64) {
         for n in 0..FIRST {
-            if self.gpa[n] == gpa {
+            if self.gpa[n] & !GLOBAL == gpa {
                 self.write[n] = no_page(n);
             }
         }
     }
 
-    /// Enters a page for reading, and for writing if `write`.
+    /// Takes the pages that all address spaces have from another address space's area; all others go.
+    pub(super) fn take_global(&mut self, from: &Self) {
+        for n in 0..FIRST {
+            let keep = 0_u64.wrapping_sub(from.gpa[n] & GLOBAL);
+            self.read[n] = from.read[n] & keep;
+            self.write[n] = from.write[n] & keep;
+        }
+        self.addend = from.addend;
+        self.gpa = from.gpa;
+        self.mend_empty();
+    }
+
+    /// Drops the pages that not all address spaces have.
+    pub(super) fn keep_global(&mut self) {
+        for n in 0..FIRST {
+            let keep = 0_u64.wrapping_sub(self.gpa[n] & GLOBAL);
+            self.read[n] &= keep;
+            self.write[n] &= keep;
+        }
+        self.mend_empty();
+    }
+
+    /// Makes empty entries of zeros what [`no_page`] says.
+    fn mend_empty(&mut self) {
+        for n in [0, LAST] {
+            for tag in [&mut self.read[n], &mut self.write[n]] {
+                if *tag == 0 {
+                    *tag = no_page(n);
+                }
+            }
+        }
+    }
+
+    /// Enters a page for reading, and for writing if `write`; `gpa` as in [`Area::gpa`].
     pub(super) fn fill(&mut self, linear: u64, host: usize, gpa: u64, write: bool) {
         let page = linear & !PAGE_MASK;
         let tag = page.wrapping_neg();
@@ -205,20 +249,24 @@ impl Area {
         let n = jump_index(linear);
         self.jump_tag[n] = linear.wrapping_neg();
         self.jump_code[n] = code;
+        self.jump_used[n >> JUMP_GROUP] = 1;
     }
 
-    fn drop_jump(&mut self, n: usize) {
-        if let Some(tag) = self.jump_tag.get_mut(n) {
-            *tag = no_jump(n);
+    /// Forgets all jumps.
+    pub(crate) fn drop_jumps(&mut self) {
+        for (group, used) in self.jump_used.iter_mut().enumerate() {
+            if std::mem::take(used) != 0 {
+                let first = group << JUMP_GROUP;
+                self.jump_tag[first..first + (1 << JUMP_GROUP)].fill(0);
+            }
         }
+        self.jump_tag[0] = no_jump(0);
     }
 }
 
-/// An area in memory of its own, and which of its jumps are in use.
+/// An area in memory of its own.
 pub(crate) struct OwnArea {
     area: NonNull<Area>,
-    /// Entries of the jump cache that may be filled; all of them if there are very many.
-    jumps: Vec<u16>,
 }
 
 // SAFETY: it owns its memory, like a box.
@@ -253,10 +301,7 @@ impl OwnArea {
         let mut area = unsafe { base.add(FRONT).cast::<Area>() };
         // SAFETY: as above, and nobody else has it.
         unsafe { area.as_mut() }.init();
-        Self {
-            area,
-            jumps: Vec::new(),
-        }
+        Self { area }
     }
 
     pub(crate) fn pointer(&self) -> NonNull<Area> {
@@ -268,30 +313,6 @@ impl OwnArea {
         // SAFETY: allocated in `new`, freed in `drop` only; others read it through pointers on the
         // same thread, while no method of this runs.
         unsafe { self.area.as_mut() }
-    }
-
-    /// Has jumps to a linear address go to `code`.
-    pub(crate) fn enter_jump(&mut self, linear: u64, code: u64) {
-        if self.jumps.len() < JUMPS {
-            self.jumps.push(jump_index(linear) as u16);
-        }
-        self.get().enter_jump(linear, code);
-    }
-
-    /// Forgets all jumps.
-    pub(crate) fn drop_jumps(&mut self) {
-        let jumps = std::mem::take(&mut self.jumps);
-        if jumps.len() >= JUMPS {
-            for n in 0..JUMPS {
-                self.get().drop_jump(n);
-            }
-        } else {
-            for &n in &jumps {
-                self.get().drop_jump(usize::from(n));
-            }
-        }
-        self.jumps = jumps;
-        self.jumps.clear();
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 use crate::cpu::Cpu;
 use crate::flags::rflags;
 use crate::mem::PAGE_MASK;
+use crate::mem::jumps::JumpKeys;
 use crate::mem::memory::SlotTable;
-use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, TlbView};
+use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, Target, TlbView};
 use crate::mem::walk::{self, Levels, Paging, Wants};
 use crate::shared::request;
 use crate::sys::state::{cr0, cr4, efer};
@@ -100,9 +101,22 @@ impl Mmu {
     }
 
     /// Has jumps of the current address space and privilege to a linear address go to `code`.
-    pub(crate) fn enter_jump(&mut self, linear: u64, code: u64) {
+    pub(crate) fn enter_jump(&mut self, linear: u64, code: Target) {
         let view = self.view();
-        self.first.enter_jump(view, linear, code);
+        let user = self.table == Table::User;
+        let keys = self.first.jump_keys(self.asid, user);
+        let known = self.second.find(linear, self.asid, self.global);
+        let key = match known {
+            Some(page) if page.global => keys.global,
+            _ => keys.own,
+        };
+        self.first.enter_jump(view, linear, code, key);
+    }
+
+    /// What the second level of the jump cache is looked up with: where it is, and the keys.
+    pub(crate) fn jumps(&self) -> (u64, JumpKeys) {
+        let user = self.table == Table::User;
+        (self.first.jumps(), self.first.jump_keys(self.asid, user))
     }
 
     /// Forgets all of [`Mmu::enter_jump`].
@@ -284,6 +298,9 @@ impl Cpu {
             known
         };
         self.view_changed();
+        if known != self.mmu.asid {
+            self.mmu.first.retire(known);
+        }
     }
 
     /// INVLPG: drops a page in the current address space, and global ones.
@@ -494,7 +511,7 @@ impl Cpu {
         }
         let mmu = &mut *self.mmu;
         mmu.first
-            .fill(table, mmu.asid, linear, page_host, mapping.gpa, write);
+            .fill(table, mmu.asid, linear, page_host, &mapping, write);
         Ok(Place::Ram(host))
     }
 

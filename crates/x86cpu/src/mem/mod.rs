@@ -11,6 +11,7 @@ pub(crate) mod area;
 mod bulk;
 mod device;
 mod int;
+pub(crate) mod jumps;
 mod memory;
 mod mmu;
 mod segment;
@@ -27,7 +28,7 @@ pub use mmu::{Access, Mmu};
 
 pub(crate) use device::DeviceReplay;
 pub(crate) use memory::{SlotTable, changed_pages, code_changes};
-pub(crate) use tlb::TlbView;
+pub(crate) use tlb::{Target, TlbView};
 
 /// Log2 of the page size.
 pub const PAGE_SHIFT: u32 = 12;

@@ -6,7 +6,8 @@
 
 use std::ptr::NonNull;
 
-use crate::mem::area::{Area, OwnArea, index};
+use crate::mem::area::{Area, GLOBAL as GLOBAL_PAGE, OwnArea, index};
+use crate::mem::jumps::{JumpKeys, Jumps};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT};
 
 /// Entries of the second level.
@@ -91,6 +92,7 @@ pub(super) struct FirstLevel {
     current: usize,
     switches: u64,
     slow: OwnArea,
+    jumps: Jumps,
 }
 
 impl FirstLevel {
@@ -100,6 +102,7 @@ impl FirstLevel {
             current: 0,
             switches: 0,
             slow: OwnArea::new(),
+            jumps: Jumps::new(),
         }
     }
 
@@ -111,15 +114,45 @@ impl FirstLevel {
         self.switches += 1;
         let known = self.spaces.iter().position(|space| space.asid == asid);
         let oldest = || (0..SPACES).min_by_key(|&n| self.spaces[n].used);
+        let before = self.current;
         self.current = known.or_else(oldest).unwrap_or(0);
-        let space = &mut self.spaces[self.current];
-        space.used = self.switches;
         if known.is_none() {
-            space.asid = asid;
-            for area in space.areas.iter_mut().flatten() {
-                area.get().drop_all();
-                area.drop_jumps();
+            self.start(before, asid);
+        }
+        self.spaces[self.current].used = self.switches;
+    }
+
+    /// Makes the current space one for a new address space. What the kernel's pages are in all address
+    /// spaces is known from the one before.
+    fn start(&mut self, before: usize, asid: u16) {
+        const KERNEL: usize = Table::Supervisor as usize;
+        let from = self.spaces[before].areas[KERNEL]
+            .as_ref()
+            .map(OwnArea::pointer)
+            .filter(|_| self.spaces[before].asid != 0);
+        let space = &mut self.spaces[self.current];
+        space.asid = asid;
+        for (table, area) in space.areas.iter_mut().enumerate() {
+            if table == KERNEL && from.is_some() {
+                area.get_or_insert_with(OwnArea::new);
             }
+            let Some(area) = area else { continue };
+            let pointer = area.pointer();
+            let area = area.get();
+            area.drop_jumps();
+            match from {
+                Some(from) if table == KERNEL && from == pointer => area.keep_global(),
+                // SAFETY: another area of this, which nothing changes meanwhile.
+                Some(from) if table == KERNEL => area.take_global(unsafe { from.as_ref() }),
+                _ => area.drop_all(),
+            }
+        }
+    }
+
+    /// The address space is of no use any more.
+    pub(super) fn retire(&mut self, asid: u16) {
+        if let Some(space) = self.spaces.iter_mut().find(|space| space.asid == asid) {
+            space.used = 0;
         }
     }
 
@@ -145,11 +178,12 @@ impl FirstLevel {
         asid: u16,
         linear: u64,
         host: usize,
-        gpa: u64,
+        mapping: &Mapping,
         write: bool,
     ) {
         self.switch(asid);
         if table != Table::Slow {
+            let gpa = mapping.gpa | if mapping.global { GLOBAL_PAGE } else { 0 };
             self.own(table).get().fill(linear, host, gpa, write);
         }
     }
@@ -174,7 +208,7 @@ impl FirstLevel {
             if std::mem::take(&mut space.asid) != 0 {
                 for area in space.areas.iter_mut().flatten() {
                     area.get().drop_all();
-                    area.drop_jumps();
+                    area.get().drop_jumps();
                 }
             }
         }
@@ -189,38 +223,37 @@ impl FirstLevel {
 
     /// Makes writes to one guest-physical page take the slow path.
     pub(super) fn drop_writes_to(&mut self, gpa: u64) {
-        let current = self.current;
-        for (n, space) in self.spaces.iter_mut().enumerate() {
-            if n != current {
-                // A look at all of them would take longer than to fill them once more: that there
-                // is code where there was data tends to come in showers.
-                space.used = 0;
-                if std::mem::take(&mut space.asid) != 0 {
-                    for area in space.areas.iter_mut().flatten() {
-                        area.get().drop_all();
-                        area.drop_jumps();
-                    }
-                }
-                continue;
-            }
-            for area in space.areas.iter_mut().flatten() {
-                area.get().drop_writes_to(gpa);
-            }
+        for area in self.all() {
+            area.get().drop_writes_to(gpa);
         }
     }
 
-    /// Has jumps to a linear address go to `code`, in one area.
-    pub(super) fn enter_jump(&mut self, view: TlbView, linear: u64, code: u64) {
+    /// Has jumps to a linear address go to `code`, so far from where the code starts, in one area and in
+    /// the second level under `key`.
+    pub(super) fn enter_jump(&mut self, view: TlbView, linear: u64, code: Target, key: u32) {
         if let Some(area) = self.all().find(|area| area.pointer() == view.area) {
-            area.enter_jump(linear, code);
+            area.get()
+                .enter_jump(linear, code.base + u64::from(code.offset));
         }
+        self.jumps.enter(linear, key, code.offset);
+    }
+
+    /// Where the second level of the jump cache is.
+    pub(super) fn jumps(&self) -> u64 {
+        self.jumps.base()
+    }
+
+    /// What must agree there beside the address.
+    pub(super) fn jump_keys(&self, asid: u16, user: bool) -> JumpKeys {
+        self.jumps.keys(asid, user)
     }
 
     /// Forgets all jumps.
     pub(super) fn drop_jumps(&mut self) {
         for area in self.all() {
-            area.drop_jumps();
+            area.get().drop_jumps();
         }
+        self.jumps.clear();
     }
 
     /// Gives the memory back to the host that is not needed until guest code runs again.
@@ -231,7 +264,15 @@ impl FirstLevel {
                 *space = Space::default();
             }
         }
+        self.jumps.give_back();
     }
+}
+
+/// Where compiled code is: where all of it starts, and how far from there.
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    pub base: u64,
+    pub offset: u32,
 }
 
 /// What a page walk found out about a 4 KiB page.

@@ -47,9 +47,14 @@ impl CodeBuffer {
         })
     }
 
-    /// Appends code (position-independent) and returns where it can be called; `None` when full.
+    /// Where, from the start on, the code comes that is appended next.
+    pub fn next(&self) -> usize {
+        self.used.next_multiple_of(ALIGN)
+    }
+
+    /// Appends code (position-independent, or made for [`CodeBuffer::next`]) and returns where it can be called; `None` when full.
     pub fn push(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
-        let start = self.used.next_multiple_of(ALIGN);
+        let start = self.next();
         let end = start.checked_add(code.len())?;
         if end > self.capacity {
             return None;
@@ -99,6 +104,16 @@ impl CodeBuffer {
     /// The same but for the first `used` bytes.
     pub fn reset_to(&mut self, used: usize) {
         self.used = used.min(self.used);
+        let keep = self.used.next_multiple_of(4096);
+        // Gives the pages back to the host. Where that isn't possible they are written over in time.
+        // SAFETY: the range is within the mapping, and no code in it is called any more.
+        unsafe {
+            libc::madvise(
+                self.writable.add(keep).as_ptr().cast(),
+                self.capacity - keep,
+                libc::MADV_REMOVE,
+            );
+        }
         // What is written next through one mapping may have been prefetched through the other: a
         // serializing instruction drops that (SDM 3A §9.1.3).
         std::arch::x86_64::__cpuid(0);

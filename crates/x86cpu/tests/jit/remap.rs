@@ -119,6 +119,48 @@ fn address_spaces_in_turn() {
 }
 
 #[test]
+fn more_address_spaces_than_are_kept() {
+    // Twelve identifiers in turn, every other one with the second tables; now and then one is flushed.
+    const CONTEXTS: u64 = 12;
+    const ROOTS: u64 = 0x5_1000;
+    let code = assemble!(
+        "xor r8d, r8d",
+        "xor r13d, r13d",
+        "2:",
+        "mov r12, [{roots} + r13 * 8]",
+        "test r9d, 63",
+        "jnz 3f",
+        "btr r12, 63",
+        "3:",
+        "mov cr3, r12",
+        "call rsi",
+        "add r8, rax",
+        "inc r13",
+        "cmp r13, {contexts}",
+        "jne 4f",
+        "xor r13d, r13d",
+        "4:",
+        "dec r9",
+        "jnz 2b",
+        "hlt";
+        roots = const ROOTS,
+        contexts = const CONTEXTS,
+    );
+    each(
+        code,
+        |t| {
+            t.cpu.sys.cr4 |= cr4::PCIDE;
+            t.cpu.update_mode();
+            for n in 0..CONTEXTS {
+                let root = if n % 2 == 0 { TABLES } else { ROOT2 };
+                t.write(ROOTS + 8 * n, &(root | (n + 1) | 1 << 63).to_le_bytes());
+            }
+        },
+        ROUNDS / 2 * 101,
+    );
+}
+
+#[test]
 fn another_address_space_is_changed() {
     // While in the first, the second one's entry changes; INVPCID says so.
     let code = assemble!(

@@ -1,0 +1,113 @@
+//! The second level of jump caches: where compiled code has the jumps of all address spaces. It looks
+//! itself, before the interpreter is asked.
+
+/// Entries, a power of two.
+const JUMPS: usize = 1 << 15;
+/// Bits of a key below the epoch.
+const SPACE_BITS: u32 = 13;
+
+/// How an address is turned into an index: it, and it shifted right by so much, one to the other.
+pub(crate) const SHIFT: u32 = 15;
+pub(crate) const MASK: u32 = JUMPS as u32 - 1;
+
+/// One jump: what must agree, and where it leads.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Jump {
+    pub linear: u64,
+    pub key: u32,
+    /// Distance from the start of the code buffer.
+    pub code: u32,
+}
+
+const _: () = assert!(size_of::<Jump>() == 16);
+
+/// What must agree beside the address: for a page of the current address space, and for one of all.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct JumpKeys {
+    pub own: u32,
+    pub global: u32,
+}
+
+/// See the module's text.
+pub(crate) struct Jumps {
+    entries: Box<[Jump]>,
+    /// Counts how often all were dropped; never 0, which is what empty entries have.
+    epoch: u32,
+}
+
+impl Jumps {
+    pub(super) fn new() -> Self {
+        Self {
+            entries: vec![Jump::default(); JUMPS].into_boxed_slice(),
+            epoch: 1,
+        }
+    }
+
+    /// The keys for code of an address space and privilege.
+    pub(super) fn keys(&self, asid: u16, user: bool) -> JumpKeys {
+        let global = self.epoch << SPACE_BITS | u32::from(user) << (SPACE_BITS - 1);
+        JumpKeys {
+            own: global | u32::from(asid),
+            global,
+        }
+    }
+
+    /// Where it is.
+    pub(super) fn base(&self) -> u64 {
+        self.entries.as_ptr() as u64
+    }
+
+    pub(super) fn enter(&mut self, linear: u64, key: u32, code: u32) {
+        let index = (linear ^ linear >> SHIFT) as u32 & MASK;
+        if let Some(entry) = self.entries.get_mut(index as usize) {
+            *entry = Jump { linear, key, code };
+        }
+    }
+
+    /// Drops all.
+    pub(super) fn clear(&mut self) {
+        self.epoch += 1;
+        if self.epoch == 1 << (u32::BITS - SPACE_BITS) {
+            self.entries.fill(Jump::default());
+            self.epoch = 1;
+        }
+    }
+
+    /// Drops all, and gives the memory back.
+    pub(super) fn give_back(&mut self) {
+        *self = Self::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(jumps: &Jumps, linear: u64, keys: JumpKeys) -> Option<u32> {
+        let index = (linear ^ linear >> SHIFT) as u32 & MASK;
+        let entry = jumps.entries[index as usize];
+        let known = entry.key == keys.own || entry.key == keys.global;
+        (entry.linear == linear && known).then_some(entry.code)
+    }
+
+    #[test]
+    fn spaces_privileges_and_epochs_are_apart() {
+        let mut jumps = Jumps::new();
+        let kernel = jumps.keys(7, false);
+        assert_eq!(find(&jumps, 0, kernel), None, "an empty table has nothing");
+        jumps.enter(0x1234, kernel.own, 1);
+        jumps.enter(0x5678, kernel.global, 2);
+        assert_eq!(find(&jumps, 0x1234, kernel), Some(1));
+        assert_eq!(find(&jumps, 0x1234, jumps.keys(8, false)), None);
+        assert_eq!(find(&jumps, 0x1234, jumps.keys(7, true)), None);
+        assert_eq!(find(&jumps, 0x5678, jumps.keys(8, false)), Some(2));
+        assert_eq!(find(&jumps, 0x5678, jumps.keys(8, true)), None);
+        // So often that the epochs start over.
+        for _ in 0..1_u32 << (u32::BITS - SPACE_BITS) {
+            jumps.clear();
+            assert_eq!(find(&jumps, 0x1234, jumps.keys(7, false)), None);
+        }
+    }
+}
