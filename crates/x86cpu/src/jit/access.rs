@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use super::asm::{Mem, Near, R11, RCX, RSP, Reg};
+use super::asm::{BIAS, Mem, Near, R11, RCX, RSP, Reg};
 use super::classify::Align;
 use super::compile::{Compiler, Work};
 use super::loops::Copies;
@@ -98,60 +98,98 @@ impl Compiler<'_> {
         slot: Mem,
     ) {
         let again = self.asm.at();
+        let bytes = (high - low) as u16;
+        let call = self.call(Work::Window { bytes, write }, n, true);
+        let (tags, addend) = columns(write);
         self.address(address, true);
         if low != 0 {
             self.asm.lea(R11, Mem::base(R11, low));
         }
-        let (tags, addend) = columns(write);
         let index_mask = Mem::frame(offset_of!(Frame, index_mask));
         self.asm.pext(RCX, R11, index_mask);
         let last = Mem::indexed(RCX, R11, 0, high - low - 1);
         let from = self.compare(RCX, tags, last, Align::None);
-        let call = self.call(
-            Work::Window {
-                bytes: (high - low) as u16,
-                write,
-            },
-            n,
-            true,
-        );
         self.missed(n, from, call, Some(again));
         self.asm.pext(RCX, R11, index_mask);
         self.asm.load(RCX, entry(RCX, addend));
-        if address.index.is_none() {
-            // The address is at hand: from it, back to the origin.
-            let back = -(low + address.disp + added);
-            self.asm.lea(R11, Mem::indexed(R11, RCX, 0, back));
-        } else {
-            match address.base {
-                Some(Part::Host(base)) => {
-                    self.asm.lea(R11, Mem::indexed(RCX, base, 0, -added));
-                }
-                Some(Part::Frame(slot)) => {
-                    self.asm.load(R11, slot);
-                    self.asm.lea(R11, Mem::indexed(R11, RCX, 0, -added));
-                }
-                None => self.asm.mov(R11, RCX),
-            }
-            if let Some(segment) = address.segment {
-                self.asm.load(RCX, segment);
-                self.asm.lea(R11, Mem::indexed(R11, RCX, 0, 0));
-            }
-        }
+        self.origin(address, low, added);
         self.asm.store(slot, R11);
         if self.request.hardened {
             self.fence();
         }
     }
 
+    /// From what is added to the page, in RCX, and a window's first address, in R11, to its pointer.
+    fn origin(&mut self, address: &Address, low: i32, added: i32) {
+        if address.index.is_none() {
+            // The address is at hand: from it, back to the origin.
+            let back = -(low + address.disp + added);
+            self.asm.lea(R11, Mem::indexed(R11, RCX, 0, back));
+            return;
+        }
+        match address.base {
+            Some(Part::Host(base)) => {
+                self.asm.lea(R11, Mem::indexed(RCX, base, 0, -added));
+            }
+            Some(Part::Frame(slot)) => {
+                self.asm.load(R11, slot);
+                self.asm.lea(R11, Mem::indexed(R11, RCX, 0, -added));
+            }
+            None => self.asm.mov(R11, RCX),
+        }
+        if let Some(segment) = address.segment {
+            self.asm.load(RCX, segment);
+            self.asm.lea(R11, Mem::indexed(R11, RCX, 0, 0));
+        }
+    }
+
+    /// Looks for the page of an address that can be had again, and whether `last` bytes on it still is
+    /// that page. The index in the TLB is in R11 afterwards. Gives the jump for a miss.
+    fn probe(&mut self, first: Mem, tags: i32, last: i32, align: Align) -> Near {
+        let index_mask = Mem::frame(offset_of!(Frame, index_mask));
+        let asm = &mut self.asm;
+        match first {
+            Mem {
+                base: Some(base),
+                index: None,
+                disp: 0,
+            } => asm.pext(R11, base, index_mask),
+            _ => {
+                asm.lea(RCX, first);
+                asm.pext(R11, RCX, index_mask);
+            }
+        }
+        asm.load(RCX, entry(R11, tags));
+        // Only one of the two has the constant part.
+        let mut rest = first.disp + last;
+        if let Some(base) = first.base {
+            asm.lea(RCX, Mem::indexed(RCX, base, 0, rest));
+            rest = 0;
+        }
+        if let Some((index, scale)) = first.index {
+            asm.lea(RCX, Mem::indexed(RCX, index, scale, rest));
+        }
+        self.decide(align)
+    }
+
     /// Compares where an access ends with the entry of the TLB whose index is in a register. The entry's
     /// tag, which is minus its page, comes to RCX, and `last` adds the address of the last byte to it.
     /// Gives the call for a miss.
     pub(super) fn compare(&mut self, index: Reg, tags: i32, last: Mem, align: Align) -> Near {
-        let mask = Mem::frame(offset_of!(Frame, masks) + 8 * align as usize);
         self.asm.load(RCX, entry(index, tags));
         self.asm.lea(RCX, last);
-        self.asm.pext(RCX, RCX, mask);
+        self.decide(align)
+    }
+
+    /// Whether what is in RCX, a distance from where a page starts, is in that page and aligned. Gives
+    /// the jump for a miss.
+    fn decide(&mut self, align: Align) -> Near {
+        if align == Align::None {
+            self.asm.page_number(RCX, RCX);
+        } else {
+            let mask = Mem::frame(offset_of!(Frame, masks) + 8 * align as usize);
+            self.asm.pext(RCX, RCX, mask);
+        }
         let hit = self.asm.jrcxz();
         let miss = self.asm.call();
         self.asm.here(hit);
@@ -180,50 +218,39 @@ impl Compiler<'_> {
         } else {
             0
         };
-        let simple = match *address {
-            Address {
-                segment: None,
-                base: Some(Part::Host(base)),
-                index: None,
-                disp,
-            } => Some((base, disp)),
-            _ => None,
-        };
         let index_mask = Mem::frame(offset_of!(Frame, index_mask));
-        let asm = &mut self.asm;
-        let (index, base, disp) = match simple {
-            Some((base, 0)) => {
-                asm.pext(R11, base, index_mask);
-                (R11, base, 0)
-            }
-            Some((base, disp)) => {
-                asm.lea(RCX, Mem::base(base, disp));
-                asm.pext(R11, RCX, index_mask);
-                (R11, base, disp)
-            }
-            None => {
-                self.address(address, true);
-                self.asm.pext(RCX, R11, index_mask);
-                (RCX, R11, 0)
-            }
-        };
-        let last = Mem::indexed(RCX, base, 0, disp + last);
-        let miss = self.compare(index, tags, last, align);
-        let asm = &mut self.asm;
-        let operand = if simple.is_some() {
-            asm.load(R11, entry(R11, addend));
-            Mem::indexed(R11, base, 0, disp)
+        let (miss, operand) = if let Some(plain) = again_at_hand(address) {
+            let miss = self.probe(plain, tags, last, align);
+            self.asm.load(R11, entry(R11, addend));
+            (miss, self.beside(plain))
         } else {
-            asm.pext(RCX, R11, index_mask);
-            asm.load(RCX, entry(RCX, addend));
-            asm.lea(R11, Mem::indexed(R11, RCX, 0, 0));
-            Mem::base(R11, 0)
+            self.address(address, true);
+            self.asm.pext(RCX, R11, index_mask);
+            let last = Mem::indexed(RCX, R11, 0, last);
+            let miss = self.compare(RCX, tags, last, align);
+            self.asm.pext(RCX, R11, index_mask);
+            self.asm.load(RCX, entry(RCX, addend));
+            self.asm.lea(R11, Mem::indexed(R11, RCX, 0, 0));
+            (miss, Mem::base(R11, 0))
         };
         if self.request.hardened {
             self.fence();
         }
         self.missed(n, miss, call, None);
         operand
+    }
+
+    /// An operand with what is in R11 added.
+    fn beside(&mut self, plain: Mem) -> Mem {
+        match (plain.base, plain.index) {
+            (Some(base), None) => Mem::indexed(R11, base, 0, plain.disp),
+            (Some(base), Some((index, scale))) => {
+                self.asm.lea(R11, Mem::indexed(R11, base, 0, 0));
+                Mem::indexed(R11, index, scale, plain.disp)
+            }
+            (None, Some((index, scale))) => Mem::indexed(R11, index, scale, plain.disp),
+            (None, None) => Mem::base(R11, plain.disp),
+        }
     }
 
     /// Where to go if an access of an instruction misses the TLB, with nothing done of it yet. Warm
@@ -238,6 +265,13 @@ impl Compiler<'_> {
     }
 }
 
+/// An address that instructions can have again and again: it is all in registers.
+fn again_at_hand(address: &Address) -> Option<Mem> {
+    let plain = address.plain()?;
+    let some = plain.base.is_some() || plain.index.is_some();
+    (address.segment.is_none() && some).then_some(plain)
+}
+
 /// The columns of the TLB for reads or writes: tags, and what is added.
 pub(super) fn columns(write: bool) -> (i32, i32) {
     let tags = if write {
@@ -250,5 +284,5 @@ pub(super) fn columns(write: bool) -> (i32, i32) {
 
 /// An entry of a column.
 pub(super) fn entry(index: Reg, column: i32) -> Mem {
-    Mem::indexed(RSP, index, 3, column)
+    Mem::indexed(RSP, index, 3, column - BIAS)
 }

@@ -1,5 +1,10 @@
 //! Machine code in the making: what the compiler emits of its own.
 
+use std::mem::offset_of;
+
+use crate::mem::PAGE_SHIFT;
+use crate::mem::area::Frame;
+
 /// A host register, by its number.
 pub(super) type Reg = u8;
 
@@ -14,6 +19,12 @@ pub(super) const RDI: Reg = 7;
 pub(super) const R10: Reg = 10;
 pub(super) const R11: Reg = 11;
 pub(super) const R15: Reg = 15;
+
+/// How far behind the frame's start RSP is while compiled code runs: its low six bits are the shift
+/// that takes an address to its page's number, for want of a register to keep that in.
+pub(super) const BIAS: i32 = PAGE_SHIFT as i32;
+
+const _: () = assert!(BIAS as usize <= size_of::<[u64; 2]>() && offset_of!(Frame, pushed) == 0);
 
 /// A memory operand of emitted code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +54,7 @@ impl Mem {
 
     /// A field of the frame.
     pub(super) fn frame(offset: usize) -> Self {
-        Self::base(RSP, offset as i32)
+        Self::base(RSP, offset as i32 - BIAS)
     }
 
     /// Bits X and B of a REX prefix.
@@ -349,6 +360,19 @@ impl Asm {
         self.put(&[0xc4, inverted << 5 | 0x03, 0xfb, 0xf0]);
         self.modrm(to, Rm::Reg(from));
         self.byte(by);
+    }
+
+    /// SHRX by [`BIAS`]: the number of an address's page, without a trace in the flags.
+    pub(super) fn page_number(&mut self, to: Reg, from: Reg) {
+        let inverted = !((to >> 3) << 2 | from >> 3) & 7;
+        // Map 0F38, W1, pp of F2, and RSP as the count.
+        self.put(&[
+            0xc4,
+            inverted << 5 | 0x02,
+            0x80 | (!RSP & 15) << 3 | 0x03,
+            0xf7,
+        ]);
+        self.modrm(to, Rm::Reg(from));
     }
 
     /// A jump if RCX is zero, forward.

@@ -7,13 +7,13 @@
 //!                                             out ◀─ else ────┘                    │ CALL leave
 //!                                              ◀───────────────────────────────────┘
 //! ```
-//! RSP is the frame while a trace runs; the helper runs on the caller's stack. The helper may answer
-//! with another frame to go on with. What comes out is its answer and the frame that ran last. Where it
-//! was called from says which call it is, and which way out.
+//! RSP is the frame and [`BIAS`] while a trace runs; the helper runs on the caller's stack. The helper may
+//! answer with another frame to go on with. What comes out is its answer and the frame that ran last.
+//! Where it was called from says which call it is, and which way out.
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, Mem, Near, R11, RAX, RBX, RCX, RDI, RDX, RSI, RSP, Rm};
+use super::asm::{Asm, BIAS, Mem, Near, R11, RAX, RBX, RCX, RDI, RDX, RSI, RSP, Rm};
 use super::registers::{SPILLED, pinned};
 use super::runtime::TRAP;
 use crate::Cpu;
@@ -192,7 +192,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     asm.lea(RSP, Mem::base(RSP, -8));
     asm.store(Mem::base(RDI, offset_of!(Frame, host_rsp) as i32), RSP);
     asm.store(Mem::base(RDI, offset_of!(Frame, resume) as i32), RSI);
-    asm.mov(RSP, RDI);
+    asm.lea(RSP, Mem::base(RDI, BIAS));
 
     let enter = asm.at();
     restore(&mut asm, avx);
@@ -210,12 +210,12 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let popped = asm.at();
     asm.store(Mem::frame(offset_of!(Frame, missed)), R11);
     save(&mut asm, avx);
-    asm.mov(RBX, RSP);
+    asm.lea(RBX, Mem::base(RSP, -BIAS));
     asm.mov(RDI, R11);
     asm.mov(RSI, RBX);
     asm.load(RSP, host_rsp);
     asm.call_memory(Mem::base(RBX, offset_of!(Frame, helper) as i32));
-    asm.mov(RSP, RBX);
+    asm.lea(RSP, Mem::base(RBX, BIAS));
     // CMP RAX, what the last way out is: more than that is another frame.
     asm.op64(0x83, 7, Rm::Reg(RAX));
     asm.byte(TRAP as u8);
@@ -226,7 +226,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     let again = asm.jmp();
     asm.bind(again, back);
     asm.bind_here(other);
-    asm.mov(RSP, RAX);
+    asm.lea(RSP, Mem::base(RAX, BIAS));
     let again = asm.jmp();
     asm.bind(again, enter);
 
@@ -236,7 +236,7 @@ pub(super) fn glue(avx: bool) -> (Vec<u8>, Glue) {
     save(&mut asm, avx);
     asm.constant32(RAX, 0);
     asm.bind_here(out);
-    asm.mov(RDX, RSP);
+    asm.lea(RDX, Mem::base(RSP, -BIAS));
     asm.load(RSP, host_rsp);
     // LEA RCX, [RIP + 2]; PUSH RCX; RET: the return that the processor expects from the call out of
     // compiled code, or it would take all others for the one before.
@@ -282,7 +282,7 @@ fn switch(asm: &mut Asm) -> usize {
         asm.load(R11, Mem::frame(field));
         asm.store(Mem::base(RCX, field as i32), R11);
     }
-    asm.mov(RSP, RCX);
+    asm.lea(RSP, Mem::base(RCX, BIAS));
     asm.load_byte(RCX, Mem::frame(offset_of!(Frame, alignment)));
     asm.load(R11, Mem::frame(offset_of!(Frame, cpu)));
     let flags = offset_of!(Cpu, rflags) + 2;
@@ -325,7 +325,7 @@ fn bring(asm: &mut Asm, avx: bool, replay: usize) -> [usize; 2] {
 
 /// A field of the frame in a function that a trace has called.
 fn called(offset: usize) -> Mem {
-    Mem::base(RSP, offset as i32 + 8)
+    Mem::base(RSP, offset as i32 + 8 - BIAS)
 }
 
 /// A function that traces call when the jump cache misses the guest address in R11. If the second level
@@ -372,7 +372,7 @@ fn find_jump(asm: &mut Asm) -> Near {
 
 /// Has the first level take the code in RCX for the guest address in R11. RAX is free.
 fn enter_found(asm: &mut Asm) {
-    let column = |offset: usize| Mem::indexed(RSP, RAX, 3, offset as i32 + 8);
+    let column = |offset: usize| Mem::indexed(RSP, RAX, 3, offset as i32 + 8 - BIAS);
     asm.rorx(RAX, R11, JUMP_ROTATE as u8);
     asm.op64(0x03, RAX, Rm::Reg(R11));
     and_constant(asm, RAX, JUMPS as u32 - 1);
@@ -392,7 +392,7 @@ fn enter_found(asm: &mut Asm) {
             RSP,
             RAX,
             0,
-            offset_of!(Area, jump_used) as i32 + 8,
+            offset_of!(Area, jump_used) as i32 + 8 - BIAS,
         )),
     );
     asm.byte(1);

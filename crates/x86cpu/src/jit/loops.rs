@@ -27,6 +27,9 @@ use crate::mem::area::Frame;
 /// Warm turns between looks at requests, at most.
 const TURNS: i32 = 256;
 
+/// Instructions of a loop that is there twice, at most.
+const LONGEST: usize = 96;
+
 /// Which copy of a loop is being emitted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Copies {
@@ -49,7 +52,9 @@ pub(super) fn goes_round(steps: &[Step], ready: &[Ready]) -> bool {
         _ => false,
     };
     let other = |ready: &Ready| ready.is_interpreted() || matches!(ready, Ready::System(_));
-    back && last.follow.is_none() && !ready.iter().any(other)
+    // Calls find their way back within 32 KiB.
+    let short = steps.len() <= LONGEST;
+    short && back && last.follow.is_none() && !ready.iter().any(other)
 }
 
 const CONDITION_A: u8 = 7;

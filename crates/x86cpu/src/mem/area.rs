@@ -33,6 +33,9 @@ const SIGNAL_ROOM: usize = 64 << 10;
 /// The part of an area that compiled code and its callers share.
 #[repr(C, align(64))]
 pub(crate) struct Frame {
+    /// Where compiled code pushes what it pushes: its stack pointer is a little behind the frame's
+    /// start.
+    pub pushed: [u64; 2],
     /// What PEXT takes the page number from, and with it the index in the TLB.
     pub index_mask: u64,
     /// Bits of the distance from a page's start that an access must not have; by alignment.

@@ -12,6 +12,7 @@ mod cross;
 mod edges;
 mod eviction;
 mod litmus;
+mod loops;
 mod machine;
 mod remap;
 mod requests;

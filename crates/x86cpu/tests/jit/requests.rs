@@ -282,7 +282,7 @@ fn interrupts_arrive() {
     }
 }
 
-fn enable_apic(t: &mut TestCpu) {
+pub fn enable_apic(t: &mut TestCpu) {
     let rip = t.cpu.rip;
     t.cpu.rip = CODE + 0x2000;
     let code = [apic::enable(), assemble!("sti", "nop", "out 0x99, al")].concat();
