@@ -15,8 +15,12 @@ use crate::flags::rflags;
 use crate::mem::jumps::JumpKeys;
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
-/// Entries of a first-level TLB.
-pub(crate) const FIRST: usize = 1024;
+/// Entries of a first-level TLB, at first and once they have turned out to be too few.
+const FEW: usize = 1024;
+const MANY: usize = 8192;
+/// How often each of the few may be filled, on the average, before there are more: where two pages that
+/// are used in turn have the same index, that is soon.
+const PATIENCE: usize = 16;
 /// Entries of a jump cache: few enough to stay in the host's, what doesn't fit is in [`super::jumps`].
 pub(crate) const JUMPS: usize = 4096;
 /// Log2 of how many of them are dropped together.
@@ -129,25 +133,21 @@ pub(crate) struct Frame {
 pub(crate) struct Area {
     pub frame: Frame,
     /// Minus the linear page that may be read; by index.
-    pub read: [u64; FIRST],
+    pub read: [u64; MANY],
     /// Minus the linear page that may be written.
-    pub write: [u64; FIRST],
+    pub write: [u64; MANY],
     /// Host address minus linear address.
-    pub addend: [u64; FIRST],
+    pub addend: [u64; MANY],
     /// Guest-physical address of the page; bit 0 is set if all address spaces have it.
-    pub gpa: [u64; FIRST],
+    pub gpa: [u64; MANY],
     /// Minus the linear address of a trace.
     pub jump_tag: [u64; JUMPS],
     /// Its code.
     pub jump_code: [u64; JUMPS],
     /// Which groups of jumps may have any.
     pub jump_used: [u8; JUMPS >> JUMP_GROUP],
-}
-
-/// The index of an address's page.
-#[inline(always)]
-pub(crate) const fn index(linear: u64) -> usize {
-    (linear >> PAGE_SHIFT) as usize & (FIRST - 1)
+    /// How often entries of the TLB have been filled since it was empty.
+    fills: usize,
 }
 
 /// The index of a jump's target.
@@ -156,22 +156,11 @@ pub(crate) const fn jump_index(linear: u64) -> usize {
     linear.wrapping_add(linear.rotate_right(JUMP_ROTATE)) as usize & (JUMPS - 1)
 }
 
-/// A tag that no access finds at `index`. Zero would do, so that an area of zeros is empty, were it
-/// not the tag of page 0, and found by what wraps around to there.
-const fn no_page(index: usize) -> u64 {
-    match index {
-        0 => OTHER_PAGE,
-        LAST => OTHER_PAGE,
-        _ => 0,
-    }
-}
-
 /// Bit of [`Area::gpa`].
 pub(super) const GLOBAL: u64 = 1;
 
-/// The last index, and the tag of a page of neither that nor the first.
-const LAST: usize = FIRST - 1;
-const OTHER_PAGE: u64 = ((FIRST as u64 / 2) << PAGE_SHIFT).wrapping_neg();
+/// The tag of a page whose index is neither the first nor the last.
+const OTHER_PAGE: u64 = (2_u64 << PAGE_SHIFT).wrapping_neg();
 
 /// A tag that no jump finds at `index`: zero again, but for where address 0 is looked for.
 const fn no_jump(index: usize) -> u64 {
@@ -180,64 +169,102 @@ const fn no_jump(index: usize) -> u64 {
 
 impl Area {
     fn init(&mut self) {
-        self.frame.index_mask = ((FIRST as u64) - 1) << PAGE_SHIFT;
         self.frame.masks = [!PAGE_MASK, !PAGE_MASK | 15, !PAGE_MASK | 31];
         self.frame.jump_mask = (JUMPS as u64) - 1;
         self.frame.interrupt_mask = rflags::IF;
         self.frame.bit_masks = [31, 63];
-        for n in [0, LAST] {
+        self.set_entries(FEW);
+        self.jump_tag[0] = no_jump(0);
+    }
+
+    /// How many entries there are.
+    fn entries(&self) -> usize {
+        ((self.frame.index_mask >> PAGE_SHIFT) as usize + 1).min(MANY)
+    }
+
+    /// Empties the TLB, which has so many entries from here on.
+    fn set_entries(&mut self, entries: usize) {
+        let most = entries.max(self.entries());
+        self.read[..most].fill(0);
+        self.write[..most].fill(0);
+        self.frame.index_mask = (entries as u64 - 1) << PAGE_SHIFT;
+        self.fills = 0;
+        for n in [0, entries - 1] {
             self.drop_entry(n);
         }
-        self.jump_tag[0] = no_jump(0);
+    }
+
+    /// The index of an address's page.
+    #[inline(always)]
+    pub(crate) fn index(&self, linear: u64) -> usize {
+        ((linear & self.frame.index_mask) >> PAGE_SHIFT) as usize & (MANY - 1)
+    }
+
+    /// A tag that no access finds at an index. Zero would do, so that an area of zeros is empty, were it
+    /// not the tag of page 0, and found by what wraps around to there.
+    fn no_page(&self, index: usize) -> u64 {
+        if index == 0 || index == self.entries() - 1 {
+            OTHER_PAGE
+        } else {
+            0
+        }
     }
 
     /// Empties the TLB.
     pub(super) fn drop_all(&mut self) {
-        self.read.fill(0);
-        self.write.fill(0);
-        for n in [0, LAST] {
-            self.drop_entry(n);
-        }
+        self.set_entries(FEW);
     }
 
     fn drop_entry(&mut self, n: usize) {
-        self.read[n] = no_page(n);
-        self.write[n] = no_page(n);
+        self.read[n] = self.no_page(n);
+        self.write[n] = self.no_page(n);
     }
 
     pub(super) fn drop_page(&mut self, linear: u64) {
-        self.drop_entry(index(linear));
+        self.drop_entry(self.index(linear));
     }
 
     pub(super) fn drop_writes(&mut self) {
-        for n in 0..FIRST {
-            self.write[n] = no_page(n);
-        }
+        let entries = self.entries();
+        self.write[..entries].fill(0);
+        self.mend_empty();
     }
 
     pub(super) fn drop_writes_to(&mut self, gpa: u64) {
-        for n in 0..FIRST {
+        for n in 0..self.entries() {
             if self.gpa[n] & !GLOBAL == gpa {
-                self.write[n] = no_page(n);
+                self.write[n] = self.no_page(n);
             }
         }
     }
 
     /// Takes the pages that all address spaces have from another address space's area; all others go.
     pub(super) fn take_global(&mut self, from: &Self) {
-        for n in 0..FIRST {
-            let keep = 0_u64.wrapping_sub(from.gpa[n] & GLOBAL);
-            self.read[n] = from.read[n] & keep;
-            self.write[n] = from.write[n] & keep;
+        self.set_entries(FEW);
+        for old in 0..from.entries() {
+            if from.gpa[old] & GLOBAL == 0 {
+                continue;
+            }
+            // Minus the page, if there is one.
+            let tag = match from.read[old] {
+                OTHER_PAGE if old == 0 || old == from.entries() - 1 => continue,
+                0 if old != 0 => continue,
+                tag => tag,
+            };
+            let n = self.index(tag.wrapping_neg());
+            self.read[n] = tag;
+            self.write[n] = match from.write[old] {
+                write if write == tag => tag,
+                _ => self.no_page(n),
+            };
+            self.addend[n] = from.addend[old];
+            self.gpa[n] = from.gpa[old];
         }
-        self.addend = from.addend;
-        self.gpa = from.gpa;
-        self.mend_empty();
     }
 
     /// Drops the pages that not all address spaces have.
     pub(super) fn keep_global(&mut self) {
-        for n in 0..FIRST {
+        for n in 0..self.entries() {
             let keep = 0_u64.wrapping_sub(self.gpa[n] & GLOBAL);
             self.read[n] &= keep;
             self.write[n] &= keep;
@@ -245,12 +272,13 @@ impl Area {
         self.mend_empty();
     }
 
-    /// Makes empty entries of zeros what [`no_page`] says.
+    /// Makes empty entries of zeros what [`Area::no_page`] says.
     fn mend_empty(&mut self) {
-        for n in [0, LAST] {
+        for n in [0, self.entries() - 1] {
+            let none = self.no_page(n);
             for tag in [&mut self.read[n], &mut self.write[n]] {
                 if *tag == 0 {
-                    *tag = no_page(n);
+                    *tag = none;
                 }
             }
         }
@@ -258,12 +286,16 @@ impl Area {
 
     /// Enters a page for reading, and for writing if `write`; `gpa` as in [`Area::gpa`].
     pub(super) fn fill(&mut self, linear: u64, host: usize, gpa: u64, write: bool) {
+        self.fills += 1;
+        if self.fills > FEW * PATIENCE && self.entries() == FEW {
+            self.set_entries(MANY);
+        }
         let page = linear & !PAGE_MASK;
         let tag = page.wrapping_neg();
-        let n = index(linear);
+        let n = self.index(linear);
         let keep = self.read[n] == tag && self.gpa[n] == gpa && self.write[n] == tag;
         self.read[n] = tag;
-        self.write[n] = if write || keep { tag } else { no_page(n) };
+        self.write[n] = if write || keep { tag } else { self.no_page(n) };
         self.addend[n] = (host as u64).wrapping_sub(page);
         self.gpa[n] = gpa;
     }

@@ -368,6 +368,29 @@ fn global_pages_survive_address_spaces() {
 }
 
 #[test]
+fn pages_in_each_others_way_get_out_of_it() {
+    let mut t = machine();
+    // The same table again, 4 MiB on.
+    t.write(DIRECTORY + 16, &(TABLE | P | W | U).to_le_bytes());
+    set_pte(&t, 0, DATA | P | W);
+    let hits = |t: &TestCpu| t.cpu.shared.counters.values().tlb_second_hits;
+    let in_turn = |t: &mut TestCpu, times: u64| {
+        let before = hits(t);
+        for _ in 0..times {
+            for linear in [WINDOW, WINDOW + 0x40_0000] {
+                t.cpu.load_lin::<u8>(linear, Access::Current).unwrap();
+            }
+        }
+        hits(t) - before
+    };
+    assert!(in_turn(&mut t, 100) > 150, "both have one entry at first");
+    in_turn(&mut t, 20_000);
+    assert_eq!(in_turn(&mut t, 100), 0, "then each has its own");
+    t.cpu.tlb_flush_all();
+    assert!(in_turn(&mut t, 100) > 150, "until all is dropped");
+}
+
+#[test]
 fn process_contexts_keep_their_entries() {
     let mut t = machine();
     t.cpu.sys.cr4 |= cr4::PCIDE;

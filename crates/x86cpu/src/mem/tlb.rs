@@ -6,7 +6,7 @@
 
 use std::ptr::NonNull;
 
-use crate::mem::area::{Area, GLOBAL as GLOBAL_PAGE, OwnArea, index, jump_index};
+use crate::mem::area::{Area, GLOBAL as GLOBAL_PAGE, OwnArea, jump_index};
 use crate::mem::jumps::{JumpKeys, Jumps};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT};
 
@@ -33,18 +33,18 @@ impl TlbView {
     /// Translates a read of `size` bytes that stays within one page of RAM.
     #[inline(always)]
     pub(crate) fn read(&self, linear: u64, size: usize) -> Option<usize> {
-        let n = index(linear);
         // SAFETY: the area lives as long as the processor, and is written between accesses only.
         let area = unsafe { self.area.as_ref() };
+        let n = area.index(linear);
         Self::hit(area.read[n], linear, size).then(|| linear.wrapping_add(area.addend[n]) as usize)
     }
 
     /// The same for a write.
     #[inline(always)]
     pub(crate) fn write(&self, linear: u64, size: usize) -> Option<usize> {
-        let n = index(linear);
         // SAFETY: as in `read`.
         let area = unsafe { self.area.as_ref() };
+        let n = area.index(linear);
         Self::hit(area.write[n], linear, size).then(|| linear.wrapping_add(area.addend[n]) as usize)
     }
 
