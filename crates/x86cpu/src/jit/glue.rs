@@ -341,6 +341,8 @@ fn find_jump(asm: &mut Asm) -> Near {
     asm.store32(flags, RAX);
     asm.rorx(RAX, R11, jumps::SHIFT as u8);
     asm.op64(0x33, RAX, Rm::Reg(R11));
+    let salt = called(keys + offset_of!(JumpKeys, salt));
+    asm.op32(0x33, RAX, Rm::Mem(salt));
     and_constant(asm, RAX, jumps::MASK);
     asm.lea(RAX, Mem::indexed(RAX, RAX, 0, 0));
     asm.load(RCX, called(offset_of!(Frame, jumps)));

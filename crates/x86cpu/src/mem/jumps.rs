@@ -9,6 +9,12 @@ const SPACE_BITS: u32 = 13;
 /// How an address is turned into an index: it, and it shifted right by so much, one to the other.
 pub(crate) const SHIFT: u32 = 15;
 pub(crate) const MASK: u32 = JUMPS as u32 - 1;
+/// An odd number: one address space's jumps come so far from the next one's.
+const SPREAD: u32 = 0x9e5;
+
+fn index(linear: u64, keys: JumpKeys) -> usize {
+    ((linear ^ linear >> SHIFT) as u32 & MASK ^ keys.salt & MASK) as usize
+}
 
 /// One jump: what must agree, and where it leads.
 #[derive(Clone, Copy, Default)]
@@ -28,6 +34,9 @@ const _: () = assert!(size_of::<Jump>() == 16);
 pub(crate) struct JumpKeys {
     pub own: u32,
     pub global: u32,
+    /// What the index is XORed with: processes that run the same program aren't in each other's way, while
+    /// the kernel's code is in one place for all.
+    pub salt: u32,
 }
 
 /// See the module's text.
@@ -51,6 +60,7 @@ impl Jumps {
         JumpKeys {
             own: global | u32::from(asid),
             global,
+            salt: u32::from(user) * u32::from(asid) * SPREAD,
         }
     }
 
@@ -59,17 +69,18 @@ impl Jumps {
         self.entries.as_ptr() as u64
     }
 
-    pub(super) fn enter(&mut self, linear: u64, key: u32, code: u32) {
-        let index = (linear ^ linear >> SHIFT) as u32 & MASK;
-        if let Some(entry) = self.entries.get_mut(index as usize) {
+    /// Has jumps to a linear address, which is on a page of all address spaces if `everywhere`, go to
+    /// `code`.
+    pub(super) fn enter(&mut self, linear: u64, keys: JumpKeys, everywhere: bool, code: u32) {
+        let key = if everywhere { keys.global } else { keys.own };
+        if let Some(entry) = self.entries.get_mut(index(linear, keys)) {
             *entry = Jump { linear, key, code };
         }
     }
 
     /// The code of a jump, as compiled code looks for it.
     pub(super) fn find(&self, linear: u64, keys: JumpKeys) -> Option<u32> {
-        let index = (linear ^ linear >> SHIFT) as u32 & MASK;
-        let entry = self.entries.get(index as usize)?;
+        let entry = self.entries.get(index(linear, keys))?;
         let known = entry.key == keys.own || entry.key == keys.global;
         (entry.linear == linear && known).then_some(entry.code)
     }
@@ -98,8 +109,8 @@ mod tests {
         let mut jumps = Jumps::new();
         let kernel = jumps.keys(7, false);
         assert_eq!(jumps.find(0, kernel), None, "an empty table has nothing");
-        jumps.enter(0x1234, kernel.own, 1);
-        jumps.enter(0x5678, kernel.global, 2);
+        jumps.enter(0x1234, kernel, false, 1);
+        jumps.enter(0x5678, kernel, true, 2);
         assert_eq!(jumps.find(0x1234, kernel), Some(1));
         assert_eq!(jumps.find(0x1234, jumps.keys(8, false)), None);
         assert_eq!(jumps.find(0x1234, jumps.keys(7, true)), None);

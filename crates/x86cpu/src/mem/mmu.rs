@@ -111,11 +111,8 @@ impl Mmu {
         let user = self.table == Table::User;
         let keys = self.first.jump_keys(self.asid, user);
         let known = self.second.find(linear, self.asid, self.global);
-        let key = match known {
-            Some(page) if page.global => keys.global,
-            _ => keys.own,
-        };
-        self.first.enter_jump(view, linear, code, key);
+        let everywhere = known.is_some_and(|page| page.global);
+        self.first.enter_jump(view, linear, code, keys, everywhere);
     }
 
     /// What the second level of the jump cache is looked up with: where it is, and the keys.

@@ -238,13 +238,20 @@ impl FirstLevel {
     }
 
     /// Has jumps to a linear address go to `code`, so far from where the code starts, in one area and in
-    /// the second level under `key`.
-    pub(super) fn enter_jump(&mut self, view: TlbView, linear: u64, code: Target, key: u32) {
+    /// the second level; see [`Jumps::enter`].
+    pub(super) fn enter_jump(
+        &mut self,
+        view: TlbView,
+        linear: u64,
+        code: Target,
+        keys: JumpKeys,
+        everywhere: bool,
+    ) {
         if let Some(area) = self.all().find(|area| area.pointer() == view.area) {
             area.get()
                 .enter_jump(linear, code.base + u64::from(code.offset));
         }
-        self.jumps.enter(linear, key, code.offset);
+        self.jumps.enter(linear, keys, everywhere, code.offset);
     }
 
     /// Where the second level of the jump cache is.
