@@ -7,7 +7,7 @@ use common::{demo, run};
 use serde_json::Value;
 
 const MODES: [&str; 3] = ["interpreter", "jit", "jit-stress"];
-const COUNTERS: [&str; 19] = [
+const COUNTERS: [&str; 20] = [
     "calls_interpreter",
     "compiled_bytes",
     "compiled_instructions",
@@ -24,6 +24,7 @@ const COUNTERS: [&str; 19] = [
     "flushes",
     "interpreted_instructions",
     "invalidated_traces",
+    "jumps_found",
     "tlb_misses",
     "tlb_second_hits",
     "tlb_walks",
