@@ -107,7 +107,8 @@ struct Kept {
     name: String,
     pool: VmPool,
     leases: Mutex<Leases>,
-    closed: Mutex<bool>,
+    /// Those who have asked for its end, to be told when its name is free.
+    closing: Mutex<Vec<UnixStream>>,
     changed: Condvar,
 }
 
@@ -144,7 +145,7 @@ fn keep(launch: &PoolLaunch, maker: &UnixStream) -> Result<(), EngineError> {
         name: launch.name.clone(),
         pool,
         leases: Mutex::default(),
-        closed: Mutex::new(false),
+        closing: Mutex::default(),
         changed: Condvar::new(),
     });
     let serving = kept.clone();
@@ -161,12 +162,15 @@ fn keep(launch: &PoolLaunch, maker: &UnixStream) -> Result<(), EngineError> {
         .map_err(EngineError::host("start a thread"))?;
     tell(Told::Open);
     let _ = maker.shutdown(std::net::Shutdown::Both);
-    let mut closed = kept.closed.lock();
-    while !*closed {
-        kept.changed.wait(&mut closed);
+    let mut closing = kept.closing.lock();
+    while closing.is_empty() {
+        kept.changed.wait(&mut closing);
     }
     // Before the machines, which take longer to go.
     drop(place);
+    for stream in closing.iter_mut() {
+        let _ = send(stream, &PoolReply::Done);
+    }
     Ok(())
 }
 
@@ -233,8 +237,7 @@ fn serve(mut stream: UnixStream, kept: &Arc<Kept>) {
         PoolRequest::Release(number) => kept.release(number).map(|()| PoolReply::Done),
         PoolRequest::Stats => Ok(PoolReply::Stats(kept.pool.stats())),
         PoolRequest::Close => {
-            let _ = send(&mut stream, &PoolReply::Done);
-            *kept.closed.lock() = true;
+            kept.closing.lock().push(stream);
             kept.changed.notify_all();
             return;
         }
