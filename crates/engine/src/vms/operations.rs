@@ -277,14 +277,22 @@ pub fn wait(registry: &Registry, name: &str) -> Result<u8, EngineError> {
     }
 }
 
-/// What a machine that runs no more left; one that is forgotten was killed before it could say.
+/// What a machine that answers no more left, once its process is gone; one that is forgotten was killed
+/// before it could say.
 fn final_code(registry: &Registry, info: &VmInfo) -> Result<u8, EngineError> {
-    match registry.find(&info.config.id) {
-        Ok(info) => Ok(info.state.exit_code.unwrap_or(super::KILLED)),
-        Err(EngineError::NoSuchVm { .. }) => Ok(super::KILLED),
-        Err(error) => Err(error),
+    loop {
+        match registry.find(&info.config.id) {
+            // It doesn't answer, but hasn't written how it ended yet.
+            Ok(info) if info.state.status.is_alive() => std::thread::sleep(ENDING),
+            Ok(info) => return Ok(info.state.exit_code.unwrap_or(super::KILLED)),
+            Err(EngineError::NoSuchVm { .. }) => return Ok(super::KILLED),
+            Err(error) => return Err(error),
+        }
     }
 }
+
+/// How often it is looked whether a process that ends has come to its end.
+const ENDING: Duration = Duration::from_millis(5);
 
 /// The exit status, if the command ends in time.
 fn wait_for(
