@@ -466,7 +466,14 @@ impl Cpu {
                 self.run_one_op(call, op, block.end(), frame)
             }
             Work::Cross => self.run_crossing(found, frame),
-            _ => self.run_to_end(call, found, op, frame),
+            _ => {
+                let result = self.execute_rest(found, op);
+                frame.flags = from_bits(self.flags.bits());
+                match result {
+                    Ok(()) => self.go_on(frame),
+                    Err(Trap) => TRAP,
+                }
+            }
         }
     }
 
@@ -486,25 +493,6 @@ impl Cpu {
             }
             Work::Jump | Work::Goto => self.find_trace(frame.missed),
             _ => false,
-        }
-    }
-
-    /// Runs an instruction and what is left of its block.
-    fn run_to_end(&mut self, call: Call, block: BlockRef, op: *const Op, frame: &mut Frame) -> u64 {
-        let result = if call.back == Call::MIDST {
-            // In the midst of a fused op: a block of its own begins here.
-            // SAFETY: the first op of the instruction.
-            self.rip = self.own_rip(unsafe { &*op });
-            Ok(())
-        } else {
-            // SAFETY: so many ops before its parts is the op that is fused of them.
-            let whole = unsafe { op.sub(usize::from(call.back)) };
-            self.execute_rest(block, whole)
-        };
-        frame.flags = from_bits(self.flags.bits());
-        match result {
-            Ok(()) => self.go_on(frame),
-            Err(Trap) => TRAP,
         }
     }
 
