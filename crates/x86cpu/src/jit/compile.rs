@@ -134,8 +134,8 @@ pub(super) struct Compiled {
 /// instructions.
 pub(super) struct Scratch {
     pub forms: Forms,
-    /// The page that the trace is of.
-    pub page: Box<[u8; PAGE_SIZE]>,
+    /// The page that the trace is of, and as much of the next as an instruction may reach.
+    pub page: Box<[u8; PAGE_SIZE + 14]>,
     pub steps: Vec<Step>,
     ready: Vec<Ready>,
     code: Vec<u8>,
@@ -256,24 +256,20 @@ pub(super) struct Noted {
 }
 
 /// A trace for a block that is one instruction across two pages. What the second one is depends on how
-/// it is mapped, which the interpreter looks at, and vouches for until mappings change. `bytes` are those
-/// of the one page, and the first of the other.
+/// it is mapped, which the interpreter looks at, and vouches for until mappings change.
 pub(super) fn crossing(
     trace: &Trace,
-    bytes: Option<&[u8]>,
     request: Request<'_>,
     scratch: &mut Scratch,
 ) -> Option<Compiled> {
     let step = trace.steps.first()?;
     let mut c = Compiler::new(step.at, request, scratch);
-    let forms = &mut scratch.forms;
-    let ready = bytes.map(|bytes| (bytes, Ready::crossing(step, bytes, forms)));
+    let bytes = &scratch.page[..];
+    let ready = Ready::crossing(step, bytes, &mut scratch.forms);
     c.entry();
     let call = c.call(Work::Cross, 0, false);
     let mut words = Vec::new();
-    if let Some((bytes, ready)) = ready
-        && !matches!(ready, Ready::Interpret { .. })
-    {
+    if !matches!(ready, Ready::Interpret { .. }) {
         c.shares = vec![[None; 2]];
         let unsure;
         (words, unsure) = c.guard();

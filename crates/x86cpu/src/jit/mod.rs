@@ -477,7 +477,7 @@ impl Jit {
             first_call,
             offset: head_offset(head) as u16,
             live: true,
-            crosses: trace.crosses,
+            crosses: pages[1].is_some(),
             guard: compiled.guard.map_or(0, |at| offset + at as u32),
         });
         // It goes when either page changes.

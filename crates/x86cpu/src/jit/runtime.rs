@@ -32,9 +32,6 @@ pub(super) const LEAVE: u64 = 1;
 /// Leave: the reason is in `cpu.trap`. What is more than this is the frame to go on with.
 pub(super) const TRAP: u64 = 2;
 
-/// Bytes of the longest instruction, but for the first.
-const LONGEST: usize = 14;
-
 /// Flags as LAHF and SETO give them, at their places in RFLAGS.
 fn to_bits(flags: u32) -> u64 {
     u64::from(flags >> 8 & 0xd5) | u64::from(flags & 1) << 11
@@ -169,14 +166,13 @@ impl Cpu {
         }
         page.read(0, &mut scratch.page[..]);
         let second = found.second_page();
-        let crossing = second.and_then(|(gpa, state, version)| {
+        if let Some((gpa, state, _)) = second {
             let second = slots.page(gpa)?;
-            let mut both = scratch.page.to_vec();
-            both.resize(PAGE_SIZE + LONGEST, 0);
-            second.read(0, &mut both[PAGE_SIZE..]);
-            let same = std::ptr::eq(second.state, state) && state.version() == version;
-            same.then_some(both)
-        });
+            if !std::ptr::eq(second.state, state) {
+                return None;
+            }
+            second.read(0, &mut scratch.page[PAGE_SIZE..]);
+        }
         let steps = std::mem::take(&mut scratch.steps);
         let find = |offset: u16| {
             let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
@@ -185,22 +181,16 @@ impl Cpu {
                 .find(key)
                 .filter(|block| unsafe { block.get() }.is_of(version))
         };
-        let whole = found.is_whole();
-        let trace = if whole {
-            Trace::new(block, &scratch.page, find, steps)
-        } else {
-            Trace::crossing(block, crossing.as_deref(), steps)
-        }?;
+        let trace = Trace::new(block, &scratch.page[..], find, steps)?;
         let request = Request {
             origin,
             glue,
             hardened: self.code.jit.tuning.hardened,
             plain: self.code.jit.plain(found),
         };
-        let compiled = if whole {
-            compile::compile(&trace, request, scratch)
-        } else {
-            compile::crossing(&trace, crossing.as_deref(), request, scratch)
+        let compiled = match second {
+            None => compile::compile(&trace, request, scratch),
+            Some(_) => compile::crossing(&trace, request, scratch),
         }?;
         // Whoever writes the page from here on makes the trace stale; who has done so before, or
         // is doing so, has changed the version, or will.

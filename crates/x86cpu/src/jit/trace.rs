@@ -39,8 +39,6 @@ impl Step {
 /// See the module's text.
 pub(super) struct Trace {
     pub steps: Vec<Step>,
-    /// It is one instruction across two pages.
-    pub crosses: bool,
 }
 
 /// The ops of a block that are for instructions; none is for several, as lowering leaves what is to be
@@ -67,17 +65,15 @@ pub(super) fn in_page(target: i64) -> Option<u16> {
 
 impl Trace {
     /// Follows the path from a block on. `find` gives the block at an offset of the page, if it is
-    /// decoded and current. `None` if bytes and blocks don't agree, or nothing can be compiled.
+    /// decoded and current. `page` has the bytes of the page, and the first of the next if the block is an
+    /// instruction that goes on there. `None` if bytes and blocks don't agree.
     pub(super) fn new(
         head: BlockRef,
-        page: &[u8; PAGE_SIZE],
+        page: &[u8],
         find: impl Fn(u16) -> Option<BlockRef>,
         steps: Vec<Step>,
     ) -> Option<Self> {
-        let mut trace = Self {
-            steps,
-            crosses: false,
-        };
+        let mut trace = Self { steps };
         let options = DecoderOptions::FORCE_RESERVED_NOP;
         let mut decoder = Decoder::with_ip(64, page, 0, options);
         let mut seen = [head; BLOCKS];
@@ -97,41 +93,6 @@ impl Trace {
             block = next;
         }
         Some(trace)
-    }
-
-    /// The one instruction of a block that goes on in another page. `bytes` are those of its page and the
-    /// first of the other.
-    pub(super) fn crossing(head: BlockRef, bytes: Option<&[u8]>, steps: Vec<Step>) -> Option<Self> {
-        // SAFETY: nothing clears the cache while a trace is made.
-        #[expect(unsafe_code, reason = "looks into a block")]
-        let block = unsafe { head.get() };
-        let instruction = bytes.and_then(|bytes| {
-            let options = DecoderOptions::FORCE_RESERVED_NOP;
-            let mut decoder = Decoder::with_ip(64, bytes, 0, options);
-            decoder.set_position(block.offset()).ok()?;
-            decoder.set_ip(block.offset() as u64);
-            let instruction = decoder.decode();
-            (instruction.len() == usize::from(block.len)).then_some(instruction)
-        });
-        let mut trace = Self {
-            crosses: true,
-            steps,
-        };
-        for op in instruction_ops(block) {
-            match trace.steps.last_mut() {
-                Some(step) => step.ops += 1,
-                None => trace.steps.push(Step {
-                    instruction: instruction.unwrap_or_default(),
-                    at: block.offset() as u16,
-                    op,
-                    ops: 1,
-                    block: head,
-                    last: true,
-                    follow: None,
-                }),
-            }
-        }
-        (!trace.steps.is_empty()).then_some(trace)
     }
 
     #[expect(unsafe_code, reason = "looks into a block")]
