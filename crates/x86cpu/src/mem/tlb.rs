@@ -138,7 +138,7 @@ impl FirstLevel {
         let from = self.spaces[before].areas[KERNEL]
             .as_ref()
             .map(OwnArea::pointer)
-            .filter(|_| self.spaces[before].asid != 0);
+            .filter(|_| before != self.current && self.spaces[before].asid != 0);
         let space = &mut self.spaces[self.current];
         space.asid = asid;
         for (table, area) in space.areas.iter_mut().enumerate() {
@@ -146,12 +146,10 @@ impl FirstLevel {
                 area.get_or_insert_with(OwnArea::new);
             }
             let Some(area) = area else { continue };
-            let pointer = area.pointer();
             let area = area.get();
             area.drop_jumps();
             match from {
-                Some(from) if table == KERNEL && from == pointer => area.keep_global(),
-                // SAFETY: another area of this, which nothing changes meanwhile.
+                // SAFETY: an area of another space, which nothing changes meanwhile.
                 Some(from) if table == KERNEL => area.take_global(unsafe { from.as_ref() }),
                 _ => area.drop_all(),
             }
