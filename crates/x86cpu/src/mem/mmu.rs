@@ -24,6 +24,8 @@ const PCIDS: usize = 4096;
 const LARGE_WORDS: usize = 4096;
 /// After so many writes to pages that have lost their code, one becomes plain data again.
 const IDLE_WRITES: u32 = 16;
+/// Numbers of the first address space and of what all have; and the last that is taken.
+const FIRST_ASIDS: (u16, u16, u16) = (1, 2, 2);
 
 /// One processor's memory-management unit.
 pub struct Mmu {
@@ -78,6 +80,7 @@ pub(crate) enum Place {
 
 impl Mmu {
     pub(crate) fn new(slots: Arc<SlotTable>) -> Self {
+        let (asid, global, last_asid) = FIRST_ASIDS;
         Self {
             first: FirstLevel::new(),
             second: SecondLevel::new(),
@@ -88,9 +91,9 @@ impl Mmu {
             physical_bits: 36,
             table: Table::Supervisor,
             asids: zeroed(),
-            asid: 1,
-            global: 2,
-            last_asid: 2,
+            asid,
+            global,
+            last_asid,
             large: zeroed(),
             jump_epoch: 0,
             idle_writes: 0,
@@ -164,28 +167,21 @@ impl Mmu {
         &self.slots
     }
 
-    fn new_asid(&mut self) -> u16 {
-        if self.last_asid == LAST_ASID {
-            self.first.clear();
-            self.second.clear();
-            self.asids.fill(0);
-            self.large.fill(0);
-            self.last_asid = 1;
-            self.global = 1;
-            self.jump_epoch += 1;
-        }
-        self.last_asid += 1;
-        self.last_asid
+    /// A number that no address space has had; `None` if there is no more.
+    fn new_asid(&mut self) -> Option<u16> {
+        (self.last_asid < LAST_ASID).then(|| {
+            self.last_asid += 1;
+            self.last_asid
+        })
     }
 
+    /// Numbers of address spaces start over: what is known of code under them has to go as well.
     fn flush_all(&mut self) {
         self.first.clear();
         self.second.clear();
         self.large.fill(0);
         self.asids.fill(0);
-        self.asid = self.new_asid();
-        // `new_asid` may just have started over and given `global` a number of its own.
-        self.global = self.new_asid();
+        (self.asid, self.global, self.last_asid) = FIRST_ASIDS;
     }
 
     fn large_key(linear: u64, shift: u32) -> (usize, u64) {
@@ -318,7 +314,9 @@ impl Cpu {
         let pcid = self.pcid(cr3);
         let known = self.mmu.asids[pcid];
         self.mmu.asid = if flush || known == 0 {
-            let asid = self.mmu.new_asid();
+            let Some(asid) = self.mmu.new_asid() else {
+                return self.tlb_flush_all();
+            };
             self.mmu.asids[pcid] = asid;
             asid
         } else {

@@ -161,6 +161,41 @@ fn more_address_spaces_than_are_kept() {
 }
 
 #[test]
+fn so_many_address_spaces_that_their_numbers_come_again() {
+    // The first one is left as soon as it has run the page, and the second one gets its number.
+    let code = assemble!(
+        "xor r8d, r8d",
+        "mov r9d, 4090",
+        "2:",
+        "mov cr3, r12",
+        "call rsi",
+        "add r8, rax",
+        "call rsi",
+        "add r8, rax",
+        "mov ecx, r9d",
+        "3:",
+        "mov cr3, r12",
+        "dec ecx",
+        "jnz 3b",
+        "mov cr3, r13",
+        "call rsi",
+        "add r8, rax",
+        "inc r9d",
+        "cmp r9d, 4096",
+        "jne 2b",
+        "hlt",
+    );
+    each(
+        code,
+        |t| {
+            t.cpu.gpr[12] = TABLES;
+            t.cpu.gpr[13] = ROOT2;
+        },
+        6 * 102,
+    );
+}
+
+#[test]
 fn another_address_space_is_changed() {
     // While in the first, the second one's entry changes; INVPCID says so.
     let code = assemble!(
