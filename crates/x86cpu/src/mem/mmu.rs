@@ -47,8 +47,6 @@ pub struct Mmu {
     last_asid: u16,
     /// Hashes of 2 MiB (and 1 GiB) regions that large pages have been entered for.
     large: Box<[u64; LARGE_WORDS]>,
-    /// Counts what made jump caches stale.
-    jump_epoch: u64,
     /// Writes that found no code left in a page that had some.
     idle_writes: u32,
 }
@@ -95,7 +93,6 @@ impl Mmu {
             global,
             last_asid,
             large: zeroed(),
-            jump_epoch: 0,
             idle_writes: 0,
         }
     }
@@ -111,8 +108,7 @@ impl Mmu {
     /// Has jumps of the current address space and privilege to a linear address go to `code`.
     pub(crate) fn enter_jump(&mut self, linear: u64, code: Target) {
         let view = self.view();
-        let user = self.table == Table::User;
-        let keys = self.first.jump_keys(self.asid, user);
+        let keys = self.jumps().1;
         let known = self.second.find(linear, self.asid, self.global);
         let everywhere = known.is_some_and(|page| page.global);
         self.first.enter_jump(view, linear, code, keys, everywhere);
@@ -121,25 +117,24 @@ impl Mmu {
     /// What the second level of the jump cache is looked up with: where it is, and the keys.
     pub(crate) fn jumps(&self) -> (u64, JumpKeys) {
         let user = self.table == Table::User;
-        (self.first.jumps(), self.first.jump_keys(self.asid, user))
+        let jumps = &self.first.jumps;
+        (jumps.base(), jumps.keys(self.asid, user))
     }
 
     /// Where code is, in the second level of the jump cache.
     pub(crate) fn jump(&self, linear: u64) -> Option<u32> {
-        self.first.jump(linear, self.jumps().1)
+        self.first.jumps.find(linear, self.jumps().1)
     }
 
     /// Forgets all of [`Mmu::enter_jump`].
     pub(crate) fn drop_jumps(&mut self) {
         self.first.drop_jumps();
-        self.jump_epoch += 1;
     }
 
     /// What must agree for code to be what it was at a linear address; never 0. It changes with
     /// [`Mmu::drop_jumps`].
     pub(crate) fn code_key(&self) -> u64 {
-        let user = self.table == Table::User;
-        self.jump_epoch << 17 | u64::from(user) << 16 | u64::from(self.asid)
+        self.first.jumps.key(self.asid, self.table == Table::User)
     }
 
     /// Gives memory back to the host.

@@ -101,7 +101,8 @@ pub(super) struct FirstLevel {
     current: usize,
     switches: u64,
     slow: OwnArea,
-    jumps: Jumps,
+    /// The second level of their jump caches.
+    pub(super) jumps: Jumps,
 }
 
 impl FirstLevel {
@@ -250,21 +251,6 @@ impl FirstLevel {
                 .enter_jump(linear, code.base + u64::from(code.offset));
         }
         self.jumps.enter(linear, keys, everywhere, code.offset);
-    }
-
-    /// Where the second level of the jump cache is.
-    pub(super) fn jumps(&self) -> u64 {
-        self.jumps.base()
-    }
-
-    /// The code for a linear address there.
-    pub(super) fn jump(&self, linear: u64, keys: JumpKeys) -> Option<u32> {
-        self.jumps.find(linear, keys)
-    }
-
-    /// What must agree there beside the address.
-    pub(super) fn jump_keys(&self, asid: u16, user: bool) -> JumpKeys {
-        self.jumps.keys(asid, user)
     }
 
     /// Forgets all jumps.
