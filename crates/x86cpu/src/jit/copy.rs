@@ -222,18 +222,10 @@ impl Compiler<'_> {
                 let guest = i.op0_register().number() as u8;
                 let from = Address::of(GUEST_RSP, 0);
                 let from = self.access(n, &from, 8, Align::None, false, call);
-                if guest == reg::RSP {
-                    self.asm.load(GUEST_RSP, from);
-                    return;
+                self.load_guest(guest, from);
+                if guest != reg::RSP {
+                    self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8));
                 }
-                match HOST[usize::from(guest & 15)] {
-                    Some(host) => self.asm.load(host, from),
-                    None => {
-                        self.asm.load(RCX, from);
-                        self.asm.store(slot(guest), RCX);
-                    }
-                }
-                self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8));
             }
             _ => {
                 // LEAVE with a 64-bit stack.
@@ -321,6 +313,17 @@ impl Compiler<'_> {
         }
     }
 
+    /// Loads a guest register, by RCX if it is in the frame.
+    pub(super) fn load_guest(&mut self, guest: u8, from: Mem) {
+        match HOST[usize::from(guest & 15)] {
+            Some(host) => self.asm.load(host, from),
+            None => {
+                self.asm.load(RCX, from);
+                self.asm.store(slot(guest), RCX);
+            }
+        }
+    }
+
     /// DIV and IDIV of 32 and 64 bits, where no #DE can come of it; else the interpreter's.
     pub(super) fn divide(&mut self, n: usize, i: &Instruction, copy: &Copy, signed: bool) {
         let wide = copy.size == 8;
@@ -337,9 +340,8 @@ impl Compiler<'_> {
         // All flags are undefined after a division, so that these may change them; but it may turn
         // out that there is an exception instead.
         self.asm.mov(R11, RAX);
-        self.asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
-        self.asm
-            .store32(Mem::frame(offset_of!(Frame, divide_flags)), RAX);
+        let flags = Mem::frame(offset_of!(Frame, divide_flags));
+        self.asm.store_flags(flags);
         self.asm.mov(RAX, R11);
         if signed {
             // What is divided is a sign-extended number, and the divisor is neither 0 nor -1.
