@@ -155,15 +155,15 @@ impl Block {
         self.heat.set(heat);
     }
 
-    /// Counts one more run.
+    /// Counts one more run. Whether that makes it, or it was, so hot, and it may be compiled.
     #[inline(always)]
-    pub(crate) fn warm(&self) -> u16 {
-        let heat = self.heat.get();
-        if heat >= u16::MAX - 1 {
-            return heat;
+    pub(crate) fn warms_to(&self, threshold: u16) -> bool {
+        let mut heat = self.heat.get();
+        if heat < u16::MAX - 1 {
+            heat += 1;
+            self.heat.set(heat);
         }
-        self.heat.set(heat + 1);
-        heat + 1
+        heat >= threshold && heat != u16::MAX
     }
 
     /// Whether the bytes that it was decoded from are still those in memory.

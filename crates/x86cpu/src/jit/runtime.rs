@@ -84,11 +84,11 @@ impl Cpu {
         if code != 0 {
             return code;
         }
-        let heat = found.warm();
-        if heat < self.code.jit.threshold() || heat == u16::MAX {
-            return 0;
+        if found.warms_to(self.code.jit.threshold()) {
+            self.compile_block(block)
+        } else {
+            0
         }
-        self.compile_block(block)
     }
 
     #[cold]
@@ -256,10 +256,7 @@ impl Cpu {
         if code_changes() != self.code.jit.seen || !self.mmu.is_fast() {
             return false;
         }
-        let address = self.trap.address;
-        let Ok((gpa, _)) = self.fetch_from(linear) else {
-            self.trap.kind = TrapKind::None;
-            self.trap.address = address;
+        let Some((gpa, _)) = self.quietly(|cpu| cpu.fetch_from(linear)) else {
             return false;
         };
         let Some(block) = self.code.find(self.block_key(gpa, 0)) else {
@@ -321,9 +318,7 @@ impl Cpu {
         let counters = &self.shared.counters;
         match out {
             BACK if self.code.jit.is_gone(from) => {
-                Counters::add(&counters.exits_indirect, 1);
-                self.rip = target;
-                self.code.jit.missed_jump = true;
+                self.leave_for(target);
                 Ok(())
             }
             BACK => {
@@ -345,6 +340,13 @@ impl Cpu {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Compiled code is left for an address that its jump caches don't have.
+    fn leave_for(&mut self, target: u64) {
+        Counters::add(&self.shared.counters.exits_indirect, 1);
+        self.code.jit.missed_jump = true;
+        self.rip = target;
     }
 
     /// Forgets for what compiled code was left: control has gone elsewhere since.
@@ -433,9 +435,7 @@ impl Cpu {
             return BACK;
         }
         if call.work == Work::Goto {
-            Counters::add(&self.shared.counters.exits_indirect, 1);
-            self.code.jit.missed_jump = true;
-            self.rip = frame.missed;
+            self.leave_for(frame.missed);
             return LEAVE;
         }
         if !self.code.jit.has_blocks(frame.number) {

@@ -538,13 +538,22 @@ impl Cpu {
     /// Has the first level take the page of an address, for accesses with the current privilege.
     /// `false`, without an exception, if they must not go ahead there.
     pub(crate) fn fill_tlb(&mut self, linear: u64, write: bool) -> bool {
+        let place = self.quietly(|cpu| cpu.translate(linear, Access::Current, write, false));
+        matches!(place, Some(Place::Ram(_)))
+    }
+
+    /// Does what may raise an exception, without one.
+    pub(crate) fn quietly<T>(
+        &mut self,
+        act: impl FnOnce(&mut Self) -> Result<T, Trap>,
+    ) -> Option<T> {
         let address = self.trap.address;
-        let place = self.translate(linear, Access::Current, write, false);
-        if place.is_err() {
+        let done = act(self);
+        if done.is_err() {
             self.trap.kind = TrapKind::None;
             self.trap.address = address;
         }
-        matches!(place, Ok(Place::Ram(_)))
+        done.ok()
     }
 
     /// Translates an address that instructions are fetched from.
