@@ -59,6 +59,21 @@ fn each(code: &[u8], set: impl Fn(&mut TestCpu), expected: u64) {
     }
 }
 
+/// Puts the roots of both address spaces into R12 and R13: with `pcid` to be switched to without a flush,
+/// under process-context identifiers.
+fn two_spaces(pcid: bool) -> impl Fn(&mut TestCpu) {
+    move |t| {
+        t.cpu.gpr[12] = TABLES;
+        t.cpu.gpr[13] = ROOT2;
+        if pcid {
+            t.cpu.sys.cr4 |= cr4::PCIDE;
+            t.cpu.update_mode();
+            t.cpu.gpr[12] |= 1 | 1 << 63;
+            t.cpu.gpr[13] |= 2 | 1 << 63;
+        }
+    }
+}
+
 #[test]
 fn entry_changed_and_invalidated() {
     let code = assemble!(
@@ -100,22 +115,9 @@ fn address_spaces_in_turn() {
         "jnz 2b",
         "hlt",
     );
-    each(
-        code,
-        |t| {
-            t.cpu.gpr[12] = TABLES;
-            t.cpu.gpr[13] = ROOT2;
-        },
-        ROUNDS * 101,
-    );
-    // The same without flushing, under process-context identifiers.
-    let with_pcid = |t: &mut TestCpu| {
-        t.cpu.sys.cr4 |= cr4::PCIDE;
-        t.cpu.update_mode();
-        t.cpu.gpr[12] = TABLES | 1 | 1 << 63;
-        t.cpu.gpr[13] = ROOT2 | 2 | 1 << 63;
-    };
-    each(code, with_pcid, ROUNDS * 101);
+    for pcid in [false, true] {
+        each(code, two_spaces(pcid), ROUNDS * 101);
+    }
 }
 
 #[test]
@@ -185,14 +187,7 @@ fn so_many_address_spaces_that_their_numbers_come_again() {
         "jne 2b",
         "hlt",
     );
-    each(
-        code,
-        |t| {
-            t.cpu.gpr[12] = TABLES;
-            t.cpu.gpr[13] = ROOT2;
-        },
-        6 * 102,
-    );
+    each(code, two_spaces(false), 6 * 102);
 }
 
 #[test]
@@ -220,17 +215,8 @@ fn another_address_space_is_changed() {
         pt2 = const PT2,
         both = const A ^ B,
     );
-    each(
-        code,
-        |t| {
-            t.cpu.sys.cr4 |= cr4::PCIDE;
-            t.cpu.update_mode();
-            t.cpu.gpr[12] = TABLES | 1 | 1 << 63;
-            t.cpu.gpr[13] = ROOT2 | 2 | 1 << 63;
-        },
-        // The second is A and B in turn.
-        ROUNDS + ROUNDS / 2 * 101,
-    );
+    // The second is A and B in turn.
+    each(code, two_spaces(true), ROUNDS + ROUNDS / 2 * 101);
 }
 
 /// The page goes, or loses a right; the handler counts and gives it back.
@@ -457,17 +443,7 @@ fn across_pages_in_two_address_spaces() {
         "hlt",
     );
     for pcid in [false, true] {
-        let set = |t: &mut TestCpu| {
-            t.cpu.gpr[12] = TABLES;
-            t.cpu.gpr[13] = ROOT2;
-            if pcid {
-                t.cpu.sys.cr4 |= cr4::PCIDE;
-                t.cpu.update_mode();
-                t.cpu.gpr[12] |= 1 | 1 << 63;
-                t.cpu.gpr[13] |= 2 | 1 << 63;
-            }
-        };
-        each_across(code, set, ROUNDS * (2 * WITH_E + WITH_F));
+        each_across(code, two_spaces(pcid), ROUNDS * (2 * WITH_E + WITH_F));
     }
 }
 

@@ -385,24 +385,10 @@ fn the_shadow_of_sti() {
         "cli",
         "hlt",
     );
-    let handler = assemble!(
-        "rol r8, 3",
-        "add r8, rbx",
-        "push rax",
-        "push rcx",
-        "push rdx",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
-        "iretq",
-    );
+    let handler = apic::handler(assemble!("rol r8, 3", "add r8, rbx"));
     let code = [apic::enable(), code].concat();
     agree("STI", &code, |t| {
-        t.write(CODE + 0x3000, handler);
+        t.write(CODE + 0x3000, &handler);
         gate(t, 0x41, CODE + 0x3000);
     });
 }
