@@ -76,6 +76,76 @@ fn flags_come_and_go() {
     agree("flags", code, |_| {});
 }
 
+/// AH to BH where a REX prefix has to be: beside memory, and beside registers that the compiler has
+/// elsewhere.
+#[test]
+fn second_bytes() {
+    let code = assemble!(
+        "mov ebx, {data}",
+        "mov r12, 0x9e3779b97f4a7c15",
+        "mov ebp, 5000",
+        "xor r8d, r8d",
+        "2:",
+        "imul r12, r12, 0x5851f42d",
+        "add r12, 0x14057b7",
+        "mov rax, r12",
+        "mov rcx, r12",
+        "ror rcx, 19",
+        "mov rdx, r12",
+        "ror rdx, 37",
+        "movzx esi, bh",
+        "mov [rbx + rsi], ah",
+        "mov [rbx + 2*rsi + 1], ch",
+        "mov dh, [rbx + rsi]",
+        "add ah, [rbx + 2*rsi + 1]",
+        "adc r8, rax",
+        "sub [rbx + 7], dh",
+        "movzx edi, byte ptr [rbx + 7]",
+        "cmp ch, [rbx + rsi]",
+        "adc r8, rdi",
+        "movzx ecx, ah",
+        "add r8, rcx",
+        "mov rcx, r12",
+        "movsx edi, ch",
+        "xor ch, dh",
+        "setp ch",
+        "add r8, rcx",
+        "xchg cl, ch",
+        "xchg al, ah",
+        "xchg ch, ah",
+        "xchg dh, [rbx + 9]",
+        "lock xadd [rbx + 11], ch",
+        "cmpxchg [rbx + 12], dh",
+        "adc r8, rax",
+        "cmpxchg ch, dl",
+        "adc r8, rcx",
+        "mov cl, 3",
+        "rol ch, cl",
+        "sar dh, cl",
+        "shl byte ptr [rbx + 13], cl",
+        "rcr ch, 1",
+        "adc r8, rcx",
+        "mov ch, 0x5a",
+        "neg ch",
+        "inc dh",
+        "mul ch",
+        "adc r8, rax",
+        "rol r8, 7",
+        "xor r8, rdx",
+        "test ch, 0x24",
+        "setz bh",
+        "and ebx, {mask}",
+        "or ebx, {data}",
+        "sub ebp, 1",
+        "jnz 2b",
+        "cli",
+        "hlt";
+        data = const DATA,
+        mask = const DATA | 0x1ff,
+    );
+    agree("second bytes", code, |_| {});
+}
+
 /// Words around the middle of a region, by numbers of bits up to 2^18 either way.
 #[test]
 fn bits_of_memory() {
