@@ -225,6 +225,50 @@ fn bits_of_no_memory() {
     });
 }
 
+/// Several aligned accesses by one pointer, which are looked up together: where they are aligned, over
+/// the ends of pages, and where they aren't, so that each of them faults.
+#[test]
+fn aligned_together() {
+    let code = assemble!(
+        "mov esi, {data}",
+        "mov ebp, 3000",
+        "2:",
+        "imul rax, rbp, 0x5851f42d",
+        "mov [rsi + 8*rbp], rax",
+        "movq xmm0, rax",
+        "pshufd xmm1, xmm0, 0x1b",
+        "dec ebp",
+        "jnz 2b",
+        "mov ebp, 4096",
+        "3:",
+        "lea rbx, [rsi + 2*rbp + 0x60]",
+        "test ebp, 31",
+        "jz 4f",
+        "and ebx, -16",
+        "4:",
+        "and ebx, -8",
+        "movaps xmm2, [rbx - 0x40]",
+        "movaps xmm3, [rbx - 0x20]",
+        "movaps [rbx - 0x30], xmm3",
+        "movaps xmm4, [rbx + 0x10]",
+        "paddq xmm0, xmm2",
+        "pxor xmm1, xmm4",
+        "movaps [rbx + 0x20], xmm0",
+        "movaps [rbx + 0x30], xmm1",
+        "mov eax, [rbx + 0x25]",
+        "add r8, rax",
+        "dec ebp",
+        "jnz 3b",
+        "cli",
+        "hlt";
+        data = const DATA + 0x800,
+    );
+    agree("aligned", code, |t| {
+        t.write(CODE + 0x3000, SKIP);
+        gate(t, 13, CODE + 0x3000);
+    });
+}
+
 /// A handler of #GP and #PF: counts them with the flags, and goes on four bytes on.
 const SKIP: &[u8] = &[
     // add r13, [rsp + 24]; inc r12; add qword ptr [rsp + 8], 4; add rsp, 8; iretq
