@@ -7,6 +7,7 @@
 use std::mem::{offset_of, take};
 
 use super::asm::{Asm, Mem, Near, R11, RCX};
+use super::classify::Align;
 use super::forms::Forms;
 use super::glue::Glue;
 use super::loops::{self, Copies};
@@ -25,11 +26,12 @@ pub(super) enum Work {
     Run,
     /// The same; the flags are those of before a division was tried.
     Divide,
-    /// Have the TLB take a window that is opened here, whose first byte's address is in R11; if it
-    /// can't, as [`Work::ToEnd`].
+    /// Have the TLB take a window that is opened here, whose first byte's address is in R11, and aligned;
+    /// if it can't, as [`Work::ToEnd`].
     Window {
         bytes: u16,
         write: bool,
+        align: Align,
     },
     /// Run it and leave: it is a branch.
     Branch,
@@ -63,7 +65,11 @@ impl Work {
             Self::Avx => 7,
             Self::X87 => 8,
             Self::Goto => 9,
-            Self::Window { bytes, write } => bytes << 5 | u16::from(write) << 4 | 10,
+            Self::Window {
+                bytes,
+                write,
+                align,
+            } => bytes << 5 | u16::from(write) << 4 | (10 + align as u16),
         }
     }
 
@@ -79,9 +85,14 @@ impl Work {
             7 => Self::Avx,
             8 => Self::X87,
             9 => Self::Goto,
-            _ => Self::Window {
+            kind => Self::Window {
                 bytes: packed >> 5,
                 write: packed & 16 != 0,
+                align: match kind {
+                    10 => Align::None,
+                    11 => Align::Sixteen,
+                    _ => Align::ThirtyTwo,
+                },
             },
         }
     }

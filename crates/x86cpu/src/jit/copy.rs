@@ -9,7 +9,7 @@ use super::asm::{Mem, Near, R11, RAX, RCX, RDX, Reg, Rm};
 use super::classify::{Align, Class, writes_count};
 use super::compile::{Compiler, Work};
 use super::loops::held_in;
-use super::ready::{Copy, Strings};
+use super::ready::{Copy, Spill, Strings};
 use super::registers::{Address, GUEST_RCX, GUEST_RSP, HOST, Part, slot};
 use super::trace::Step;
 use crate::cpu::reg;
@@ -95,17 +95,38 @@ impl Compiler<'_> {
             if spill.temporary == R11 {
                 self.held = None;
             }
-            self.asm.load(spill.temporary, slot(spill.guest));
+            self.bring(spill);
         }
         encoding.emit(&mut self.asm, &operands);
         if writes_count(i) {
             self.asm.mov(GUEST_RCX, RCX);
         }
         for spill in copy.plan.spills().filter(|spill| spill.written) {
-            self.asm.store(slot(spill.guest), spill.temporary);
+            self.take(spill);
         }
         if class == Class::X87 {
             self.note_x87(step, bytes, address.as_ref());
+        }
+    }
+
+    /// Brings a guest register into its temporary.
+    fn bring(&mut self, spill: Spill) {
+        match HOST[usize::from(spill.guest & 15)] {
+            Some(host) if spill.high => self.asm.rorx(spill.temporary, host, 8),
+            _ => self.asm.load(spill.temporary, slot(spill.guest)),
+        }
+    }
+
+    /// Takes what its temporary holds back into a guest register. The flags stay.
+    fn take(&mut self, spill: Spill) {
+        match HOST[usize::from(spill.guest & 15)] {
+            Some(host) if spill.high => {
+                self.asm.rorx(host, host, 8);
+                // MOV of bytes; neither is one of those that need REX for that.
+                self.asm.op32(0x88, spill.temporary, Rm::Reg(host));
+                self.asm.rorx(host, host, 56);
+            }
+            _ => self.asm.store(slot(spill.guest), spill.temporary),
         }
     }
 

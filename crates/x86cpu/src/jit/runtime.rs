@@ -4,6 +4,7 @@
 use std::ptr::NonNull;
 use std::time::Instant;
 
+use super::classify::Align;
 use super::compile::{self, Request, Scratch, Work};
 use super::trace::Trace;
 use super::{Call, PATIENCE, Way};
@@ -409,9 +410,17 @@ impl Cpu {
     }
 
     /// Has the TLB take a window, if it is within a page of RAM.
-    fn take_window(&mut self, number: u32, linear: u64, bytes: u16, write: bool) -> bool {
+    fn take_window(
+        &mut self,
+        number: u32,
+        linear: u64,
+        bytes: u16,
+        write: bool,
+        align: Align,
+    ) -> bool {
         let within = (linear & PAGE_MASK) + u64::from(bytes) <= PAGE_SIZE as u64;
-        if within && self.fill_tlb(linear, write) {
+        let aligned = linear & (align.bytes() as u64 - 1) == 0;
+        if within && aligned && self.fill_tlb(linear, write) {
             return true;
         }
         self.code.jit.window_failed(number);
@@ -478,9 +487,11 @@ impl Cpu {
                 ready
             }
             Work::X87 => self.can_copy_x87(),
-            Work::Window { bytes, write } => {
-                self.take_window(frame.number, frame.missed, bytes, write)
-            }
+            Work::Window {
+                bytes,
+                write,
+                align,
+            } => self.take_window(frame.number, frame.missed, bytes, write, align),
             Work::Jump | Work::Goto => self.find_trace(frame.missed),
             _ => false,
         }
