@@ -9,6 +9,8 @@ use std::ptr::NonNull;
 /// else that is done for a block.
 const STRETCH: usize = 64 << 10;
 const LONGEST_STRETCH: usize = 512 << 10;
+/// What the host has for a large page.
+const LARGE: usize = 2 << 20;
 /// What pieces are multiples of, and aligned to: a block starts with a cache line of its own.
 pub(super) const UNIT: usize = 64;
 
@@ -43,6 +45,18 @@ impl Arena {
             )
         };
         let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
+        if let Some(base) = base {
+            // What has grown beyond the first of them is all over the place, and asked for by address.
+            let small = base.align_offset(LARGE) + LARGE;
+            // SAFETY: within the mapping; it changes where its bytes are kept, not what they are.
+            unsafe {
+                libc::madvise(
+                    base.byte_add(small),
+                    capacity.saturating_sub(small),
+                    libc::MADV_HUGEPAGE,
+                );
+            }
+        }
         match base.and_then(|base| NonNull::new(base.cast())) {
             Some(base) => Self {
                 base,
