@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use skerry_devices::virtio::net::NetConfig;
 
 /// One disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +40,9 @@ pub struct MachineConfig {
     pub rng: bool,
     /// Virtio socket device with this context id.
     pub vsock: Option<u64>,
+    /// Virtio network card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetConfig>,
     /// A VM generation id, which [`MachineRemote::new_generation`](crate::MachineRemote::new_generation)
     /// changes.
     #[serde(default)]
@@ -62,6 +66,7 @@ impl Default for MachineConfig {
             console: false,
             rng: false,
             vsock: None,
+            network: None,
             generation_id: false,
             no_reboot: false,
             debug_exit: None,

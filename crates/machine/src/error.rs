@@ -53,6 +53,13 @@ pub enum MachineError {
     /// Two devices want one address.
     #[error(transparent)]
     Bus(#[from] skerry_devices::bus::BusError),
+    /// A network card and what it is plugged into go together.
+    #[error("The machine has {} network card and {} it into: give both or none",
+        if *configured { "a" } else { "no" }, if *configured { "nothing to plug" } else { "something to plug" })]
+    Network {
+        /// The configuration has a card.
+        configured: bool,
+    },
     /// A device refuses a saved state.
     #[error(transparent)]
     DeviceState(#[from] skerry_devices::StateError),

@@ -44,6 +44,7 @@ pub use outcome::{CrashReason, Outcome};
 pub use pages::PageSet;
 pub use skerry_devices::serial::SerialInput;
 pub use skerry_devices::virtio::console::PortHandle;
+pub use skerry_devices::virtio::net::{NetBackend, NetConfig};
 pub use state::{MACHINE_STATE_VERSION, MachineState};
 pub use statistics::{ProcessorStatistics, Sampler, TimeShares};
 pub use virtio::VirtioSet;

@@ -12,6 +12,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use skerry_boot::layout::GENERATION_ID;
 use skerry_boot::{BootInputs, Entry, Kernel, MemoryMap, NamedBytes, Platform, acpi, mptable};
 use skerry_devices::bus::{MmioBusBuilder, PortBusBuilder};
+use skerry_devices::virtio::net::NetBackend;
 use skerry_hypervisor::{CpuidTable, GuestRam, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};
 
 use crate::chipset::{Chipset, ChipsetParts, SerialSink};
@@ -37,6 +38,8 @@ pub struct Attachments {
     pub serial: [Option<SerialSink>; 4],
     /// Disks, one for each of the configuration's.
     pub disks: Vec<Arc<dyn skerry_storage::Disk>>,
+    /// What the network card is plugged into, if the configuration has one.
+    pub network: Option<Arc<dyn NetBackend>>,
     /// What memory holds from the start: for [`Machine::restore`].
     pub memory: Option<SavedMemory>,
     /// Writes to memory are logged from the start, as
@@ -200,6 +203,7 @@ impl<H: Hypervisor> Machine<H> {
             ram: &ram.memory,
             router: &chipset.router,
             disks: attachments.disks,
+            network: attachments.network,
         };
         let virtio = VirtioSet::new(parts, &mut mmio)?;
         let vcpus: Vec<_> = (0..config.cpus)

@@ -1,5 +1,5 @@
 //! The machine's virtio devices, in the order in which the guest finds them: disks, console,
-//! entropy, sockets.
+//! entropy, sockets, network.
 
 use std::io;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use skerry_devices::bus::MmioBusBuilder;
 use skerry_devices::irq::InterruptRouter;
 use skerry_devices::virtio::block::{BlockConfig, BlockDevice};
 use skerry_devices::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
+use skerry_devices::virtio::net::{NetBackend, NetDevice};
 use skerry_devices::virtio::rng::RngDevice;
 use skerry_devices::virtio::vsock::{VsockDevice, VsockHost};
 use skerry_devices::virtio::{QueueRunner, VirtioDevice, VirtioMmio, VirtioMmioState};
@@ -28,6 +29,7 @@ pub(crate) struct VirtioParts<'a> {
     pub(crate) ram: &'a GuestRam,
     pub(crate) router: &'a Arc<InterruptRouter>,
     pub(crate) disks: Vec<Arc<dyn Disk>>,
+    pub(crate) network: Option<Arc<dyn NetBackend>>,
 }
 
 /// All virtio devices of one machine, and the host's ends of those that talk.
@@ -80,6 +82,7 @@ impl VirtioSet {
             ram,
             router,
             disks,
+            network,
         } = parts;
         if disks.len() != config.disks.len() {
             return Err(MachineError::DiskCount {
@@ -87,7 +90,17 @@ impl VirtioSet {
                 attached: disks.len(),
             });
         }
-        let others = [config.console, config.rng, config.vsock.is_some()];
+        if config.network.is_some() != network.is_some() {
+            return Err(MachineError::Network {
+                configured: config.network.is_some(),
+            });
+        }
+        let others = [
+            config.console,
+            config.rng,
+            config.vsock.is_some(),
+            config.network.is_some(),
+        ];
         let wanted = disks.len() + others.iter().filter(|present| **present).count();
         if wanted > layout::VIRTIO_SLOTS {
             return Err(MachineError::TooManyDevices { wanted });
@@ -130,6 +143,9 @@ impl VirtioSet {
             let (device, host) = VsockDevice::new(cid);
             builder.add("vsock", device)?;
             vsock = Some(host);
+        }
+        if let (Some(card), Some(backend)) = (config.network, network) {
+            builder.add("network", NetDevice::new(card, backend))?;
         }
         Ok(Self {
             transports: builder.transports,

@@ -324,7 +324,9 @@ impl QueueEngine {
     pub(super) fn finish(&self, patience: Duration) {
         self.paused.set_patience(patience);
         self.paused.set(false);
-        self.kick_all();
+        for index in 0..self.slots.len() {
+            self.serve(index);
+        }
     }
 
     /// What kind of device this is.

@@ -17,6 +17,7 @@ mod chain;
 pub mod console;
 mod engine;
 mod mmio;
+pub mod net;
 mod queue;
 mod ring;
 pub mod rng;
@@ -58,6 +59,8 @@ pub const RING_FEATURES: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_R
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum DeviceKind {
+    /// Network card.
+    Net = 1,
     /// Block device.
     Block = 2,
     /// Console.
@@ -136,6 +139,8 @@ pub enum DeviceState {
     Rng,
     /// Socket device.
     Vsock(vsock::VsockState),
+    /// Network card.
+    Net(net::NetState),
 }
 
 /// Copies the part of `config` at `offset` into `data`; what lies beyond is zero.

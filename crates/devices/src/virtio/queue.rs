@@ -504,6 +504,21 @@ impl Queue {
         Ok(self.available()? != 0)
     }
 
+    /// Asks the driver to notify when there are more than `count` chains, which are left in the ring.
+    /// Returns whether there are already, in which case no notification may come for them.
+    pub fn await_more(&mut self, count: u16) -> Result<bool, QueueError> {
+        self.notifications_off = false;
+        if self.event_index {
+            let at = self.layout.used + RING_HEADER + 8 * u64::from(self.layout.size);
+            let event = self.next_available + Wrapping(count);
+            self.store(at, event.0, Ordering::Relaxed)?;
+        } else {
+            self.store(self.layout.used, 0, Ordering::Relaxed)?;
+        }
+        fence(Ordering::SeqCst);
+        Ok(!self.stop.is_set() && self.available()? > count)
+    }
+
     /// The indices for a snapshot.
     pub const fn save(&self) -> QueueState {
         QueueState {
