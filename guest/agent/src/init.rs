@@ -62,7 +62,7 @@ fn boot() -> io::Result<()> {
     let transport: &'static Transport = Box::leak(Box::new(transport));
     let mut control = meet_host(transport)?;
     let setup = control.receive_setup()?;
-    match set_up(&setup, transport) {
+    match set_up(&setup, &command_line, transport) {
         Ok(mut guest) => {
             control.ready(Ok(())).map_err(io::Error::other)?;
             std::thread::Builder::new()
@@ -117,7 +117,7 @@ fn pauses() -> impl Iterator<Item = Duration> + use<> {
     PAUSES.into_iter().chain(std::iter::repeat(last))
 }
 
-fn set_up(setup: &Setup, transport: &'static Transport) -> io::Result<Guest> {
+fn set_up(setup: &Setup, command_line: &str, transport: &'static Transport) -> io::Result<Guest> {
     control::refresh(setup);
     let disk = root::switch(&setup.root)?;
     mounts::standard()?;
@@ -126,6 +126,7 @@ fn set_up(setup: &Setup, transport: &'static Transport) -> io::Result<Guest> {
     if let Err(error) = network::bring_up_loopback() {
         log::error(format_args!("loopback interface: {error}"));
     }
+    network::bring_up_card(command_line).map_err(|error| named("network card", &error))?;
     let guest = Guest {
         cgroup: worth_a_note("cgroup", Cgroup::set_up()).map(Arc::new),
         clones: worth_a_note(clone_event::PATH, CloneEvents::set_up()),
