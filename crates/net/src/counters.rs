@@ -1,0 +1,31 @@
+//! What a network has done.
+
+use serde::{Deserialize, Serialize};
+
+/// Counts since the network was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Frames that the guest sent.
+    pub frames_from_guest: u64,
+    /// Frames for the guest.
+    pub frames_to_guest: u64,
+    /// TCP connections that the guest opened and the policy let through.
+    pub tcp_opened: u64,
+    /// TCP connections to published ports.
+    pub tcp_accepted: u64,
+    /// Flows of datagrams: UDP and echo.
+    pub datagram_flows: u64,
+    /// Questions for the name server.
+    pub dns_queries: u64,
+    /// TCP connections that the policy denied.
+    pub denied_tcp: u64,
+    /// UDP packets that it denied.
+    pub denied_udp: u64,
+    /// Echo requests that it denied.
+    pub denied_icmp: u64,
+    /// Connections and flows that were refused for want of room or of the host's means.
+    pub refused: u64,
+    /// Packets of no use: malformed, fragments, unknown protocols.
+    pub dropped: u64,
+}

@@ -1,0 +1,35 @@
+//! The network of one virtual machine, in user space and without privileges: what the guest sends ends
+//! here, and goes on through ordinary sockets of the host's.
+//!
+//! ```text
+//!  virtio-net ─ NetPort ─► Stack (own thread, one epoll loop)
+//!                            ├─ ARP, neighbour discovery, echo: answered here      (wire, local)
+//!                            ├─ TCP ─ Policy ─► a smoltcp socket ◄─splice─► a host socket     (tcp)
+//!                            ├─ UDP, DNS, echo ─ Policy ─► a connected host socket     (datagram)
+//!                            └─ published ports: listeners of the host's ─► the guest   (publish)
+//! ```
+//! The guest is 10.0.2.15 on a network of its own; 10.0.2.2 is its gateway and 10.0.2.3 its name server
+//! ([`address`]). Each TCP connection has an interface of its own inside, so that a packet costs the same
+//! with one connection as with thousands. All buffers are bounded: who can't get rid of data takes none.
+//!
+//! Called by `engine`, which plugs a [`Network`] into the machine's network card.
+
+#![forbid(unsafe_code)]
+
+pub mod address;
+mod counters;
+mod datagram;
+mod local;
+mod network;
+mod outlet;
+mod policy;
+mod publish;
+mod resolvers;
+mod stack;
+mod tcp;
+mod wire;
+
+pub use counters::Counters;
+pub use network::{Network, NetworkError, Options};
+pub use policy::NetworkMode;
+pub use publish::{Mapping, Protocol, Published};

@@ -1,0 +1,273 @@
+//! A network as its owner sees it: made of options, plugged into a card, asked what it has done.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, epoll};
+use rustix::process::{Resource, Rlimit};
+use rustix::time::Timespec;
+use skerry_devices::virtio::net::{Connection, NetBackend, NetPort};
+
+use crate::counters::Counters;
+use crate::policy::NetworkMode;
+use crate::publish::{Listener, Mapping, Published};
+use crate::stack::{Stack, WAKE};
+
+/// Events that are taken at a time.
+const EVENTS: usize = 256;
+
+/// What a network is made with.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// How far it reaches.
+    pub mode: NetworkMode,
+    /// Ports of the guest's that the host is to listen at.
+    pub publish: Vec<Mapping>,
+    /// Name servers in place of the host's.
+    pub dns: Vec<SocketAddr>,
+}
+
+/// Why a network can't be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The host's port is taken, or not the user's to take.
+    #[error("Can't listen at {host} for port {guest} of the guest: publish it at another port", host = .0.host, guest = .0.guest)]
+    Listen(Mapping, #[source] io::Error),
+    /// The host has no more descriptors or threads.
+    #[error("Can't make a network for the guest: the host may be out of threads or open files")]
+    Resource(#[source] io::Error),
+}
+
+/// Wakes the thread of a stack.
+struct Waker {
+    event: OwnedFd,
+    pending: AtomicBool,
+}
+
+impl Waker {
+    fn wake(&self) {
+        if !self.pending.swap(true, Ordering::SeqCst) {
+            // It fails only where the counter is at its end, and then the thread wakes anyway.
+            let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn clear(&self) {
+        let mut count = [0; 8];
+        // Nothing to read is as good.
+        let _ = rustix::io::read(&self.event, &mut count);
+        self.pending.store(false, Ordering::SeqCst);
+    }
+}
+
+struct Shared {
+    epoll: Arc<OwnedFd>,
+    waker: Waker,
+    stop: AtomicBool,
+    /// There is one once a card is plugged in.
+    stack: Mutex<Option<Stack>>,
+}
+
+/// The network of one machine. It ends when it is dropped, or its card is.
+pub struct Network {
+    shared: Arc<Shared>,
+    mode: NetworkMode,
+    dns: Vec<SocketAddr>,
+    /// Until a card is plugged in.
+    listeners: Mutex<Vec<Listener>>,
+    published: Vec<Published>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Lets the process have as many files open as it may: a connection takes one.
+fn raise_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        let raised = Rlimit {
+            current: limit.maximum,
+            ..limit
+        };
+        // There are fewer connections otherwise, which are refused when it comes to that.
+        let _ = rustix::process::setrlimit(Resource::Nofile, raised);
+    }
+}
+
+impl Network {
+    /// Makes a network and listens at the ports that are published.
+    pub fn new(options: &Options) -> Result<Arc<Self>, NetworkError> {
+        raise_limit();
+        let open = |mapping: &Mapping| {
+            Listener::open(*mapping).map_err(|error| NetworkError::Listen(*mapping, error))
+        };
+        let listeners: Vec<_> = options.publish.iter().map(open).collect::<Result<_, _>>()?;
+        let failed = |error: rustix::io::Errno| NetworkError::Resource(error.into());
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let event = rustix::event::eventfd(0, flags).map_err(failed)?;
+        let data = epoll::EventData::new_u64(WAKE);
+        epoll::add(&epoll, &event, data, epoll::EventFlags::IN).map_err(failed)?;
+        let shared = Arc::new(Shared {
+            epoll: Arc::new(epoll),
+            waker: Waker {
+                event,
+                pending: AtomicBool::new(false),
+            },
+            stop: AtomicBool::new(false),
+            stack: Mutex::new(None),
+        });
+        let running = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("network".to_owned())
+            .stack_size(512 << 10)
+            .spawn(move || run(&running))
+            .map_err(NetworkError::Resource)?;
+        Ok(Arc::new(Self {
+            shared,
+            mode: options.mode,
+            dns: options.dns.clone(),
+            published: listeners
+                .iter()
+                .map(|listener| listener.published)
+                .collect(),
+            listeners: Mutex::new(listeners),
+            thread: Mutex::new(Some(thread)),
+        }))
+    }
+
+    /// How far it reaches.
+    #[must_use]
+    pub fn mode(&self) -> NetworkMode {
+        self.mode
+    }
+
+    /// Name servers that were given in place of the host's.
+    #[must_use]
+    pub fn dns(&self) -> &[SocketAddr] {
+        &self.dns
+    }
+
+    /// The ports that the host listens at.
+    #[must_use]
+    pub fn published(&self) -> &[Published] {
+        &self.published
+    }
+
+    /// What it has done.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let stack = self.shared.stack.lock();
+        stack.as_ref().map(Stack::counters).unwrap_or_default()
+    }
+
+    fn end(&self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        // Past what is pending: the thread looks for the stop first.
+        self.shared.waker.pending.store(false, Ordering::SeqCst);
+        self.shared.waker.wake();
+        if let Some(thread) = self.thread.lock().take()
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl NetBackend for Network {
+    fn attach(&self, port: NetPort) {
+        let listeners = std::mem::take(&mut *self.listeners.lock());
+        let stack = Stack::new(
+            port,
+            self.shared.epoll.clone(),
+            (self.mode, &self.dns),
+            listeners,
+        );
+        *self.shared.stack.lock() = Some(stack);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        self.shared.waker.wake();
+    }
+
+    fn connections(&self) -> Vec<Connection> {
+        let stack = self.shared.stack.lock();
+        stack.as_ref().map(Stack::connections).unwrap_or_default()
+    }
+
+    fn replace(&self, connections: Vec<Connection>) {
+        if let Some(stack) = &mut *self.shared.stack.lock() {
+            stack.replace(connections);
+        }
+        self.wake();
+    }
+
+    fn close(&self) {
+        self.end();
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl fmt::Debug for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Network")
+            .field("mode", &self.mode)
+            .field("published", &self.published)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The thread: waits for something to do, and does it.
+fn run(shared: &Shared) {
+    let mut events = Vec::with_capacity(EVENTS);
+    let mut noted = Vec::with_capacity(EVENTS);
+    let mut timeout: Option<Timespec> = None;
+    loop {
+        events.clear();
+        let waited = epoll::wait(
+            &*shared.epoll,
+            spare_capacity(&mut events),
+            timeout.as_ref(),
+        );
+        if let Err(error) = waited
+            && error != rustix::io::Errno::INTR
+        {
+            tracing::warn!(%error, "The guest's network has stopped");
+            return;
+        }
+        noted.clear();
+        for event in &events {
+            let (token, flags) = (event.data.u64(), event.flags);
+            if token == WAKE {
+                shared.waker.clear();
+            } else {
+                noted.push((token, flags));
+            }
+        }
+        let stop = shared.stop.load(Ordering::SeqCst);
+        let mut stack = shared.stack.lock();
+        timeout = match &mut *stack {
+            Some(stack) if stop => {
+                stack.finish();
+                None
+            }
+            Some(stack) => stack.turn(&noted),
+            None => None,
+        };
+        if stop {
+            *stack = None;
+            return;
+        }
+    }
+}
