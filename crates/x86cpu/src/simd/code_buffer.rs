@@ -7,8 +7,14 @@
 use std::io;
 use std::ptr::NonNull;
 
+use crate::mem::huge::{HUGE, reserve};
+
 /// Start of each piece of code: a fetch line's half, so that short pieces take one fetch.
 const ALIGN: usize = 16;
+
+/// `MADV_COLLAPSE` of Linux 6.1: makes huge pages of what is there, now, whatever the host's
+/// administrator has set for those that are made by and by.
+const MADV_COLLAPSE: i32 = 25;
 
 /// A bounded store of machine code.
 pub struct CodeBuffer {
@@ -16,6 +22,8 @@ pub struct CodeBuffer {
     executable: NonNull<u8>,
     capacity: usize,
     used: usize,
+    /// As much has been put on huge pages, or can't be.
+    huge: usize,
 }
 
 // SAFETY: the two mappings belong to this value alone; writing takes `&mut self`, and what has been
@@ -44,6 +52,7 @@ impl CodeBuffer {
             executable,
             capacity,
             used: 0,
+            huge: HUGE,
         })
     }
 
@@ -59,6 +68,9 @@ impl CodeBuffer {
         if end > self.capacity {
             return None;
         }
+        if end > self.huge {
+            self.take_huge();
+        }
         // SAFETY: start..end lies within the writable mapping, which nothing else refers to.
         unsafe {
             self.writable
@@ -69,9 +81,27 @@ impl CodeBuffer {
         // SAFETY: as above, within the executable mapping of the same size.
         Some(unsafe { self.executable.add(start) })
     }
-}
 
-impl CodeBuffer {
+    /// Has the next stretch of memory be a huge page. If the host doesn't know how, pages come as they
+    /// are touched.
+    #[cold]
+    fn take_huge(&mut self) {
+        let start = self.huge;
+        self.huge += HUGE;
+        if self.huge > self.capacity {
+            self.huge = usize::MAX;
+            return;
+        }
+        // SAFETY: the range is within both mappings; a byte of it that is written is none that was
+        // handed out, and what was is the same after this as before.
+        unsafe {
+            self.writable.add(start + HUGE - 1).write_volatile(0);
+            for mapping in [self.writable, self.executable] {
+                libc::madvise(mapping.add(start).as_ptr().cast(), HUGE, MADV_COLLAPSE);
+            }
+        }
+    }
+
     /// Bytes handed out.
     pub fn used(&self) -> usize {
         self.used
@@ -104,6 +134,7 @@ impl CodeBuffer {
     /// The same but for the first `used` bytes.
     pub fn reset_to(&mut self, used: usize) {
         self.used = used.min(self.used);
+        self.huge = self.huge.min(self.used.next_multiple_of(HUGE).max(HUGE));
         let keep = self.used.next_multiple_of(4096);
         // Gives the pages back to the host. Where that isn't possible they are written over in time.
         // SAFETY: the range is within the mapping, and no code in it is called any more.
@@ -158,20 +189,24 @@ impl File {
     }
 
     fn map(&self, size: usize, protection: i32) -> io::Result<NonNull<u8>> {
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        let place = reserve(size).ok_or_else(io::Error::last_os_error)?;
+        // SAFETY: over address space that was reserved for it, and goes if that fails.
         let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
+            let address = libc::mmap(
+                place.as_ptr().cast(),
                 size,
                 protection,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
                 self.0,
                 0,
-            )
+            );
+            if address == libc::MAP_FAILED {
+                let error = io::Error::last_os_error();
+                libc::munmap(place.as_ptr().cast(), size);
+                return Err(error);
+            }
+            address
         };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
         NonNull::new(address.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))
     }
 }
