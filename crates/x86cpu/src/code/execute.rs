@@ -49,7 +49,7 @@ impl Cpu {
     }
 
     /// Remembers a block unless each of its entries needs the checks of [`Cpu::usable`].
-    pub(super) fn remember_plain(&mut self, linear: u64, global: bool, block: BlockRef) {
+    pub(crate) fn remember_plain(&mut self, linear: u64, global: bool, block: BlockRef) {
         // SAFETY: nothing has cleared the cache since the caller found the block.
         let found = unsafe { block.get() };
         if found.second_gpa().is_none() && !found.is_one() {
@@ -149,7 +149,7 @@ impl Cpu {
         // SAFETY: the caller has just found the block.
         let block = unsafe { block.get() };
         block.code() != 0 || {
-            let heat = block.warm();
+            let heat = block.warm(1);
             heat >= self.code.jit.threshold() && heat != u16::MAX
         }
     }

@@ -32,6 +32,10 @@ pub(super) const LEAVE: u64 = 1;
 /// Leave: the reason is in `cpu.trap`. What is more than this is the frame to go on with.
 pub(super) const TRAP: u64 = 2;
 
+/// Runs that one counts for which compiled code was left for: it costs as much as so many, and what hot
+/// code leads to gets hot.
+const LEFT: u16 = 4;
+
 /// Bytes of the longest instruction, but for the first.
 const LONGEST: usize = 14;
 
@@ -87,7 +91,9 @@ impl Cpu {
         if code != 0 {
             return code;
         }
-        let heat = found.warm();
+        let jit = &self.code.jit;
+        let left = jit.missed_jump || jit.pending.is_some();
+        let heat = found.warm(if left { LEFT } else { 1 });
         if heat < self.code.jit.threshold() || heat == u16::MAX {
             return 0;
         }
@@ -167,27 +173,32 @@ impl Cpu {
         if !found.is_of(version) || !page.state.is_claimed() {
             return None;
         }
-        page.read(0, &mut scratch.page[..]);
         let second = found.second_page();
         let crossing = second.and_then(|(gpa, state, version)| {
             let second = slots.page(gpa)?;
-            let mut both = scratch.page.to_vec();
-            both.resize(PAGE_SIZE + LONGEST, 0);
-            second.read(0, &mut both[PAGE_SIZE..]);
+            let mut both = vec![0; PAGE_SIZE + LONGEST];
+            let (first, rest) = both.split_at_mut(PAGE_SIZE);
+            page.read(0, first);
+            second.read(0, rest);
             let same = std::ptr::eq(second.state, state) && state.version() == version;
             same.then_some(both)
         });
         let steps = std::mem::take(&mut scratch.steps);
-        let find = |offset: u16| {
-            let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
-            // SAFETY: blocks of the cache as it is.
-            self.code
-                .find(key)
-                .filter(|block| unsafe { block.get() }.is_of(version))
+        let find = |from: BlockRef, offset: u16| {
+            // SAFETY: blocks of the cache as it is, and what follows them in the same page.
+            let of_version = |block: &BlockRef| unsafe { block.get() }.is_of(version);
+            // SAFETY: the same.
+            let from = unsafe { from.get() };
+            let delta = u64::from(offset).wrapping_sub(from.offset() as u64);
+            from.follow(delta).filter(of_version).or_else(|| {
+                let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
+                self.code.find(key).filter(of_version)
+            })
         };
         let whole = found.is_whole();
         let trace = if whole {
-            Trace::new(block, &scratch.page, find, steps)
+            let read = |offset: usize, into: &mut [u8]| page.read(offset, into);
+            Trace::new(block, &mut scratch.page, read, find, steps)
         } else {
             Trace::crossing(block, crossing.as_deref(), steps)
         }?;
@@ -222,6 +233,10 @@ impl Cpu {
         Counters::add(&counters.compiled_instructions, trace.steps.len() as u64);
         let index = self.code.indexer();
         let number = self.code.jit.add(block, pages, &trace, &compiled, index);
+        if let Some(trace) = number.and_then(|number| self.code.jit.traces.get(number as usize)) {
+            // What jumps to the block found before was of a trace that is gone.
+            self.code.note_code(self.block_key(gpa, 0), trace.indirect);
+        }
         scratch.take_back(trace, compiled);
         number
     }
@@ -232,6 +247,7 @@ impl Cpu {
             self.code.jit.drop_trace(n as u32);
         }
         self.code.jit.clear();
+        self.code.forget_codes();
         self.mmu.drop_jumps();
         Counters::add(&self.shared.counters.flushes, 1);
     }
@@ -249,11 +265,17 @@ impl Cpu {
 
     /// Has jumps to a linear address go to a trace.
     fn enter_jump(&mut self, linear: u64, number: u32) {
-        let jit = &self.code.jit;
-        if let (Some(made), Some(trace)) = (&jit.made, jit.traces.get(number as usize)) {
+        if let Some(trace) = self.code.jit.traces.get(number as usize) {
+            self.enter_jump_to(linear, trace.indirect);
+        }
+    }
+
+    /// Has them go to an offset in the buffer.
+    fn enter_jump_to(&mut self, linear: u64, offset: u32) {
+        if let Some(made) = &self.code.jit.made {
             let entry = Target {
                 base: made.base,
-                offset: trace.indirect,
+                offset,
             };
             self.code.note_page(linear);
             self.mmu.enter_jump(linear, entry);
@@ -267,25 +289,40 @@ impl Cpu {
             return false;
         }
         let address = self.trap.address;
-        let Ok((gpa, _)) = self.fetch_from(linear) else {
+        let Ok((gpa, global)) = self.fetch_from(linear) else {
             self.trap.kind = TrapKind::None;
             self.trap.address = address;
             return false;
         };
-        let Some(block) = self.code.find(self.block_key(gpa, 0)) else {
-            return false;
+        let key = self.block_key(gpa, 0);
+        let code = match self.code.find_code(key) {
+            Some(code) => code,
+            None => match self.code_under(key, linear, global) {
+                Some(code) => code,
+                None => return false,
+            },
         };
-        // SAFETY: a block of the cache as it is.
-        let block = unsafe { block.get() };
-        let Some(number) = block.code().checked_sub(1) else {
-            return false;
-        };
-        if !block.is_current() {
-            return false;
-        }
         Counters::add(&self.shared.counters.jumps_found, 1);
-        self.enter_jump(linear, number);
+        self.enter_jump_to(linear, code);
         true
+    }
+
+    /// The offset in the buffer of the code for jumps to the block under a key. If there is none, the
+    /// interpreter is going to ask for the block.
+    fn code_under(&mut self, key: u64, linear: u64, global: bool) -> Option<u32> {
+        let block = self.code.find(key)?;
+        // SAFETY: a block of the cache as it is.
+        let found = unsafe { block.get() };
+        if !found.is_current() {
+            return None;
+        }
+        let Some(number) = found.code().checked_sub(1) else {
+            self.remember_plain(linear, global, block);
+            return None;
+        };
+        let code = self.code.jit.traces.get(number as usize)?.indirect;
+        self.code.note_code(key, code);
+        Some(code)
     }
 
     /// Runs compiled code from the trace of this number plus one, until it is left.
