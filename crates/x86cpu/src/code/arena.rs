@@ -5,12 +5,12 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
 
-use crate::mem::huge::{HUGE, reserve};
-
 /// What is taken at a time, the least and the most: a fault for each page would take longer than all
-/// else that is done for a block. Behind the first [`HUGE`] bytes these are huge pages.
+/// else that is done for a block.
 const STRETCH: usize = 64 << 10;
 const LONGEST_STRETCH: usize = 512 << 10;
+/// What the host has for a large page.
+const LARGE: usize = 2 << 20;
 /// What pieces are multiples of, and aligned to: a block starts with a cache line of its own.
 pub(super) const UNIT: usize = 64;
 
@@ -33,24 +33,29 @@ unsafe impl Send for Arena {}
 impl Arena {
     /// Reserves address space for `capacity` bytes, a multiple of [`STRETCH`].
     pub(super) fn new(capacity: usize) -> Self {
-        // SAFETY: over address space that was reserved for it.
-        let map = |place: NonNull<u8>| unsafe {
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe {
             libc::mmap(
-                place.as_ptr().cast(),
+                std::ptr::null_mut(),
                 capacity,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
                 0,
             )
         };
-        let base = reserve(capacity).map(map);
-        let base = base.filter(|&base| base != libc::MAP_FAILED);
-        if let Some(base) = base
-            && capacity > HUGE
-        {
-            // SAFETY: the range is within the mapping. If the kernel doesn't know how, pages are small.
-            unsafe { libc::madvise(base.byte_add(HUGE), capacity - HUGE, libc::MADV_HUGEPAGE) };
+        let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
+        if let Some(base) = base {
+            // What has grown beyond the first of them is all over the place, and asked for by address.
+            let small = base.align_offset(LARGE) + LARGE;
+            // SAFETY: within the mapping; it changes where its bytes are kept, not what they are.
+            unsafe {
+                libc::madvise(
+                    base.byte_add(small),
+                    capacity.saturating_sub(small),
+                    libc::MADV_HUGEPAGE,
+                );
+            }
         }
         match base.and_then(|base| NonNull::new(base.cast())) {
             Some(base) => Self {
@@ -94,9 +99,7 @@ impl Arena {
     #[cold]
     fn take_stretch(&mut self) {
         let more = (self.taken / 4).clamp(STRETCH, LONGEST_STRETCH);
-        let end = (self.taken + more).max(self.used);
-        let stretch = if end > HUGE { HUGE } else { STRETCH };
-        let end = end.next_multiple_of(stretch);
+        let end = (self.taken + more).max(self.used).next_multiple_of(STRETCH);
         let end = end.min(self.capacity);
         // SAFETY: the range is within the mapping. If the kernel doesn't know how, pages come as
         // they are touched.

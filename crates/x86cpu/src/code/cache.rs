@@ -155,15 +155,15 @@ impl Block {
         self.heat.set(heat);
     }
 
-    /// Counts so many more runs.
+    /// Counts so many more runs. Whether that makes it, or it was, so hot, and it may be compiled.
     #[inline(always)]
-    pub(crate) fn warm(&self, runs: u16) -> u16 {
+    pub(crate) fn warms_to(&self, threshold: u16, runs: u16) -> bool {
         let mut heat = self.heat.get();
         if heat < u16::MAX - 1 {
             heat = heat.saturating_add(runs).min(u16::MAX - 1);
             self.heat.set(heat);
         }
-        heat
+        heat >= threshold && heat != u16::MAX
     }
 
     /// Whether the bytes that it was decoded from are still those in memory.

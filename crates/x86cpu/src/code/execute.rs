@@ -148,19 +148,14 @@ impl Cpu {
     fn is_hot(&self, block: BlockRef) -> bool {
         // SAFETY: the caller has just found the block.
         let block = unsafe { block.get() };
-        block.code() != 0 || {
-            let heat = block.warm(1);
-            heat >= self.code.jit.threshold() && heat != u16::MAX
-        }
+        block.code() != 0 || block.warms_to(self.code.jit.threshold(), 1)
     }
 
     /// Runs what is left of a block from one of its ops on, whose block's RIP is set.
     pub(crate) fn execute_rest(&mut self, block: BlockRef, op: *const Op) -> Result<(), Trap> {
         // SAFETY: as in `execute`.
         let end = unsafe { block.get() }.end();
-        let before = self.instructions;
-        self.uncount(op, end);
-        self.instructions = before + (before - self.instructions);
+        self.instructions += instructions_from(op, end);
         self.block_end.0 = end;
         self.run_ops(op, end)
     }
@@ -207,29 +202,13 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn stopped(&mut self, op: &Op, end: *const Op) -> Result<(), Trap> {
-        self.uncount(op, end);
+        self.instructions -= instructions_from(op, end);
         if !matches!(self.trap.kind, TrapKind::Resume) {
             // SAFETY: a part of this op, behind its block.
             let part = unsafe { std::mem::take(&mut self.failed_part).0.as_ref() };
             self.rip = self.own_rip(part.unwrap_or(op));
         }
         Err(Trap)
-    }
-
-    /// Instructions from `op` on were counted and don't run.
-    fn uncount(&mut self, op: *const Op, end: *const Op) {
-        let mut at = op;
-        let mut ip = None;
-        while at < end {
-            // SAFETY: between an op of the block and its end.
-            let op = unsafe { &*at };
-            if op.len != 0 && ip != Some(op.ip) {
-                ip = Some(op.ip);
-                self.instructions = self.instructions.saturating_sub(instructions_of(op));
-            }
-            // SAFETY: at most the block's end.
-            at = unsafe { at.add(1) };
-        }
     }
 
     /// The block was told to end before `op`; the instruction before it is complete once its other
@@ -241,7 +220,7 @@ impl Cpu {
             // SAFETY: `op` is before the block's end and after its first op.
             let (before, current) = unsafe { (&*op.sub(1), &*op) };
             if current.ip != before.ip {
-                self.uncount(op, end);
+                self.instructions -= instructions_from(op, end);
                 self.rip = self.own_rip(current);
                 return Ok(());
             }
@@ -255,4 +234,20 @@ impl Cpu {
             }
         }
     }
+}
+
+/// Instructions of a block from an op on.
+fn instructions_from(mut op: *const Op, end: *const Op) -> u64 {
+    let (mut count, mut ip) = (0, None);
+    while op < end {
+        // SAFETY: between an op of the block and its end.
+        let current = unsafe { &*op };
+        if current.len != 0 && ip != Some(current.ip) {
+            ip = Some(current.ip);
+            count += instructions_of(current);
+        }
+        // SAFETY: at most the block's end.
+        op = unsafe { op.add(1) };
+    }
+    count
 }

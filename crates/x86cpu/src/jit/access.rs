@@ -7,6 +7,7 @@ use super::classify::Align;
 use super::compile::{Compiler, Work};
 use super::loops::Copies;
 use super::registers::{Address, Part};
+use super::windows::Opening;
 use crate::mem::area::{Area, Frame};
 
 impl Compiler<'_> {
@@ -57,9 +58,9 @@ impl Compiler<'_> {
             return self.look_up(n, address, size, align, write, call);
         };
         let slot = Mem::frame(offset_of!(Frame, windows) + 8 * share.window);
-        if let Some((low, high)) = share.opens {
+        if let Some(opening) = share.opens {
             self.held = None;
-            self.open(n, address, (low, high), write, share.added, slot);
+            self.open(n, address, opening, write, share.added, slot);
         } else if self.held != Some(share.window) {
             self.asm.load(R11, slot);
         }
@@ -86,20 +87,26 @@ impl Compiler<'_> {
         }
     }
 
-    /// Looks a whole window up: the bytes from `low` up to `high`, relative to the address. The
-    /// pointer to what its base register once held is in R11 afterwards, and in its slot.
+    /// Looks a whole window up. The pointer to what its base register once held is in R11 afterwards,
+    /// and in its slot.
     pub(super) fn open(
         &mut self,
         n: usize,
         address: &Address,
-        (low, high): (i32, i32),
+        opening: Opening,
         write: bool,
         added: i32,
         slot: Mem,
     ) {
         let again = self.asm.at();
+        let Opening { low, high, align } = opening;
         let bytes = (high - low) as u16;
-        let call = self.call(Work::Window { bytes, write }, n, true);
+        let work = Work::Window {
+            bytes,
+            write,
+            align,
+        };
+        let call = self.call(work, n, true);
         let (tags, addend) = columns(write);
         self.address(address, true);
         if low != 0 {
@@ -107,8 +114,10 @@ impl Compiler<'_> {
         }
         let index_mask = Mem::frame(offset_of!(Frame, index_mask));
         self.asm.pext(RCX, R11, index_mask);
-        let last = Mem::indexed(RCX, R11, 0, high - low - 1);
-        let from = self.compare(RCX, tags, last, Align::None);
+        // The last that may be accessed, as far as it is known to be aligned.
+        let last = high - low - align.bytes() as i32;
+        let last = Mem::indexed(RCX, R11, 0, last);
+        let from = self.compare(RCX, tags, last, align);
         self.missed(n, from, call, Some(again));
         self.asm.pext(RCX, R11, index_mask);
         self.asm.load(RCX, entry(RCX, addend));

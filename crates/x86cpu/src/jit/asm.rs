@@ -435,6 +435,24 @@ impl Asm {
         self.bind(jump, self.at());
     }
 
+    /// LAHF, SETO AL: the guest's flags as [`Frame::flags`] has them, into RAX.
+    pub(super) fn take_flags(&mut self) {
+        self.put(&[0x9f, 0x0f, 0x90, 0xc0]);
+    }
+
+    /// Stores the guest's flags; RAX is lost.
+    pub(super) fn store_flags(&mut self, to: Mem) {
+        self.take_flags();
+        self.store32(to, RAX);
+    }
+
+    /// Loads the guest's flags; RAX is lost.
+    pub(super) fn load_flags(&mut self, from: Mem) {
+        self.load32(RAX, from);
+        // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
+        self.put(&[0x04, 0x7f, 0x9e]);
+    }
+
     pub(super) fn jmp_memory(&mut self, mem: Mem) {
         self.op32(0xff, 4, Rm::Mem(mem));
     }

@@ -35,6 +35,25 @@ pub(super) enum Align {
     ThirtyTwo = 2,
 }
 
+impl Align {
+    /// To so many bytes.
+    pub(super) fn of(bytes: usize) -> Self {
+        match bytes {
+            16 => Self::Sixteen,
+            32 => Self::ThirtyTwo,
+            _ => Self::None,
+        }
+    }
+
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::None => 1,
+            Self::Sixteen => 16,
+            Self::ThirtyTwo => 32,
+        }
+    }
+}
+
 /// Classifies an instruction of 64-bit code; `None` if the interpreter is to run it.
 pub(super) fn classify(i: &Instruction) -> Option<Class> {
     use Mnemonic as M;

@@ -7,6 +7,7 @@
 use std::mem::{offset_of, take};
 
 use super::asm::{Asm, Mem, Near, R11, RCX};
+use super::classify::Align;
 use super::forms::Forms;
 use super::glue::Glue;
 use super::loops::{self, Copies};
@@ -25,11 +26,12 @@ pub(super) enum Work {
     Run,
     /// The same; the flags are those of before a division was tried.
     Divide,
-    /// Have the TLB take a window that is opened here, whose first byte's address is in R11; if it
-    /// can't, as [`Work::ToEnd`].
+    /// Have the TLB take a window that is opened here, whose first byte's address is in R11, and aligned;
+    /// if it can't, as [`Work::ToEnd`].
     Window {
         bytes: u16,
         write: bool,
+        align: Align,
     },
     /// Run it and leave: it is a branch.
     Branch,
@@ -63,7 +65,11 @@ impl Work {
             Self::Avx => 7,
             Self::X87 => 8,
             Self::Goto => 9,
-            Self::Window { bytes, write } => bytes << 5 | u16::from(write) << 4 | 10,
+            Self::Window {
+                bytes,
+                write,
+                align,
+            } => bytes << 5 | u16::from(write) << 4 | (10 + align as u16),
         }
     }
 
@@ -79,9 +85,14 @@ impl Work {
             7 => Self::Avx,
             8 => Self::X87,
             9 => Self::Goto,
-            _ => Self::Window {
+            kind => Self::Window {
                 bytes: packed >> 5,
                 write: packed & 16 != 0,
+                align: match kind {
+                    10 => Align::None,
+                    11 => Align::Sixteen,
+                    _ => Align::ThirtyTwo,
+                },
             },
         }
     }
@@ -134,8 +145,8 @@ pub(super) struct Compiled {
 /// instructions.
 pub(super) struct Scratch {
     pub forms: Forms,
-    /// The page that the trace is of.
-    pub page: Box<[u8; PAGE_SIZE]>,
+    /// The page that the trace is of, and as much of the next as an instruction may reach.
+    pub page: Box<[u8; PAGE_SIZE + 14]>,
     pub steps: Vec<Step>,
     ready: Vec<Ready>,
     code: Vec<u8>,
@@ -256,24 +267,20 @@ pub(super) struct Noted {
 }
 
 /// A trace for a block that is one instruction across two pages. What the second one is depends on how
-/// it is mapped, which the interpreter looks at, and vouches for until mappings change. `bytes` are those
-/// of the one page, and the first of the other.
+/// it is mapped, which the interpreter looks at, and vouches for until mappings change.
 pub(super) fn crossing(
     trace: &Trace,
-    bytes: Option<&[u8]>,
     request: Request<'_>,
     scratch: &mut Scratch,
 ) -> Option<Compiled> {
     let step = trace.steps.first()?;
     let mut c = Compiler::new(step.at, request, scratch);
-    let forms = &mut scratch.forms;
-    let ready = bytes.map(|bytes| (bytes, Ready::crossing(step, bytes, forms)));
+    let bytes = &scratch.page[..];
+    let ready = Ready::crossing(step, bytes, &mut scratch.forms);
     c.entry();
     let call = c.call(Work::Cross, 0, false);
     let mut words = Vec::new();
-    if let Some((bytes, ready)) = ready
-        && !matches!(ready, Ready::Interpret { .. })
-    {
+    if !matches!(ready, Ready::Interpret { .. }) {
         c.shares = vec![[None; 2]];
         let unsure;
         (words, unsure) = c.guard();

@@ -9,7 +9,7 @@ use super::asm::{Mem, Near, R11, RAX, RCX, RDX, Reg, Rm};
 use super::classify::{Align, Class, writes_count};
 use super::compile::{Compiler, Work};
 use super::loops::held_in;
-use super::ready::{Copy, Strings};
+use super::ready::{Copy, Spill, Strings};
 use super::registers::{Address, GUEST_RCX, GUEST_RSP, HOST, Part, slot};
 use super::trace::Step;
 use crate::cpu::reg;
@@ -95,17 +95,38 @@ impl Compiler<'_> {
             if spill.temporary == R11 {
                 self.held = None;
             }
-            self.asm.load(spill.temporary, slot(spill.guest));
+            self.bring(spill);
         }
         encoding.emit(&mut self.asm, &operands);
         if writes_count(i) {
             self.asm.mov(GUEST_RCX, RCX);
         }
         for spill in copy.plan.spills().filter(|spill| spill.written) {
-            self.asm.store(slot(spill.guest), spill.temporary);
+            self.take(spill);
         }
         if class == Class::X87 {
             self.note_x87(step, bytes, address.as_ref());
+        }
+    }
+
+    /// Brings a guest register into its temporary.
+    fn bring(&mut self, spill: Spill) {
+        match HOST[usize::from(spill.guest & 15)] {
+            Some(host) if spill.high => self.asm.rorx(spill.temporary, host, 8),
+            _ => self.asm.load(spill.temporary, slot(spill.guest)),
+        }
+    }
+
+    /// Takes what its temporary holds back into a guest register. The flags stay.
+    fn take(&mut self, spill: Spill) {
+        match HOST[usize::from(spill.guest & 15)] {
+            Some(host) if spill.high => {
+                self.asm.rorx(host, host, 8);
+                // MOV of bytes; neither is one of those that need REX for that.
+                self.asm.op32(0x88, spill.temporary, Rm::Reg(host));
+                self.asm.rorx(host, host, 56);
+            }
+            _ => self.asm.store(slot(spill.guest), spill.temporary),
         }
     }
 
@@ -222,18 +243,10 @@ impl Compiler<'_> {
                 let guest = i.op0_register().number() as u8;
                 let from = Address::of(GUEST_RSP, 0);
                 let from = self.access(n, &from, 8, Align::None, false, call);
-                if guest == reg::RSP {
-                    self.asm.load(GUEST_RSP, from);
-                    return;
+                self.load_guest(guest, from);
+                if guest != reg::RSP {
+                    self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8));
                 }
-                match HOST[usize::from(guest & 15)] {
-                    Some(host) => self.asm.load(host, from),
-                    None => {
-                        self.asm.load(RCX, from);
-                        self.asm.store(slot(guest), RCX);
-                    }
-                }
-                self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8));
             }
             _ => {
                 // LEAVE with a 64-bit stack.
@@ -321,6 +334,17 @@ impl Compiler<'_> {
         }
     }
 
+    /// Loads a guest register, by RCX if it is in the frame.
+    pub(super) fn load_guest(&mut self, guest: u8, from: Mem) {
+        match HOST[usize::from(guest & 15)] {
+            Some(host) => self.asm.load(host, from),
+            None => {
+                self.asm.load(RCX, from);
+                self.asm.store(slot(guest), RCX);
+            }
+        }
+    }
+
     /// DIV and IDIV of 32 and 64 bits, where no #DE can come of it; else the interpreter's.
     pub(super) fn divide(&mut self, n: usize, i: &Instruction, copy: &Copy, signed: bool) {
         let wide = copy.size == 8;
@@ -337,9 +361,8 @@ impl Compiler<'_> {
         // All flags are undefined after a division, so that these may change them; but it may turn
         // out that there is an exception instead.
         self.asm.mov(R11, RAX);
-        self.asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
-        self.asm
-            .store32(Mem::frame(offset_of!(Frame, divide_flags)), RAX);
+        let flags = Mem::frame(offset_of!(Frame, divide_flags));
+        self.asm.store_flags(flags);
         self.asm.mov(RAX, R11);
         if signed {
             // What is divided is a sign-extended number, and the divisor is neither 0 nor -1.

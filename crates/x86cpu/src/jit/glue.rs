@@ -156,9 +156,7 @@ fn save(asm: &mut Asm, avx: bool) {
         asm.load(RCX, Mem::frame(at));
         asm.store(gpr(guest), RCX);
     }
-    // LAHF, SETO AL.
-    asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
-    asm.store32(Mem::frame(offset_of!(Frame, flags)), RAX);
+    asm.store_flags(Mem::frame(offset_of!(Frame, flags)));
     vectors(asm, avx, true);
 }
 
@@ -170,7 +168,7 @@ fn restore(asm: &mut Asm, avx: bool) {
         asm.load(RCX, gpr(guest));
         asm.store(Mem::frame(at), RCX);
     }
-    load_flags(asm, Mem::frame(offset_of!(Frame, flags)));
+    asm.load_flags(Mem::frame(offset_of!(Frame, flags)));
     for (guest, host) in pinned() {
         asm.load(host, gpr(guest));
     }
@@ -336,9 +334,7 @@ fn find_jump(asm: &mut Asm) -> Near {
     let flags = called(offset_of!(Frame, flags));
     let keys = offset_of!(Frame, jump_keys);
     asm.store(rax, RAX);
-    // LAHF, SETO AL.
-    asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
-    asm.store32(flags, RAX);
+    asm.store_flags(flags);
     asm.rorx(RAX, R11, jumps::SHIFT as u8);
     asm.op64(0x33, RAX, Rm::Reg(R11));
     let salt = called(keys + offset_of!(JumpKeys, salt));
@@ -361,13 +357,13 @@ fn find_jump(asm: &mut Asm) -> Near {
     asm.load32(RCX, Mem::base(RAX, offset_of!(Jump, code) as i32));
     asm.op64(0x03, RCX, Rm::Mem(called(offset_of!(Frame, code_base))));
     enter_found(asm);
-    load_flags(asm, flags);
+    asm.load_flags(flags);
     asm.load(RAX, rax);
     // RET.
     asm.byte(0xc3);
     asm.bind_here(other);
     asm.bind_here(stale);
-    load_flags(asm, flags);
+    asm.load_flags(flags);
     asm.load(RAX, rax);
     asm.jmp()
 }
@@ -403,11 +399,4 @@ fn enter_found(asm: &mut Asm) {
 fn and_constant(asm: &mut Asm, reg: u8, mask: u32) {
     asm.op32(0x81, 4, Rm::Reg(reg));
     asm.dword(mask as i32);
-}
-
-/// Loads the guest's flags; RAX is lost.
-fn load_flags(asm: &mut Asm, from: Mem) {
-    asm.load32(RAX, from);
-    // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
-    asm.put(&[0x04, 0x7f, 0x9e]);
 }

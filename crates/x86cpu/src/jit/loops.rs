@@ -114,9 +114,7 @@ impl Compiler<'_> {
     fn gate(&mut self, ready: &[Ready], carried: &[Carried]) -> Vec<Near> {
         let asm = &mut self.asm;
         asm.mov(R11, RAX);
-        // LAHF, SETO AL.
-        asm.put(&[0x9f, 0x0f, 0x90, 0xc0]);
-        asm.store32(Mem::frame(offset_of!(Frame, loop_flags)), RAX);
+        asm.store_flags(Mem::frame(offset_of!(Frame, loop_flags)));
         asm.mov(RAX, R11);
         let mut failed = Vec::new();
         self.units(ready, &mut failed);
@@ -150,9 +148,7 @@ impl Compiler<'_> {
     fn restore_flags(&mut self) {
         let asm = &mut self.asm;
         asm.mov(R11, RAX);
-        asm.load32(RAX, Mem::frame(offset_of!(Frame, loop_flags)));
-        // ADD AL, 0x7f overflows if AL is 1; SAHF sets the others.
-        asm.put(&[0x04, 0x7f, 0x9e]);
+        asm.load_flags(Mem::frame(offset_of!(Frame, loop_flags)));
         asm.mov(RAX, R11);
     }
 

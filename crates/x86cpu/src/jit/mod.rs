@@ -83,16 +83,9 @@ struct Call {
     block: BlockRef,
     /// Offset of the instruction in the page.
     at: u16,
-    /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
-    back: u16,
     ops: u8,
     missed: bool,
     work: Work,
-}
-
-impl Call {
-    /// It is in the midst of an op.
-    const MIDST: u16 = u16::MAX;
 }
 
 /// The same as it is kept: there are many.
@@ -103,7 +96,6 @@ struct PackedCall {
     /// Its op, from the block on.
     op: u16,
     at: u16,
-    back: u16,
     /// Where the trace goes on, from the call's end on.
     resume: i16,
     work: u16,
@@ -119,7 +111,6 @@ impl PackedCall {
             op: index.op_in(self.block, self.op),
             block: index.block_at(self.block),
             at: self.at,
-            back: self.back,
             ops: self.ops,
             missed: self.missed,
             work: Work::unpack(self.work),
@@ -457,7 +448,6 @@ impl Jit {
                 block: index.block(step.block),
                 op: index.op(step.block, step.op),
                 at: step.at,
-                back: step.back,
                 // No trace is longer.
                 resume: resume as i16,
                 work: call.work.pack(),
@@ -489,7 +479,7 @@ impl Jit {
             first_call,
             offset: head_offset(head) as u16,
             live: true,
-            crosses: trace.crosses,
+            crosses: pages[1].is_some(),
             guard: compiled.guard.map_or(0, |at| offset + at as u32),
         });
         // It goes when either page changes.

@@ -282,9 +282,9 @@ impl Copy {
             }
             _ => {
                 let encoding = Encoding::new(bytes, i)?;
-                copy.plan = Plan::new(i, form, memory)?;
-                if copy.plan.high && (memory || encoding.needs_rex(&copy.plan.operands)) {
-                    return None;
+                copy.plan = Plan::new(i, form, memory, memory)?;
+                if copy.plan.high && encoding.needs_rex(&copy.plan.operands) {
+                    copy.plan = Plan::new(i, form, memory, true)?;
                 }
                 copy.encoding = Some(encoding);
                 copy.size = usize::from(form.size);
@@ -360,6 +360,9 @@ pub(super) struct Spill {
     pub(super) guest: u8,
     pub(super) temporary: Reg,
     pub(super) written: bool,
+    /// The second byte of a register that has a host register: AH, CH, DH or BH. It comes as the first
+    /// one of the temporary, which can be had together with a REX prefix.
+    pub(super) high: bool,
 }
 
 /// Which registers a copied instruction gets.
@@ -369,7 +372,7 @@ pub(super) struct Plan {
     pub(super) spills: [Option<Spill>; 2],
     /// CL is a count: host RCX must hold the guest's.
     pub(super) count: bool,
-    /// AH, DH or BH is an operand.
+    /// AH, DH or BH is an operand where it is: nothing may need a REX prefix (SDM 1 §3.4.1.1).
     pub(super) high: bool,
 }
 
@@ -378,8 +381,9 @@ impl Plan {
         self.spills.into_iter().flatten()
     }
 
+    /// `apart` has AH to BH be brought into registers of their own.
     #[inline]
-    pub(super) fn new(i: &Instruction, form: &Form, memory: bool) -> Option<Self> {
+    pub(super) fn new(i: &Instruction, form: &Form, memory: bool, apart: bool) -> Option<Self> {
         let fields = || (0..).zip(form.fields).filter_map(|(n, f)| Some((n, f?)));
         let counts = |(n, field)| field == Field::Fixed && i.op_register(n) == Register::CL;
         let mut plan = Self {
@@ -398,7 +402,7 @@ impl Plan {
         let mut free = free.iter().copied();
         for (n, field) in fields() {
             let written = form.writes >> n & 1 != 0;
-            plan.assign(i.op_register(n), field, written, &mut free)?;
+            plan.assign(i.op_register(n), field, written, apart, &mut free)?;
         }
         Some(plan)
     }
@@ -409,22 +413,25 @@ impl Plan {
         register: Register,
         field: Field,
         written: bool,
+        apart: bool,
         free: &mut impl Iterator<Item = Reg>,
     ) -> Option<()> {
         let number = register.full_register().number() as u8;
-        if matches!(
+        let high = matches!(
             register,
             Register::AH | Register::CH | Register::DH | Register::BH
-        ) {
+        );
+        // The host register of the guest's RCX has no second byte that could be named.
+        if high && !apart && number != reg::RCX {
             self.high = true;
-            return (number != reg::RCX).then_some(());
+            return Some(());
         }
         if field == Field::Fixed {
             return Some(());
         }
         let host = match HOST[usize::from(number & 15)] {
-            Some(host) => host,
-            None => self.spill(number, written, free)?,
+            Some(host) if !high => host,
+            _ => self.spill(number, written, high, free)?,
         };
         if register.size() == 1 && (4..8).contains(&host) {
             self.operands.byte_low = true;
@@ -443,10 +450,11 @@ impl Plan {
         &mut self,
         guest: u8,
         written: bool,
+        high: bool,
         free: &mut impl Iterator<Item = Reg>,
     ) -> Option<Reg> {
         for spill in self.spills.iter_mut().flatten() {
-            if spill.guest == guest {
+            if spill.guest == guest && spill.high == high {
                 spill.written |= written;
                 return Some(spill.temporary);
             }
@@ -457,6 +465,7 @@ impl Plan {
             guest,
             temporary,
             written,
+            high,
         });
         Some(temporary)
     }

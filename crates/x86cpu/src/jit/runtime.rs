@@ -4,6 +4,7 @@
 use std::ptr::NonNull;
 use std::time::Instant;
 
+use super::classify::Align;
 use super::compile::{self, Request, Scratch, Work};
 use super::trace::Trace;
 use super::{Call, PATIENCE, Way};
@@ -35,9 +36,6 @@ pub(super) const TRAP: u64 = 2;
 /// Runs that one counts for which compiled code was left for: it costs as much as so many, and what hot
 /// code leads to gets hot.
 const LEFT: u16 = 4;
-
-/// Bytes of the longest instruction, but for the first.
-const LONGEST: usize = 14;
 
 /// Flags as LAHF and SETO give them, at their places in RFLAGS.
 fn to_bits(flags: u32) -> u64 {
@@ -93,11 +91,11 @@ impl Cpu {
         }
         let jit = &self.code.jit;
         let left = jit.missed_jump || jit.pending.is_some();
-        let heat = found.warm(if left { LEFT } else { 1 });
-        if heat < self.code.jit.threshold() || heat == u16::MAX {
-            return 0;
+        if found.warms_to(jit.threshold(), if left { LEFT } else { 1 }) {
+            self.compile_block(block)
+        } else {
+            0
         }
-        self.compile_block(block)
     }
 
     #[cold]
@@ -174,15 +172,13 @@ impl Cpu {
             return None;
         }
         let second = found.second_page();
-        let crossing = second.and_then(|(gpa, state, version)| {
+        if let Some((gpa, state, _)) = second {
             let second = slots.page(gpa)?;
-            let mut both = vec![0; PAGE_SIZE + LONGEST];
-            let (first, rest) = both.split_at_mut(PAGE_SIZE);
-            page.read(0, first);
-            second.read(0, rest);
-            let same = std::ptr::eq(second.state, state) && state.version() == version;
-            same.then_some(both)
-        });
+            if !std::ptr::eq(second.state, state) {
+                return None;
+            }
+            second.read(0, &mut scratch.page[PAGE_SIZE..]);
+        }
         let steps = std::mem::take(&mut scratch.steps);
         let find = |from: BlockRef, offset: u16| {
             // SAFETY: blocks of the cache as it is, and what follows them in the same page.
@@ -195,23 +191,17 @@ impl Cpu {
                 self.code.find(key).filter(of_version)
             })
         };
-        let whole = found.is_whole();
-        let trace = if whole {
-            let read = |offset: usize, into: &mut [u8]| page.read(offset, into);
-            Trace::new(block, &mut scratch.page, read, find, steps)
-        } else {
-            Trace::crossing(block, crossing.as_deref(), steps)
-        }?;
+        let read = |offset: usize, into: &mut [u8]| page.read(offset, into);
+        let trace = Trace::new(block, &mut scratch.page[..], read, find, steps)?;
         let request = Request {
             origin,
             glue,
             hardened: self.code.jit.tuning.hardened,
             plain: self.code.jit.plain(found),
         };
-        let compiled = if whole {
-            compile::compile(&trace, request, scratch)
-        } else {
-            compile::crossing(&trace, crossing.as_deref(), request, scratch)
+        let compiled = match second {
+            None => compile::compile(&trace, request, scratch),
+            Some(_) => compile::crossing(&trace, request, scratch),
         }?;
         // Whoever writes the page from here on makes the trace stale; who has done so before, or
         // is doing so, has changed the version, or will.
@@ -288,10 +278,7 @@ impl Cpu {
         if code_changes() != self.code.jit.seen || !self.mmu.is_fast() {
             return false;
         }
-        let address = self.trap.address;
-        let Ok((gpa, global)) = self.fetch_from(linear) else {
-            self.trap.kind = TrapKind::None;
-            self.trap.address = address;
+        let Some((gpa, global)) = self.quietly(|cpu| cpu.fetch_from(linear)) else {
             return false;
         };
         let key = self.block_key(gpa, 0);
@@ -368,9 +355,7 @@ impl Cpu {
         let counters = &self.shared.counters;
         match out {
             BACK if self.code.jit.is_gone(from) => {
-                Counters::add(&counters.exits_indirect, 1);
-                self.rip = target;
-                self.code.jit.missed_jump = true;
+                self.leave_for(target);
                 Ok(())
             }
             BACK => {
@@ -392,6 +377,13 @@ impl Cpu {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Compiled code is left for an address that its jump caches don't have.
+    fn leave_for(&mut self, target: u64) {
+        Counters::add(&self.shared.counters.exits_indirect, 1);
+        self.code.jit.missed_jump = true;
+        self.rip = target;
     }
 
     /// Forgets for what compiled code was left: control has gone elsewhere since.
@@ -454,9 +446,17 @@ impl Cpu {
     }
 
     /// Has the TLB take a window, if it is within a page of RAM.
-    fn take_window(&mut self, number: u32, linear: u64, bytes: u16, write: bool) -> bool {
+    fn take_window(
+        &mut self,
+        number: u32,
+        linear: u64,
+        bytes: u16,
+        write: bool,
+        align: Align,
+    ) -> bool {
         let within = (linear & PAGE_MASK) + u64::from(bytes) <= PAGE_SIZE as u64;
-        if within && self.fill_tlb(linear, write) {
+        let aligned = linear & (align.bytes() as u64 - 1) == 0;
+        if within && aligned && self.fill_tlb(linear, write) {
             return true;
         }
         self.code.jit.window_failed(number);
@@ -480,9 +480,7 @@ impl Cpu {
             return BACK;
         }
         if call.work == Work::Goto {
-            Counters::add(&self.shared.counters.exits_indirect, 1);
-            self.code.jit.missed_jump = true;
-            self.rip = frame.missed;
+            self.leave_for(frame.missed);
             return LEAVE;
         }
         if !self.code.jit.has_blocks(frame.number) {
@@ -503,7 +501,14 @@ impl Cpu {
                 self.run_one_op(call, op, block.end(), frame)
             }
             Work::Cross => self.run_crossing(found, frame),
-            _ => self.run_to_end(call, found, op, frame),
+            _ => {
+                let result = self.execute_rest(found, op);
+                frame.flags = from_bits(self.flags.bits());
+                match result {
+                    Ok(()) => self.go_on(frame),
+                    Err(Trap) => TRAP,
+                }
+            }
         }
     }
 
@@ -518,30 +523,13 @@ impl Cpu {
                 ready
             }
             Work::X87 => self.can_copy_x87(),
-            Work::Window { bytes, write } => {
-                self.take_window(frame.number, frame.missed, bytes, write)
-            }
+            Work::Window {
+                bytes,
+                write,
+                align,
+            } => self.take_window(frame.number, frame.missed, bytes, write, align),
             Work::Jump | Work::Goto => self.find_trace(frame.missed),
             _ => false,
-        }
-    }
-
-    /// Runs an instruction and what is left of its block.
-    fn run_to_end(&mut self, call: Call, block: BlockRef, op: *const Op, frame: &mut Frame) -> u64 {
-        let result = if call.back == Call::MIDST {
-            // In the midst of a fused op: a block of its own begins here.
-            // SAFETY: the first op of the instruction.
-            self.rip = self.own_rip(unsafe { &*op });
-            Ok(())
-        } else {
-            // SAFETY: so many ops before its parts is the op that is fused of them.
-            let whole = unsafe { op.sub(usize::from(call.back)) };
-            self.execute_rest(block, whole)
-        };
-        frame.flags = from_bits(self.flags.bits());
-        match result {
-            Ok(()) => self.go_on(frame),
-            Err(Trap) => TRAP,
         }
     }
 

@@ -240,13 +240,7 @@ impl Compiler<'_> {
             System::Control { at, to } => {
                 self.only_if_zero(not_kernel, call);
                 self.load_cpu(R11);
-                match HOST[usize::from(to & 15)] {
-                    Some(host) => self.asm.load(host, Self::field(at)),
-                    None => {
-                        self.asm.load(RCX, Self::field(at));
-                        self.asm.store(slot(to), RCX);
-                    }
-                }
+                self.load_guest(to, Self::field(at));
             }
             System::Selector { at, to } => {
                 self.load_cpu(R11);
@@ -289,9 +283,9 @@ impl Compiler<'_> {
         let to = self.access(n, &to, 8, Align::None, true, call);
         let kept = Mem::frame(offset_of!(Frame, target));
         self.asm.store(kept, RAX);
-        // LAHF, SETO AL, MOVZX ECX, AH, MOVZX EAX, AL.
-        self.asm
-            .put(&[0x9f, 0x0f, 0x90, 0xc0, 0x0f, 0xb6, 0xcc, 0x0f, 0xb6, 0xc0]);
+        self.asm.take_flags();
+        // MOVZX ECX, AH, MOVZX EAX, AL.
+        self.asm.put(&[0x0f, 0xb6, 0xcc, 0x0f, 0xb6, 0xc0]);
         // OF to its place.
         self.asm.rorx(RAX, RAX, 64 - 11);
         self.asm.lea(RCX, Mem::indexed(RCX, RAX, 0, 0));

@@ -2,7 +2,6 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 
-use super::Call;
 use crate::code::{Block, BlockRef, Op};
 use crate::mem::PAGE_SIZE;
 
@@ -20,8 +19,6 @@ pub(super) struct Step {
     /// The first op of the interpreter for it, and how many there are.
     pub op: *const Op,
     pub ops: u8,
-    /// How many ops before it the op of the block is that begins with it; see [`Call::MIDST`].
-    pub back: u16,
     /// The block that has it.
     pub block: BlockRef,
     /// It is the last of its block.
@@ -42,54 +39,16 @@ impl Step {
 /// See the module's text.
 pub(super) struct Trace {
     pub steps: Vec<Step>,
-    /// It is one instruction across two pages.
-    pub crosses: bool,
 }
 
-/// An op of an instruction.
-struct Found {
-    ip: u16,
-    op: *const Op,
-    back: u16,
-    /// It may be one of several.
-    plain: bool,
-}
-
-/// Gives the ops of a block that are for instructions, fused ones by their parts.
-#[expect(unsafe_code, reason = "walks the ops of a block")]
-fn each_op(block: &Block, mut found: impl FnMut(Found) -> Option<()>) -> Option<()> {
-    let mut at = block.ops();
-    while at < block.end() {
-        // SAFETY: between the block's first op and its end.
-        let op = unsafe { &*at };
-        if op.is_fused() {
-            for n in 0..u32::from(op.extra) {
-                // SAFETY: `aux` ops on from a fused op there are `extra` parts.
-                let part = unsafe { at.add((op.aux + n) as usize) };
-                found(Found {
-                    // SAFETY: as above.
-                    ip: unsafe { &*part }.ip,
-                    op: part,
-                    back: if n == 0 {
-                        u16::try_from(op.aux).unwrap_or(Call::MIDST)
-                    } else {
-                        Call::MIDST
-                    },
-                    plain: false,
-                })?;
-            }
-        } else if op.len != 0 {
-            found(Found {
-                ip: op.ip,
-                op: at,
-                back: 0,
-                plain: true,
-            })?;
-        }
-        // SAFETY: at most the block's end.
-        at = unsafe { at.add(1) };
-    }
-    Some(())
+/// The ops of a block that are for instructions; none is for several, as lowering leaves what is to be
+/// compiled.
+#[expect(unsafe_code, reason = "looks at the ops of a block")]
+fn instruction_ops(block: &Block) -> impl Iterator<Item = &Op> {
+    let count = (block.end() as usize - block.ops() as usize) / size_of::<Op>();
+    // SAFETY: so many ops lie behind the block, and stay as they are while it is there.
+    let ops = unsafe { std::slice::from_raw_parts(block.ops(), count) };
+    ops.iter().filter(|op| op.len != 0)
 }
 
 /// Where a near branch with a target in the instruction goes, relative to the page.
@@ -107,18 +66,16 @@ pub(super) fn in_page(target: i64) -> Option<u16> {
 impl Trace {
     /// Follows the path from a block on. `find` gives the block that comes after one at an offset of the
     /// page, if it is decoded and current; `read` fills in the page from an offset on, of which only what
-    /// blocks were made of is looked at. `None` if bytes and blocks don't agree, or nothing can be compiled.
+    /// blocks were made of is looked at. `page` has the first bytes of the next page behind it, if the block is
+    /// an instruction that goes on there. `None` if bytes and blocks don't agree.
     pub(super) fn new(
         head: BlockRef,
-        page: &mut [u8; PAGE_SIZE],
+        page: &mut [u8],
         read: impl Fn(usize, &mut [u8]),
         find: impl Fn(BlockRef, u16) -> Option<BlockRef>,
         steps: Vec<Step>,
     ) -> Option<Self> {
-        let mut trace = Self {
-            steps,
-            crosses: false,
-        };
+        let mut trace = Self { steps };
         let mut seen = [head; BLOCKS];
         let mut block = head;
         for n in 0..BLOCKS {
@@ -138,48 +95,11 @@ impl Trace {
         Some(trace)
     }
 
-    /// The one instruction of a block that goes on in another page. `bytes` are those of its page and the
-    /// first of the other.
-    pub(super) fn crossing(head: BlockRef, bytes: Option<&[u8]>, steps: Vec<Step>) -> Option<Self> {
-        // SAFETY: nothing clears the cache while a trace is made.
-        #[expect(unsafe_code, reason = "looks into a block")]
-        let block = unsafe { head.get() };
-        let instruction = bytes.and_then(|bytes| {
-            let options = DecoderOptions::FORCE_RESERVED_NOP;
-            let mut decoder = Decoder::with_ip(64, bytes, 0, options);
-            decoder.set_position(block.offset()).ok()?;
-            decoder.set_ip(block.offset() as u64);
-            let instruction = decoder.decode();
-            (instruction.len() == usize::from(block.len)).then_some(instruction)
-        });
-        let mut trace = Self {
-            crosses: true,
-            steps,
-        };
-        each_op(block, |found| {
-            match trace.steps.last_mut() {
-                Some(step) => step.ops += 1,
-                None => trace.steps.push(Step {
-                    instruction: instruction.unwrap_or_default(),
-                    at: block.offset() as u16,
-                    op: found.op,
-                    ops: 1,
-                    back: found.back,
-                    block: head,
-                    last: true,
-                    follow: None,
-                }),
-            }
-            Some(())
-        })?;
-        (!trace.steps.is_empty()).then_some(trace)
-    }
-
     #[expect(unsafe_code, reason = "looks into a block")]
     fn add(
         &mut self,
         block: BlockRef,
-        page: &mut [u8; PAGE_SIZE],
+        page: &mut [u8],
         read: impl Fn(usize, &mut [u8]),
     ) -> Option<()> {
         // SAFETY: nothing clears the cache while a trace is made.
@@ -191,14 +111,13 @@ impl Trace {
         let options = DecoderOptions::FORCE_RESERVED_NOP;
         let mut decoder = Decoder::with_ip(64, bytes, start as u64, options);
         let first = self.steps.len();
-        each_op(current, |found| {
-            let at = start + usize::from(found.ip);
+        for op in instruction_ops(current) {
+            let at = start + usize::from(op.ip);
             if let Some(last) = self.steps[first..].last_mut()
-                && found.plain
                 && usize::from(last.at) == at
             {
                 last.ops += 1;
-                return Some(());
+                continue;
             }
             if start + decoder.position() != at {
                 return None;
@@ -206,16 +125,14 @@ impl Trace {
             self.steps.push(Step {
                 instruction: Instruction::default(),
                 at: at as u16,
-                op: found.op,
+                op,
                 ops: 1,
-                back: found.back,
                 block,
                 last: false,
                 follow: None,
             });
             decoder.decode_out(&mut self.steps.last_mut()?.instruction);
-            Some(())
-        })?;
+        }
         self.steps[first..].last_mut()?.last = true;
         (start + decoder.position() == end).then_some(())
     }

@@ -10,6 +10,7 @@ use std::mem::take;
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
+use super::classify::Align;
 use super::ready::Ready;
 use super::trace::Step;
 use crate::mem::area::WINDOWS;
@@ -52,8 +53,16 @@ pub(super) struct Wanted {
     pub memory: Memory,
     pub size: usize,
     pub write: bool,
-    /// It must be aligned, and has to be looked at for itself.
+    /// It must be aligned.
     pub aligned: bool,
+}
+
+impl Wanted {
+    /// What it must be aligned to, if to anything: as the instructions have it that need any.
+    fn align(&self) -> Option<i64> {
+        let to = if self.size == 32 { 32 } else { 16 };
+        self.aligned.then_some(to)
+    }
 }
 
 /// What an access is relative to.
@@ -65,13 +74,22 @@ pub(super) enum Memory {
     Register(u8, i32),
 }
 
+/// What the first access of a window looks for: the bytes from `low` up to `high`, relative to its own
+/// address, of which the first is to be aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Opening {
+    pub low: i32,
+    pub high: i32,
+    pub align: Align,
+}
+
 /// The part of a window in one access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Share {
     /// Which window.
     pub window: usize,
-    /// The first of it: which bytes it has to look for, relative to its own address.
-    pub opens: Option<(i32, i32)>,
+    /// The first of it: what it has to look for.
+    pub opens: Option<Opening>,
     /// Distance from where the window's pointer points, without the index register.
     pub distance: i32,
     /// What has been added to the base register since the window's origin.
@@ -315,14 +333,14 @@ impl Windows {
             self.places[n][which] = Some(Place::new(window, at, added));
             return;
         }
-        if wanted.aligned {
-            return;
-        }
         let end = at + wanted.size as i64;
-        // One that may be written is as good for reads.
+        let align = wanted.align();
+        // One that may be written is as good for reads. What is aligned here need not be where others
+        // were opened: code looks at pointers, and goes another way.
         let fits = |window: &Window| {
             window.key == key
                 && (window.write || !wanted.write)
+                && (align.is_none() || window.align.is_some() && window.aligns(at, align))
                 && end.max(window.high) - at.min(window.low) <= SPAN
         };
         let known = self.open.iter().copied().find(|&w| fits(&self.windows[w]));
@@ -335,7 +353,7 @@ impl Windows {
                 first: (n, which, at),
                 members: 0,
                 strides: None,
-                align: None,
+                align: align.map(|align| (at, align)),
                 slot: None,
             });
             self.open.push(self.windows.len() - 1);
@@ -354,21 +372,14 @@ impl Windows {
         wanted: Wanted,
     ) -> Option<usize> {
         let end = at + wanted.size as i64;
-        // As the instructions have it that need any.
-        let align = wanted
-            .aligned
-            .then_some(if wanted.size == 32 { 32 } else { 16 });
+        let align = wanted.align();
         if align.is_some_and(|align| strides.1 % align != 0) {
             return None;
         }
         let fits = |window: &Window| {
-            let aligned = match (window.align, align) {
-                (Some((place, to)), Some(align)) => to == align && (at - place) % align == 0,
-                _ => true,
-            };
             window.strides.is_some()
                 && window.key == *key
-                && aligned
+                && window.aligns(at, align)
                 && end.max(window.high) - at.min(window.low) <= SPAN
         };
         let window = match self.windows.iter().position(fits) {
@@ -474,12 +485,7 @@ impl Windows {
             let opens = (first_step, first_which) == (n, which);
             Some(Share {
                 window: window.slot?,
-                opens: opens.then(|| {
-                    (
-                        (window.low - first_at) as i32,
-                        (window.high - first_at) as i32,
-                    )
-                }),
+                opens: opens.then(|| window.opening(first_at)),
                 distance: place.at,
                 added: place.added,
                 moves: window.moves(),
@@ -510,6 +516,31 @@ impl Window {
         self.low = self.low.min(at);
         self.high = self.high.max(end);
         self.members += 1;
+    }
+
+    /// Whether an access is aligned if the window's own place is.
+    fn aligns(&self, at: i64, align: Option<i64>) -> bool {
+        match (self.align, align) {
+            (Some((place, to)), Some(align)) => to == align && (at - place) % align == 0,
+            _ => true,
+        }
+    }
+
+    /// What its first access has to look for. A window that is aligned begins and ends so: that leads
+    /// into no other page.
+    fn opening(&self, first: i64) -> Opening {
+        let (mut low, mut high) = (self.low, self.high);
+        let mut align = Align::None;
+        if let Some((place, to)) = self.align {
+            low -= (low - place).rem_euclid(to);
+            high += (place - high).rem_euclid(to);
+            align = Align::of(to as usize);
+        }
+        Opening {
+            low: (low - first) as i32,
+            high: (high - first) as i32,
+            align,
+        }
     }
 
     fn moves(&self) -> bool {

@@ -227,7 +227,9 @@ impl Area {
     pub(super) fn drop_writes(&mut self) {
         let entries = self.entries();
         self.write[..entries].fill(0);
-        self.mend_empty();
+        for n in [0, entries - 1] {
+            self.write[n] = self.no_page(n);
+        }
     }
 
     pub(super) fn drop_writes_to(&mut self, gpa: u64) {
@@ -245,42 +247,21 @@ impl Area {
             if from.gpa[old] & GLOBAL == 0 {
                 continue;
             }
-            // Minus the page, if there is one.
-            let tag = match from.read[old] {
-                OTHER_PAGE if old == 0 || old == from.entries() - 1 => continue,
-                0 if old != 0 => continue,
-                tag => tag,
-            };
-            let n = self.index(tag.wrapping_neg());
+            let tag = from.read[old];
+            let page = tag.wrapping_neg();
+            // The tag of an empty entry is that of a page of another index.
+            if from.index(page) != old {
+                continue;
+            }
+            let n = self.index(page);
             self.read[n] = tag;
-            self.write[n] = match from.write[old] {
-                write if write == tag => tag,
-                _ => self.no_page(n),
+            self.write[n] = if from.write[old] == tag {
+                tag
+            } else {
+                self.no_page(n)
             };
             self.addend[n] = from.addend[old];
             self.gpa[n] = from.gpa[old];
-        }
-    }
-
-    /// Drops the pages that not all address spaces have.
-    pub(super) fn keep_global(&mut self) {
-        for n in 0..self.entries() {
-            let keep = 0_u64.wrapping_sub(self.gpa[n] & GLOBAL);
-            self.read[n] &= keep;
-            self.write[n] &= keep;
-        }
-        self.mend_empty();
-    }
-
-    /// Makes empty entries of zeros what [`Area::no_page`] says.
-    fn mend_empty(&mut self) {
-        for n in [0, self.entries() - 1] {
-            let none = self.no_page(n);
-            for tag in [&mut self.read[n], &mut self.write[n]] {
-                if *tag == 0 {
-                    *tag = none;
-                }
-            }
         }
     }
 

@@ -42,8 +42,8 @@ pub(crate) struct JumpKeys {
 /// See the module's text.
 pub(crate) struct Jumps {
     entries: Box<[Jump]>,
-    /// Counts how often all were dropped; never 0, which is what empty entries have.
-    epoch: u32,
+    /// Counts how often all were dropped. What of it is in a key is never 0, which empty entries have.
+    epoch: u64,
 }
 
 impl Jumps {
@@ -54,12 +54,16 @@ impl Jumps {
         }
     }
 
-    /// The keys for code of an address space and privilege.
+    /// The key for code of an address space and privilege: of all that there have been, no other has it.
+    pub(super) fn key(&self, asid: u16, user: bool) -> u64 {
+        self.epoch << SPACE_BITS | u64::from(user) << (SPACE_BITS - 1) | u64::from(asid)
+    }
+
+    /// The keys for its jumps.
     pub(super) fn keys(&self, asid: u16, user: bool) -> JumpKeys {
-        let global = self.epoch << SPACE_BITS | u32::from(user) << (SPACE_BITS - 1);
         JumpKeys {
-            own: global | u32::from(asid),
-            global,
+            own: self.key(asid, user) as u32,
+            global: self.key(0, user) as u32,
             salt: u32::from(user) * u32::from(asid) * SPREAD,
         }
     }
@@ -88,15 +92,15 @@ impl Jumps {
     /// Drops all.
     pub(super) fn clear(&mut self) {
         self.epoch += 1;
-        if self.epoch == 1 << (u32::BITS - SPACE_BITS) {
+        if (self.epoch << SPACE_BITS) as u32 == 0 {
             self.entries.fill(Jump::default());
-            self.epoch = 1;
+            self.epoch += 1;
         }
     }
 
     /// Drops all, and gives the memory back.
     pub(super) fn give_back(&mut self) {
-        *self = Self::new();
+        self.entries = Self::new().entries;
     }
 }
 
@@ -116,10 +120,12 @@ mod tests {
         assert_eq!(jumps.find(0x1234, jumps.keys(7, true)), None);
         assert_eq!(jumps.find(0x5678, jumps.keys(8, false)), Some(2));
         assert_eq!(jumps.find(0x5678, jumps.keys(8, true)), None);
-        // So often that the epochs start over.
+        let first = jumps.key(7, false);
+        // So often that the epochs start over in the table's keys.
         for _ in 0..1_u32 << (u32::BITS - SPACE_BITS) {
             jumps.clear();
             assert_eq!(jumps.find(0x1234, jumps.keys(7, false)), None);
+            assert_ne!(jumps.key(7, false), first);
         }
     }
 }

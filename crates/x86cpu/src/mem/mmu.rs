@@ -24,6 +24,8 @@ const PCIDS: usize = 4096;
 const LARGE_WORDS: usize = 4096;
 /// After so many writes to pages that have lost their code, one becomes plain data again.
 const IDLE_WRITES: u32 = 16;
+/// Numbers of the first address space and of what all have; and the last that is taken.
+const FIRST_ASIDS: (u16, u16, u16) = (1, 2, 2);
 
 /// One processor's memory-management unit.
 pub struct Mmu {
@@ -45,8 +47,6 @@ pub struct Mmu {
     last_asid: u16,
     /// Hashes of 2 MiB (and 1 GiB) regions that large pages have been entered for.
     large: Box<[u64; LARGE_WORDS]>,
-    /// Counts what made jump caches stale.
-    jump_epoch: u64,
     /// Writes that found no code left in a page that had some.
     idle_writes: u32,
 }
@@ -78,6 +78,7 @@ pub(crate) enum Place {
 
 impl Mmu {
     pub(crate) fn new(slots: Arc<SlotTable>) -> Self {
+        let (asid, global, last_asid) = FIRST_ASIDS;
         Self {
             first: FirstLevel::new(),
             second: SecondLevel::new(),
@@ -88,11 +89,10 @@ impl Mmu {
             physical_bits: 36,
             table: Table::Supervisor,
             asids: zeroed(),
-            asid: 1,
-            global: 2,
-            last_asid: 2,
+            asid,
+            global,
+            last_asid,
             large: zeroed(),
-            jump_epoch: 0,
             idle_writes: 0,
         }
     }
@@ -108,8 +108,7 @@ impl Mmu {
     /// Has jumps of the current address space and privilege to a linear address go to `code`.
     pub(crate) fn enter_jump(&mut self, linear: u64, code: Target) {
         let view = self.view();
-        let user = self.table == Table::User;
-        let keys = self.first.jump_keys(self.asid, user);
+        let keys = self.jumps().1;
         let known = self.second.find(linear, self.asid, self.global);
         let everywhere = known.is_some_and(|page| page.global);
         self.first.enter_jump(view, linear, code, keys, everywhere);
@@ -118,25 +117,24 @@ impl Mmu {
     /// What the second level of the jump cache is looked up with: where it is, and the keys.
     pub(crate) fn jumps(&self) -> (u64, JumpKeys) {
         let user = self.table == Table::User;
-        (self.first.jumps(), self.first.jump_keys(self.asid, user))
+        let jumps = &self.first.jumps;
+        (jumps.base(), jumps.keys(self.asid, user))
     }
 
     /// Where code is, in the second level of the jump cache.
     pub(crate) fn jump(&self, linear: u64) -> Option<u32> {
-        self.first.jump(linear, self.jumps().1)
+        self.first.jumps.find(linear, self.jumps().1)
     }
 
     /// Forgets all of [`Mmu::enter_jump`].
     pub(crate) fn drop_jumps(&mut self) {
         self.first.drop_jumps();
-        self.jump_epoch += 1;
     }
 
     /// What must agree for code to be what it was at a linear address; never 0. It changes with
     /// [`Mmu::drop_jumps`].
     pub(crate) fn code_key(&self) -> u64 {
-        let user = self.table == Table::User;
-        self.jump_epoch << 17 | u64::from(user) << 16 | u64::from(self.asid)
+        self.first.jumps.key(self.asid, self.table == Table::User)
     }
 
     /// Gives memory back to the host.
@@ -164,28 +162,21 @@ impl Mmu {
         &self.slots
     }
 
-    fn new_asid(&mut self) -> u16 {
-        if self.last_asid == LAST_ASID {
-            self.first.clear();
-            self.second.clear();
-            self.asids.fill(0);
-            self.large.fill(0);
-            self.last_asid = 1;
-            self.global = 1;
-            self.jump_epoch += 1;
-        }
-        self.last_asid += 1;
-        self.last_asid
+    /// A number that no address space has had; `None` if there is no more.
+    fn new_asid(&mut self) -> Option<u16> {
+        (self.last_asid < LAST_ASID).then(|| {
+            self.last_asid += 1;
+            self.last_asid
+        })
     }
 
+    /// Numbers of address spaces start over: what is known of code under them has to go as well.
     fn flush_all(&mut self) {
         self.first.clear();
         self.second.clear();
         self.large.fill(0);
         self.asids.fill(0);
-        self.asid = self.new_asid();
-        // `new_asid` may just have started over and given `global` a number of its own.
-        self.global = self.new_asid();
+        (self.asid, self.global, self.last_asid) = FIRST_ASIDS;
     }
 
     fn large_key(linear: u64, shift: u32) -> (usize, u64) {
@@ -318,7 +309,9 @@ impl Cpu {
         let pcid = self.pcid(cr3);
         let known = self.mmu.asids[pcid];
         self.mmu.asid = if flush || known == 0 {
-            let asid = self.mmu.new_asid();
+            let Some(asid) = self.mmu.new_asid() else {
+                return self.tlb_flush_all();
+            };
             self.mmu.asids[pcid] = asid;
             asid
         } else {
@@ -545,13 +538,22 @@ impl Cpu {
     /// Has the first level take the page of an address, for accesses with the current privilege.
     /// `false`, without an exception, if they must not go ahead there.
     pub(crate) fn fill_tlb(&mut self, linear: u64, write: bool) -> bool {
+        let place = self.quietly(|cpu| cpu.translate(linear, Access::Current, write, false));
+        matches!(place, Some(Place::Ram(_)))
+    }
+
+    /// Does what may raise an exception, without one.
+    pub(crate) fn quietly<T>(
+        &mut self,
+        act: impl FnOnce(&mut Self) -> Result<T, Trap>,
+    ) -> Option<T> {
         let address = self.trap.address;
-        let place = self.translate(linear, Access::Current, write, false);
-        if place.is_err() {
+        let done = act(self);
+        if done.is_err() {
             self.trap.kind = TrapKind::None;
             self.trap.address = address;
         }
-        matches!(place, Ok(Place::Ram(_)))
+        done.ok()
     }
 
     /// Translates an address that instructions are fetched from.

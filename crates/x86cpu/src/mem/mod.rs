@@ -10,7 +10,6 @@ mod access;
 pub(crate) mod area;
 mod bulk;
 mod device;
-pub(crate) mod huge;
 mod int;
 pub(crate) mod jumps;
 mod memory;

@@ -101,7 +101,8 @@ pub(super) struct FirstLevel {
     current: usize,
     switches: u64,
     slow: OwnArea,
-    jumps: Jumps,
+    /// The second level of their jump caches.
+    pub(super) jumps: Jumps,
 }
 
 impl FirstLevel {
@@ -138,7 +139,7 @@ impl FirstLevel {
         let from = self.spaces[before].areas[KERNEL]
             .as_ref()
             .map(OwnArea::pointer)
-            .filter(|_| self.spaces[before].asid != 0);
+            .filter(|_| before != self.current && self.spaces[before].asid != 0);
         let space = &mut self.spaces[self.current];
         space.asid = asid;
         for (table, area) in space.areas.iter_mut().enumerate() {
@@ -146,12 +147,10 @@ impl FirstLevel {
                 area.get_or_insert_with(OwnArea::new);
             }
             let Some(area) = area else { continue };
-            let pointer = area.pointer();
             let area = area.get();
             area.drop_jumps();
             match from {
-                Some(from) if table == KERNEL && from == pointer => area.keep_global(),
-                // SAFETY: another area of this, which nothing changes meanwhile.
+                // SAFETY: an area of another space, which nothing changes meanwhile.
                 Some(from) if table == KERNEL => area.take_global(unsafe { from.as_ref() }),
                 _ => area.drop_all(),
             }
@@ -252,21 +251,6 @@ impl FirstLevel {
                 .enter_jump(linear, code.base + u64::from(code.offset));
         }
         self.jumps.enter(linear, keys, everywhere, code.offset);
-    }
-
-    /// Where the second level of the jump cache is.
-    pub(super) fn jumps(&self) -> u64 {
-        self.jumps.base()
-    }
-
-    /// The code for a linear address there.
-    pub(super) fn jump(&self, linear: u64, keys: JumpKeys) -> Option<u32> {
-        self.jumps.find(linear, keys)
-    }
-
-    /// What must agree there beside the address.
-    pub(super) fn jump_keys(&self, asid: u16, user: bool) -> JumpKeys {
-        self.jumps.keys(asid, user)
     }
 
     /// Forgets all jumps.

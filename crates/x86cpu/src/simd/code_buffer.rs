@@ -7,14 +7,11 @@
 use std::io;
 use std::ptr::NonNull;
 
-use crate::mem::huge::{HUGE, reserve};
-
 /// Start of each piece of code: a fetch line's half, so that short pieces take one fetch.
 const ALIGN: usize = 16;
 
-/// `MADV_COLLAPSE` of Linux 6.1: makes huge pages of what is there, now, whatever the host's
-/// administrator has set for those that are made by and by.
-const MADV_COLLAPSE: i32 = 25;
+/// What the host has for a large page.
+const LARGE: usize = 2 << 20;
 
 /// A bounded store of machine code.
 pub struct CodeBuffer {
@@ -22,8 +19,8 @@ pub struct CodeBuffer {
     executable: NonNull<u8>,
     capacity: usize,
     used: usize,
-    /// As much has been put on huge pages, or can't be.
-    huge: usize,
+    /// So much from the start on is in large pages, or was refused them.
+    large: usize,
 }
 
 // SAFETY: the two mappings belong to this value alone; writing takes `&mut self`, and what has been
@@ -52,8 +49,27 @@ impl CodeBuffer {
             executable,
             capacity,
             used: 0,
-            huge: HUGE,
+            large: 0,
         })
+    }
+
+    /// Has the host use large pages for code that has grown into the next of them: a hundred thousand
+    /// small pieces, all over the buffer, would need more translations than processors keep. A buffer
+    /// that stays small has none. Where the kernel doesn't do that (before 6.1), all stays as it is.
+    #[cold]
+    fn enlarge(&mut self) {
+        let end = self.used.next_multiple_of(LARGE).min(self.capacity);
+        let start = std::mem::replace(&mut self.large, end);
+        for mapping in [self.writable, self.executable] {
+            // SAFETY: within both mappings; it changes where their bytes are kept, not what they are.
+            unsafe {
+                libc::madvise(
+                    mapping.add(start).as_ptr().cast(),
+                    end - start,
+                    libc::MADV_COLLAPSE,
+                );
+            }
+        }
     }
 
     /// Where, from the start on, the code comes that is appended next.
@@ -68,9 +84,6 @@ impl CodeBuffer {
         if end > self.capacity {
             return None;
         }
-        if end > self.huge {
-            self.take_huge();
-        }
         // SAFETY: start..end lies within the writable mapping, which nothing else refers to.
         unsafe {
             self.writable
@@ -78,30 +91,15 @@ impl CodeBuffer {
                 .copy_from_nonoverlapping(NonNull::from(code).cast(), code.len());
         }
         self.used = end;
+        if end > LARGE && end > self.large {
+            self.enlarge();
+        }
         // SAFETY: as above, within the executable mapping of the same size.
         Some(unsafe { self.executable.add(start) })
     }
+}
 
-    /// Has the next stretch of memory be a huge page. If the host doesn't know how, pages come as they
-    /// are touched.
-    #[cold]
-    fn take_huge(&mut self) {
-        let start = self.huge;
-        self.huge += HUGE;
-        if self.huge > self.capacity {
-            self.huge = usize::MAX;
-            return;
-        }
-        // SAFETY: the range is within both mappings; a byte of it that is written is none that was
-        // handed out, and what was is the same after this as before.
-        unsafe {
-            self.writable.add(start + HUGE - 1).write_volatile(0);
-            for mapping in [self.writable, self.executable] {
-                libc::madvise(mapping.add(start).as_ptr().cast(), HUGE, MADV_COLLAPSE);
-            }
-        }
-    }
-
+impl CodeBuffer {
     /// Bytes handed out.
     pub fn used(&self) -> usize {
         self.used
@@ -134,8 +132,8 @@ impl CodeBuffer {
     /// The same but for the first `used` bytes.
     pub fn reset_to(&mut self, used: usize) {
         self.used = used.min(self.used);
-        self.huge = self.huge.min(self.used.next_multiple_of(HUGE).max(HUGE));
         let keep = self.used.next_multiple_of(4096);
+        self.large = 0;
         // Gives the pages back to the host. Where that isn't possible they are written over in time.
         // SAFETY: the range is within the mapping, and no code in it is called any more.
         unsafe {
@@ -189,24 +187,36 @@ impl File {
     }
 
     fn map(&self, size: usize, protection: i32) -> io::Result<NonNull<u8>> {
-        let place = reserve(size).ok_or_else(io::Error::last_os_error)?;
-        // SAFETY: over address space that was reserved for it, and goes if that fails.
-        let address = unsafe {
-            let address = libc::mmap(
-                place.as_ptr().cast(),
-                size,
-                protection,
-                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
-                self.0,
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // Large pages are only where addresses and places in the file agree.
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let reserved = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size + LARGE,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
                 0,
-            );
-            if address == libc::MAP_FAILED {
-                let error = io::Error::last_os_error();
-                libc::munmap(place.as_ptr().cast(), size);
-                return Err(error);
-            }
-            address
+            )
         };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let before = reserved.align_offset(LARGE);
+        // SAFETY: what was reserved above is ours: the start of it and the rest go back, and the file comes
+        // between.
+        let address = unsafe {
+            let start = reserved.byte_add(before);
+            if before > 0 {
+                libc::munmap(reserved, before);
+            }
+            libc::munmap(start.byte_add(size), LARGE - before);
+            libc::mmap(start, size, protection, flags | libc::MAP_FIXED, self.0, 0)
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
         NonNull::new(address.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))
     }
 }
@@ -233,5 +243,28 @@ mod tests {
         assert!(buffer.push(&[0x90; 4090]).is_none());
         assert!(buffer.push(&[0xc3; 4080]).is_some());
         assert!(buffer.push(&[0xc3]).is_none());
+    }
+
+    #[test]
+    fn code_stays_what_it_was_when_a_buffer_grows() {
+        let mut buffer = CodeBuffer::new(3 * LARGE).unwrap();
+        for _ in 0..2 {
+            let mut codes = Vec::new();
+            for n in 0..48_u32 {
+                // mov eax, n; ret
+                let [a, b, c, d] = n.to_le_bytes();
+                codes.push(buffer.push(&[0xb8, a, b, c, d, 0xc3]).unwrap());
+                if n < 47 {
+                    buffer.push(&vec![0xcc; LARGE / 16 - 32]).unwrap();
+                }
+                for (expected, code) in codes.iter().enumerate() {
+                    // SAFETY: the bytes above are such a function.
+                    let f: extern "sysv64" fn() -> u32 = unsafe { std::mem::transmute(*code) };
+                    assert_eq!(f(), expected as u32);
+                }
+            }
+            assert!(buffer.used() > 2 * LARGE);
+            buffer.reset();
+        }
     }
 }

@@ -15,3 +15,18 @@ pub fn enable() -> &'static [u8] {
         "wrmsr",
     )
 }
+
+/// A handler of its interrupts: `body`, which may change RAX, RCX, RDX and flags, and that it is done.
+pub fn handler(body: &[u8]) -> Vec<u8> {
+    let done = assemble!(
+        "mov ecx, 0x80b",
+        "xor eax, eax",
+        "xor edx, edx",
+        "wrmsr",
+        "pop rdx",
+        "pop rcx",
+        "pop rax",
+        "iretq",
+    );
+    [assemble!("push rax", "push rcx", "push rdx"), body, done].concat()
+}

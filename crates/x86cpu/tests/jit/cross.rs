@@ -204,14 +204,6 @@ fn breakpoint_and_interrupts() {
         ack = const ACK,
     );
     let reader = assemble!(
-        "mov ecx, 0x1b",
-        "rdmsr",
-        "or eax, 0xc00",
-        "wrmsr",
-        "mov ecx, 0x80f",
-        "mov eax, 0x1ff",
-        "xor edx, edx",
-        "wrmsr",
         "mov ebx, {function}",
         "sti",
         "mov dword ptr [{ready}], 1",
@@ -258,6 +250,7 @@ fn breakpoint_and_interrupts() {
         stop = const STOP,
     );
     let writer = [apic::enable(), patch].concat();
+    let reader = [apic::enable(), reader].concat();
     let breakpoint = assemble!(
         "mov eax, -1",
         "inc dword ptr [{breakpoints}]",
@@ -265,29 +258,15 @@ fn breakpoint_and_interrupts() {
         "iretq";
         breakpoints = const BREAKPOINTS,
     );
-    let interrupt = assemble!(
-        "push rax",
-        "push rcx",
-        "push rdx",
-        "lock inc qword ptr [{ack}]",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
-        "iretq";
-        ack = const ACK,
-    );
+    let interrupt = apic::handler(assemble!("lock inc qword ptr [{ack}]"; ack = const ACK));
     for (name, tuning) in TUNINGS {
         for alias in [false, true] {
             let t = machine(4, tuning);
             function(&t);
             t.write(WRITER, &writer);
-            t.write(READER, reader);
+            t.write(READER, &reader);
             t.write(HANDLERS, breakpoint);
-            t.write(HANDLERS + 0x100, interrupt);
+            t.write(HANDLERS + 0x100, &interrupt);
             gate(&t, 3, HANDLERS);
             gate(&t, 0x40, HANDLERS + 0x100);
             run_all(&t, 1, alias, 60, name);

@@ -8,7 +8,7 @@ use skerry_x86cpu::testing::{CODE, DATA, RAM, TestCpu};
 use skerry_x86cpu::{TrapKind, Tuning};
 
 use crate::assemble;
-use crate::machine::{Deadline, machine};
+use crate::machine::{COMPILING, Deadline, Seen, machine, run_to_trap};
 
 /// Accesses through RBX (RSP for the stack), of all sizes.
 fn instructions() -> Vec<(&'static str, &'static [u8])> {
@@ -165,17 +165,6 @@ fn addresses() -> Vec<u64> {
     all
 }
 
-/// What is seen of one run.
-#[derive(Debug, PartialEq, Eq)]
-struct Seen {
-    trap: String,
-    fault_address: u64,
-    gpr: [u64; 16],
-    rip: u64,
-    flags: u64,
-    xsave: Vec<u8>,
-}
-
 fn prepare(tuning: Tuning) -> TestCpu {
     let t = machine(1, tuning);
     for page in [
@@ -196,94 +185,21 @@ fn prepare(tuning: Tuning) -> TestCpu {
 }
 
 fn one(t: &mut TestCpu, at: u64, address: u64, fs: u64) -> Seen {
-    let cpu = &mut t.cpu;
-    cpu.gpr[..16].copy_from_slice(&[
-        0x1111,
-        3,
-        0x2222,
-        address,
-        0x2_0000,
-        0x5555,
-        DATA + 0x100,
-        0x7777,
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-        14,
-        15,
-    ]);
-    cpu.rip = at;
-    cpu.set_rflags(0x8d7);
-    cpu.sys.cr2 = 0;
-    for n in [4, 5] {
-        cpu.seg_base[n] = fs;
-        cpu.sys.segments[n].base = fs;
-    }
-    let mut image = vec![0; 832];
-    image[..2].copy_from_slice(&0x37fu16.to_le_bytes());
-    image[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-    image[512] = 7;
-    for n in 0..32 {
-        image[160 + n] = n as u8;
-        image[576 + n] = 0x80 | n as u8;
-    }
-    assert_eq!(cpu.set_xsave_image(&image), Ok(()));
-    cpu.fpu_enter();
-    let mut trap = TrapKind::None;
-    for _ in 0..50 {
-        trap = t.run_blocks();
-        if !matches!(trap, TrapKind::None | TrapKind::Resume) {
-            break;
-        }
-    }
-    t.cpu.fpu_sync();
-    t.cpu.forget_devices();
-    let cpu = &mut t.cpu;
-    let mut gpr = [0; 16];
-    gpr.copy_from_slice(&cpu.gpr[..16]);
-    Seen {
-        trap: format!("{trap:x?}"),
-        fault_address: if matches!(trap, TrapKind::Fault { vector: 14, .. }) {
-            cpu.trap.address
-        } else {
-            0
-        },
-        gpr,
-        rip: cpu.rip,
-        flags: cpu.rflags_full(),
-        xsave: cpu.xsave_image(),
-    }
+    let mut gpr = std::array::from_fn(|n| n as u64);
+    let (data, stack) = (DATA + 0x100, 0x2_0000);
+    gpr[..8].copy_from_slice(&[0x1111, 3, 0x2222, address, stack, 0x5555, data, 0x7777]);
+    run_to_trap(t, at, &gpr, fs)
 }
 
 #[test]
 fn every_access_at_every_edge() {
-    let others = [
-        (
-            "jit",
-            Tuning {
-                threshold: 3,
-                ..Tuning::JIT
-            },
-        ),
-        ("stress", Tuning::STRESS),
-        (
-            "hardened",
-            Tuning {
-                hardened: true,
-                ..Tuning::STRESS
-            },
-        ),
-    ];
     for (n, (name, code)) in instructions().iter().enumerate() {
         // An OUT ends each.
         let mut code = code.to_vec();
         code.extend([0xe6, 0x99]);
         // Above all pages that are accessed.
         let at = DATA + 0x4000 + 0x100 * n as u64;
-        for (how, tuning) in others {
+        for (how, tuning) in COMPILING {
             let _deadline = Deadline::new(format!("{name} ({how})"), Duration::from_secs(20));
             let mut actual = prepare(tuning);
             let mut reference = prepare(Tuning::INTERPRETER);

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use skerry_x86cpu::Tuning;
 use skerry_x86cpu::testing::{CODE, RAM, TABLES, TestCpu};
-use skerry_x86cpu::{TrapKind, Tuning};
 
-use crate::assemble;
-use crate::machine::{Deadline, TUNINGS, gate, machine, run_to_halt};
+use crate::machine::{COMPILING, Deadline, Seen, TUNINGS, gate, machine, run_to_halt, run_to_trap};
+use crate::{apic, assemble};
 
 /// Sixteen small pages from here on, and their table.
 const PAGES: u64 = 0x300_0000;
@@ -197,75 +197,20 @@ fn map(t: &TestCpu, random: &mut Random) {
     t.write(CELL, &[0x11; 64]);
 }
 
-/// What is seen of a run.
-#[derive(Debug, PartialEq, Eq)]
-struct Seen {
-    trap: String,
-    gpr: [u64; 16],
-    rip: u64,
-    flags: u64,
-    xsave: Vec<u8>,
-}
-
 fn run(t: &mut TestCpu, gpr: &[u64; 16]) -> Seen {
-    let cpu = &mut t.cpu;
-    cpu.gpr[..16].copy_from_slice(gpr);
-    cpu.rip = CODE;
-    cpu.set_rflags(0x8d7);
-    cpu.seg_base[4] = 0x20;
-    cpu.sys.segments[4].base = 0x20;
-    let mut image = vec![0; 832];
-    image[..2].copy_from_slice(&0x37fu16.to_le_bytes());
-    image[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-    image[512] = 7;
-    assert_eq!(cpu.set_xsave_image(&image), Ok(()));
-    cpu.fpu_enter();
-    let mut trap = TrapKind::None;
-    for _ in 0..5000 {
-        trap = t.run_blocks();
-        if !matches!(trap, TrapKind::None | TrapKind::Resume) {
-            break;
-        }
-    }
-    t.cpu.fpu_sync();
-    t.cpu.forget_devices();
-    let cpu = &mut t.cpu;
-    let mut gpr = [0; 16];
-    gpr.copy_from_slice(&cpu.gpr[..16]);
-    Seen {
-        trap: format!("{trap:x?} {:x}", cpu.trap.address),
-        gpr,
-        rip: cpu.rip,
-        // AF is undefined after some of them.
-        flags: cpu.rflags_full() & !0x10,
-        xsave: cpu.xsave_image(),
-    }
+    let mut seen = run_to_trap(t, CODE, gpr, 0x20);
+    // AF is undefined after some of them.
+    seen.flags &= !0x10;
+    seen
 }
 
 #[test]
 fn random_loops() {
     const LOOPS: u64 = 600;
-    let tunings = [
-        (
-            "jit",
-            Tuning {
-                threshold: 3,
-                ..Tuning::JIT
-            },
-        ),
-        ("stress", Tuning::STRESS),
-        (
-            "hardened",
-            Tuning {
-                hardened: true,
-                ..Tuning::STRESS
-            },
-        ),
-    ];
     let mut random = Random(0x5eed);
     for n in 0..LOOPS {
         let code = body(&mut random);
-        let (how, tuning) = tunings[(n % 3) as usize];
+        let (how, tuning) = COMPILING[(n % 3) as usize];
         let _deadline = Deadline::new(format!("loop {n} ({how})"), Duration::from_secs(60));
         let seed = random.next();
         let (mut reference, mut actual) = (machine(1, Tuning::INTERPRETER), machine(1, tuning));
@@ -373,28 +318,17 @@ fn an_interrupt_changes_the_page() {
         cell = const CELL,
     );
     // In turn: another page; a page that must not be written.
-    let interrupt = assemble!(
-        "push rax",
-        "push rcx",
-        "push rdx",
+    let interrupt = apic::handler(assemble!(
         "inc qword ptr [{cell} + 8]",
         "xor qword ptr [{pt}], {both}",
         "and qword ptr [{pt}], -3",
         "invlpg [{pages}]",
-        "xor qword ptr [{cell}], 1",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
-        "iretq";
+        "xor qword ptr [{cell}], 1";
         cell = const CELL,
         pt = const PT,
         both = const A ^ B,
         pages = const PAGES,
-    );
+    ));
     let fault = assemble!(
         "inc qword ptr [{cell} + 16]",
         "add rsp, 8",
@@ -415,7 +349,7 @@ fn an_interrupt_changes_the_page() {
         put(B, 1);
         t.write(CELL, &[0; 32]);
         t.write(CODE, code);
-        t.write(INTERRUPT, interrupt);
+        t.write(INTERRUPT, &interrupt);
         t.write(FAULT, fault);
         gate(&t, 0x41, INTERRUPT);
         gate(&t, 14, FAULT);

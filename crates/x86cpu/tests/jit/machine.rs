@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use skerry_x86cpu::sys::state::DescriptorTable;
 use skerry_x86cpu::testing::{CODE, STACK, TestCpu};
-use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host, Tuning};
+use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host, TrapKind, Tuning};
 
 /// How each test runs.
 pub const TUNINGS: [(&str, Tuning); 4] = [
@@ -22,6 +22,16 @@ pub const TUNINGS: [(&str, Tuning); 4] = [
         },
     ),
 ];
+
+/// The ways to run that compile, soon.
+pub const COMPILING: [(&str, Tuning); 3] = {
+    let [_, (jit, tuning), stress, hardened] = TUNINGS;
+    let soon = Tuning {
+        threshold: 3,
+        ..tuning
+    };
+    [(jit, soon), stress, hardened]
+};
 
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
@@ -166,6 +176,64 @@ pub fn run_to_halt(cpu: &mut Cpu, what: &str) {
         cpu.gpr[4],
         cpu.sys.cr2
     );
+}
+
+/// What is seen of a run.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Seen {
+    trap: String,
+    fault_address: u64,
+    gpr: [u64; 16],
+    rip: u64,
+    pub flags: u64,
+    xsave: Vec<u8>,
+}
+
+/// Runs code until something traps, with these general registers and base of FS and GS.
+pub fn run_to_trap(t: &mut TestCpu, at: u64, gpr: &[u64; 16], base: u64) -> Seen {
+    let cpu = &mut t.cpu;
+    cpu.gpr[..16].copy_from_slice(gpr);
+    cpu.rip = at;
+    cpu.set_rflags(0x8d7);
+    cpu.sys.cr2 = 0;
+    for n in [4, 5] {
+        cpu.seg_base[n] = base;
+        cpu.sys.segments[n].base = base;
+    }
+    let mut image = vec![0; 832];
+    image[..2].copy_from_slice(&0x37fu16.to_le_bytes());
+    image[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+    image[512] = 7;
+    for n in 0..32 {
+        image[160 + n] = n as u8;
+        image[576 + n] = 0x80 | n as u8;
+    }
+    assert_eq!(cpu.set_xsave_image(&image), Ok(()));
+    cpu.fpu_enter();
+    let mut trap = TrapKind::None;
+    for _ in 0..5000 {
+        trap = t.run_blocks();
+        if !matches!(trap, TrapKind::None | TrapKind::Resume) {
+            break;
+        }
+    }
+    t.cpu.fpu_sync();
+    t.cpu.forget_devices();
+    let cpu = &mut t.cpu;
+    let mut gpr = [0; 16];
+    gpr.copy_from_slice(&cpu.gpr[..16]);
+    Seen {
+        trap: format!("{trap:x?}"),
+        fault_address: if matches!(trap, TrapKind::Fault { vector: 14, .. }) {
+            cpu.trap.address
+        } else {
+            0
+        },
+        gpr,
+        rip: cpu.rip,
+        flags: cpu.rflags_full(),
+        xsave: cpu.xsave_image(),
+    }
 }
 
 /// Puts code at [`CODE`] and runs it to HLT in every way; `check` looks at the end.

@@ -59,6 +59,21 @@ fn each(code: &[u8], set: impl Fn(&mut TestCpu), expected: u64) {
     }
 }
 
+/// Puts the roots of both address spaces into R12 and R13: with `pcid` to be switched to without a flush,
+/// under process-context identifiers.
+fn two_spaces(pcid: bool) -> impl Fn(&mut TestCpu) {
+    move |t| {
+        t.cpu.gpr[12] = TABLES;
+        t.cpu.gpr[13] = ROOT2;
+        if pcid {
+            t.cpu.sys.cr4 |= cr4::PCIDE;
+            t.cpu.update_mode();
+            t.cpu.gpr[12] |= 1 | 1 << 63;
+            t.cpu.gpr[13] |= 2 | 1 << 63;
+        }
+    }
+}
+
 #[test]
 fn entry_changed_and_invalidated() {
     let code = assemble!(
@@ -100,22 +115,9 @@ fn address_spaces_in_turn() {
         "jnz 2b",
         "hlt",
     );
-    each(
-        code,
-        |t| {
-            t.cpu.gpr[12] = TABLES;
-            t.cpu.gpr[13] = ROOT2;
-        },
-        ROUNDS * 101,
-    );
-    // The same without flushing, under process-context identifiers.
-    let with_pcid = |t: &mut TestCpu| {
-        t.cpu.sys.cr4 |= cr4::PCIDE;
-        t.cpu.update_mode();
-        t.cpu.gpr[12] = TABLES | 1 | 1 << 63;
-        t.cpu.gpr[13] = ROOT2 | 2 | 1 << 63;
-    };
-    each(code, with_pcid, ROUNDS * 101);
+    for pcid in [false, true] {
+        each(code, two_spaces(pcid), ROUNDS * 101);
+    }
 }
 
 #[test]
@@ -161,6 +163,34 @@ fn more_address_spaces_than_are_kept() {
 }
 
 #[test]
+fn so_many_address_spaces_that_their_numbers_come_again() {
+    // The first one is left as soon as it has run the page, and the second one gets its number.
+    let code = assemble!(
+        "xor r8d, r8d",
+        "mov r9d, 4090",
+        "2:",
+        "mov cr3, r12",
+        "call rsi",
+        "add r8, rax",
+        "call rsi",
+        "add r8, rax",
+        "mov ecx, r9d",
+        "3:",
+        "mov cr3, r12",
+        "dec ecx",
+        "jnz 3b",
+        "mov cr3, r13",
+        "call rsi",
+        "add r8, rax",
+        "inc r9d",
+        "cmp r9d, 4096",
+        "jne 2b",
+        "hlt",
+    );
+    each(code, two_spaces(false), 6 * 102);
+}
+
+#[test]
 fn another_address_space_is_changed() {
     // While in the first, the second one's entry changes; INVPCID says so.
     let code = assemble!(
@@ -185,17 +215,8 @@ fn another_address_space_is_changed() {
         pt2 = const PT2,
         both = const A ^ B,
     );
-    each(
-        code,
-        |t| {
-            t.cpu.sys.cr4 |= cr4::PCIDE;
-            t.cpu.update_mode();
-            t.cpu.gpr[12] = TABLES | 1 | 1 << 63;
-            t.cpu.gpr[13] = ROOT2 | 2 | 1 << 63;
-        },
-        // The second is A and B in turn.
-        ROUNDS + ROUNDS / 2 * 101,
-    );
+    // The second is A and B in turn.
+    each(code, two_spaces(true), ROUNDS + ROUNDS / 2 * 101);
 }
 
 /// The page goes, or loses a right; the handler counts and gives it back.
@@ -422,17 +443,7 @@ fn across_pages_in_two_address_spaces() {
         "hlt",
     );
     for pcid in [false, true] {
-        let set = |t: &mut TestCpu| {
-            t.cpu.gpr[12] = TABLES;
-            t.cpu.gpr[13] = ROOT2;
-            if pcid {
-                t.cpu.sys.cr4 |= cr4::PCIDE;
-                t.cpu.update_mode();
-                t.cpu.gpr[12] |= 1 | 1 << 63;
-                t.cpu.gpr[13] |= 2 | 1 << 63;
-            }
-        };
-        each_across(code, set, ROUNDS * (2 * WITH_E + WITH_F));
+        each_across(code, two_spaces(pcid), ROUNDS * (2 * WITH_E + WITH_F));
     }
 }
 

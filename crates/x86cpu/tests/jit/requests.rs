@@ -231,21 +231,7 @@ fn an_exit_is_asked_for() {
 /// Interrupts, from another thread, while the loop runs: each is delivered.
 #[test]
 fn interrupts_arrive() {
-    let handler = assemble!(
-        "push rax",
-        "push rcx",
-        "push rdx",
-        "inc qword ptr [{count}]",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
-        "iretq";
-        count = const COUNT,
-    );
+    let handler = apic::handler(assemble!("inc qword ptr [{count}]"; count = const COUNT));
     for (how, tuning) in TUNINGS {
         for (name, code) in loops() {
             if name.starts_with("returns") || name.starts_with("recursion on") {
@@ -254,7 +240,7 @@ fn interrupts_arrive() {
             }
             let _deadline = Deadline::new(format!("{name} ({how})"), Duration::from_secs(20));
             let mut t = put(tuning, code);
-            t.write(HANDLER, handler);
+            t.write(HANDLER, &handler);
             gate(&t, 0x41, HANDLER);
             enable_apic(&mut t);
             let (machine, shared) = (t.machine.clone(), t.cpu.shared.clone());
@@ -299,29 +285,19 @@ pub fn enable_apic(t: &mut TestCpu) {
 /// The APIC's own timer ends loops, too, and is armed again by its handler.
 #[test]
 fn the_timer_ticks() {
-    let handler = assemble!(
-        "push rax",
-        "push rcx",
-        "push rdx",
+    let handler = apic::handler(assemble!(
         "inc qword ptr [{count}]",
         "mov ecx, 0x838",
         "mov eax, 2000000",
         "xor edx, edx",
         "wrmsr",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
         "cmp qword ptr [{count}], 15",
         "jb 2f",
         "cli",
         "hlt",
-        "2:",
-        "iretq";
+        "2:";
         count = const COUNT,
-    );
+    ));
     let start = assemble!(
         // Divide by 1, one shot, 2 million ticks.
         "mov ecx, 0x83e",
@@ -344,7 +320,7 @@ fn the_timer_ticks() {
         let mut t = furnish(TestCpu::with_host(host.clone(), 1, tuning));
         assert!(host.shared.set(t.cpu.shared.clone()).is_ok());
         t.write(CODE, start);
-        t.write(HANDLER, handler);
+        t.write(HANDLER, &handler);
         gate(&t, 0x42, HANDLER);
         enable_apic(&mut t);
         let exit = t.cpu.run();

@@ -76,6 +76,76 @@ fn flags_come_and_go() {
     agree("flags", code, |_| {});
 }
 
+/// AH to BH where a REX prefix has to be: beside memory, and beside registers that the compiler has
+/// elsewhere.
+#[test]
+fn second_bytes() {
+    let code = assemble!(
+        "mov ebx, {data}",
+        "mov r12, 0x9e3779b97f4a7c15",
+        "mov ebp, 5000",
+        "xor r8d, r8d",
+        "2:",
+        "imul r12, r12, 0x5851f42d",
+        "add r12, 0x14057b7",
+        "mov rax, r12",
+        "mov rcx, r12",
+        "ror rcx, 19",
+        "mov rdx, r12",
+        "ror rdx, 37",
+        "movzx esi, bh",
+        "mov [rbx + rsi], ah",
+        "mov [rbx + 2*rsi + 1], ch",
+        "mov dh, [rbx + rsi]",
+        "add ah, [rbx + 2*rsi + 1]",
+        "adc r8, rax",
+        "sub [rbx + 7], dh",
+        "movzx edi, byte ptr [rbx + 7]",
+        "cmp ch, [rbx + rsi]",
+        "adc r8, rdi",
+        "movzx ecx, ah",
+        "add r8, rcx",
+        "mov rcx, r12",
+        "movsx edi, ch",
+        "xor ch, dh",
+        "setp ch",
+        "add r8, rcx",
+        "xchg cl, ch",
+        "xchg al, ah",
+        "xchg ch, ah",
+        "xchg dh, [rbx + 9]",
+        "lock xadd [rbx + 11], ch",
+        "cmpxchg [rbx + 12], dh",
+        "adc r8, rax",
+        "cmpxchg ch, dl",
+        "adc r8, rcx",
+        "mov cl, 3",
+        "rol ch, cl",
+        "sar dh, cl",
+        "shl byte ptr [rbx + 13], cl",
+        "rcr ch, 1",
+        "adc r8, rcx",
+        "mov ch, 0x5a",
+        "neg ch",
+        "inc dh",
+        "mul ch",
+        "adc r8, rax",
+        "rol r8, 7",
+        "xor r8, rdx",
+        "test ch, 0x24",
+        "setz bh",
+        "and ebx, {mask}",
+        "or ebx, {data}",
+        "sub ebp, 1",
+        "jnz 2b",
+        "cli",
+        "hlt";
+        data = const DATA,
+        mask = const DATA | 0x1ff,
+    );
+    agree("second bytes", code, |_| {});
+}
+
 /// Words around the middle of a region, by numbers of bits up to 2^18 either way.
 #[test]
 fn bits_of_memory() {
@@ -152,6 +222,50 @@ fn bits_of_no_memory() {
         t.write(CODE + 0x3000, SKIP);
         gate(t, 13, CODE + 0x3000);
         gate(t, 14, CODE + 0x3000);
+    });
+}
+
+/// Several aligned accesses by one pointer, which are looked up together: where they are aligned, over
+/// the ends of pages, and where they aren't, so that each of them faults.
+#[test]
+fn aligned_together() {
+    let code = assemble!(
+        "mov esi, {data}",
+        "mov ebp, 3000",
+        "2:",
+        "imul rax, rbp, 0x5851f42d",
+        "mov [rsi + 8*rbp], rax",
+        "movq xmm0, rax",
+        "pshufd xmm1, xmm0, 0x1b",
+        "dec ebp",
+        "jnz 2b",
+        "mov ebp, 4096",
+        "3:",
+        "lea rbx, [rsi + 2*rbp + 0x60]",
+        "test ebp, 31",
+        "jz 4f",
+        "and ebx, -16",
+        "4:",
+        "and ebx, -8",
+        "movaps xmm2, [rbx - 0x40]",
+        "movaps xmm3, [rbx - 0x20]",
+        "movaps [rbx - 0x30], xmm3",
+        "movaps xmm4, [rbx + 0x10]",
+        "paddq xmm0, xmm2",
+        "pxor xmm1, xmm4",
+        "movaps [rbx + 0x20], xmm0",
+        "movaps [rbx + 0x30], xmm1",
+        "mov eax, [rbx + 0x25]",
+        "add r8, rax",
+        "dec ebp",
+        "jnz 3b",
+        "cli",
+        "hlt";
+        data = const DATA + 0x800,
+    );
+    agree("aligned", code, |t| {
+        t.write(CODE + 0x3000, SKIP);
+        gate(t, 13, CODE + 0x3000);
     });
 }
 
@@ -385,24 +499,10 @@ fn the_shadow_of_sti() {
         "cli",
         "hlt",
     );
-    let handler = assemble!(
-        "rol r8, 3",
-        "add r8, rbx",
-        "push rax",
-        "push rcx",
-        "push rdx",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
-        "iretq",
-    );
+    let handler = apic::handler(assemble!("rol r8, 3", "add r8, rbx"));
     let code = [apic::enable(), code].concat();
     agree("STI", &code, |t| {
-        t.write(CODE + 0x3000, handler);
+        t.write(CODE + 0x3000, &handler);
         gate(t, 0x41, CODE + 0x3000);
     });
 }

@@ -302,7 +302,7 @@ impl World {
         self.t.write(HANDLERS + 64 * STUB, handler());
         self.t
             .write(HANDLERS + u64::from(INTERRUPT) * STUB, &interrupt_stub());
-        self.t.write(AFTER_STUB, interrupt());
+        self.t.write(AFTER_STUB, &interrupt());
         self.t.cpu.sys.gdt = DescriptorTable {
             base: SYSTEM + GDT,
             limit: 0x37,
@@ -529,23 +529,12 @@ fn interrupt_stub() -> Vec<u8> {
 }
 
 /// The handler of interrupts: counts, and says that it is done.
-fn interrupt() -> &'static [u8] {
-    assemble!(
-        "push rax",
-        "push rcx",
-        "push rdx",
+fn interrupt() -> Vec<u8> {
+    apic::handler(assemble!(
         "mov rax, {count}",
-        "inc qword ptr [rax]",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
-        "iretq";
+        "inc qword ptr [rax]";
         count = const SYSTEM + INTERRUPTS,
-    )
+    ))
 }
 
 /// The handler of all exceptions: an entry in the log, and on at the next place of recovery, with
