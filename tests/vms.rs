@@ -22,6 +22,66 @@ fn tell(home: &Home, name: &str) {
 const COUNTS: &str =
     "i=0; while :; do i=$((i+1)); echo $i >/n; mv /n /count; echo $i; sleep 0.05; done";
 
+/// Says that it is ready after a while, in two pieces; then goes on until it is told to end.
+const READY_SOON: &str = "echo one; sleep 0.3; printf 'not rea' >&2; sleep 0.1; echo dy >&2; touch /up; \
+                          while [ ! -e /go ]; do sleep 0.05; done";
+
+#[test]
+fn a_machine_is_ready_when_it_says_so_or_when_it_can_be_used() {
+    let home = Home::new();
+    home.start_with("says", &["--ready", "ready"], &["sh", "-c", READY_SOON]);
+    home.start_with(
+        "shows",
+        &["--ready-cmd", "test -e /up"],
+        &["sh", "-c", READY_SOON],
+    );
+    home.start_with(
+        "never",
+        &["--ready", "nobody writes this"],
+        &["sh", "-c", READY_SOON],
+    );
+    home.start("plain", READY_SOON);
+    assert_eq!(
+        home.done(&["wait", "--ready", "says", "shows"]),
+        "says\nshows"
+    );
+    for name in ["says", "shows"] {
+        let info = home.info(name).expect("it runs");
+        assert_eq!(info["status"], "ready", "{name}");
+        assert!(info["ready"].as_u64() > info["started"].as_u64(), "{info}");
+    }
+    assert_eq!(home.done(&["logs", "says"]), "one");
+    // It stands still, and is ready again afterwards.
+    home.done(&["pause", "says"]);
+    assert_eq!(home.info("says").expect("paused")["status"], "paused");
+    home.done(&["unpause", "says"]);
+    assert_eq!(home.info("says").expect("goes on")["status"], "ready");
+    // What takes too long, what can't be known, and what ends before.
+    let late = home.run(&["wait", "--ready", "--timeout", "200ms", "never"]);
+    assert_eq!(late.status, 124, "{late:?}");
+    assert!(
+        late.stderr.contains("never was not ready in time"),
+        "{late:?}"
+    );
+    home.refused(&["wait", "--ready", "plain"], &["plain", "--ready-cmd"]);
+    tell(&home, "never");
+    home.refused(&["wait", "--ready", "never"], &["never"]);
+    home.start_with(
+        "brief",
+        &["--ready", "never this"],
+        &["sh", "-c", "sleep 1; exit 3"],
+    );
+    home.refused(
+        &["wait", "--ready", "brief"],
+        &["brief ended (exit status 3) before it was ready"],
+    );
+    for name in ["says", "shows", "plain"] {
+        tell(&home, name);
+        assert_eq!(home.done(&["wait", name]), "0");
+    }
+    assert_eq!(home.info("says").expect("known still")["status"], "stopped");
+}
+
 #[test]
 fn a_machine_from_its_start_to_its_removal() {
     let home = Home::new();

@@ -1,15 +1,16 @@
 //! `skerry exec`, `ps`, `logs`, `pause`, `unpause`, `stop`, `kill`, `wait`, `rm`.
 
+use std::cell::Cell;
 use std::io::{self, Write};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, bail};
-use skerry_engine::Paths;
 use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
+use skerry_engine::{EngineError, Paths};
 
 use super::run::{Attached, command, finish};
 use crate::args::{
-    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs,
+    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs, WaitArgs,
 };
 use crate::{dates, output, status};
 
@@ -87,10 +88,25 @@ pub fn kill(args: &KillArgs) -> Result<u8> {
     })
 }
 
-/// Waits for the end of machines.
-pub fn wait(args: &NamesArgs) -> Result<u8> {
-    each(&args.vms, |registry, name| {
-        Ok(vms::wait(registry, name)?.to_string())
+/// Waits for the end of machines, or until they are ready.
+pub fn wait(args: &WaitArgs) -> Result<u8> {
+    if !args.ready {
+        return each(&args.vms, |registry, name| {
+            Ok(vms::wait(registry, name)?.to_string())
+        });
+    }
+    let until = args.timeout.map(|span| Instant::now() + span.0);
+    let timed_out = Cell::new(false);
+    let exit = each(&args.vms, |registry, name| {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let waited = vms::wait_ready(registry, name, left);
+        timed_out.set(timed_out.get() || matches!(waited, Err(EngineError::Unready { .. })));
+        waited?;
+        Ok(name.to_owned())
+    })?;
+    Ok(match timed_out.get() {
+        true => status::TIMED_OUT,
+        false => exit,
     })
 }
 
