@@ -83,6 +83,53 @@ fn a_machine_is_ready_when_it_says_so_or_when_it_can_be_used() {
 }
 
 #[test]
+fn what_machines_take_is_what_the_host_says() {
+    let home = Home::new();
+    home.start("busy", "while :; do :; done");
+    home.start("idle", "sleep 1000");
+    let taken = |name: &str| -> serde_json::Value {
+        let line = home.done(&["stats", "--no-stream", "--format", "json", name]);
+        serde_json::from_str(&line).expect("one line of JSON")
+    };
+    let pid = home.info("busy").expect("it runs")["pid"].clone();
+    let ticks = || -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+        let (_, fields) = stat.rsplit_once(')').expect("fields");
+        let fields: Vec<u64> = fields.split(' ').map(|f| f.parse().unwrap_or(0)).collect();
+        fields[12] + fields[13]
+    };
+    let (before, began) = (ticks(), Instant::now());
+    let busy = taken("busy");
+    let percent = (ticks() - before) as f64 / began.elapsed().as_secs_f64();
+    let said = busy["cpu_percent"].as_f64().expect("a number");
+    assert!(
+        (said - percent).abs() < 10.0 + percent / 10.0,
+        "{said} {percent}"
+    );
+    let pages = std::fs::read_to_string(format!("/proc/{pid}/statm")).expect("it lives");
+    let pages: u64 = pages
+        .split(' ')
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .expect("pages");
+    let resident = busy["resident"].as_f64().expect("a number");
+    let apart = (resident / (pages * 4096) as f64 - 1.0).abs();
+    assert!(apart < 0.05, "{resident} {pages}");
+    assert_eq!(busy["memory"], 512u64 << 20);
+    let idle = taken("idle");
+    assert!(idle["cpu_percent"].as_f64() < busy["cpu_percent"].as_f64());
+    let table = home.done(&["stats", "--no-stream"]);
+    assert_eq!(table.lines().count(), 3, "{table}");
+    assert!(table.starts_with("ID ") && table.contains("busy") && table.contains("idle"));
+    home.done(&["kill", "busy", "idle"]);
+    assert_eq!(
+        home.done(&["stats", "--no-stream", "busy"]).lines().count(),
+        1
+    );
+    home.refused(&["stats", "nobody"], &["nobody"]);
+}
+
+#[test]
 fn a_machine_from_its_start_to_its_removal() {
     let home = Home::new();
     let id = home.start_with("one", &["-e", "A=b"], &["sh", "-c", UNTIL_TOLD]);

@@ -54,6 +54,8 @@ pub enum Command {
     Ps(PsArgs),
     /// Print all that is known of a virtual machine, and what its processors do, as JSON
     Inspect(InspectArgs),
+    /// Print what virtual machines take of this one: processors, memory
+    Stats(UsageArgs),
     /// Print what the command of a detached virtual machine wrote
     Logs(LogsArgs),
     /// Have virtual machines stand still
@@ -421,6 +423,20 @@ pub struct InspectArgs {
     /// Name of the virtual machine, its ID or the ID's first digits
     #[arg(value_name = "VM")]
     pub vm: String,
+}
+
+/// `skerry stats`.
+#[derive(Debug, Args)]
+pub struct UsageArgs {
+    /// Print it once, and not again and again
+    #[arg(long)]
+    pub no_stream: bool,
+    /// How to print it; in JSON, a line for each virtual machine
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    pub format: Format,
+    /// Names of virtual machines, their IDs or the IDs' first digits [default: all that run]
+    #[arg(value_name = "VM")]
+    pub vms: Vec<String>,
 }
 
 /// `skerry logs`.

@@ -9,6 +9,7 @@ use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
 use skerry_engine::{EngineError, Paths};
 
 use super::run::{Attached, command, finish};
+use super::table;
 use crate::args::{
     ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs, WaitArgs,
 };
@@ -147,7 +148,7 @@ pub fn list(args: &PsArgs) -> Result<u8> {
     }
     match args.format {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&infos)?)?,
-        Format::Text => table(&mut out, &infos, args.no_trunc)?,
+        Format::Text => rows(&mut out, &infos, args.no_trunc)?,
     }
     Ok(0)
 }
@@ -166,7 +167,7 @@ fn id(info: &VmInfo, whole: bool) -> &str {
 }
 
 /// A row a machine, columns as wide as what is in them.
-fn table(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> {
+fn rows(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> {
     let header = ["ID", "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS"];
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(infos.iter().map(|info| {
@@ -184,18 +185,7 @@ fn table(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> 
             status_text(info),
         ]
     }));
-    let widths: Vec<usize> = (0..header.len())
-        .map(|column| rows.iter().map(|row| row[column].chars().count()).max())
-        .map(Option::unwrap_or_default)
-        .collect();
-    for row in &rows {
-        let cells = row.iter().zip(&widths);
-        let line: String = cells
-            .map(|(cell, width)| format!("{cell:<width$}  "))
-            .collect();
-        writeln!(out, "{}", line.trim_end())?;
-    }
-    Ok(())
+    table::write(out, &rows)
 }
 
 /// A command on one line, without what a terminal could take for an order.

@@ -19,6 +19,7 @@ pub(crate) mod places;
 mod ready;
 mod registry;
 mod serve;
+mod usage;
 
 pub use control::{Client, Reply, Request};
 pub use control::{Forked, Snapshotted};
@@ -36,3 +37,4 @@ pub(crate) use ready::Finder;
 pub use ready::ReadyMark;
 pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};
 pub(crate) use serve::bridge;
+pub use usage::{Usage, usage};
