@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         Command::Exec(args) => commands::vms::exec(args),
         Command::Ps(args) => commands::vms::list(&args),
         Command::Inspect(args) => commands::stats::inspect(&args),
+        Command::Stats(args) => commands::usage::execute(&args),
         Command::Logs(args) => commands::vms::logs(&args),
         Command::Pause(args) => commands::vms::pause(&args),
         Command::Unpause(args) => commands::vms::unpause(&args),

@@ -8,6 +8,8 @@ pub mod pool;
 pub mod run;
 pub mod snapshot;
 pub mod stats;
+pub mod table;
+pub mod usage;
 pub mod vms;
 
 use skerry_engine::hypervisor::{Backend, Choice};

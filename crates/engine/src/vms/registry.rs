@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::names;
 use super::places::{self, read_json, write_json};
+use super::ready::ReadyMark;
 use crate::EngineError;
 use crate::command::Surroundings;
 use crate::paths::Paths;
@@ -62,6 +63,9 @@ pub struct VmConfig {
     pub detached: bool,
     /// When it was made, in nanoseconds since 1970.
     pub created: u64,
+    /// By what it is known to be ready.
+    #[serde(default)]
+    pub ready_mark: Option<ReadyMark>,
 }
 
 /// How a virtual machine is.
@@ -72,6 +76,8 @@ pub enum Status {
     Starting,
     /// Its command runs.
     Running,
+    /// Its command runs, and it has shown what it is ready by.
+    Ready,
     /// It stands still.
     Paused,
     /// It has ended.
@@ -87,6 +93,7 @@ impl Status {
         match self {
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Ready => "ready",
             Self::Paused => "paused",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
@@ -96,7 +103,10 @@ impl Status {
     /// Whether its process lives.
     #[must_use]
     pub fn is_alive(self) -> bool {
-        matches!(self, Self::Starting | Self::Running | Self::Paused)
+        matches!(
+            self,
+            Self::Starting | Self::Running | Self::Ready | Self::Paused
+        )
     }
 }
 
@@ -109,12 +119,26 @@ pub struct VmState {
     pub pid: u32,
     /// When its command was started, in nanoseconds since 1970.
     pub started: Option<u64>,
+    /// When it was ready.
+    #[serde(default)]
+    pub ready: Option<u64>,
     /// When it ended.
     pub finished: Option<u64>,
     /// The exit status of its command, as a shell has it, or Skerry's own.
     pub exit_code: Option<u8>,
     /// Why it failed.
     pub error: Option<String>,
+}
+
+impl VmState {
+    /// What it is while its command runs and nothing holds it up.
+    #[must_use]
+    pub fn under_way(&self) -> Status {
+        match self.ready {
+            Some(_) => Status::Ready,
+            None => Status::Running,
+        }
+    }
 }
 
 /// Exit code of a command whose machine was killed.
@@ -220,6 +244,7 @@ impl Registry {
             status: Status::Starting,
             pid: std::process::id(),
             started: None,
+            ready: None,
             finished: None,
             exit_code: None,
             error: None,
@@ -485,6 +510,7 @@ mod tests {
             auto_remove: false,
             detached: true,
             created: 0,
+            ready_mark: None,
         }
     }
 

@@ -81,6 +81,12 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
             });
             return;
         }
+        Request::Ready => {
+            hosted.tell_ready(|reply| {
+                let _ = control::send(&mut stream, &reply);
+            });
+            return;
+        }
         Request::Kill => {
             hosted.kill();
             Ok(Reply::Done)
@@ -122,7 +128,7 @@ fn pause(hosted: &Hosted) -> Result<(), EngineError> {
 
 fn unpause(hosted: &Hosted) -> Result<(), EngineError> {
     hosted.vm.unpause();
-    hosted.update(|entry| entry.update(|state| state.status = Status::Running))
+    hosted.update(|entry| entry.update(|state| state.status = state.under_way()))
 }
 
 /// Makes one connection of two, until both ends have closed.

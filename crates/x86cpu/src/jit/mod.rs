@@ -163,7 +163,8 @@ struct Failures {
 #[derive(Default)]
 struct PageTraces {
     version: u32,
-    traces: Vec<u32>,
+    /// Their numbers, with [`Entry::offset`] of each.
+    traces: Vec<(u32, u16)>,
     /// How often they were dropped because the page changed.
     changes: u32,
 }
@@ -299,13 +300,14 @@ impl Jit {
         if !found.is_of(traces.version) {
             return None;
         }
-        let number = traces.traces.iter().copied().find(|&number| {
-            let entry = &self.traces[number as usize];
-            entry.live
-                && entry.page == key
-                && entry.generation != self.generation
-                && usize::from(entry.offset) == found.offset()
-                && entry.crosses != found.is_whole()
+        let (number, _) = traces.traces.iter().copied().find(|&(number, offset)| {
+            usize::from(offset) == found.offset() && {
+                let entry = &self.traces[number as usize];
+                entry.live
+                    && entry.page == key
+                    && entry.generation != self.generation
+                    && entry.crosses != found.is_whole()
+            }
         })?;
         let entry = self.traces.get_mut(number as usize)?;
         entry.head = block;
@@ -357,7 +359,7 @@ impl Jit {
     fn side_tables(&self) -> usize {
         self.calls.used()
             + self.ways.used()
-            + self.traces.len() * (size_of::<Entry>() + size_of::<u32>())
+            + self.traces.len() * (size_of::<Entry>() + size_of::<(u32, u16)>())
     }
 
     /// Forgets all traces. Their blocks are gone, or going.
@@ -485,7 +487,7 @@ impl Jit {
             let key = std::ptr::from_ref(page) as usize;
             let traces = self.pages.entry(key).or_default();
             traces.version = version;
-            traces.traces.push(number);
+            traces.traces.push((number, head_offset(head) as u16));
         }
         self.set_threshold();
         Some(number)
@@ -623,7 +625,7 @@ impl Jit {
         }
         traces.changes += 1;
         let dropped = std::mem::take(&mut traces.traces);
-        for &number in &dropped {
+        for &(number, _) in &dropped {
             self.drop_trace(number);
         }
         dropped.len()
