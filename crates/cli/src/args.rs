@@ -1,5 +1,6 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
+mod network;
 mod pool;
 mod snapshot;
 mod soft;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use network::*;
 pub use pool::*;
 pub use snapshot::*;
 pub use soft::*;
@@ -58,6 +60,8 @@ pub enum Command {
     Stats(UsageArgs),
     /// Print what the command of a detached virtual machine wrote
     Logs(LogsArgs),
+    /// Print the published ports of a virtual machine, and where the host listens for them
+    Port(PortArgs),
     /// Have virtual machines stand still
     Pause(NamesArgs),
     /// Let paused virtual machines go on
@@ -254,6 +258,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
+    /// Its network
+    #[command(flatten)]
+    pub network: NetworkArgs,
+
     /// Kernel to boot instead of the built-in one
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -304,6 +312,10 @@ pub struct WarmArgs {
     #[arg(long)]
     pub read_only: bool,
 
+    /// Its network, which later runs have to have or not to have too
+    #[command(flatten)]
+    pub reach: ReachArgs,
+
     /// The machine, which later runs have to ask for too
     #[command(flatten)]
     pub machine: MachineArgs,
@@ -347,6 +359,10 @@ pub struct RestoreArgs {
     /// What is told at the end
     #[command(flatten)]
     pub stats: StatsArgs,
+
+    /// Its network
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// How the software processor runs code
     #[command(flatten)]

@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => commands::stats::inspect(&args),
         Command::Stats(args) => commands::usage::execute(&args),
         Command::Logs(args) => commands::vms::logs(&args),
+        Command::Port(args) => commands::network::ports(&args),
         Command::Pause(args) => commands::vms::pause(&args),
         Command::Unpause(args) => commands::vms::unpause(&args),
         Command::Stop(args) => commands::vms::stop(&args),

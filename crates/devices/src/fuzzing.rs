@@ -20,6 +20,7 @@ use crate::irq::{InterruptRouter, IrqLine};
 use crate::serial::Uart;
 use crate::virtio::block::{BlockConfig, BlockDevice};
 use crate::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
+use crate::virtio::net::{Checksum, Connection, NetBackend, NetConfig, NetDevice, NetPort};
 use crate::virtio::rng::RngDevice;
 use crate::virtio::testing::{BUFFERS, FakeGuest};
 use crate::virtio::vsock::{VsockDevice, VsockHost, VsockListener, VsockStream};
@@ -270,6 +271,58 @@ pub fn virtio_rng(data: &[u8]) {
     run_virtio(data, RngDevice::new(), NoHost);
 }
 
+/// What a network card of a target is plugged into.
+#[derive(Default)]
+struct Plug(Mutex<Option<NetPort>>);
+
+impl NetBackend for Plug {
+    fn attach(&self, port: NetPort) {
+        *self.0.lock() = Some(port);
+    }
+
+    fn wake(&self) {}
+
+    fn connections(&self) -> Vec<Connection> {
+        Vec::new()
+    }
+
+    fn replace(&self, _connections: Vec<Connection>) {}
+
+    fn close(&self) {}
+}
+
+impl HostSide for Arc<Plug> {
+    fn act(&mut self, script: &mut Script<'_>) {
+        let Some(port) = self.0.lock().clone() else {
+            return;
+        };
+        match script.byte() % 4 {
+            0 => drop(port.receive()),
+            1 => port.flush(),
+            _ => {
+                let buffer = port.buffer(usize::from(script.u16()));
+                let checksum = (script.byte() & 1 == 0).then_some(Checksum {
+                    start: script.u16(),
+                    offset: script.u16(),
+                });
+                port.push(buffer, checksum);
+                port.flush();
+                let _ = port.has_room();
+            }
+        }
+    }
+}
+
+/// The network card.
+pub fn virtio_net(data: &[u8]) {
+    let plug = Arc::new(Plug::default());
+    let config = NetConfig {
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+    };
+    run_virtio(data, NetDevice::new(config, plug.clone()), plug);
+}
+
 struct ConsoleHost(Vec<PortHandle>);
 
 impl HostSide for ConsoleHost {
@@ -491,6 +544,11 @@ mod tests {
     #[test]
     fn vsock_survives() {
         run(virtio_vsock, 300);
+    }
+
+    #[test]
+    fn net_survives() {
+        run(virtio_net, 300);
     }
 
     #[test]

@@ -39,6 +39,19 @@ pub enum EngineError {
         /// What the probe found.
         source: Unusable,
     },
+    /// A network can't be made.
+    #[error(transparent)]
+    Network(#[from] skerry_net::NetworkError),
+    /// Ports or name servers of a network that isn't wanted.
+    #[error(
+        "Without a network no port is published and no name server asked: leave --publish and --dns out, or --network none"
+    )]
+    NetworkOff,
+    /// A network for a machine that was kept without a card.
+    #[error(
+        "The machine was kept without a network card, and can't be given one: leave --network, --publish and --dns out"
+    )]
+    NoCard,
     /// An option of the software processor, for a machine that has none.
     #[error(
         "{option} is for the software processor, and {backend} runs this machine: use --hypervisor soft, \

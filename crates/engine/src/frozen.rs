@@ -31,7 +31,7 @@ use crate::images;
 use crate::paths::Paths;
 
 /// Raised with every change of [`About`] or of what a guest is set up with.
-pub(crate) const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 3;
 /// Enough for a loop over lists.
 const PREFETCH_STACK: usize = 64 << 10;
 /// Name of the writable disk in a snapshot.

@@ -21,6 +21,7 @@ pub mod images;
 pub mod initrd;
 mod log;
 mod machine;
+pub mod network;
 mod parcel;
 mod paths;
 pub mod pools;

@@ -9,6 +9,7 @@
 //! A machine that passes is one that this build makes, but for its size and what is in it.
 
 use skerry_machine::DiskConfig;
+use skerry_net::address;
 use skerry_storage::{CLUSTER_SIZE, scratch};
 
 use crate::error::EngineError;
@@ -106,6 +107,10 @@ impl About {
         })?;
         require(machine.vsock == Some(GUEST_CID), || {
             format!("its socket device has not the context id {GUEST_CID}")
+        })?;
+        let card = machine.network.is_none_or(|card| card == address::CARD);
+        require(card, || {
+            "its network card is none that this build makes".to_owned()
         })?;
         // What it would boot is a file of the host that it names.
         require(machine.no_reboot, || {

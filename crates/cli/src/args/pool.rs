@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{CommandArgs, CommandLine, Format, MachineArgs, Span};
+use super::{CommandArgs, CommandLine, Format, MachineArgs, ReachArgs, Span};
 
 /// `skerry pool`.
 #[derive(Debug, Args)]
@@ -68,6 +68,10 @@ pub struct PoolCreateArgs {
     /// Keep the root file system as it is: writes fail
     #[arg(long)]
     pub read_only: bool,
+
+    /// The network of each
+    #[command(flatten)]
+    pub reach: ReachArgs,
 
     /// The machines
     #[command(flatten)]

@@ -4,6 +4,7 @@ pub mod about;
 pub mod boot;
 pub mod doctor;
 pub mod images;
+pub mod network;
 pub mod pool;
 pub mod run;
 pub mod snapshot;

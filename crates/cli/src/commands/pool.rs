@@ -9,6 +9,7 @@ use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::Begin;
 
 use super::machine_options;
+use super::network::reach;
 use super::run::{Attached, command, finish, from_here};
 use crate::args::{
     CommandArgs, Format, PoolArgs, PoolCreateArgs, PoolExecArgs, PoolLsArgs, PoolRmArgs,
@@ -59,6 +60,7 @@ fn create(paths: &Paths, args: PoolCreateArgs, verbose: u8) -> Result<u8> {
         vm: VmSpec {
             options: machine_options(args.machine),
             read_only: args.read_only,
+            network: reach(args.reach),
             show_console: verbose > 0,
             ..VmSpec::default()
         },

@@ -14,6 +14,7 @@ use skerry_engine::vms::{self, Begin, Detached, Job, Launch, ReadyMark, Source};
 use skerry_engine::warm::WarmSpec;
 use skerry_engine::{Image, Paths, WinSize, hypervisor, images};
 
+use super::network::{network, reach};
 use super::{choice, machine_options, soft_options, stats};
 use crate::args::{CommandArgs, Format, RestoreArgs, RunArgs, WarmArgs};
 use crate::output;
@@ -53,6 +54,7 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
             read_only: args.read_only,
             fresh: args.fresh,
             hostname: args.hostname,
+            network: network(args.network),
             show_console: verbose > 0,
             sampled: args.stats.stats.is_some(),
         },
@@ -80,6 +82,7 @@ pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
     spec.vm.sampled = args.stats.stats.is_some();
     spec.vm.options.time_limit = args.timeout.map(|span| span.0);
     spec.vm.hostname = args.hostname;
+    spec.vm.network = network(args.network);
     spec.vm.show_console = verbose > 0;
     let how = How {
         detach: args.detach,
@@ -98,6 +101,7 @@ pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
         vm: VmSpec {
             options: machine_options(args.machine),
             read_only: args.read_only,
+            network: reach(args.reach),
             show_console: verbose > 0,
             ..VmSpec::default()
         },

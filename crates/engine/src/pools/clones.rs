@@ -65,6 +65,7 @@ impl Clones {
             soft: spec.options.soft.clone(),
             time_limit: None,
             hostname: spec.hostname.clone(),
+            network: spec.network.clone(),
             show_console: spec.show_console,
             rewindable: true,
             sampled: false,

@@ -197,6 +197,7 @@ fn clones(
                 soft: launch.vm.options.soft.clone(),
                 time_limit: None,
                 hostname: launch.vm.hostname.clone(),
+                network: launch.vm.network.clone(),
                 show_console: false,
                 rewindable: true,
                 sampled: false,

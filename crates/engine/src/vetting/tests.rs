@@ -115,6 +115,9 @@ fn what_no_machine_says_is_refused_by_name() {
             f.scratch.as_mut().expect("scratch").0 = 1 << 42;
         }),
         ("context id", |f| f.about.machine.vsock = Some(2)),
+        ("network card", |f| {
+            f.about.machine.network.as_mut().expect("card").mtu = 65_535;
+        }),
         ("boots again", |f| {
             f.about.machine.no_reboot = false;
             f.about.machine.initrd = Some("/etc/shadow".into());

@@ -31,6 +31,7 @@ use crate::frozen::{About, Base, CommandAbout, Frozen};
 use crate::hypervisor::Selected;
 use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
+use crate::network::{Network, NetworkSpec, nameservers};
 use crate::soft::SoftOptions;
 use crate::statistics::Statistics;
 pub use crate::transport::GuestStream;
@@ -56,6 +57,8 @@ pub struct VmSpec {
     pub read_only: bool,
     /// Host name; `None` is `skerry`.
     pub hostname: Option<String>,
+    /// Its network.
+    pub network: NetworkSpec,
     /// The guest's console goes to stderr.
     pub show_console: bool,
     /// Boot, whether or not a start of the image was kept, and keep none.
@@ -85,6 +88,7 @@ struct Shared {
     root: Arc<File>,
     about: About,
     hostname: Option<String>,
+    network: Option<Arc<Network>>,
     timing: Timing,
     born: Instant,
     /// The command that goes on where the machine does.
@@ -157,6 +161,12 @@ impl Vm {
     #[must_use]
     pub fn about(&self) -> &About {
         &self.shared.about
+    }
+
+    /// Its network, if it has one.
+    #[must_use]
+    pub fn network(&self) -> Option<&Network> {
+        self.shared.network.as_deref()
     }
 
     /// How long it took to come to life.
@@ -282,15 +292,16 @@ fn ended(outcome: &Outcome, console: &ConsoleLog) -> EngineError {
 }
 
 /// What the agent is told about its guest, with new entropy and the time of day.
-fn setup(root: RootSpec, hostname: Option<&str>) -> Setup {
+fn setup(about: &About, hostname: Option<&str>) -> Setup {
     let mut entropy = vec![0; 64];
     // Without entropy from here the guest still has its virtio source.
     if getrandom::fill(&mut entropy).is_err() {
         entropy.clear();
     }
     Setup {
-        root,
+        root: root(about.read_only),
         hostname: hostname.unwrap_or("skerry").to_owned(),
+        nameservers: nameservers(about.machine.network.is_some()),
         entropy,
         wall_clock: crate::vms::now(),
         ..Setup::default()

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::start::{greet_again, new_generation};
-use super::{Shared, Vm, root, setup};
+use super::{Shared, Vm, setup};
 use crate::error::EngineError;
 
 /// What taking a machine back came to.
@@ -36,10 +36,7 @@ impl Vm {
         machine.resume();
         let reset = begun.elapsed();
         let mut agent = self.shared.agent.lock();
-        let setup = setup(
-            root(self.shared.about.read_only),
-            self.shared.hostname.as_deref(),
-        );
+        let setup = setup(&self.shared.about, self.shared.hostname.as_deref());
         let Shared {
             vsock, listener, ..
         } = &*self.shared;

@@ -1,6 +1,7 @@
 //! How a virtual machine comes to life: from its kernel, or from where another one was kept.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,21 +13,23 @@ use parking_lot::Mutex;
 use skerry_devices::virtio::vsock::{VsockHost, VsockListener, VsockStream};
 use skerry_hypervisor::probe::chain;
 use skerry_machine::{
-    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Sampler,
+    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, NetBackend, Sampler,
 };
+use skerry_net::address;
 use skerry_oci::Image;
 use skerry_protocol::CONTROL_PORT;
 use skerry_protocol::host::{Control, HostError};
 use skerry_protocol::message::{ExecRequest, Setup};
 use skerry_storage::{Access, Disk, Overlay, RawDisk, scratch};
 
-use super::{Books, GuestStream, Shared, Timing, Vm, VmSpec, ended, lost, root, setup};
+use super::{Books, GuestStream, Shared, Timing, Vm, VmSpec, ended, lost, setup};
 use crate::command::Surroundings;
 use crate::error::EngineError;
 use crate::frozen::{About, Frozen, ImageAbout};
 use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
+use crate::network::{Network, NetworkSpec};
 use crate::paths::Paths;
 use crate::random::random;
 use crate::soft::SoftOptions;
@@ -56,6 +59,8 @@ pub struct ResumeSpec {
     pub hostname: Option<String>,
     /// The guest's console goes to stderr.
     pub show_console: bool,
+    /// Its network; one without a card has none.
+    pub network: NetworkSpec,
     /// It is to be taken back to where it began again and again: what it writes is noted from the
     /// start.
     pub rewindable: bool,
@@ -76,6 +81,7 @@ impl Vm {
         let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
+        let network = spec.network.make(config.network.is_some())?;
         // What the user's own kernel does when it is started is the user's to see.
         let warm = if spec.fresh || spec.kernel.is_some() {
             None
@@ -90,6 +96,8 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: false,
             sampled: spec.sampled,
+            wanted: &spec.network,
+            network: Cell::new(network),
             begun,
         };
         if let Some(kept) = &warm {
@@ -173,6 +181,8 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: spec.rewindable,
             sampled: spec.sampled,
+            wanted: &spec.network,
+            network: Cell::new(None),
             begun,
         };
         frozen
@@ -194,6 +204,10 @@ struct Place<'a> {
     track: bool,
     /// How its processors spend their time is sampled.
     sampled: bool,
+    /// The network that was asked for.
+    wanted: &'a NetworkSpec,
+    /// The same, made and not yet plugged into a machine.
+    network: Cell<Option<Arc<Network>>>,
     /// When it was asked for.
     begun: Instant,
 }
@@ -206,6 +220,7 @@ struct Paused {
     about: About,
     books: Books,
     root: Arc<File>,
+    network: Option<Arc<Network>>,
 }
 
 impl Place<'_> {
@@ -216,10 +231,19 @@ impl Place<'_> {
         Ok(folder)
     }
 
+    /// The network of a machine, made now unless it has been.
+    fn network(&self, about: &About) -> Result<Option<Arc<Network>>, EngineError> {
+        match self.network.take() {
+            Some(made) => Ok(Some(made)),
+            None => self.wanted.make(about.machine.network.is_some()),
+        }
+    }
+
     fn attachments(
         &self,
         root: &File,
         scratch: Option<&Arc<Overlay>>,
+        network: Option<&Arc<Network>>,
     ) -> Result<Attachments, EngineError> {
         // By way of the descriptor: the file may have no name any more.
         let path = format!("/proc/self/fd/{}", root.as_raw_fd());
@@ -231,6 +255,7 @@ impl Place<'_> {
         if let Some(disk) = scratch {
             attachments.disks.push(disk.clone());
         }
+        attachments.network = network.map(|network| network.clone() as Arc<dyn NetBackend>);
         attachments.serial[0] = Some(Box::new(self.console.clone()));
         Ok(attachments)
     }
@@ -242,7 +267,8 @@ impl Place<'_> {
             false => Some(Arc::new(scratch::overlay(self.folder()?)?)),
         };
         let root = Arc::new(crate::frozen::open_root(image)?);
-        let mut attachments = self.attachments(&root, scratch.as_ref())?;
+        let network = self.network(&about)?;
+        let mut attachments = self.attachments(&root, scratch.as_ref(), network.as_ref())?;
         if spec.kernel.is_none() {
             attachments.kernel = Some(Cow::Borrowed(builtin::KERNEL));
         }
@@ -256,6 +282,7 @@ impl Place<'_> {
             about,
             books: Books::default(),
             root,
+            network,
         };
         self.meet(paused, false)
     }
@@ -269,7 +296,8 @@ impl Place<'_> {
                 Some(Arc::new(disk))
             }
         };
-        let mut attachments = self.attachments(&frozen.root, scratch.as_ref())?;
+        let network = self.network(&frozen.about)?;
+        let mut attachments = self.attachments(&frozen.root, scratch.as_ref(), network.as_ref())?;
         frozen.prefetch()?;
         attachments.memory = Some(frozen.saved_memory()?);
         attachments.track = self.track;
@@ -287,6 +315,7 @@ impl Place<'_> {
             about,
             books: Books::of(frozen),
             root: frozen.root.clone(),
+            network,
         })
     }
 
@@ -306,11 +335,12 @@ impl Place<'_> {
             about,
             books,
             root: image,
+            network,
         } = machine;
         let vsock = handle.remote().virtio().vsock();
         let vsock =
             vsock.ok_or_else(|| EngineError::GuestEnded("it has no socket device".to_owned()))?;
-        let setup = setup(root(about.read_only), self.hostname);
+        let setup = setup(&about, self.hostname);
         let listener = vsock.listen(CONTROL_PORT).map_err(lost)?;
         let (running, met);
         if restored {
@@ -341,6 +371,7 @@ impl Place<'_> {
             surroundings: Mutex::new(about.surroundings.clone()),
             about,
             hostname: self.hostname.map(str::to_owned),
+            network,
             born: self.begun,
             timing: Timing {
                 running,
@@ -421,9 +452,14 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
         });
     }
     // The kernel finds the virtio devices in the DSDT.
-    let command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
+    let mut command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
                         skerry.transport=vsock"
         .to_owned();
+    let network = spec.network.wants_card().then_some(address::CARD);
+    if network.is_some() {
+        command_line.push(' ');
+        command_line.push_str(&address::kernel_parameter());
+    }
     MachineConfig {
         memory: spec.options.memory,
         cpus: spec.options.cpus,
@@ -436,6 +472,7 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
         disks,
         rng: true,
         vsock: Some(GUEST_CID),
+        network,
         generation_id: true,
         no_reboot: true,
         ..MachineConfig::default()

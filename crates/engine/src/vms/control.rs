@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::EngineError;
+use crate::network::NetworkReport;
 use crate::statistics::Statistics;
 
 /// The longest message.
@@ -58,6 +59,8 @@ pub enum Request {
         /// They are forgotten when they end.
         auto_remove: bool,
     },
+    /// Tell of its network.
+    Network,
     /// Tell what the processors do.
     Statistics {
         /// For how long to look at how they spend their time.
@@ -99,6 +102,8 @@ pub enum Reply {
     Snapshotted(Snapshotted),
     /// There are more machines.
     Forked(Forked),
+    /// Its network.
+    Network(NetworkReport),
     /// What the processors have done.
     Statistics(Statistics),
     /// It can't be done, for this reason.

@@ -74,6 +74,11 @@ pub(super) fn fork(
     let mut spec = RunSpec::default();
     spec.vm.options.hypervisor = captured.frozen.about.backend.into();
     spec.vm.options.soft = hosted.vm.soft().clone();
+    // Its ports stay the parent's.
+    if let Some(network) = hosted.vm.network() {
+        spec.vm.network.mode = Some(network.mode());
+        spec.vm.network.dns = network.dns().to_vec();
+    }
     let next = AtomicUsize::new(0);
     let ids = Mutex::new(vec![String::new(); wanted.len()]);
     let failure = Mutex::new(None);

@@ -12,6 +12,7 @@ use super::output::LogReader;
 use super::registry::{Registry, Status, VmInfo};
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
+use crate::network::NetworkReport;
 use crate::run::{RunIo, RunOutcome};
 use crate::statistics::Statistics;
 
@@ -225,6 +226,17 @@ pub fn fork(
     }
 }
 
+/// What a running machine's network is, and has done.
+pub fn network(registry: &Registry, name: &str) -> Result<NetworkReport, EngineError> {
+    let info = registry.find(name)?;
+    let client = reach(registry, &info)?;
+    client.limit(PATIENCE)?;
+    match client.ask(&Request::Network)? {
+        (Reply::Network(report), _) => Ok(report),
+        _ => Err(strange(&info)),
+    }
+}
+
 /// What a running machine is, and what its processors do, looked at for as long as `span`.
 pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspected, EngineError> {
     let info = registry.find(name)?;
@@ -233,6 +245,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
         return Ok(Inspected {
             info,
             statistics: None,
+            network: None,
         });
     }
     let client = reach(registry, &info)?;
@@ -240,6 +253,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
     let sample_ms = u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
     match client.ask(&Request::Statistics { sample_ms })? {
         (Reply::Statistics(statistics), _) => Ok(Inspected {
+            network: Some(network(registry, &info.config.id)?),
             info,
             statistics: Some(statistics),
         }),
@@ -255,6 +269,8 @@ pub struct Inspected {
     pub info: VmInfo,
     /// What runs it and what its processors do, while its command runs.
     pub statistics: Option<Statistics>,
+    /// Its network, likewise.
+    pub network: Option<NetworkReport>,
 }
 
 /// An answer to another question.

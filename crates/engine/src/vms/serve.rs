@@ -14,6 +14,7 @@ use super::host::Hosted;
 use super::registry::Status;
 use crate::error::EngineError;
 use crate::frozen::Writing;
+use crate::network::NetworkReport;
 use crate::vm::GuestStream;
 use skerry_hypervisor::probe::chain;
 use skerry_protocol::Transport;
@@ -109,6 +110,7 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
         Request::Fork { names, auto_remove } => {
             copies::fork(hosted, &names, auto_remove).map(Reply::Forked)
         }
+        Request::Network => Ok(Reply::Network(NetworkReport::of(hosted.vm.network()))),
         Request::Statistics { sample_ms } => {
             let span = Duration::from_millis(sample_ms).min(LONGEST_SAMPLE);
             hosted.vm.sample(span).map(Reply::Statistics)

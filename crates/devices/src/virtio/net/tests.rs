@@ -1,1 +1,326 @@
+use std::sync::atomic::AtomicUsize;
 
+use proptest::prelude::*;
+
+use super::*;
+use crate::virtio::testing::{Buffer, FakeGuest};
+use crate::virtio::{F_EVENT_IDX, F_VERSION_1, QueueRunner};
+
+const CARD: NetConfig = NetConfig {
+    mac: [2, 0, 0, 0, 0, 1],
+    mtu: 1500,
+};
+
+/// A network of a test's: it counts how often it is woken.
+#[derive(Default)]
+pub(crate) struct Plug {
+    port: OnceLock<NetPort>,
+    woken: AtomicUsize,
+    connections: Mutex<Vec<Connection>>,
+}
+
+impl Plug {
+    fn port(&self) -> &NetPort {
+        self.port.get().unwrap()
+    }
+
+    fn woken(&self) -> usize {
+        self.woken.swap(0, Ordering::SeqCst)
+    }
+}
+
+impl NetBackend for Plug {
+    fn attach(&self, port: NetPort) {
+        assert!(self.port.set(port).is_ok(), "attached once");
+    }
+
+    fn wake(&self) {
+        self.woken.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn connections(&self) -> Vec<Connection> {
+        self.connections.lock().clone()
+    }
+
+    fn replace(&self, connections: Vec<Connection>) {
+        *self.connections.lock() = connections;
+    }
+
+    fn close(&self) {}
+}
+
+fn guest(mask: u64) -> (FakeGuest, Arc<Plug>) {
+    let plug = Arc::new(Plug::default());
+    let device = NetDevice::new(CARD, plug.clone());
+    (FakeGuest::start(device, mask, QueueRunner::Inline), plug)
+}
+
+/// A frame of so many bytes behind room for a header.
+fn frame(port: &NetPort, len: usize) -> Vec<u8> {
+    let mut buffer = port.buffer(len);
+    for (at, byte) in buffer[HEADER_LEN..].iter_mut().enumerate() {
+        *byte = at as u8;
+    }
+    buffer
+}
+
+#[test]
+fn the_card_tells_what_it_is() {
+    let (guest, _) = guest(u64::MAX);
+    assert_eq!(
+        guest.config::<12>(0),
+        [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0xdc, 5]
+    );
+    assert_eq!(guest.features & FEATURES, FEATURES);
+}
+
+#[test]
+fn frames_from_the_guest_arrive_when_the_thread_takes_them() {
+    let (mut guest, plug) = guest(u64::MAX);
+    plug.woken();
+    for len in [60_u8, 61] {
+        let data = [&[0; HEADER_LEN][..], &vec![len; len.into()]].concat();
+        let buffer = guest.readable(&data);
+        guest.add(TRANSMIT, &[buffer]);
+    }
+    guest.kick(TRANSMIT);
+    assert_eq!(plug.woken(), 1);
+    assert!(guest.used(TRANSMIT).is_none(), "a vCPU copies nothing");
+    assert_eq!(plug.port().receive(), [vec![60; 60], vec![61; 61]]);
+    assert!(guest.used(TRANSMIT).is_some() && guest.used(TRANSMIT).is_some());
+    assert!(plug.port().receive().is_empty());
+    assert!(guest.must_kick(TRANSMIT) || guest.features & F_EVENT_IDX != 0);
+    assert_eq!(plug.woken(), 0, "it took them itself");
+}
+
+#[test]
+fn what_is_no_frame_is_dropped() {
+    let (mut guest, plug) = guest(u64::MAX);
+    for len in [0, 5, HEADER_LEN, HEADER_LEN + MAX_FRAME + 1] {
+        let buffer = guest.readable(&vec![1; len.max(1)]);
+        guest.add(TRANSMIT, &[buffer]);
+    }
+    assert!(plug.port().receive().is_empty());
+    for _ in 0..4 {
+        assert_eq!(guest.wait_used(TRANSMIT).1, 0);
+    }
+    assert!(!guest.needs_reset());
+}
+
+#[test]
+fn a_guest_that_sends_without_end_waits() {
+    let (mut guest, plug) = guest(u64::MAX);
+    let buffer = guest.readable(&vec![1; 30_000]);
+    for _ in 0..200 {
+        guest.add(TRANSMIT, &[buffer]);
+    }
+    let first = plug.port().receive();
+    let bytes: usize = first.iter().map(Vec::len).sum();
+    assert!(
+        (FROM_GUEST..FROM_GUEST + 30_000).contains(&bytes),
+        "{bytes}"
+    );
+    let mut all = first.len();
+    loop {
+        match plug.port().receive().len() {
+            0 => break,
+            more => all += more,
+        }
+    }
+    assert_eq!(all, 200);
+}
+
+#[test]
+fn a_frame_takes_as_many_buffers_as_it_needs() {
+    let (mut guest, plug) = guest(u64::MAX);
+    let port = plug.port();
+    let buffers: Vec<_> = (0..5).map(|_| guest.buffer(100, true)).collect();
+    for buffer in &buffers {
+        guest.add(RECEIVE, &[*buffer]);
+    }
+    port.push(frame(port, 250), None);
+    port.flush();
+    let used: Vec<u32> = (0..3).map(|_| guest.wait_used(RECEIVE).1).collect();
+    assert_eq!(used, [100, 100, 62]);
+    assert!(guest.used(RECEIVE).is_none());
+    let bytes: Vec<u8> = buffers[..3].iter().flat_map(|b| guest.bytes(*b)).collect();
+    assert_eq!(bytes[NUM_BUFFERS..HEADER_LEN], [3, 0]);
+    assert!((0..250).all(|at| bytes[HEADER_LEN + at] == at as u8));
+}
+
+#[test]
+fn frames_wait_for_buffers_and_ask_for_more_of_them() {
+    for mask in [u64::MAX, !F_EVENT_IDX] {
+        let (mut guest, plug) = guest(mask);
+        let port = plug.port();
+        let buffer = guest.buffer(100, true);
+        guest.add(RECEIVE, &[buffer]);
+        port.push(frame(port, 250), None);
+        port.flush();
+        assert!(guest.used(RECEIVE).is_none());
+        guest.add(RECEIVE, &[buffer]);
+        assert!(guest.must_kick(RECEIVE), "one more is asked for");
+        guest.kick(RECEIVE);
+        assert!(guest.used(RECEIVE).is_none(), "two are too few");
+        guest.add(RECEIVE, &[buffer]);
+        assert!(guest.must_kick(RECEIVE));
+        guest.kick(RECEIVE);
+        assert!((0..3).all(|_| guest.used(RECEIVE).is_some()));
+        assert!(!guest.needs_reset());
+    }
+}
+
+#[test]
+fn whoever_makes_too_much_is_told_when_there_is_room() {
+    let (mut guest, plug) = guest(u64::MAX);
+    let port = plug.port();
+    let mut made = 0;
+    while port.has_room() {
+        port.push(frame(port, 60_000), None);
+        made += 1;
+    }
+    assert!(made < 20);
+    for _ in 0..100 {
+        port.push(frame(port, 60_000), None);
+    }
+    plug.woken();
+    let buffer = guest.buffer(61_000, true);
+    for _ in 0..200 {
+        guest.add(RECEIVE, &[buffer]);
+    }
+    guest.kick(RECEIVE);
+    assert!(plug.woken() >= 1);
+    let mut got = 0;
+    while guest.used(RECEIVE).is_some() {
+        got += 1;
+    }
+    assert!(
+        (made..2 * made + 2).contains(&got),
+        "{made} made, {got} got"
+    );
+    assert!(port.has_room());
+}
+
+#[test]
+fn checksums_are_left_or_made() {
+    let checksum = Checksum {
+        start: 14,
+        offset: 6,
+    };
+    for offload in [true, false] {
+        let mask = if offload { u64::MAX } else { !F_GUEST_CSUM };
+        let (mut guest, plug) = guest(mask);
+        let port = plug.port();
+        let buffer = guest.buffer(200, true);
+        guest.add(RECEIVE, &[buffer]);
+        let mut bytes = frame(port, 99);
+        bytes[HEADER_LEN + 20..][..2].copy_from_slice(&[0x12, 0x34]);
+        port.push(bytes, Some(checksum));
+        port.flush();
+        guest.wait_used(RECEIVE);
+        let got = guest.bytes(buffer);
+        if offload {
+            assert_eq!(got[..10], [1, 0, 0, 0, 0, 0, 14, 0, 6, 0]);
+            assert_eq!(got[HEADER_LEN + 20..][..2], [0x12, 0x34]);
+        } else {
+            assert_eq!(got[..10], [0; 10]);
+            let covered = &got[HEADER_LEN + 14..HEADER_LEN + 99];
+            let mut sum = 0;
+            for pair in covered.chunks(2) {
+                sum += u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0));
+            }
+            // The pseudo-header's sum was part of it.
+            sum += 0x1234;
+            while sum > 0xffff {
+                sum = (sum & 0xffff) + (sum >> 16);
+            }
+            assert_eq!(sum, 0xffff);
+        }
+    }
+}
+
+#[test]
+fn a_state_names_connections_and_no_more_than_there_can_be() {
+    let (guest, plug) = guest(u64::MAX);
+    let connection = Connection {
+        guest: "10.0.2.15:40000".parse().unwrap(),
+        peer: "1.2.3.4:80".parse().unwrap(),
+    };
+    *plug.connections.lock() = vec![connection; 2];
+    guest.mmio.pause();
+    let saved = guest.mmio.save();
+    plug.connections.lock().clear();
+    guest.mmio.restore(saved.clone()).unwrap();
+    assert_eq!(*plug.connections.lock(), [connection; 2]);
+    assert!(plug.port().is_live());
+    let mut text = serde_json_like(MAX_CONNECTIONS + 1, connection);
+    let device = NetDevice::new(CARD, Arc::new(Plug::default()));
+    assert!(device.restore(text.clone()).is_err());
+    if let DeviceState::Net(state) = &mut text {
+        state.connections.pop();
+    }
+    device.restore(text).unwrap();
+    assert!(device.restore(DeviceState::Rng).is_err());
+}
+
+fn serde_json_like(count: usize, connection: Connection) -> DeviceState {
+    DeviceState::Net(NetState {
+        connections: vec![connection; count],
+    })
+}
+
+#[test]
+fn without_a_driver_frames_are_lost() {
+    let (guest, plug) = guest(F_VERSION_1);
+    let port = plug.port();
+    assert!(port.is_live());
+    guest.mmio.reset();
+    assert!(!port.is_live());
+    for _ in 0..10_000 {
+        port.push(frame(port, 100), None);
+    }
+    assert!(port.has_room());
+}
+
+proptest! {
+    /// Frames come out as they went in, whatever the sizes of buffers.
+    #[test]
+    fn frames_survive_any_buffers(
+        frames in prop::collection::vec(1_usize..3000, 1..8),
+        sizes in prop::collection::vec(20_u32..900, 1..40),
+    ) {
+        let (mut guest, plug) = guest(u64::MAX);
+        let port = plug.port();
+        for len in &frames {
+            port.push(frame(port, *len), None);
+        }
+        let mut added: Vec<(u16, Buffer)> = Vec::new();
+        let mut got = Vec::new();
+        'all: for size in sizes.iter().cycle().take(2000) {
+            let buffer = guest.buffer(*size, true);
+            let head = guest.add(RECEIVE, &[buffer]);
+            added.push((head, buffer));
+            guest.kick(RECEIVE);
+            while let Some((head, len)) = guest.used(RECEIVE) {
+                let at = added.iter().position(|(added, _)| *added == head).unwrap();
+                let (_, buffer) = added.remove(at);
+                got.push(guest.bytes(buffer)[..len as usize].to_vec());
+                if got.iter().map(Vec::len).sum::<usize>()
+                    == frames.iter().map(|len| len + HEADER_LEN).sum::<usize>() {
+                    break 'all;
+                }
+            }
+        }
+        let mut parts = got.iter();
+        for len in &frames {
+            let first = parts.next().unwrap();
+            let count = u16::from_le_bytes([first[NUM_BUFFERS], first[NUM_BUFFERS + 1]]);
+            let mut whole = first.clone();
+            for _ in 1..count {
+                whole.extend(parts.next().unwrap());
+            }
+            prop_assert_eq!(whole.len(), len + HEADER_LEN);
+            prop_assert!((0..*len).all(|at| whole[HEADER_LEN + at] == at as u8));
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What network a machine gets.
+
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+use skerry_engine::network::Mapping;
+
+use super::Format;
+
+/// Where help texts have the options.
+const HEADING: &str = "Network";
+
+/// How far a machine's network reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NetworkArg {
+    /// Nowhere: the machine has no network card
+    None,
+    /// The internet, but nothing that is private, the host's own, or a cloud's metadata
+    Public,
+    /// Wherever the host gets; its loopback interface is 10.0.2.2
+    Full,
+}
+
+/// The network of machines of which there may be several.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct ReachArgs {
+    /// How far the network reaches [default: public, or of a machine that was kept without a network
+    /// card: none]
+    #[arg(help_heading = HEADING, long, value_enum, value_name = "REACH")]
+    pub network: Option<NetworkArg>,
+}
+
+/// The network of one machine.
+#[derive(Clone, Debug, Default, Args)]
+pub struct NetworkArgs {
+    /// How far it reaches
+    #[command(flatten)]
+    pub reach: ReachArgs,
+
+    /// Have the host listen for connections to a port of the guest's, or with /udp for datagrams; HOST is
+    /// any free port if none is named, IP every address of the host's
+    #[arg(help_heading = HEADING, short = 'p', long, value_name = "[[IP:]HOST:]GUEST[/udp]")]
+    pub publish: Vec<Mapping>,
+
+    /// Name server that the guest's questions go to, instead of the host's own; several: the next one is
+    /// asked when one doesn't answer
+    #[arg(help_heading = HEADING, long, value_name = "IP[:PORT]")]
+    pub dns: Vec<ServerArg>,
+}
+
+/// A name server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerArg(pub SocketAddr);
+
+impl FromStr for ServerArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const PORT: u16 = 53;
+        let whole = text.parse();
+        let address = || text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, PORT));
+        let server = whole.or_else(|_| address());
+        server.map(Self).map_err(|_| {
+            format!("{text:?} is no address: write one such as 9.9.9.9 or 127.0.0.1:5353")
+        })
+    }
+}
+
+/// `skerry port`.
+#[derive(Debug, Args)]
+pub struct PortArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+
+    /// Only this port of the guest's
+    #[arg(value_name = "GUEST[/udp]")]
+    pub port: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_servers_may_have_ports() {
+        let server = |text: &str| text.parse::<ServerArg>().map(|server| server.0.to_string());
+        assert_eq!(server("9.9.9.9").as_deref(), Ok("9.9.9.9:53"));
+        assert_eq!(server("127.0.0.1:5353").as_deref(), Ok("127.0.0.1:5353"));
+        assert_eq!(server("::1").as_deref(), Ok("[::1]:53"));
+        assert_eq!(server("[::1]:5353").as_deref(), Ok("[::1]:5353"));
+        assert!(server("dns.example").is_err());
+    }
+}
