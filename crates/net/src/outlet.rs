@@ -119,6 +119,13 @@ impl Outlet {
         self.ip(ends, protocol, &[&wire::icmp(ends, kind, [0; 4], quoted)]);
     }
 
+    /// Tells the guest why a connection isn't made. Kernels only note the reason if it comes while the
+    /// process is still in its call; the reset behind it is what they wait for.
+    pub(crate) fn refuse(&self, packet: &Packet<'_>, why: Unreachable) {
+        self.unreachable(packet, why);
+        self.reset(packet);
+    }
+
     /// Resets the connection of a segment of the guest's.
     pub(crate) fn reset(&self, packet: &Packet<'_>) {
         if let Some(header) = wire::reset_for(packet) {

@@ -487,7 +487,7 @@ impl Stack {
             Err(Unreachable::Port) => return self.outlet.reset(packet),
             Err(why) => {
                 self.counters.denied_tcp += u64::from(why == Unreachable::Prohibited);
-                return self.outlet.unreachable(packet, why);
+                return self.outlet.refuse(packet, why);
             }
         };
         if self.connections >= MOST_TCP {
@@ -571,7 +571,7 @@ impl Stack {
             Some(
                 Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::TIMEDOUT | Errno::ADDRNOTAVAIL,
             ) => {
-                self.outlet.unreachable(&packet, Unreachable::Host);
+                self.outlet.refuse(&packet, Unreachable::Host);
             }
             // The guest tries again in a while.
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
