@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  virtio-net ─ NetPort ─► Stack (own thread, one epoll loop)
-//!                            ├─ ARP, neighbour discovery, echo: answered here      (wire, local)
+//!                            ├─ ARP, neighbour discovery, DHCP, echo: answered here      (wire, local)
 //!                            ├─ TCP ─ Policy ─► a smoltcp socket ◄─splice─► a host socket     (tcp)
 //!                            ├─ UDP, DNS, echo ─ Policy ─► a connected host socket     (datagram)
 //!                            └─ published ports: listeners of the host's ─► the guest   (publish)
@@ -19,6 +19,7 @@
 pub mod address;
 mod counters;
 mod datagram;
+mod dhcp;
 mod local;
 mod network;
 mod outlet;

@@ -1,5 +1,7 @@
 //! All flows of one guest: which packet belongs to which, and who is served when.
 
+mod doors;
+
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
@@ -15,9 +17,12 @@ use rustix::time::Timespec;
 use skerry_devices::virtio::net::{Connection, MAX_CONNECTIONS, NetPort};
 use smoltcp::time::Instant;
 
-use crate::address::{GUEST_MAC, GUEST_V4, Place, gateway, place};
+use doors::Ports;
+
+use crate::address::{GUEST_MAC, Place, place};
 use crate::counters::Counters;
 use crate::datagram::Datagram;
+use crate::dhcp;
 use crate::local;
 use crate::outlet::{Outlet, Unreachable};
 use crate::policy::NetworkMode;
@@ -36,15 +41,9 @@ const MOST_TCP: usize = MAX_CONNECTIONS;
 const MOST_DATAGRAM: usize = 2048;
 /// Batches of the guest's frames that are handled before others have their turn.
 const ROUNDS: usize = 16;
-/// Connections that are accepted likewise.
-const ACCEPTED: usize = 128;
 /// The longest datagram.
 const DATAGRAM: usize = 65_536;
-/// First port of the gateway's that those who use published ports get.
-const FIRST_PORT: u16 = 10_000;
 const DNS_PORT: u16 = 53;
-/// Whatever happens to a listener, it is tried again.
-const RETRY: Duration = Duration::from_millis(200);
 
 /// What tells flows apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,7 +86,7 @@ pub(crate) struct Stack {
     /// Flows of those who send to published ports, by port and sender.
     clients: HashMap<(usize, SocketAddr), u64>,
     next_token: u64,
-    next_port: u16,
+    ports: Ports,
     connections: usize,
     timers: BTreeSet<(Instant, u64)>,
     due: Vec<u64>,
@@ -131,7 +130,7 @@ impl Stack {
             tokens: HashMap::new(),
             clients: HashMap::new(),
             next_token: FIRST_FLOW,
-            next_port: FIRST_PORT,
+            ports: Ports::default(),
             connections: 0,
             timers: BTreeSet::new(),
             due: Vec::new(),
@@ -596,6 +595,10 @@ impl Stack {
         if self.tokens.contains_key(&key) {
             return self.send(key, packet);
         }
+        let near = is_for_many(peer.ip()) || place(peer.ip()) == Place::Gateway;
+        if near && peer.port() == dhcp::SERVER_PORT && peer.is_ipv4() {
+            return dhcp::serve(packet.datagram().unwrap_or_default(), &self.outlet);
+        }
         if is_for_many(peer.ip()) {
             self.counters.dropped += 1;
             return;
@@ -720,134 +723,6 @@ impl Stack {
                 .map_err(Into::into),
                 None => Ok(()),
             });
-        }
-    }
-
-    /// Takes those who wait at published ports; whether there may be more.
-    fn accept(&mut self) -> bool {
-        let now = self.now();
-        if self.short.is_some_and(|until| now < until) || !self.outlet.port().is_live() {
-            return false;
-        }
-        self.short = None;
-        let mut more = false;
-        for number in 0..self.listeners.len() {
-            let mut left = ACCEPTED;
-            while self.listeners[number].ready && self.short.is_none() {
-                if left == 0 || !self.outlet.has_room() {
-                    more |= left == 0;
-                    break;
-                }
-                left -= 1;
-                self.accept_one(number, now);
-            }
-        }
-        more
-    }
-
-    fn accept_one(&mut self, number: usize, now: Instant) {
-        if self.connections >= MOST_TCP {
-            self.short = Some(now + RETRY.into());
-            return;
-        }
-        let listener = &mut self.listeners[number];
-        let guest = SocketAddr::new(GUEST_V4.into(), listener.published.guest);
-        let failed = match &listener.door {
-            Door::Tcp(door) => match door.accept() {
-                Ok((host, _)) => {
-                    if let Err(error) = self.admit(guest, host, now) {
-                        tracing::debug!(%error, "A connection to a published port is dropped");
-                        self.counters.refused += 1;
-                    }
-                    return;
-                }
-                Err(error) => error,
-            },
-            Door::Udp(door) => match door.recv_from(&mut self.buffer) {
-                Ok((len, client)) => return self.deliver((number, client), guest, len, now),
-                Err(error) => error,
-            },
-        };
-        match failed.kind() {
-            io::ErrorKind::WouldBlock => listener.ready = false,
-            io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
-            // An error of one client's; the queue goes on behind it.
-            io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {}
-            _ => self.short = Some(now + RETRY.into()),
-        }
-    }
-
-    /// A port of the gateway's that nobody has who talks to `guest`.
-    fn free_port(&mut self, protocol: u8, guest: SocketAddr) -> Option<SocketAddr> {
-        for _ in FIRST_PORT..=u16::MAX {
-            let peer = SocketAddr::new(gateway(guest.ip()), self.next_port);
-            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT);
-            let key = Key {
-                protocol,
-                guest,
-                peer,
-            };
-            if !self.tokens.contains_key(&key) {
-                return Some(peer);
-            }
-        }
-        None
-    }
-
-    /// Connects one who came to a published port to the guest.
-    fn admit(&mut self, guest: SocketAddr, host: TcpStream, now: Instant) -> io::Result<()> {
-        host.set_nonblocking(true)?;
-        host.set_nodelay(true)?;
-        let peer = self.free_port(wire::TCP, guest);
-        let peer = peer.ok_or_else(|| io::Error::other("no port is free"))?;
-        let key = Key {
-            protocol: wire::TCP,
-            guest,
-            peer,
-        };
-        self.watch(host.as_fd(), self.next_token)?;
-        let setting = (
-            buffer_len(self.connections),
-            self.seed.hash_one(self.next_token),
-        );
-        let tcp = Tcp::connect((guest, peer, host), setting, &self.outlet, now);
-        let token = self.add(key, Flow::Tcp(Box::new(tcp)));
-        self.counters.tcp_accepted += 1;
-        self.make_due(token);
-        Ok(())
-    }
-
-    /// Gives the guest a datagram that came to a published port.
-    fn deliver(
-        &mut self,
-        client: (usize, SocketAddr),
-        guest: SocketAddr,
-        len: usize,
-        now: Instant,
-    ) {
-        let token = match self.clients.get(&client) {
-            Some(&token) => token,
-            None => {
-                self.make_place();
-                let Some(peer) = self.free_port(wire::UDP, guest) else {
-                    self.counters.refused += 1;
-                    return;
-                };
-                let key = Key {
-                    protocol: wire::UDP,
-                    guest,
-                    peer,
-                };
-                let flow = Datagram::client((guest, peer), client, now);
-                self.counters.datagram_flows += 1;
-                self.add(key, Flow::Datagram(Box::new(flow)))
-            }
-        };
-        if let Some(Flow::Datagram(datagram)) = self.flows.get_mut(&token).map(|e| &mut e.flow) {
-            datagram.pass(self.buffer.get(..len).unwrap_or_default(), &self.outlet);
-            datagram.expires = datagram.expires.max(now + Duration::from_secs(30).into());
-            let expires = datagram.expires;
-            self.set_timer(token, Some(expires));
         }
     }
 

@@ -239,7 +239,7 @@ impl Tcp {
             self.break_host();
             return Fate::Over;
         }
-        let passed = self.to_host().and_then(|()| self.from_host());
+        let passed = self.drain_to_host().and_then(|()| self.fill_from_host());
         if passed.is_err() {
             self.break_guest(outlet, now);
             return Fate::Over;
@@ -267,7 +267,7 @@ impl Tcp {
     }
 
     /// Passes on what the guest sent, and its end.
-    fn to_host(&mut self) -> io::Result<()> {
+    fn drain_to_host(&mut self) -> io::Result<()> {
         let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
         while self.writable && socket.can_recv() {
             let host = &mut self.host;
@@ -296,7 +296,7 @@ impl Tcp {
     }
 
     /// Takes what the host's end sent, as far as there is room, and its end.
-    fn from_host(&mut self) -> io::Result<()> {
+    fn fill_from_host(&mut self) -> io::Result<()> {
         let socket = self.sockets.get_mut::<Socket<'_>>(self.handle);
         while self.readable && !self.host_ended && socket.can_send() {
             let host = &mut self.host;
