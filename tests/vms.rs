@@ -130,6 +130,25 @@ fn what_machines_take_is_what_the_host_says() {
 }
 
 #[test]
+fn a_machine_is_known_by_its_new_name() {
+    let home = Home::new();
+    let id = home.start("first", UNTIL_TOLD);
+    home.start("second", UNTIL_TOLD);
+    home.refused(&["rename", "first", "second"], &["second"]);
+    home.refused(&["rename", "first", "no/name"], &["no/name"]);
+    home.done(&["rename", "first", "third"]);
+    home.refused(&["exec", "first", "true"], &["first"]);
+    assert_eq!(home.info("third").expect("known")["id"], *id);
+    tell(&home, "third");
+    assert_eq!(home.done(&["wait", "third"]), "7");
+    home.done(&["rename", &id[..12], "first"]);
+    assert_eq!(home.status("first"), "stopped");
+    home.done(&["rm", "first"]);
+    home.done(&["rm", "-f", "second"]);
+    home.no_machines();
+}
+
+#[test]
 fn a_machine_from_its_start_to_its_removal() {
     let home = Home::new();
     let id = home.start_with("one", &["-e", "A=b"], &["sh", "-c", UNTIL_TOLD]);

@@ -73,6 +73,8 @@ pub enum Command {
     /// Wait until the commands of virtual machines have ended, and print their exit statuses; or until
     /// the machines are ready
     Wait(WaitArgs),
+    /// Give a virtual machine another name
+    Rename(RenameArgs),
     /// Remove virtual machines that have ended
     Rm(RmArgs),
     /// Keep clean virtual machines ready
@@ -478,6 +480,18 @@ pub struct NamesArgs {
     /// Names of virtual machines, their IDs or the IDs' first digits
     #[arg(required = true, value_name = "VM")]
     pub vms: Vec<String>,
+}
+
+/// `skerry rename`.
+#[derive(Debug, Args)]
+pub struct RenameArgs {
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+
+    /// The new name
+    #[arg(value_name = "NAME")]
+    pub name: String,
 }
 
 /// `skerry wait`.

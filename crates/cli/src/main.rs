@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         Command::Stop(args) => commands::vms::stop(&args),
         Command::Kill(args) => commands::vms::kill(&args),
         Command::Wait(args) => commands::vms::wait(&args),
+        Command::Rename(args) => commands::vms::rename(&args),
         Command::Rm(args) => commands::vms::remove(&args),
         Command::Pool(args) => commands::pool::execute(args, cli.verbose),
         Command::PoolHost => commands::pool::host(),

@@ -11,7 +11,8 @@ use skerry_engine::{EngineError, Paths};
 use super::run::{Attached, command, finish};
 use super::table;
 use crate::args::{
-    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs, WaitArgs,
+    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RenameArgs, RmArgs,
+    StopArgs, WaitArgs,
 };
 use crate::{dates, output, status};
 
@@ -124,6 +125,12 @@ pub fn fork(args: &ForkArgs) -> Result<u8> {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&forked)?)?,
         Format::Text => forked.ids.iter().try_for_each(|id| writeln!(out, "{id}"))?,
     }
+    Ok(0)
+}
+
+/// Gives a machine another name.
+pub fn rename(args: &RenameArgs) -> Result<u8> {
+    vms::rename(&registry()?, &args.vm, &args.name)?;
     Ok(0)
 }
 

@@ -43,6 +43,8 @@ pub enum Request {
     Wait,
     /// Tell when the machine is ready, or that it has ended before.
     Ready,
+    /// Have another name.
+    Rename(String),
     /// Write a snapshot to the store while the machine goes on.
     Snapshot {
         /// What to call it.
@@ -221,6 +223,7 @@ mod tests {
             Request::Kill,
             Request::Wait,
             Request::Ready,
+            Request::Rename("b".to_owned()),
             Request::Snapshot {
                 name: Some("a".to_owned()),
                 difference: true,

@@ -29,8 +29,8 @@ pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
 pub(crate) use names::check as check_name;
 pub(crate) use operations::command_over;
 pub use operations::{
-    Inspected, exec, fork, inspect, kill, log, network, pause, remove, signal, snapshot, stop,
-    unpause, wait, wait_ready,
+    Inspected, exec, fork, inspect, kill, log, network, pause, remove, rename, signal, snapshot,
+    stop, unpause, wait, wait_ready,
 };
 pub use output::{Line, LogReader, Stream};
 pub(crate) use ready::Finder;

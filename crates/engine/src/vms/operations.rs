@@ -8,6 +8,7 @@ use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::names;
 use super::output::LogReader;
 use super::registry::{Registry, Status, VmInfo};
 use crate::EngineError;
@@ -119,6 +120,21 @@ pub fn unpause(registry: &Registry, name: &str) -> Result<(), EngineError> {
         return Err(EngineError::VmNotPaused { name });
     }
     ask(registry, &info, &Request::Unpause)
+}
+
+/// Gives a machine another name, which no other may have.
+pub fn rename(registry: &Registry, name: &str, to: &str) -> Result<(), EngineError> {
+    let info = registry.find(name)?;
+    names::check(to)?;
+    let taken = registry.find(to).is_ok_and(|other| other.config.name == to);
+    if taken {
+        let name = to.to_owned();
+        return Err(EngineError::NameTaken { name });
+    }
+    match info.state.status.is_alive() {
+        true => ask(registry, &info, &Request::Rename(to.to_owned())),
+        false => registry.rename(&info, to),
+    }
 }
 
 /// Sends a signal to a machine's command; SIGKILL ends the machine.

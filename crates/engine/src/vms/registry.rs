@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  vms/<id>/lock      held by the machine's process as long as it lives: the one sign of life
-//!           config    what it is (JSON, written once)
+//!           config    what it is (JSON, replaced by rename when the machine gets another name)
 //!           state     how it is (JSON, replaced by rename)
 //!           control   socket of its process          log   its command's output, line by line
 //!  vms/names/<name> ─► ../<id>
@@ -431,6 +431,44 @@ impl Registry {
         }
     }
 
+    /// Gives a machine that has ended another name.
+    pub fn rename(&self, info: &VmInfo, name: &str) -> Result<(), EngineError> {
+        let failed = || self.failed("rename a virtual machine");
+        let lock = File::open(self.folder(&info.config.id).join(LOCK)).map_err(failed())?;
+        // Whoever removes it meanwhile takes its folder away as a whole.
+        let free = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        free.map_err(|_| EngineError::VmRuns {
+            name: info.config.name.clone(),
+        })?;
+        self.give_name(&mut info.config.clone(), name)
+    }
+
+    /// Claims the new name, makes it known, and lets the old one go.
+    fn give_name(&self, config: &mut VmConfig, name: &str) -> Result<(), EngineError> {
+        names::check(name)?;
+        if config.name == name {
+            return Ok(());
+        }
+        if !self.claim(name, &config.id)? {
+            let name = name.to_owned();
+            return Err(EngineError::NameTaken { name });
+        }
+        let old = config.clone();
+        name.clone_into(&mut config.name);
+        let folder = self.folder(&config.id);
+        let staged = folder.join("config.new");
+        let written = write_json(&staged, config)
+            .and_then(|()| fs::rename(&staged, folder.join(CONFIG)))
+            .map_err(self.failed("rename a virtual machine"));
+        if let Err(error) = written {
+            self.release_name(config);
+            *config = old;
+            return Err(error);
+        }
+        self.release_name(&old);
+        Ok(())
+    }
+
     fn release_name(&self, config: &VmConfig) {
         let link = self.root.join(NAMES).join(&config.name);
         let own = Path::new("..").join(&config.id);
@@ -467,6 +505,12 @@ impl Entry {
         write_json(&staged, &self.state)
             .and_then(|()| fs::rename(&staged, folder.join(STATE)))
             .map_err(self.registry.failed("note the state of a virtual machine"))
+    }
+
+    /// Gives the machine another name.
+    pub fn rename(&mut self, name: &str) -> Result<(), EngineError> {
+        let registry = self.registry.clone();
+        registry.give_name(&mut self.config, name)
     }
 
     /// The end of what never became a machine.
@@ -575,6 +619,35 @@ mod tests {
         registry.remove(&found).expect("remove");
         registry.create(config("killed")).expect("again");
         registry.create(config("brief")).expect("again");
+    }
+
+    #[test]
+    fn a_machine_gets_another_name() {
+        let folder = tempfile::tempdir().expect("folder");
+        let registry = registry(folder.path());
+        let mut entry = registry.create(config("old")).expect("entry");
+        let _other = registry.create(config("other")).expect("other");
+        let taken = entry.rename("other");
+        assert!(matches!(taken, Err(EngineError::NameTaken { .. })));
+        assert!(entry.rename("../old").is_err());
+        entry.rename("new").expect("renamed");
+        assert!(registry.find("old").is_err());
+        let found = registry.find("new").expect("found");
+        assert_eq!(found.config, entry.config);
+        // Not by another process while it runs.
+        let runs = registry.rename(&found, "newer");
+        assert!(matches!(runs, Err(EngineError::VmRuns { .. })));
+        entry
+            .finish(|state| state.status = Status::Stopped)
+            .expect("finish");
+        registry.rename(&found, "newer").expect("renamed");
+        let found = registry.find("newer").expect("found");
+        assert_eq!(found.config.name, "newer");
+        // The old names are free.
+        registry.create(config("old")).expect("old");
+        registry.create(config("new")).expect("new");
+        registry.remove(&found).expect("removed");
+        assert!(registry.find("newer").is_err());
     }
 
     #[test]

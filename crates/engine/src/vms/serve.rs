@@ -93,6 +93,9 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
             Ok(Reply::Done)
         }
         Request::Signal(signal) => hosted.signal(signal).map(|()| Reply::Done),
+        Request::Rename(name) => hosted
+            .update(|entry| entry.rename(&name))
+            .map(|()| Reply::Done),
         Request::Pause => pause(hosted).map(|()| Reply::Done),
         Request::Unpause => unpause(hosted).map(|()| Reply::Done),
         Request::Snapshot {

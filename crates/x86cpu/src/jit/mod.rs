@@ -250,7 +250,7 @@ struct Made {
 
 impl Jit {
     pub(crate) fn new(tuning: Tuning) -> Self {
-        Self {
+        let mut jit = Self {
             tuning,
             threshold: tuning.threshold,
             generation: 0,
@@ -271,7 +271,9 @@ impl Jit {
             failures: ByAddress::default(),
             wants_room: false,
             perf: perf::Map::new(tuning.perf_map),
-        }
+        };
+        jit.set_threshold();
+        jit
     }
 
     /// Whether anything is compiled at all.
@@ -323,13 +325,15 @@ impl Jit {
     }
 
     /// Sets how hot a block must be: the less room is left, the hotter, so that what is hottest need not
-    /// go for what is lukewarm. Who wants everything compiled gets that.
+    /// go for what is lukewarm; and hotter at first, for most commands are over soon. Who wants everything
+    /// compiled gets that.
     fn set_threshold(&mut self) {
         let eighth = self.tuning.code_bytes / 8;
         let sixteenths = (self.code_used() * 16 / (eighth * CODE))
             .max(self.side_tables() * 16 / (eighth * TABLES));
         let factor = match sixteenths {
             _ if self.tuning.threshold == 1 => 1,
+            ..9 if self.traces.len() < FIRST => 4,
             ..9 => 1,
             9..12 => 2,
             12..14 => 4,
@@ -631,6 +635,9 @@ impl Jit {
         dropped.len()
     }
 }
+
+/// Traces that are made before the processor takes what it runs for something that goes on.
+const FIRST: usize = 1024;
 
 /// Windows that aren't ones, and the time in which they come, before a trace is compiled without: when
 /// what they cost is no more than a hundredth of that, the others are worth it.
