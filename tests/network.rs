@@ -78,7 +78,7 @@ fn name_server() -> (SocketAddr, mpsc::Receiver<String>) {
             let query = &buffer[..len];
             let mut name = Vec::new();
             let mut at = 12;
-            while let Some(&label @ 1..) = query.get(at).as_deref() {
+            while let Some(&label @ 1..) = query.get(at) {
                 name.push(String::from_utf8_lossy(&query[at + 1..][..label.into()]).into_owned());
                 at += usize::from(label) + 1;
             }
