@@ -444,6 +444,13 @@ impl Queue {
 
     /// Returns a chain to the driver with `written` bytes in its writable part.
     pub fn complete(&mut self, chain: Chain, written: u32) -> Result<(), QueueError> {
+        self.fill_used(chain, written)?;
+        self.show_used()
+    }
+
+    /// Fills the next used entry for a chain, which the driver sees with
+    /// [`show_used`](Self::show_used): what belongs together must not be seen in parts.
+    pub fn fill_used(&mut self, chain: Chain, written: u32) -> Result<(), QueueError> {
         let entry = self.layout.used + RING_HEADER + 8 * self.slot(self.next_used);
         let mut raw = [0; 8];
         raw[..4].copy_from_slice(&u32::from(chain.head()).to_le_bytes());
@@ -452,11 +459,15 @@ impl Queue {
             .write_slice(&raw, GuestAddress(entry))
             .map_err(|_| QueueError::Memory(entry))?;
         self.next_used += 1;
-        self.store(self.layout.used + 2, self.next_used.0, Ordering::Release)?;
         if self.spare.len() < 4 {
             self.spare.push(chain);
         }
         Ok(())
+    }
+
+    /// Lets the driver see the entries that were filled.
+    pub fn show_used(&mut self) -> Result<(), QueueError> {
+        self.store(self.layout.used + 2, self.next_used.0, Ordering::Release)
     }
 
     /// Whether the driver wants an interrupt for what was completed since the last call (2.7.7, 2.7.10).

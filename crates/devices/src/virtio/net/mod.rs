@@ -278,9 +278,11 @@ impl NetDevice {
                 None => writer.write_all(part)?,
             }
             // No longer than a frame.
-            queue.complete(chain, part.len() as u32)?;
+            queue.fill_used(chain, part.len() as u32)?;
             rest = after;
         }
+        // All at once: a driver that finds the first takes the others to be there.
+        queue.show_used()?;
         Ok(Delivery::Done)
     }
 

@@ -148,6 +148,37 @@ fn a_frame_takes_as_many_buffers_as_it_needs() {
     assert!((0..250).all(|at| bytes[HEADER_LEN + at] == at as u8));
 }
 
+/// A driver on another processor that finds the first buffer of a frame takes the rest to be there.
+#[test]
+fn a_frame_is_seen_whole_or_not_at_all() {
+    let (mut guest, plug) = guest(u64::MAX);
+    let port = plug.port().clone();
+    let buffers: Vec<_> = (0..200).map(|_| guest.buffer(100, true)).collect();
+    for buffer in &buffers {
+        guest.add(RECEIVE, &[*buffer]);
+    }
+    let (_, _, used) = guest.rings(RECEIVE);
+    let ram = guest.ram.clone();
+    let index = move || -> u16 {
+        let at = vm_memory::GuestAddress(used + 2);
+        vm_memory::Bytes::load(&*ram, at, Ordering::Acquire).unwrap()
+    };
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            for _ in 0..4 {
+                // Fifty buffers each.
+                port.push(frame(&port, 50 * 100 - HEADER_LEN), None);
+                port.flush();
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+        });
+        while !server.is_finished() {
+            assert_eq!(index() % 50, 0);
+        }
+    });
+    assert_eq!(index(), 200);
+}
+
 #[test]
 fn frames_wait_for_buffers_and_ask_for_more_of_them() {
     for mask in [u64::MAX, !F_EVENT_IDX] {
