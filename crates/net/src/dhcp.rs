@@ -132,7 +132,7 @@ mod tests {
         let reply = answer(&message(options))?;
         assert_eq!((reply[0], &reply[4..8]), (BOOT_REPLY, &[1, 2, 3, 4][..]));
         let kind = option(&reply[FIXED + 4..], MESSAGE)?[0];
-        let given = &reply[16..20] == GUEST_V4.octets();
+        let given = reply[16..20] == GUEST_V4.octets();
         assert_eq!(given, kind != REFUSE);
         Some(kind)
     }
