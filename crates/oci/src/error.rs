@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::digest::{Digest, DigestError};
 use crate::erofs::ReadError;
 use crate::layer::LayerError;
+use crate::registry::RegistryError;
 use crate::tar::TarError;
 
 /// An error of an image or of the store; the thing is always named.
@@ -14,9 +15,12 @@ use crate::tar::TarError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A registry, or what was said about it.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// A name that the store doesn't have.
     #[error(
-        "There is no image '{name}' in the store; `skerry images` lists what there is, and `oci:DIR`, `oci-archive:TAR`, `docker-archive:TAR` or `dir:ROOTFS` name one outside of it"
+        "There is no image '{name}' in the store; `skerry images` lists what there is, `skerry pull` gets one from a registry, and `oci:DIR`, `oci-archive:TAR`, `docker-archive:TAR` or `dir:ROOTFS` name one outside of it"
     )]
     NoSuchImage {
         /// What was asked for.

@@ -5,6 +5,8 @@
 //!      images/HEX/            one image, HEX being its digest
 //!          image.json           what `Record` says
 //!          rootfs.erofs         the root file system
+//!          source/              what it was made from, as it travels: see `source`
+//!      downloads/HEX        parts of images that a pull has received, and HEX.part, not all yet
 //!      names.json             names → digests
 //!      locks/HEX, names, tmp  files to lock; never removed while anyone may wait for them
 //!      tmp/HEX/               an image being converted or removed, by the holder of locks/HEX
@@ -31,16 +33,30 @@ use crate::files::Files;
 use crate::layer::Limits;
 use crate::lock::Lock;
 use crate::manifest::{Resolved, resolve_docker, resolve_oci};
+use crate::registry::Name;
+use crate::source::SOURCE;
 use crate::{Error, ImageRef, erofs};
 
 /// The layout of the store together with the rules by which images are converted: a change of
 /// either makes a new store.
 const FORMAT: &str = "skerry-images-1\n";
 
+/// Where a pull keeps what it has received.
+pub(crate) const DOWNLOADS: &str = "downloads";
+
 /// What an import is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Progress {
+    /// A part of an image travels from or to a registry.
+    Transfer {
+        /// Which.
+        digest: Digest,
+        /// Bytes that have arrived; those that were there before are among them.
+        done: u64,
+        /// Of how many, where that is known.
+        size: Option<u64>,
+    },
     /// Another process converts the same image; its result will be used.
     Waiting,
     /// A layer is unpacked.
@@ -128,15 +144,24 @@ impl Drop for Transient {
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
-    limits: Limits,
+    pub(crate) limits: Limits,
 }
 
-fn or_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+pub(crate) fn or_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// The names under which the store may have what is called so: as it was said, with the tag that
+/// is left out, and as a registry has it.
+fn known_as(name: &str) -> impl Iterator<Item = String> {
+    let in_registry = name.parse::<Name>().ok().map(|name| name.to_string());
+    [name.to_owned(), format!("{name}:latest")]
+        .into_iter()
+        .chain(in_registry)
 }
 
 impl Store {
@@ -146,7 +171,7 @@ impl Store {
             root: root.into(),
             limits: Limits::default(),
         };
-        for dir in ["images", "locks", "tmp"] {
+        for dir in ["images", "locks", "tmp", DOWNLOADS] {
             let path = store.root.join(dir);
             // An image's files may be nobody else's business: its /etc/shadow is in there.
             let mut builder = std::fs::DirBuilder::new();
@@ -185,24 +210,24 @@ impl Store {
         &self.root
     }
 
-    fn failed(&self, action: &'static str, path: &Path, source: io::Error) -> Error {
+    pub(crate) fn failed(&self, action: &'static str, path: &Path, source: io::Error) -> Error {
         Error::store(&self.root, action, path, source)
     }
 
-    fn entry(&self, digest: &Digest) -> PathBuf {
+    pub(crate) fn entry(&self, digest: &Digest) -> PathBuf {
         self.root.join("images").join(digest.hex())
     }
 
-    fn tmp(&self, name: &str) -> PathBuf {
+    pub(crate) fn tmp(&self, name: &str) -> PathBuf {
         self.root.join("tmp").join(name)
     }
 
-    fn lock(&self, name: &str) -> Result<Lock, Error> {
+    pub(crate) fn lock(&self, name: &str) -> Result<Lock, Error> {
         let path = self.root.join("locks").join(name);
         Lock::exclusive(&path).map_err(|error| self.failed("lock", &path, error))
     }
 
-    fn try_lock(&self, name: &str) -> Result<Option<Lock>, Error> {
+    pub(crate) fn try_lock(&self, name: &str) -> Result<Option<Lock>, Error> {
         let path = self.root.join("locks").join(name);
         Lock::try_exclusive(&path).map_err(|error| self.failed("lock", &path, error))
     }
@@ -214,7 +239,7 @@ impl Store {
             .map_err(|error| self.failed("remove", path, error))
     }
 
-    fn file_names(&self, dir: &str) -> Result<Vec<String>, Error> {
+    pub(crate) fn file_names(&self, dir: &str) -> Result<Vec<String>, Error> {
         let path = self.root.join(dir);
         let failed = |error| self.failed("read", &path, error);
         let mut names = Vec::new();
@@ -289,7 +314,7 @@ impl Store {
         self.import_resolved(name, &files, &resolved, progress)
     }
 
-    fn import_resolved(
+    pub(crate) fn import_resolved(
         &self,
         name: &str,
         files: &Files,
@@ -376,6 +401,7 @@ impl Store {
             rootfs: written.digest,
             config: resolved.config.config.clone(),
         };
+        self.keep_source(files, resolved, &dir.join(SOURCE))?;
         self.write_json(&dir.join("image.json"), &record)?;
         self.sync_directory(dir)
     }
@@ -389,7 +415,7 @@ impl Store {
         write().map_err(|error| self.failed("write", path, error))
     }
 
-    fn sync_directory(&self, path: &Path) -> Result<(), Error> {
+    pub(crate) fn sync_directory(&self, path: &Path) -> Result<(), Error> {
         let sync = || File::open(path)?.sync_all();
         sync().map_err(|error| self.failed("write", path, error))
     }
@@ -437,7 +463,7 @@ impl Store {
     }
 
     /// Reads an entry; `None` when there is none.
-    fn load(&self, digest: &Digest) -> Result<Option<Image>, Error> {
+    pub(crate) fn load(&self, digest: &Digest) -> Result<Option<Image>, Error> {
         let dir = self.entry(digest);
         let path = dir.join("image.json");
         let corrupt = |problem: String| Error::Corrupt {
@@ -506,7 +532,7 @@ impl Store {
         }
     }
 
-    fn digests(&self) -> Result<Vec<Digest>, Error> {
+    pub(crate) fn digests(&self) -> Result<Vec<Digest>, Error> {
         let names = self.file_names("images")?;
         let mut digests: Vec<_> = names
             .iter()
@@ -533,12 +559,10 @@ impl Store {
     }
 
     /// The digest that a name, a digest or the start of one stands for.
-    fn find(&self, name: &str) -> Result<Digest, Error> {
+    pub(crate) fn find(&self, name: &str) -> Result<Digest, Error> {
         let digests = self.digests()?;
         let names = self.names()?;
-        let named = names
-            .get(name)
-            .or_else(|| names.get(&format!("{name}:latest")));
+        let named = known_as(name).find_map(|name| names.get(&name));
         if let Some(digest) = named.filter(|digest| digests.contains(digest)) {
             return Ok(*digest);
         }
@@ -575,8 +599,7 @@ impl Store {
     pub fn remove(&self, name: &str) -> Result<Removed, Error> {
         let digest = self.find(name)?;
         let is_last = self.change_names(|names| {
-            let exact = [name.to_owned(), format!("{name}:latest")];
-            let by_name = exact.iter().any(|name| names.remove(name).is_some());
+            let by_name = known_as(name).any(|name| names.remove(&name).is_some());
             let is_last = !by_name || !names.values().any(|other| *other == digest);
             if is_last {
                 names.retain(|_, other| *other != digest);
@@ -612,7 +635,7 @@ impl Store {
         }
     }
 
-    fn set_name(&self, name: &str, digest: Digest) -> Result<(), Error> {
+    pub(crate) fn set_name(&self, name: &str, digest: Digest) -> Result<(), Error> {
         // Most runs change nothing, and then nobody has to wait.
         if self.names()?.get(name) == Some(&digest) {
             return Ok(());
