@@ -1,5 +1,6 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
+mod images;
 mod pool;
 mod snapshot;
 mod soft;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use images::*;
 pub use pool::*;
 pub use snapshot::*;
 pub use soft::*;
@@ -72,6 +74,12 @@ pub enum Command {
     Pool(PoolArgs),
     /// Boot a kernel
     Boot(BootArgs),
+    /// Get images from their registries
+    Pull(PullArgs),
+    /// Send images to their registries
+    Push(PushArgs),
+    /// Give an image a further name
+    Tag(TagArgs),
     /// List the images in the store
     Images(ImagesArgs),
     /// Remove images from the store
@@ -231,6 +239,16 @@ pub struct RunArgs {
     #[arg(long)]
     pub fresh: bool,
 
+    /// When to get the image from its registry
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        default_value_t,
+        conflicts_with = "from_snapshot"
+    )]
+    pub pull: PullArg,
+
     /// Host name inside
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
@@ -259,7 +277,7 @@ pub struct RunArgs {
     #[arg(
         value_name = "IMAGE",
         required_unless_present = "from_snapshot",
-        help = "demo, the name of an image in the store, oci:DIR[:TAG], oci-archive:TAR, \
+        help = "demo, the name of an image in the store or in a registry, oci:DIR[:TAG], oci-archive:TAR, \
                 docker-archive:TAR, or dir:ROOTFS"
     )]
     pub image: Option<String>,
@@ -292,6 +310,10 @@ pub struct WarmArgs {
     /// Keep the root file system as it is: writes fail
     #[arg(long)]
     pub read_only: bool,
+
+    /// When to get the image from its registry
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
+    pub pull: PullArg,
 
     /// The machine, which later runs have to ask for too
     #[command(flatten)]
@@ -510,25 +532,6 @@ pub struct BootArgs {
     /// The machine
     #[command(flatten)]
     pub machine: MachineArgs,
-}
-
-/// `skerry images`.
-#[derive(Debug, Args)]
-pub struct ImagesArgs {
-    /// How to print
-    #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
-    /// Only the digests
-    #[arg(short, long)]
-    pub quiet: bool,
-}
-
-/// `skerry rmi`.
-#[derive(Debug, Args)]
-pub struct RmiArgs {
-    /// Names or digests
-    #[arg(required = true, value_name = "IMAGE")]
-    pub images: Vec<String>,
 }
 
 /// `skerry doctor`.

@@ -9,6 +9,7 @@ mod args;
 mod commands;
 mod dates;
 mod output;
+mod progress;
 mod status;
 mod terminal;
 
@@ -53,6 +54,9 @@ fn main() -> ExitCode {
         Command::PoolHost => commands::pool::host(),
         Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),
+        Command::Pull(args) => commands::registry::pull(&args),
+        Command::Push(args) => commands::registry::push(&args),
+        Command::Tag(args) => commands::registry::tag(&args),
         Command::Images(args) => commands::images::list(&args),
         Command::Rmi(args) => commands::images::remove(&args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),

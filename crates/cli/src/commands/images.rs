@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use serde::Serialize;
-use skerry_engine::{Image, Paths, Removed};
+use skerry_engine::{Image, Name, Paths, Removed};
 
 use super::mib;
 use crate::args::{Format, ImagesArgs, RmiArgs};
@@ -60,7 +60,19 @@ fn rows_of(image: &Image) -> Vec<Row> {
     if image.names.is_empty() {
         return vec![row("<none>")];
     }
-    image.names.iter().map(|name| row(name)).collect()
+    image
+        .names
+        .iter()
+        .map(|name| row(&familiar(name)))
+        .collect()
+}
+
+/// A name of a registry's as people write it; others as they are.
+fn familiar(name: &str) -> String {
+    match name.parse::<Name>() {
+        Ok(parsed) if parsed.to_string() == name => parsed.familiar(),
+        _ => name.to_owned(),
+    }
 }
 
 /// Removes images; goes on after one that can't be removed.

@@ -5,6 +5,7 @@ pub mod boot;
 pub mod doctor;
 pub mod images;
 pub mod pool;
+pub mod registry;
 pub mod run;
 pub mod snapshot;
 pub mod stats;
