@@ -17,7 +17,7 @@ use crate::tar::TarError;
 pub enum Error {
     /// A registry, or what was said about it.
     #[error(transparent)]
-    Registry(#[from] RegistryError),
+    Registry(Box<RegistryError>),
     /// A name that the store doesn't have.
     #[error(
         "There is no image '{name}' in the store; `skerry images` lists what there is, `skerry pull` gets one from a registry, and `oci:DIR`, `oci-archive:TAR`, `docker-archive:TAR` or `dir:ROOTFS` name one outside of it"
@@ -250,7 +250,21 @@ pub enum Error {
     },
 }
 
+impl From<RegistryError> for Error {
+    fn from(error: RegistryError) -> Self {
+        Error::Registry(Box::new(error))
+    }
+}
+
 impl Error {
+    /// What a registry did, where that is what went wrong.
+    pub fn of_registry(&self) -> Option<&RegistryError> {
+        match self {
+            Error::Registry(error) => Some(error),
+            _ => None,
+        }
+    }
+
     /// An error of the store's own files; a full disk is told apart.
     pub(crate) fn store(
         store: &std::path::Path,

@@ -75,8 +75,8 @@ impl Downloads<'_> {
 
     fn mismatch(&self, part: &'static str, expected: Digest, found: Digest) -> Error {
         let error = RegistryError::Mismatch {
-            host: self.session.host.clone(),
-            name: self.session.name().to_owned(),
+            host: self.session.host.as_str().into(),
+            name: self.session.name().into(),
             part,
             expected,
             found,
@@ -165,21 +165,15 @@ impl Downloads<'_> {
         let received = self.receive(digest, size, most, &mut part).await;
         let received = match received {
             // What an earlier process left may be spoilt: once more, from the start.
-            Err(Error::Registry(RegistryError::Mismatch { .. } | RegistryError::Size { .. }))
-                if resumed =>
-            {
+            Err(error) if resumed && is_wrong(&error) => {
                 self.rewind(&mut part)?;
                 self.receive(digest, size, most, &mut part).await
             }
             received => received,
         };
         if let Err(error) = received {
-            let spoilt = matches!(
-                error,
-                Error::StoreFull { .. }
-                    | Error::Registry(RegistryError::Mismatch { .. } | RegistryError::Size { .. })
-            );
-            if spoilt || part.len == 0 {
+            let spoilt = is_wrong(&error);
+            if spoilt || matches!(error, Error::StoreFull { .. }) || part.len == 0 {
                 let _ = std::fs::remove_file(&part.path);
             }
             return Err(error);
@@ -342,6 +336,14 @@ fn open_part(path: &Path) -> std::io::Result<(File, Hasher, u64)> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Whether what came is not what was asked for.
+fn is_wrong(error: &Error) -> bool {
+    matches!(
+        error.of_registry(),
+        Some(RegistryError::Mismatch { .. } | RegistryError::Size { .. })
+    )
 }
 
 fn is_digest_error(error: &std::io::Error) -> bool {

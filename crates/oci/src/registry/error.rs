@@ -105,9 +105,9 @@ pub enum RegistryError {
     )]
     Mismatch {
         /// The registry.
-        host: String,
+        host: Box<str>,
         /// The image.
-        name: String,
+        name: Box<str>,
         /// The part.
         part: &'static str,
         /// What it should be.

@@ -288,8 +288,8 @@ async fn manifest(
     match (expected, Digest::of(&bytes)) {
         (Some(expected), found) if expected != found => {
             let error = RegistryError::Mismatch {
-                host: session.host.clone(),
-                name: session.name().to_owned(),
+                host: session.host.as_str().into(),
+                name: session.name().into(),
                 part: "the manifest",
                 expected,
                 found,

@@ -116,8 +116,7 @@ fn is_port(text: &str) -> bool {
 fn is_path_component(text: &str) -> bool {
     let alphanumeric = |c: &u8| c.is_ascii_lowercase() || c.is_ascii_digit();
     let bytes = text.as_bytes();
-    let ends = bytes.first().is_some_and(|c| alphanumeric(c))
-        && bytes.last().is_some_and(|c| alphanumeric(c));
+    let ends = bytes.first().is_some_and(alphanumeric) && bytes.last().is_some_and(alphanumeric);
     let separators = bytes.split(|c| alphanumeric(c)).all(|between| {
         matches!(between, b"" | b"." | b"_" | b"__") || between.iter().all(|c| *c == b'-')
     });

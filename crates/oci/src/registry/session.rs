@@ -277,9 +277,9 @@ pub(super) async fn pause(number: u32) {
 
 type Cause = dyn StdError + 'static;
 
-fn causes<'a>(error: &'a Cause) -> impl Iterator<Item = &'a Cause> {
-    std::iter::successors(Some(error), |error: &&'a Cause| {
-        let error: &'a Cause = *error;
+/// An error and what caused it.
+fn causes(error: &Cause) -> impl Iterator<Item = &Cause> {
+    std::iter::successors(Some(error), |&error| {
         // An I/O error gives the source of what it wraps, and not that itself.
         let wrapped = error
             .downcast_ref::<std::io::Error>()
@@ -291,7 +291,7 @@ fn causes<'a>(error: &'a Cause) -> impl Iterator<Item = &'a Cause> {
     })
 }
 
-fn tls_error<'a>(error: &'a Cause) -> Option<&'a rustls::Error> {
+fn tls_error(error: &Cause) -> Option<&rustls::Error> {
     causes(error).find_map(|cause| cause.downcast_ref())
 }
 
