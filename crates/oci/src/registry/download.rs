@@ -73,17 +73,6 @@ impl Downloads<'_> {
         error.into()
     }
 
-    fn mismatch(&self, part: &'static str, expected: Digest, found: Digest) -> Error {
-        let error = RegistryError::Mismatch {
-            host: self.session.host.as_str().into(),
-            name: self.session.name().into(),
-            part,
-            expected,
-            found,
-        };
-        error.into()
-    }
-
     fn broken(&self, what: String, source: Box<dyn std::error::Error + Send + Sync>) -> Error {
         let error = RegistryError::Broken {
             host: self.session.host.clone(),
@@ -112,7 +101,12 @@ impl Downloads<'_> {
                 let (BlobResponse::Full(mut stream) | BlobResponse::Partial(mut stream)) = response;
                 let mut bytes = Vec::new();
                 while let Some(chunk) = stream.next().await {
-                    bytes.extend_from_slice(&chunk.map_err(unwrapped)?);
+                    match chunk {
+                        Ok(chunk) => bytes.extend_from_slice(&chunk),
+                        // The library checks digests too, at the end; ours is what counts.
+                        Err(error) if is_digest_error(&error) => break,
+                        Err(error) => return Err(error.into()),
+                    }
                     if bytes.len() as u64 > most {
                         break;
                     }
@@ -125,10 +119,6 @@ impl Downloads<'_> {
                     pause(number).await;
                     number += 1;
                 }
-                Err(OciDistributionError::DigestError(_)) => {
-                    // Ours is computed below; a server's own digests aren't what counts.
-                    return Err(self.mismatch("the configuration", digest, Digest::of(b"")));
-                }
                 Err(error) => return Err(session.told(error).into()),
             }
         };
@@ -138,7 +128,7 @@ impl Downloads<'_> {
         }
         match Digest::of(&bytes) {
             found if found == digest => Ok(bytes),
-            found => Err(self.mismatch("the configuration", digest, found)),
+            found => Err(session.mismatch("the configuration", digest, found).into()),
         }
     }
 
@@ -234,7 +224,9 @@ impl Downloads<'_> {
             let before = part.len;
             let broken = match self.attempt(digest, size, most, part).await? {
                 Ok(()) => return Ok(()),
-                Err(Broken::Wrong(found)) => return Err(self.mismatch("a layer", digest, found)),
+                Err(Broken::Wrong(found)) => {
+                    return Err(self.session.mismatch("a layer", digest, found).into());
+                }
                 Err(broken) => broken,
             };
             if part.len > before {
@@ -349,17 +341,4 @@ fn is_wrong(error: &Error) -> bool {
 fn is_digest_error(error: &std::io::Error) -> bool {
     let inner = error.get_ref();
     inner.is_some_and(|inner| inner.is::<oci_client::errors::DigestError>())
-}
-
-/// The library's own error, where that is what was wrapped.
-fn unwrapped(error: std::io::Error) -> OciDistributionError {
-    if is_digest_error(&error)
-        && let Some(inner) = error.into_inner()
-    {
-        return match inner.downcast::<oci_client::errors::DigestError>() {
-            Ok(error) => OciDistributionError::DigestError(*error),
-            Err(error) => OciDistributionError::IoError(std::io::Error::other(error)),
-        };
-    }
-    OciDistributionError::IoError(std::io::ErrorKind::UnexpectedEof.into())
 }

@@ -287,14 +287,7 @@ async fn manifest(
     }
     match (expected, Digest::of(&bytes)) {
         (Some(expected), found) if expected != found => {
-            let error = RegistryError::Mismatch {
-                host: session.host.as_str().into(),
-                name: session.name().into(),
-                part: "the manifest",
-                expected,
-                found,
-            };
-            Err(error.into())
+            Err(session.mismatch("the manifest", expected, found).into())
         }
         _ => Ok(bytes.to_vec()),
     }

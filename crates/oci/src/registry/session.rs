@@ -5,12 +5,13 @@ use std::sync::Once;
 use std::time::Duration;
 
 use oci_client::client::{Certificate, ClientConfig, ClientProtocol};
-use oci_client::errors::{OciDistributionError, OciErrorCode};
+use oci_client::errors::{DigestError, OciDistributionError, OciErrorCode};
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference, RegistryOperation};
 
 use super::credentials::Credentials;
 use super::{Name, RegistryError, Settings};
+use crate::digest::Digest;
 
 /// How often something is tried before it is given up.
 pub(super) const ATTEMPTS: u32 = 4;
@@ -177,10 +178,36 @@ impl Session {
             Other::ServerError { code, message, .. } => self.told_status(*code, message.clone()),
             Other::RegistryError { envelope, .. } => self.told_envelope(&envelope.errors),
             Other::ImageManifestNotFoundError(_) => self.not_found(),
-            _ => RegistryError::NoRegistry {
-                host: self.host.clone(),
-                source: error.into(),
-            },
+            Other::DigestError(DigestError::VerificationError { expected, actual }) => {
+                match (expected.parse(), actual.parse()) {
+                    (Ok(expected), Ok(found)) => self.mismatch("the manifest", expected, found),
+                    _ => self.not_a_registry(error),
+                }
+            }
+            _ => self.not_a_registry(error),
+        }
+    }
+
+    fn not_a_registry(&self, error: OciDistributionError) -> RegistryError {
+        RegistryError::NoRegistry {
+            host: self.host.clone(),
+            source: error.into(),
+        }
+    }
+
+    /// Something else came than what was asked for.
+    pub(super) fn mismatch(
+        &self,
+        part: &'static str,
+        expected: Digest,
+        found: Digest,
+    ) -> RegistryError {
+        RegistryError::Mismatch {
+            host: self.host.as_str().into(),
+            name: self.name.as_str().into(),
+            part,
+            expected,
+            found,
         }
     }
 
