@@ -495,3 +495,86 @@ fn a_full_disk_is_said_and_freed() {
         std::fs::remove_dir(user.path("data")).expect("unmounted");
     }
 }
+
+#[test]
+fn archives_carry_images() {
+    let (maker, user) = (User::new(), User::new());
+    maker.ok(&["tag", "demo", "example.com/a/demo:v1"]);
+    maker.ok(&["tag", "demo", "mine"]);
+    let archive = maker.path("images.tar").display().to_string();
+    maker.ok(&["save", "-o", &archive, "example.com/a/demo:v1", "mine"]);
+    assert_eq!(
+        user.ok(&["load", "-i", &archive]),
+        "Loaded image: example.com/a/demo:v1\nLoaded image: mine:latest\n"
+    );
+    user.run(&[&SOFT[..], &["mine", "echo", "carried"]].concat())
+        .expect(0, "carried\n");
+    // Its manifest came along.
+    let manifest = |user: &User| {
+        let text = user.ok(&["image", "inspect", "mine"]);
+        let all: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(all[0]["layers"].as_array().map(Vec::len), Some(1), "{text}");
+        all[0]["manifest"].as_str().expect("a digest").to_owned()
+    };
+    assert_eq!(manifest(&maker), manifest(&user));
+    // The same bytes each time, through pipes; and as docker's own archives are read.
+    let bytes = std::fs::read(&archive).expect("archive");
+    let piped = run_with(
+        user.command(&["save", "example.com/a/demo:v1", "mine"]),
+        b"",
+    );
+    assert!(piped.stdout == bytes, "the archive changed on its way");
+    let third = User::new();
+    let ran = run_with(third.command(&["load", "-q"]), &bytes);
+    ran.expect(0, "example.com/a/demo:v1\nmine:latest\n");
+    let docker = format!("docker-archive:{archive}:mine");
+    third
+        .run(&[&SOFT[..], &[&docker, "echo", "docker's"]].concat())
+        .expect(0, "docker's\n");
+    // By digest it has no name; half an archive is none.
+    let digest = user
+        .ok(&["images", "-q"])
+        .lines()
+        .next()
+        .expect("one")
+        .to_owned();
+    user.ok(&["save", "-o", &archive, &digest]);
+    let fourth = User::new();
+    let loaded = fourth.ok(&["load", "-i", &archive]);
+    assert_eq!(loaded, format!("Loaded image ID: {digest}\n"));
+    assert_eq!(fourth.ok(&["image", "prune"]), format!("{digest}\n"));
+    fourth.has_nothing();
+    let ran = run_with(fourth.command(&["load"]), &bytes[..bytes.len() / 2]);
+    assert_eq!(ran.status, 125);
+    fourth.has_nothing();
+    assert!(
+        user.ok(&["image", "history", "mine"])
+            .starts_with("CREATED")
+    );
+    let gone = user.path("no/such/folder.tar").display().to_string();
+    assert!(
+        user.fails(&["save", "-o", &gone, "mine"])
+            .contains("Can't write")
+    );
+}
+
+#[test]
+fn a_tag_that_moves_leaves_an_image_to_prune() {
+    let Some(registry) = Registry::start(Demands::default()) else {
+        return;
+    };
+    let (maker, user) = (User::new(), User::new());
+    let name = registry.name("moving:1");
+    maker.publish(&name, &[b"old"]);
+    user.ok(&["pull", &name]);
+    maker.publish(&name, &[b"new"]);
+    user.ok(&["pull", &name]);
+    let digests = user.ok(&["images", "-q"]);
+    assert_eq!(digests.lines().count(), 2, "{digests}");
+    assert!(user.ok(&["images"]).contains("<none>"));
+    let pruned = user.ok(&["image", "prune"]);
+    assert_eq!(pruned.lines().count(), 1, "{pruned}");
+    assert!(digests.contains(pruned.trim()));
+    assert_eq!(user.ok(&["image", "prune"]), "");
+    assert_eq!(user.ok(&["images", "-q"]).lines().count(), 1);
+}

@@ -84,6 +84,12 @@ pub enum Command {
     Images(ImagesArgs),
     /// Remove images from the store
     Rmi(RmiArgs),
+    /// Write images to an archive, for docker and others too
+    Save(SaveArgs),
+    /// Bring the images of an archive into the store
+    Load(LoadArgs),
+    /// Look into images, and remove those without a name
+    Image(ImageArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't

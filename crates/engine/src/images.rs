@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use skerry_oci::{Image, ImageRef, Name, Progress, Pulled, Pushed, Removed, Settings, Store};
+use skerry_oci::{
+    Digest, Image, ImageRef, Name, Progress, Pulled, Pushed, Removed, Settings, Store,
+};
 
 use crate::builtin;
 use crate::error::EngineError;
@@ -124,6 +126,15 @@ pub fn to_pull(
 pub fn remove(paths: &Paths, name: &str) -> Result<Removed, EngineError> {
     let removed = open(paths)?.remove(name)?;
     if let Removed::Image(digest) = &removed {
+        warm::forget_image(paths, digest)?;
+    }
+    Ok(removed)
+}
+
+/// Removes images without a name, what was kept of their starts, and what broken pulls have left.
+pub fn prune(paths: &Paths) -> Result<Vec<Digest>, EngineError> {
+    let removed = open(paths)?.prune()?;
+    for digest in &removed {
         warm::forget_image(paths, digest)?;
     }
     Ok(removed)

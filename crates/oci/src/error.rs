@@ -196,6 +196,12 @@ pub enum Error {
         /// What was noticed.
         source: io::Error,
     },
+    /// An archive of images that can't be written.
+    #[error("The archive can't be written; check the disk and the permissions of where it goes")]
+    Save {
+        /// Why.
+        source: io::Error,
+    },
     /// Larger than the format allows.
     #[error("Image '{image}' is larger than 16 TiB, more than its file system can hold")]
     ImageSize {

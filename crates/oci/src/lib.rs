@@ -26,6 +26,7 @@ mod convert;
 mod digest;
 mod erofs;
 mod error;
+mod export;
 mod files;
 #[doc(hidden)]
 pub mod fuzz;
@@ -49,6 +50,7 @@ pub use erofs::ReadError;
 #[doc(hidden)]
 pub use erofs::{Inode, InodeKind, Reader};
 pub use error::Error;
+pub use export::Loaded;
 pub use layer::{LayerError, Limits};
 pub use reference::{ImageRef, RefError};
 pub use registry::{Name, NameError, Pulled, Pushed, RegistryError, Settings};

@@ -77,7 +77,7 @@ pub(crate) struct LayerSource {
 }
 
 /// An image found in its files, its configuration checked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Resolved {
     /// Of the configuration, which names the layers by content: the same image has the same
     /// digest in whatever form it is stored.
@@ -177,6 +177,8 @@ impl Files {
 const COPY_AGAIN: &str = ", which it names; save or copy it again";
 const NO_LAYOUT: &str =
     "; is it an OCI image layout? `docker-archive:` and `dir:` name other forms";
+const NO_ARCHIVE: &str =
+    "; is it an OCI image layout, or from `docker save`? Other archives can't be loaded";
 const NO_DOCKER: &str =
     "; is it from `docker save`? `oci-archive:` names an OCI image layout in a tar file";
 
@@ -470,6 +472,10 @@ fn resolve_docker_in(
             }
         }
     };
+    docker_image(files, manifest)
+}
+
+fn docker_image(files: &Files, manifest: &DockerManifest) -> Result<Resolved, Error> {
     let bytes = files.document(&manifest.config, COPY_AGAIN)?;
     let digest = Digest::of(&bytes);
     // The file is named by its digest.
@@ -496,6 +502,43 @@ fn resolve_docker_in(
     });
     let config = (manifest.config.clone(), config);
     with_layers(files, digest, config, sources.collect())
+}
+
+/// All the images for our platform, each with a name that is said to be its own.
+pub(crate) fn images_in(files: &Files) -> Result<Vec<(Option<String>, Resolved)>, Error> {
+    let mut all = Vec::new();
+    if files.open("index.json")?.is_none() {
+        let bytes = files.document("manifest.json", NO_ARCHIVE)?;
+        let images: Vec<DockerManifest> = files.parse("manifest.json", &bytes)?;
+        for image in &images {
+            let names = image.repo_tags.clone().unwrap_or_default();
+            push_named(&mut all, names, &docker_image(files, image)?);
+        }
+        return Ok(all);
+    }
+    let bytes = files.document("index.json", NO_LAYOUT)?;
+    let index: IndexOrManifest = files.parse("index.json", &bytes)?;
+    let mut others = Vec::new();
+    for descriptor in index.manifests.iter().flatten() {
+        let one = std::slice::from_ref(descriptor);
+        if let Some(resolved) = from_descriptors(files, one, INDEX_DEPTH, &mut others)? {
+            // A bare tag says nothing of what it is a tag of.
+            let names = names_of(descriptor).into_iter();
+            let whole = names.filter(|name| name.contains(['/', ':'])).take(1);
+            push_named(&mut all, whole.map(str::to_owned).collect(), &resolved);
+        }
+    }
+    match all.is_empty() {
+        true => Err(foreign(files, others)),
+        false => Ok(all),
+    }
+}
+
+fn push_named(all: &mut Vec<(Option<String>, Resolved)>, names: Vec<String>, resolved: &Resolved) {
+    if names.is_empty() {
+        all.push((None, resolved.clone()));
+    }
+    all.extend(names.into_iter().map(|name| (Some(name), resolved.clone())));
 }
 
 /// A document that names the rest of an image, as a registry sends it.

@@ -22,7 +22,7 @@ use crate::store::{DOWNLOADS, Store, or_missing};
 
 /// The folder in an image's own.
 pub(crate) const SOURCE: &str = "source";
-const MANIFEST: &str = "manifest.json";
+pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";

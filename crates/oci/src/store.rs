@@ -22,7 +22,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,9 @@ const FORMAT: &str = "skerry-images-1\n";
 
 /// Where a pull keeps what it has received.
 pub(crate) const DOWNLOADS: &str = "downloads";
+
+/// How long, for a pull that goes on.
+const DOWNLOADS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What an import is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -268,7 +271,7 @@ impl Store {
                 }
             }
         }
-        Ok(())
+        self.drop_downloads(DOWNLOADS_KEPT)
     }
 
     /// Makes an image ready: finds it in the store, or converts it into the store.
@@ -322,15 +325,27 @@ impl Store {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Image, Error> {
         let digest = resolved.digest;
-        if !matches!(self.load(&digest), Ok(Some(_))) {
-            self.convert_once(name, files, resolved, progress)?;
-        }
+        self.provide(name, files, resolved, progress)?;
         self.set_name(name, digest)?;
         let image = self.load(&digest)?;
         // Somebody may have removed it this moment.
         image.ok_or_else(|| Error::NoSuchImage {
             name: name.to_owned(),
         })
+    }
+
+    /// Sees to it that the store has an image, under whatever name.
+    pub(crate) fn provide(
+        &self,
+        name: &str,
+        files: &Files,
+        resolved: &Resolved,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), Error> {
+        if matches!(self.load(&resolved.digest), Ok(Some(_))) {
+            return Ok(());
+        }
+        self.convert_once(name, files, resolved, progress)
     }
 
     fn convert_once(
@@ -609,14 +624,54 @@ impl Store {
         if !is_last {
             return Ok(Removed::Name(name.to_owned()));
         }
+        self.remove_entry(&digest)?;
+        Ok(Removed::Image(digest))
+    }
+
+    fn remove_entry(&self, digest: &Digest) -> Result<(), Error> {
         let hex = digest.hex();
         let _lock = self.lock(&hex)?;
-        let (entry, tmp) = (self.entry(&digest), self.tmp(&hex));
+        let (entry, tmp) = (self.entry(digest), self.tmp(&hex));
         self.remove_tree(&tmp)?;
         let moved = or_missing(std::fs::rename(&entry, &tmp));
         moved.map_err(|error| self.failed("remove", &entry, error))?;
-        self.remove_tree(&tmp)?;
-        Ok(Removed::Image(digest))
+        self.remove_tree(&tmp)
+    }
+
+    /// Removes images that have no name, and what broken pulls have left; gives the images.
+    pub fn prune(&self) -> Result<Vec<Digest>, Error> {
+        self.drop_downloads(Duration::ZERO)?;
+        let mut removed = Vec::new();
+        for digest in self.digests()? {
+            // Under the lock of the names, so that nobody gives it one meanwhile.
+            let _names = self.lock("names")?;
+            if !self.names()?.values().any(|named| *named == digest) {
+                self.remove_entry(&digest)?;
+                removed.push(digest);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Removes what was received for pulls that nobody has gone on with for so long.
+    fn drop_downloads(&self, older: Duration) -> Result<(), Error> {
+        for name in self.file_names(DOWNLOADS)? {
+            let path = self.root.join(DOWNLOADS).join(&name);
+            let hex = name.strip_suffix(".part").unwrap_or(&name);
+            if Digest::from_hex(hex).is_none() {
+                continue;
+            }
+            let modified = std::fs::metadata(&path).and_then(|metadata| metadata.modified());
+            let age = modified.map(|at| at.elapsed().unwrap_or_default());
+            // Gone already where that can't be told.
+            if age.is_ok_and(|age| age >= older)
+                && let Some(_lock) = self.try_lock(&format!("blob-{hex}"))?
+            {
+                let removed = or_missing(std::fs::remove_file(&path));
+                removed.map_err(|error| self.failed("remove", &path, error))?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives an image of the store a further name, taking it from another that has it.

@@ -1,6 +1,8 @@
 //! What the verbs about images take.
 
-use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
 use skerry_engine::Name;
 
 use super::Format;
@@ -67,4 +69,67 @@ pub struct TagArgs {
     /// The new name: [HOST[:PORT]/]REPOSITORY[:TAG]
     #[arg(value_name = "NAME")]
     pub name: Name,
+}
+
+/// `skerry save`.
+#[derive(Debug, Args)]
+pub struct SaveArgs {
+    /// Write here [default: stdout, unless that is a terminal]
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Names or digests of images in the store
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+/// `skerry load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// Read from here: an archive, compressed or not, or a directory in the OCI layout [default: stdin]
+    #[arg(short, long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+    /// Of the output the names alone
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// `skerry image`.
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// What to do
+    #[command(subcommand)]
+    pub verb: ImageVerb,
+}
+
+/// What can be done with images besides the verbs of their own.
+#[derive(Debug, Subcommand)]
+pub enum ImageVerb {
+    /// Print all that is known of images, as JSON
+    Inspect(ImageInspectArgs),
+    /// Print how an image was built, the last step first
+    History(ImageHistoryArgs),
+    /// Remove images without a name, and what broken pulls have left
+    Prune,
+}
+
+/// `skerry image inspect`.
+#[derive(Debug, Args)]
+pub struct ImageInspectArgs {
+    /// Names or digests of images in the store
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+/// `skerry image history`.
+#[derive(Debug, Args)]
+pub struct ImageHistoryArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Whole commands
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// Name or digest of an image in the store
+    #[arg(value_name = "IMAGE")]
+    pub image: String,
 }

@@ -1,6 +1,7 @@
 //! One module for each group of verbs.
 
 pub mod about;
+pub mod archives;
 pub mod boot;
 pub mod doctor;
 pub mod images;
