@@ -22,6 +22,132 @@ fn tell(home: &Home, name: &str) {
 const COUNTS: &str =
     "i=0; while :; do i=$((i+1)); echo $i >/n; mv /n /count; echo $i; sleep 0.05; done";
 
+/// Says that it is ready after a while, in two pieces; then goes on until it is told to end.
+const READY_SOON: &str = "echo one; sleep 0.3; printf 'not rea' >&2; sleep 0.1; echo dy >&2; touch /up; \
+                          while [ ! -e /go ]; do sleep 0.05; done";
+
+#[test]
+fn a_machine_is_ready_when_it_says_so_or_when_it_can_be_used() {
+    let home = Home::new();
+    home.start_with("says", &["--ready", "ready"], &["sh", "-c", READY_SOON]);
+    home.start_with(
+        "shows",
+        &["--ready-cmd", "test -e /up"],
+        &["sh", "-c", READY_SOON],
+    );
+    home.start_with(
+        "never",
+        &["--ready", "nobody writes this"],
+        &["sh", "-c", READY_SOON],
+    );
+    home.start("plain", READY_SOON);
+    assert_eq!(
+        home.done(&["wait", "--ready", "says", "shows"]),
+        "says\nshows"
+    );
+    for name in ["says", "shows"] {
+        let info = home.info(name).expect("it runs");
+        assert_eq!(info["status"], "ready", "{name}");
+        assert!(info["ready"].as_u64() > info["started"].as_u64(), "{info}");
+    }
+    assert_eq!(home.done(&["logs", "says"]), "one");
+    // It stands still, and is ready again afterwards.
+    home.done(&["pause", "says"]);
+    assert_eq!(home.info("says").expect("paused")["status"], "paused");
+    home.done(&["unpause", "says"]);
+    assert_eq!(home.info("says").expect("goes on")["status"], "ready");
+    // What takes too long, what can't be known, and what ends before.
+    let late = home.run(&["wait", "--ready", "--timeout", "200ms", "never"]);
+    assert_eq!(late.status, 124, "{late:?}");
+    assert!(
+        late.stderr.contains("never was not ready in time"),
+        "{late:?}"
+    );
+    home.refused(&["wait", "--ready", "plain"], &["plain", "--ready-cmd"]);
+    tell(&home, "never");
+    home.refused(&["wait", "--ready", "never"], &["never"]);
+    home.start_with(
+        "brief",
+        &["--ready", "never this"],
+        &["sh", "-c", "sleep 1; exit 3"],
+    );
+    home.refused(
+        &["wait", "--ready", "brief"],
+        &["brief ended (exit status 3) before it was ready"],
+    );
+    for name in ["says", "shows", "plain"] {
+        tell(&home, name);
+        assert_eq!(home.done(&["wait", name]), "0");
+    }
+    assert_eq!(home.info("says").expect("known still")["status"], "stopped");
+}
+
+#[test]
+fn what_machines_take_is_what_the_host_says() {
+    let home = Home::new();
+    home.start("busy", "while :; do :; done");
+    home.start("idle", "sleep 1000");
+    let taken = |name: &str| -> serde_json::Value {
+        let line = home.done(&["stats", "--no-stream", "--format", "json", name]);
+        serde_json::from_str(&line).expect("one line of JSON")
+    };
+    let pid = home.info("busy").expect("it runs")["pid"].clone();
+    let ticks = || -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+        let (_, fields) = stat.rsplit_once(')').expect("fields");
+        let fields: Vec<u64> = fields.split(' ').map(|f| f.parse().unwrap_or(0)).collect();
+        fields[12] + fields[13]
+    };
+    let (before, began) = (ticks(), Instant::now());
+    let busy = taken("busy");
+    let percent = (ticks() - before) as f64 / began.elapsed().as_secs_f64();
+    let said = busy["cpu_percent"].as_f64().expect("a number");
+    assert!(
+        (said - percent).abs() < 10.0 + percent / 10.0,
+        "{said} {percent}"
+    );
+    let pages = std::fs::read_to_string(format!("/proc/{pid}/statm")).expect("it lives");
+    let pages: u64 = pages
+        .split(' ')
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .expect("pages");
+    let resident = busy["resident"].as_f64().expect("a number");
+    let apart = (resident / (pages * 4096) as f64 - 1.0).abs();
+    assert!(apart < 0.05, "{resident} {pages}");
+    assert_eq!(busy["memory"], 512u64 << 20);
+    let idle = taken("idle");
+    assert!(idle["cpu_percent"].as_f64() < busy["cpu_percent"].as_f64());
+    let table = home.done(&["stats", "--no-stream"]);
+    assert_eq!(table.lines().count(), 3, "{table}");
+    assert!(table.starts_with("ID ") && table.contains("busy") && table.contains("idle"));
+    home.done(&["kill", "busy", "idle"]);
+    assert_eq!(
+        home.done(&["stats", "--no-stream", "busy"]).lines().count(),
+        1
+    );
+    home.refused(&["stats", "nobody"], &["nobody"]);
+}
+
+#[test]
+fn a_machine_is_known_by_its_new_name() {
+    let home = Home::new();
+    let id = home.start("first", UNTIL_TOLD);
+    home.start("second", UNTIL_TOLD);
+    home.refused(&["rename", "first", "second"], &["second"]);
+    home.refused(&["rename", "first", "no/name"], &["no/name"]);
+    home.done(&["rename", "first", "third"]);
+    home.refused(&["exec", "first", "true"], &["first"]);
+    assert_eq!(home.info("third").expect("known")["id"], *id);
+    tell(&home, "third");
+    assert_eq!(home.done(&["wait", "third"]), "7");
+    home.done(&["rename", &id[..12], "first"]);
+    assert_eq!(home.status("first"), "stopped");
+    home.done(&["rm", "first"]);
+    home.done(&["rm", "-f", "second"]);
+    home.no_machines();
+}
+
 #[test]
 fn a_machine_from_its_start_to_its_removal() {
     let home = Home::new();

@@ -56,6 +56,8 @@ pub enum Command {
     Ps(PsArgs),
     /// Print all that is known of a virtual machine, and what its processors do, as JSON
     Inspect(InspectArgs),
+    /// Print what virtual machines take of this one: processors, memory
+    Stats(UsageArgs),
     /// Print what the command of a detached virtual machine wrote
     Logs(LogsArgs),
     /// Have virtual machines stand still
@@ -66,8 +68,11 @@ pub enum Command {
     Stop(StopArgs),
     /// End virtual machines at once, or send their commands a signal
     Kill(KillArgs),
-    /// Wait until the commands of virtual machines have ended, and print their exit statuses
-    Wait(NamesArgs),
+    /// Wait until the commands of virtual machines have ended, and print their exit statuses; or until
+    /// the machines are ready
+    Wait(WaitArgs),
+    /// Give a virtual machine another name
+    Rename(RenameArgs),
     /// Remove virtual machines that have ended
     Rm(RmArgs),
     /// Keep clean virtual machines ready
@@ -259,6 +264,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
 
+    /// The machine is ready when its command has written TEXT: wait --ready waits for that
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub ready: Option<String>,
+
+    /// The machine is ready when CMD, which its shell runs again and again, succeeds
+    #[arg(long, value_name = "CMD", conflicts_with = "ready", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub ready_cmd: Option<String>,
+
     /// What is told at the end
     #[command(flatten)]
     pub stats: StatsArgs,
@@ -442,6 +455,20 @@ pub struct InspectArgs {
     pub vm: String,
 }
 
+/// `skerry stats`.
+#[derive(Debug, Args)]
+pub struct UsageArgs {
+    /// Print it once, and not again and again
+    #[arg(long)]
+    pub no_stream: bool,
+    /// How to print it; in JSON, a line for each virtual machine
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    pub format: Format,
+    /// Names of virtual machines, their IDs or the IDs' first digits [default: all that run]
+    #[arg(value_name = "VM")]
+    pub vms: Vec<String>,
+}
+
 /// `skerry logs`.
 #[derive(Debug, Args)]
 pub struct LogsArgs {
@@ -462,6 +489,34 @@ pub struct LogsArgs {
 /// Virtual machines, for verbs that need nothing else.
 #[derive(Debug, Args)]
 pub struct NamesArgs {
+    /// Names of virtual machines, their IDs or the IDs' first digits
+    #[arg(required = true, value_name = "VM")]
+    pub vms: Vec<String>,
+}
+
+/// `skerry rename`.
+#[derive(Debug, Args)]
+pub struct RenameArgs {
+    /// Name of the virtual machine, its ID or the ID's first digits
+    #[arg(value_name = "VM")]
+    pub vm: String,
+
+    /// The new name
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+/// `skerry wait`.
+#[derive(Debug, Args)]
+pub struct WaitArgs {
+    /// Wait until they are ready, and print their names: see --ready and --ready-cmd of run
+    #[arg(long)]
+    pub ready: bool,
+
+    /// Wait for so long at most, and exit with 124: a number of seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME", requires = "ready")]
+    pub timeout: Option<Span>,
+
     /// Names of virtual machines, their IDs or the IDs' first digits
     #[arg(required = true, value_name = "VM")]
     pub vms: Vec<String>,

@@ -236,6 +236,28 @@ pub enum EngineError {
         /// In its words.
         reason: String,
     },
+    /// Nothing was said by which it could be known.
+    #[error(
+        "Nothing says when the virtual machine {name} is ready: run it with --ready or --ready-cmd"
+    )]
+    NoReadyMark {
+        /// Its name.
+        name: String,
+    },
+    /// Its command has ended first.
+    #[error("The virtual machine {name} ended (exit status {code}) before it was ready")]
+    EndedUnready {
+        /// Its name.
+        name: String,
+        /// Its command's exit status.
+        code: u8,
+    },
+    /// It takes longer than was allowed.
+    #[error("The virtual machine {name} was not ready in time: skerry logs {name} may say why")]
+    Unready {
+        /// Its name.
+        name: String,
+    },
     /// A snapshot of a machine without a command.
     #[error("No command runs in {0}: give one after it")]
     NothingRuns(String),

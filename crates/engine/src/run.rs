@@ -14,7 +14,7 @@ use crate::command::CommandSpec;
 use crate::error::EngineError;
 use crate::paths::Paths;
 use crate::vm::VmSpec;
-use crate::vms::{Job, Source, host};
+use crate::vms::{Job, ReadyMark, Source, host};
 
 /// Exit status of a run whose time limit passed, as `timeout` has it.
 const TIMED_OUT: u8 = 124;
@@ -27,6 +27,8 @@ pub struct RunSpec {
     pub vm: VmSpec,
     /// The command.
     pub command: CommandSpec,
+    /// By what the machine is known to be ready.
+    pub ready: Option<ReadyMark>,
 }
 
 /// What happens to the command from outside while it runs.

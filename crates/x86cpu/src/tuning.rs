@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Tuning {
     /// Whether code that runs often is compiled; else all is interpreted.
     pub compile: bool,
-    /// A block is compiled when it has been interpreted so often; at least 1.
+    /// A block is compiled when it has been interpreted so often, at least 1; a run for which compiled
+    /// code was left counts for several.
     pub threshold: u16,
     /// Bytes that each processor may take for what it derives from guest code: decoded blocks,
     /// compiled code and the tables of both.
@@ -32,7 +33,7 @@ impl Tuning {
     /// What is warm is compiled.
     pub const JIT: Self = Self {
         compile: true,
-        threshold: 64,
+        threshold: 16,
         code_bytes: Self::CODE_BYTES,
         perf_map: false,
         hardened: false,

@@ -10,6 +10,8 @@ pub mod registry;
 pub mod run;
 pub mod snapshot;
 pub mod stats;
+pub mod table;
+pub mod usage;
 pub mod vms;
 
 use skerry_engine::hypervisor::{Backend, Choice};

@@ -10,7 +10,7 @@ use skerry_engine::command::CommandSpec;
 use skerry_engine::frozen::Frozen;
 use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
-use skerry_engine::vms::{self, Begin, Detached, Job, Launch, Source};
+use skerry_engine::vms::{self, Begin, Detached, Job, Launch, ReadyMark, Source};
 use skerry_engine::warm::WarmSpec;
 use skerry_engine::{Image, Paths, WinSize, hypervisor, images};
 
@@ -57,6 +57,10 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
             sampled: args.stats.stats.is_some(),
         },
         command,
+        ready: match (args.ready, args.ready_cmd) {
+            (Some(text), _) => Some(ReadyMark::Text(text)),
+            (None, shell) => shell.map(ReadyMark::Shell),
+        },
     };
     hypervisor::look_ahead(spec.vm.options.hypervisor);
     if let Begin::Image(image) = &begin {

@@ -1,15 +1,18 @@
 //! `skerry exec`, `ps`, `logs`, `pause`, `unpause`, `stop`, `kill`, `wait`, `rm`.
 
+use std::cell::Cell;
 use std::io::{self, Write};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, bail};
-use skerry_engine::Paths;
 use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
+use skerry_engine::{EngineError, Paths};
 
 use super::run::{Attached, command, finish};
+use super::table;
 use crate::args::{
-    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RmArgs, StopArgs,
+    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RenameArgs, RmArgs,
+    StopArgs, WaitArgs,
 };
 use crate::{dates, output, status};
 
@@ -87,10 +90,25 @@ pub fn kill(args: &KillArgs) -> Result<u8> {
     })
 }
 
-/// Waits for the end of machines.
-pub fn wait(args: &NamesArgs) -> Result<u8> {
-    each(&args.vms, |registry, name| {
-        Ok(vms::wait(registry, name)?.to_string())
+/// Waits for the end of machines, or until they are ready.
+pub fn wait(args: &WaitArgs) -> Result<u8> {
+    if !args.ready {
+        return each(&args.vms, |registry, name| {
+            Ok(vms::wait(registry, name)?.to_string())
+        });
+    }
+    let until = args.timeout.map(|span| Instant::now() + span.0);
+    let timed_out = Cell::new(false);
+    let exit = each(&args.vms, |registry, name| {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let waited = vms::wait_ready(registry, name, left);
+        timed_out.set(timed_out.get() || matches!(waited, Err(EngineError::Unready { .. })));
+        waited?;
+        Ok(name.to_owned())
+    })?;
+    Ok(match timed_out.get() {
+        true => status::TIMED_OUT,
+        false => exit,
     })
 }
 
@@ -107,6 +125,12 @@ pub fn fork(args: &ForkArgs) -> Result<u8> {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&forked)?)?,
         Format::Text => forked.ids.iter().try_for_each(|id| writeln!(out, "{id}"))?,
     }
+    Ok(0)
+}
+
+/// Gives a machine another name.
+pub fn rename(args: &RenameArgs) -> Result<u8> {
+    vms::rename(&registry()?, &args.vm, &args.name)?;
     Ok(0)
 }
 
@@ -131,7 +155,7 @@ pub fn list(args: &PsArgs) -> Result<u8> {
     }
     match args.format {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&infos)?)?,
-        Format::Text => table(&mut out, &infos, args.no_trunc)?,
+        Format::Text => rows(&mut out, &infos, args.no_trunc)?,
     }
     Ok(0)
 }
@@ -150,7 +174,7 @@ fn id(info: &VmInfo, whole: bool) -> &str {
 }
 
 /// A row a machine, columns as wide as what is in them.
-fn table(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> {
+fn rows(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> {
     let header = ["ID", "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS"];
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(infos.iter().map(|info| {
@@ -168,18 +192,7 @@ fn table(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> 
             status_text(info),
         ]
     }));
-    let widths: Vec<usize> = (0..header.len())
-        .map(|column| rows.iter().map(|row| row[column].chars().count()).max())
-        .map(Option::unwrap_or_default)
-        .collect();
-    for row in &rows {
-        let cells = row.iter().zip(&widths);
-        let line: String = cells
-            .map(|(cell, width)| format!("{cell:<width$}  "))
-            .collect();
-        writeln!(out, "{}", line.trim_end())?;
-    }
-    Ok(())
+    table::write(out, &rows)
 }
 
 /// A command on one line, without what a terminal could take for an order.

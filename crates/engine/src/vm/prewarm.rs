@@ -9,6 +9,7 @@ use super::Vm;
 use crate::command::{self, CommandSpec};
 use crate::error::EngineError;
 use crate::frozen::CommandAbout;
+use crate::vms::Finder;
 
 /// The agent's number for a command that was left running; those of runs are larger.
 const LEFT_RUNNING: u32 = 0;
@@ -16,26 +17,30 @@ const LEFT_RUNNING: u32 = 0;
 const KEEP: usize = 64 << 10;
 
 /// Output that is looked through for a mark.
-struct Watch<'a> {
-    mark: &'a [u8],
+struct Watch {
+    finder: Finder,
+    found: bool,
     seen: Vec<u8>,
 }
 
-impl Watch<'_> {
-    fn found(&self) -> bool {
-        self.seen
-            .windows(self.mark.len())
-            .any(|window| window == self.mark)
+impl Watch {
+    fn new(mark: &str) -> Self {
+        Self {
+            finder: Finder::new(mark.as_bytes()),
+            found: false,
+            seen: Vec::new(),
+        }
     }
 }
 
-impl Write for Watch<'_> {
+impl Write for Watch {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.seen.extend(bytes);
-        if self.found() {
+        self.found |= self.finder.take(bytes);
+        if self.found {
             // The way out of waiting for the end of a command that goes on.
             return Err(io::Error::other("it is ready"));
         }
+        self.seen.extend(bytes);
         let excess = self.seen.len().saturating_sub(KEEP);
         self.seen.drain(..excess);
         Ok(bytes.len())
@@ -106,13 +111,9 @@ impl Vm {
             // It is there as soon as the command is.
             return Ok(());
         }
-        let watch = || Watch {
-            mark: mark.as_bytes(),
-            seen: Vec::new(),
-        };
-        let (mut output, mut errors) = (watch(), watch());
+        let (mut output, mut errors) = (Watch::new(mark), Watch::new(mark));
         let ended = session.wait(&mut output, &mut errors);
-        if output.found() || errors.found() {
+        if output.found || errors.found {
             return Ok(());
         }
         self.command_ended();
@@ -136,22 +137,16 @@ mod tests {
 
     #[test]
     fn a_mark_is_found_across_writes() {
-        let mut watch = Watch {
-            mark: b"ready",
-            seen: Vec::new(),
-        };
+        let mut watch = Watch::new("ready");
         assert!(watch.write_all(b"not yet rea").is_ok());
-        assert!(!watch.found());
+        assert!(!watch.found);
         assert!(watch.write_all(b"dy!").is_err());
-        assert!(watch.found());
+        assert!(watch.found);
     }
 
     #[test]
     fn only_the_end_of_much_output_is_kept() {
-        let mut watch = Watch {
-            mark: b"never",
-            seen: Vec::new(),
-        };
+        let mut watch = Watch::new("never");
         watch.write_all(&vec![b'x'; 3 * KEEP]).expect("write");
         assert_eq!(watch.seen.len(), KEEP);
         assert_eq!(last_lines(b"1\n2\n3"), "1\n2\n3");

@@ -40,6 +40,10 @@ pub enum Request {
     Kill,
     /// Tell when the command has ended, and how.
     Wait,
+    /// Tell when the machine is ready, or that it has ended before.
+    Ready,
+    /// Have another name.
+    Rename(String),
     /// Write a snapshot to the store while the machine goes on.
     Snapshot {
         /// What to call it.
@@ -213,6 +217,8 @@ mod tests {
             Request::Signal(15),
             Request::Kill,
             Request::Wait,
+            Request::Ready,
+            Request::Rename("b".to_owned()),
             Request::Snapshot {
                 name: Some("a".to_owned()),
                 difference: true,

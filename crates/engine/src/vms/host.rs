@@ -13,7 +13,8 @@ use skerry_oci::Image;
 use skerry_protocol::host::{ExecHandle, ExecSession, HostError};
 use skerry_protocol::message::{ExecRequest, ExitStatus};
 
-use super::control;
+use super::control::{self, Reply};
+use super::ready::{self, ReadyMark};
 use super::registry::{Entry, Registry, Status, VmConfig, now};
 use super::serve;
 use crate::command::{self, Surroundings};
@@ -165,6 +166,7 @@ fn config(job: &Job<'_>, plan: &Plan) -> VmConfig {
         auto_remove: job.auto_remove,
         detached: job.detached,
         created: 0,
+        ready_mark: job.spec.ready.clone(),
     }
 }
 
@@ -182,6 +184,7 @@ pub(super) struct Hosted {
 
 #[derive(Default)]
 struct End {
+    ready: bool,
     code: Option<u8>,
     /// Those who wait to be told.
     waiting: usize,
@@ -221,7 +224,7 @@ pub fn host(
         changed: Condvar::new(),
     });
     let server = serve::start(listener, hosted.clone());
-    let result = server.and_then(|_server| hosted.run(plan, io, started));
+    let result = server.and_then(|_server| hosted.run(plan, job.spec.ready.as_ref(), io, started));
     if let Some(place) = job.statistics {
         let _ = place.set(hosted.vm.statistics());
     }
@@ -268,11 +271,14 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), EngineE
 impl Hosted {
     /// Runs the command and waits for the first end.
     fn run(
-        &self,
+        self: &Arc<Self>,
         plan: Plan,
+        mark: Option<&ReadyMark>,
         io: RunIo,
         started: impl FnOnce(&VmConfig),
     ) -> Result<RunOutcome, EngineError> {
+        let io = ready::watch(self, mark, io);
+        let surroundings = plan.surroundings.clone();
         let (sender, receiver) = mpsc::channel();
         let watched = self.vm.clone();
         let machine = sender.clone();
@@ -285,12 +291,13 @@ impl Hosted {
             Ok(()) => self
                 .update(|entry| {
                     entry.update(|state| {
-                        state.status = Status::Running;
+                        state.status = state.under_way();
                         state.started = Some(now());
                     })?;
                     started(&entry.config);
                     Ok(())
                 })
+                .and_then(|()| self.begin_probes(mark, surroundings))
                 .and_then(|()| self.first_end(&receiver)),
             Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
             Err(error) => Err(self.vm.explain(error)),
@@ -320,6 +327,21 @@ impl Hosted {
             drop(vm);
             // The receiver is gone only when the machine's end was told first.
             let _ = ended.send(Ended::Command(result));
+        })
+    }
+
+    /// Has a thread find out when the machine is ready, if it takes one.
+    fn begin_probes(
+        self: &Arc<Self>,
+        mark: Option<&ReadyMark>,
+        surroundings: Surroundings,
+    ) -> Result<(), EngineError> {
+        let Some(ReadyMark::Shell(shell)) = mark.cloned() else {
+            return Ok(());
+        };
+        let hosted = self.clone();
+        spawn("run-ready", move || {
+            ready::probe(&hosted, &shell, &surroundings);
         })
     }
 
@@ -402,18 +424,55 @@ impl Hosted {
 
     /// Waits for the command's end and has `tell` tell it.
     pub(super) fn tell_end(&self, tell: impl FnOnce(u8)) {
+        self.tell_when(|end| end.code, tell);
+    }
+
+    /// Waits until the machine is ready, or has ended, and has `tell` tell that.
+    pub(super) fn tell_ready(&self, tell: impl FnOnce(Reply)) {
+        let reply = |end: &End| match (end.ready, end.code) {
+            (true, _) => Some(Reply::Done),
+            (false, Some(code)) => Some(Reply::Ended(code)),
+            (false, None) => None,
+        };
+        self.tell_when(reply, tell);
+    }
+
+    /// Waits until there is something to tell, and has `tell` tell it before the end of this process.
+    fn tell_when<T>(&self, ready: impl Fn(&End) -> Option<T>, tell: impl FnOnce(T)) {
         let mut end = self.end.lock();
         end.waiting += 1;
-        let code = loop {
-            match end.code {
-                Some(code) => break code,
+        let told = loop {
+            match ready(&end) {
+                Some(told) => break told,
                 None => self.changed.wait(&mut end),
             }
         };
         drop(end);
-        tell(code);
+        tell(told);
         self.end.lock().waiting -= 1;
         self.changed.notify_all();
+    }
+
+    /// Notes that the machine is ready, and tells those who wait for it.
+    pub(super) fn become_ready(&self) {
+        let noted = self.update(|entry| {
+            entry.update(|state| {
+                state.ready.get_or_insert_with(now);
+                if state.status == Status::Running {
+                    state.status = Status::Ready;
+                }
+            })
+        });
+        if let Err(error) = noted {
+            tracing::warn!(%error, "that the machine is ready is not noted");
+        }
+        self.end.lock().ready = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether the command has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.vm.machine().is_ending() || self.end.lock().code.is_some()
     }
 
     /// Sends a signal to the command.

@@ -16,8 +16,10 @@ mod names;
 mod operations;
 mod output;
 pub(crate) mod places;
+mod ready;
 mod registry;
 mod serve;
+mod usage;
 
 pub use control::{Client, Reply, Request};
 pub use control::{Forked, Snapshotted};
@@ -27,8 +29,12 @@ pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
 pub(crate) use names::check as check_name;
 pub(crate) use operations::command_over;
 pub use operations::{
-    Inspected, exec, fork, inspect, kill, log, pause, remove, signal, snapshot, stop, unpause, wait,
+    Inspected, exec, fork, inspect, kill, log, pause, remove, rename, signal, snapshot, stop,
+    unpause, wait, wait_ready,
 };
 pub use output::{Line, LogReader, Stream};
+pub(crate) use ready::Finder;
+pub use ready::ReadyMark;
 pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};
 pub(crate) use serve::bridge;
+pub use usage::{Usage, usage};

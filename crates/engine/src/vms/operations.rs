@@ -8,6 +8,7 @@ use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::names;
 use super::output::LogReader;
 use super::registry::{Registry, Status, VmInfo};
 use crate::EngineError;
@@ -113,11 +114,26 @@ pub fn pause(registry: &Registry, name: &str) -> Result<(), EngineError> {
 /// Lets a machine go on.
 pub fn unpause(registry: &Registry, name: &str) -> Result<(), EngineError> {
     let info = registry.find(name)?;
-    if info.state.status == Status::Running {
+    if info.state.status == info.state.under_way() {
         let name = info.config.name;
         return Err(EngineError::VmNotPaused { name });
     }
     ask(registry, &info, &Request::Unpause)
+}
+
+/// Gives a machine another name, which no other may have.
+pub fn rename(registry: &Registry, name: &str, to: &str) -> Result<(), EngineError> {
+    let info = registry.find(name)?;
+    names::check(to)?;
+    let taken = registry.find(to).is_ok_and(|other| other.config.name == to);
+    if taken {
+        let name = to.to_owned();
+        return Err(EngineError::NameTaken { name });
+    }
+    match info.state.status.is_alive() {
+        true => ask(registry, &info, &Request::Rename(to.to_owned())),
+        false => registry.rename(&info, to),
+    }
 }
 
 /// Sends a signal to a machine's command; SIGKILL ends the machine.
@@ -228,7 +244,8 @@ pub fn fork(
 /// What a running machine is, and what its processors do, looked at for as long as `span`.
 pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspected, EngineError> {
     let info = registry.find(name)?;
-    if !matches!(info.state.status, Status::Running | Status::Paused) {
+    let alive = info.state.status.is_alive();
+    if !alive || info.state.status == Status::Starting {
         return Ok(Inspected {
             info,
             statistics: None,
@@ -272,6 +289,37 @@ pub fn wait(registry: &Registry, name: &str) -> Result<u8, EngineError> {
         // Killed while it was about to answer.
         Ok(None) | Err(EngineError::VmSilent { .. } | EngineError::VmStopped { .. }) => {
             final_code(registry, &info)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits until a machine is ready, for `limit` at most.
+pub fn wait_ready(
+    registry: &Registry,
+    name: &str,
+    limit: Option<Duration>,
+) -> Result<(), EngineError> {
+    let info = registry.find(name)?;
+    let name = info.config.name.clone();
+    if info.config.ready_mark.is_none() {
+        return Err(EngineError::NoReadyMark { name });
+    }
+    if info.state.ready.is_some() && info.state.status.is_alive() {
+        return Ok(());
+    }
+    let client = reach(registry, &info)?;
+    if let Some(limit) = limit {
+        client.limit(limit.max(Duration::from_millis(1)))?;
+    }
+    match client.ask(&Request::Ready) {
+        Ok((Reply::Done, _)) => Ok(()),
+        Ok((Reply::Ended(code), _)) => Err(EngineError::EndedUnready { name, code }),
+        Ok(_) => Err(strange(&info)),
+        Err(EngineError::VmSilent { source, .. })
+            if source.kind() == std::io::ErrorKind::WouldBlock =>
+        {
+            Err(EngineError::Unready { name })
         }
         Err(error) => Err(error),
     }

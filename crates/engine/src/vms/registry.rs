@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  vms/<id>/lock      held by the machine's process as long as it lives: the one sign of life
-//!           config    what it is (JSON, written once)
+//!           config    what it is (JSON, replaced by rename when the machine gets another name)
 //!           state     how it is (JSON, replaced by rename)
 //!           control   socket of its process          log   its command's output, line by line
 //!  vms/names/<name> ─► ../<id>
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::names;
 use super::places::{self, read_json, write_json};
+use super::ready::ReadyMark;
 use crate::EngineError;
 use crate::command::Surroundings;
 use crate::paths::Paths;
@@ -62,6 +63,9 @@ pub struct VmConfig {
     pub detached: bool,
     /// When it was made, in nanoseconds since 1970.
     pub created: u64,
+    /// By what it is known to be ready.
+    #[serde(default)]
+    pub ready_mark: Option<ReadyMark>,
 }
 
 /// How a virtual machine is.
@@ -72,6 +76,8 @@ pub enum Status {
     Starting,
     /// Its command runs.
     Running,
+    /// Its command runs, and it has shown what it is ready by.
+    Ready,
     /// It stands still.
     Paused,
     /// It has ended.
@@ -87,6 +93,7 @@ impl Status {
         match self {
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Ready => "ready",
             Self::Paused => "paused",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
@@ -96,7 +103,10 @@ impl Status {
     /// Whether its process lives.
     #[must_use]
     pub fn is_alive(self) -> bool {
-        matches!(self, Self::Starting | Self::Running | Self::Paused)
+        matches!(
+            self,
+            Self::Starting | Self::Running | Self::Ready | Self::Paused
+        )
     }
 }
 
@@ -109,12 +119,26 @@ pub struct VmState {
     pub pid: u32,
     /// When its command was started, in nanoseconds since 1970.
     pub started: Option<u64>,
+    /// When it was ready.
+    #[serde(default)]
+    pub ready: Option<u64>,
     /// When it ended.
     pub finished: Option<u64>,
     /// The exit status of its command, as a shell has it, or Skerry's own.
     pub exit_code: Option<u8>,
     /// Why it failed.
     pub error: Option<String>,
+}
+
+impl VmState {
+    /// What it is while its command runs and nothing holds it up.
+    #[must_use]
+    pub fn under_way(&self) -> Status {
+        match self.ready {
+            Some(_) => Status::Ready,
+            None => Status::Running,
+        }
+    }
 }
 
 /// Exit code of a command whose machine was killed.
@@ -220,6 +244,7 @@ impl Registry {
             status: Status::Starting,
             pid: std::process::id(),
             started: None,
+            ready: None,
             finished: None,
             exit_code: None,
             error: None,
@@ -406,6 +431,44 @@ impl Registry {
         }
     }
 
+    /// Gives a machine that has ended another name.
+    pub fn rename(&self, info: &VmInfo, name: &str) -> Result<(), EngineError> {
+        let failed = || self.failed("rename a virtual machine");
+        let lock = File::open(self.folder(&info.config.id).join(LOCK)).map_err(failed())?;
+        // Whoever removes it meanwhile takes its folder away as a whole.
+        let free = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        free.map_err(|_| EngineError::VmRuns {
+            name: info.config.name.clone(),
+        })?;
+        self.give_name(&mut info.config.clone(), name)
+    }
+
+    /// Claims the new name, makes it known, and lets the old one go.
+    fn give_name(&self, config: &mut VmConfig, name: &str) -> Result<(), EngineError> {
+        names::check(name)?;
+        if config.name == name {
+            return Ok(());
+        }
+        if !self.claim(name, &config.id)? {
+            let name = name.to_owned();
+            return Err(EngineError::NameTaken { name });
+        }
+        let old = config.clone();
+        name.clone_into(&mut config.name);
+        let folder = self.folder(&config.id);
+        let staged = folder.join("config.new");
+        let written = write_json(&staged, config)
+            .and_then(|()| fs::rename(&staged, folder.join(CONFIG)))
+            .map_err(self.failed("rename a virtual machine"));
+        if let Err(error) = written {
+            self.release_name(config);
+            *config = old;
+            return Err(error);
+        }
+        self.release_name(&old);
+        Ok(())
+    }
+
     fn release_name(&self, config: &VmConfig) {
         let link = self.root.join(NAMES).join(&config.name);
         let own = Path::new("..").join(&config.id);
@@ -442,6 +505,12 @@ impl Entry {
         write_json(&staged, &self.state)
             .and_then(|()| fs::rename(&staged, folder.join(STATE)))
             .map_err(self.registry.failed("note the state of a virtual machine"))
+    }
+
+    /// Gives the machine another name.
+    pub fn rename(&mut self, name: &str) -> Result<(), EngineError> {
+        let registry = self.registry.clone();
+        registry.give_name(&mut self.config, name)
     }
 
     /// The end of what never became a machine.
@@ -485,6 +554,7 @@ mod tests {
             auto_remove: false,
             detached: true,
             created: 0,
+            ready_mark: None,
         }
     }
 
@@ -549,6 +619,35 @@ mod tests {
         registry.remove(&found).expect("remove");
         registry.create(config("killed")).expect("again");
         registry.create(config("brief")).expect("again");
+    }
+
+    #[test]
+    fn a_machine_gets_another_name() {
+        let folder = tempfile::tempdir().expect("folder");
+        let registry = registry(folder.path());
+        let mut entry = registry.create(config("old")).expect("entry");
+        let _other = registry.create(config("other")).expect("other");
+        let taken = entry.rename("other");
+        assert!(matches!(taken, Err(EngineError::NameTaken { .. })));
+        assert!(entry.rename("../old").is_err());
+        entry.rename("new").expect("renamed");
+        assert!(registry.find("old").is_err());
+        let found = registry.find("new").expect("found");
+        assert_eq!(found.config, entry.config);
+        // Not by another process while it runs.
+        let runs = registry.rename(&found, "newer");
+        assert!(matches!(runs, Err(EngineError::VmRuns { .. })));
+        entry
+            .finish(|state| state.status = Status::Stopped)
+            .expect("finish");
+        registry.rename(&found, "newer").expect("renamed");
+        let found = registry.find("newer").expect("found");
+        assert_eq!(found.config.name, "newer");
+        // The old names are free.
+        registry.create(config("old")).expect("old");
+        registry.create(config("new")).expect("new");
+        registry.remove(&found).expect("removed");
+        assert!(registry.find("newer").is_err());
     }
 
     #[test]

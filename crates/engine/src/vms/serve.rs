@@ -81,11 +81,20 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
             });
             return;
         }
+        Request::Ready => {
+            hosted.tell_ready(|reply| {
+                let _ = control::send(&mut stream, &reply);
+            });
+            return;
+        }
         Request::Kill => {
             hosted.kill();
             Ok(Reply::Done)
         }
         Request::Signal(signal) => hosted.signal(signal).map(|()| Reply::Done),
+        Request::Rename(name) => hosted
+            .update(|entry| entry.rename(&name))
+            .map(|()| Reply::Done),
         Request::Pause => pause(hosted).map(|()| Reply::Done),
         Request::Unpause => unpause(hosted).map(|()| Reply::Done),
         Request::Snapshot {
@@ -122,7 +131,7 @@ fn pause(hosted: &Hosted) -> Result<(), EngineError> {
 
 fn unpause(hosted: &Hosted) -> Result<(), EngineError> {
     hosted.vm.unpause();
-    hosted.update(|entry| entry.update(|state| state.status = Status::Running))
+    hosted.update(|entry| entry.update(|state| state.status = state.under_way()))
 }
 
 /// Makes one connection of two, until both ends have closed.

@@ -176,11 +176,12 @@ impl Arena {
         if self.taken <= keep {
             return;
         }
+        // A large page that was taken may go on behind what was asked for.
         // SAFETY: the range is within the mapping, and nothing in it is needed any more.
         unsafe {
             libc::madvise(
                 self.base.as_ptr().add(keep).cast(),
-                self.taken - keep,
+                self.capacity - keep,
                 libc::MADV_DONTNEED,
             );
         }

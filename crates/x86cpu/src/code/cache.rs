@@ -38,7 +38,7 @@ const MUCH: usize = 1 << 20;
 /// Entries of the jump cache.
 const JUMPS: usize = 1 << 14;
 /// Entries of the table of what was found last.
-const FOUND: usize = 1 << 13;
+const FOUND: usize = 1 << 16;
 
 /// Ops that run one after the other, right behind this in memory.
 #[repr(C)]
@@ -155,12 +155,12 @@ impl Block {
         self.heat.set(heat);
     }
 
-    /// Counts one more run. Whether that makes it, or it was, so hot, and it may be compiled.
+    /// Counts so many more runs. Whether that makes it, or it was, so hot, and it may be compiled.
     #[inline(always)]
-    pub(crate) fn warms_to(&self, threshold: u16) -> bool {
+    pub(crate) fn warms_to(&self, threshold: u16, runs: u16) -> bool {
         let mut heat = self.heat.get();
         if heat < u16::MAX - 1 {
-            heat += 1;
+            heat = heat.saturating_add(runs).min(u16::MAX - 1);
             self.heat.set(heat);
         }
         heat >= threshold && heat != u16::MAX
@@ -335,6 +335,20 @@ const NO_JUMP: Jump = Jump {
     block: 0,
 };
 
+/// What was found under a key, or will be: all zeros is nothing.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Found {
+    key: u64,
+    /// Index in the arena.
+    block: u32,
+    /// Offset in the buffer of the code for jumps to the block; 0 if none is known. What is there leads on
+    /// though the trace is gone, as what the jump caches have does.
+    code: u32,
+}
+
+const _: () = assert!(size_of::<Found>() == 16);
+
 /// Memory for decoding, kept from block to block.
 pub(super) struct Scratch {
     /// By instruction form: see [`no_forms`].
@@ -365,7 +379,7 @@ pub struct CodeCache {
     directory: Directory,
     jumps: Box<[Jump; JUMPS]>,
     /// Blocks by key, each where its key's hash says: what is asked for again takes one look.
-    found: Box<[Cell<(u64, u32)>; FOUND]>,
+    found: Box<[Cell<Found>; FOUND]>,
     /// Address space, mode, privilege and epoch: what must agree beside the linear address.
     key: u32,
     /// The same for pages that all address spaces have.
@@ -438,7 +452,7 @@ impl CodeCache {
         self.begin();
         self.directory.clear();
         self.jumps.fill(NO_JUMP);
-        self.found.fill(Cell::new((0, 0)));
+        self.found.fill(Cell::default());
         self.fused.clear();
         self.jit.lose_blocks();
     }
@@ -569,7 +583,9 @@ impl CodeCache {
     /// The block under a key, current or not.
     pub(crate) fn find(&self, key: u64) -> Option<BlockRef> {
         match self.found[found_index(key)].get() {
-            (known, index @ 1..) if known == key => Some(BlockRef(self.arena.at(index).cast())),
+            found if found.key == key && found.block != 0 => {
+                Some(BlockRef(self.arena.at(found.block).cast()))
+            }
             _ => self
                 .find_listed(key)
                 .inspect(|&block| self.note_found(key, block)),
@@ -577,7 +593,36 @@ impl CodeCache {
     }
 
     fn note_found(&self, key: u64, block: BlockRef) {
-        self.found[found_index(key)].set((key, self.arena.index_of(block.0.cast())));
+        self.found[found_index(key)].set(Found {
+            key,
+            block: self.arena.index_of(block.0.cast()),
+            code: 0,
+        });
+    }
+
+    /// The code for jumps to the block under a key, if it was found last.
+    pub(crate) fn find_code(&self, key: u64) -> Option<u32> {
+        let found = self.found[found_index(key)].get();
+        (found.key == key && found.code != 0).then_some(found.code)
+    }
+
+    /// Takes note of it.
+    pub(crate) fn note_code(&self, key: u64, code: u32) {
+        let slot = &self.found[found_index(key)];
+        let found = slot.get();
+        if found.key == key && found.block != 0 {
+            slot.set(Found { code, ..found });
+        }
+    }
+
+    /// Takes note that the compiled code is another from here on.
+    pub(crate) fn forget_codes(&self) {
+        for slot in self.found.iter() {
+            slot.set(Found {
+                code: 0,
+                ..slot.get()
+            });
+        }
     }
 
     fn find_listed(&self, key: u64) -> Option<BlockRef> {
@@ -628,14 +673,19 @@ fn no_jumps() -> Box<[Jump; JUMPS]> {
     unsafe { Box::<[Jump; JUMPS]>::new_zeroed().assume_init() }
 }
 
-fn nothing_found() -> Box<[Cell<(u64, u32)>; FOUND]> {
+fn nothing_found() -> Box<[Cell<Found>; FOUND]> {
     // SAFETY: zeros are key 0, and no block.
-    unsafe { Box::<[Cell<(u64, u32)>; FOUND]>::new_zeroed().assume_init() }
+    unsafe { Box::<[Cell<Found>; FOUND]>::new_zeroed().assume_init() }
 }
 
+/// Blocks of one granule are in one cache line, and those of one page in as much as a page: who asks for
+/// one asks for its neighbours next.
 #[inline(always)]
 fn found_index(key: u64) -> usize {
-    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize & (FOUND - 1)
+    let gpa = key >> KEY_SHIFT;
+    let hash = (gpa >> PAGE_SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    let line = hash ^ granule(gpa) as u64;
+    (line << 2 | gpa >> 4 & 3) as usize & (FOUND - 1)
 }
 
 #[inline(always)]

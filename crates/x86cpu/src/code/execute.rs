@@ -49,7 +49,7 @@ impl Cpu {
     }
 
     /// Remembers a block unless each of its entries needs the checks of [`Cpu::usable`].
-    pub(super) fn remember_plain(&mut self, linear: u64, global: bool, block: BlockRef) {
+    pub(crate) fn remember_plain(&mut self, linear: u64, global: bool, block: BlockRef) {
         // SAFETY: nothing has cleared the cache since the caller found the block.
         let found = unsafe { block.get() };
         if found.second_gpa().is_none() && !found.is_one() {
@@ -148,7 +148,7 @@ impl Cpu {
     fn is_hot(&self, block: BlockRef) -> bool {
         // SAFETY: the caller has just found the block.
         let block = unsafe { block.get() };
-        block.code() != 0 || block.warms_to(self.code.jit.threshold())
+        block.code() != 0 || block.warms_to(self.code.jit.threshold(), 1)
     }
 
     /// Runs what is left of a block from one of its ops on, whose block's RIP is set.

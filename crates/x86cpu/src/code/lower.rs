@@ -83,6 +83,9 @@ pub struct Lowering<'a> {
     branch: bool,
     window: &'a [u8],
     lowered: Vec<Lowered>,
+    /// Several instructions may become one op. What is to be compiled when it gets hot doesn't pay for
+    /// being made faster until then.
+    fuses: bool,
 }
 
 impl<'a> Lowering<'a> {
@@ -94,6 +97,7 @@ impl<'a> Lowering<'a> {
         window: &'a [u8],
     ) -> Self {
         let lowered = std::mem::take(&mut cpu.code.scratch.lowered);
+        let fuses = !(cpu.code.jit.is_on() && cpu.sys.mode.is64());
         Self {
             mode: cpu.sys.mode,
             cpu,
@@ -105,6 +109,7 @@ impl<'a> Lowering<'a> {
             branch: false,
             window,
             lowered,
+            fuses,
         }
     }
 
@@ -122,12 +127,14 @@ impl<'a> Lowering<'a> {
             self.push(op);
             self.end_block_after();
         }
-        self.lowered.push(Lowered {
-            instruction: *i,
-            ops: before..self.ops.len(),
-            ip: at,
-            vector: family == Some(VECTOR),
-        });
+        if self.fuses {
+            self.lowered.push(Lowered {
+                instruction: *i,
+                ops: before..self.ops.len(),
+                ip: at,
+                vector: family == Some(VECTOR),
+            });
+        }
     }
 
     /// Has the family that `i` is of add its ops.
@@ -180,11 +187,10 @@ impl<'a> Lowering<'a> {
             self.ops.push(op);
         }
         let mut lowered = std::mem::take(&mut self.lowered);
-        // What is to be compiled when it gets hot doesn't pay for being made faster until then.
-        let main = if self.cpu.code.jit.is_on() && self.mode.is64() {
-            self.ops.len()
-        } else {
+        let main = if self.fuses {
             self.fuse(&lowered)
+        } else {
+            self.ops.len()
         };
         lowered.clear();
         self.cpu.code.scratch.lowered = lowered;

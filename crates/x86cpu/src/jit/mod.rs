@@ -163,7 +163,8 @@ struct Failures {
 #[derive(Default)]
 struct PageTraces {
     version: u32,
-    traces: Vec<u32>,
+    /// Their numbers, with [`Entry::offset`] of each.
+    traces: Vec<(u32, u16)>,
     /// How often they were dropped because the page changed.
     changes: u32,
 }
@@ -249,7 +250,7 @@ struct Made {
 
 impl Jit {
     pub(crate) fn new(tuning: Tuning) -> Self {
-        Self {
+        let mut jit = Self {
             tuning,
             threshold: tuning.threshold,
             generation: 0,
@@ -270,7 +271,9 @@ impl Jit {
             failures: ByAddress::default(),
             wants_room: false,
             perf: perf::Map::new(tuning.perf_map),
-        }
+        };
+        jit.set_threshold();
+        jit
     }
 
     /// Whether anything is compiled at all.
@@ -299,13 +302,14 @@ impl Jit {
         if !found.is_of(traces.version) {
             return None;
         }
-        let number = traces.traces.iter().copied().find(|&number| {
-            let entry = &self.traces[number as usize];
-            entry.live
-                && entry.page == key
-                && entry.generation != self.generation
-                && usize::from(entry.offset) == found.offset()
-                && entry.crosses != found.is_whole()
+        let (number, _) = traces.traces.iter().copied().find(|&(number, offset)| {
+            usize::from(offset) == found.offset() && {
+                let entry = &self.traces[number as usize];
+                entry.live
+                    && entry.page == key
+                    && entry.generation != self.generation
+                    && entry.crosses != found.is_whole()
+            }
         })?;
         let entry = self.traces.get_mut(number as usize)?;
         entry.head = block;
@@ -321,13 +325,15 @@ impl Jit {
     }
 
     /// Sets how hot a block must be: the less room is left, the hotter, so that what is hottest need not
-    /// go for what is lukewarm. Who wants everything compiled gets that.
+    /// go for what is lukewarm; and hotter at first, for most commands are over soon. Who wants everything
+    /// compiled gets that.
     fn set_threshold(&mut self) {
         let eighth = self.tuning.code_bytes / 8;
         let sixteenths = (self.code_used() * 16 / (eighth * CODE))
             .max(self.side_tables() * 16 / (eighth * TABLES));
         let factor = match sixteenths {
             _ if self.tuning.threshold == 1 => 1,
+            ..9 if self.traces.len() < FIRST => 4,
             ..9 => 1,
             9..12 => 2,
             12..14 => 4,
@@ -357,7 +363,7 @@ impl Jit {
     fn side_tables(&self) -> usize {
         self.calls.used()
             + self.ways.used()
-            + self.traces.len() * (size_of::<Entry>() + size_of::<u32>())
+            + self.traces.len() * (size_of::<Entry>() + size_of::<(u32, u16)>())
     }
 
     /// Forgets all traces. Their blocks are gone, or going.
@@ -485,7 +491,7 @@ impl Jit {
             let key = std::ptr::from_ref(page) as usize;
             let traces = self.pages.entry(key).or_default();
             traces.version = version;
-            traces.traces.push(number);
+            traces.traces.push((number, head_offset(head) as u16));
         }
         self.set_threshold();
         Some(number)
@@ -623,12 +629,15 @@ impl Jit {
         }
         traces.changes += 1;
         let dropped = std::mem::take(&mut traces.traces);
-        for &number in &dropped {
+        for &(number, _) in &dropped {
             self.drop_trace(number);
         }
         dropped.len()
     }
 }
+
+/// Traces that are made before the processor takes what it runs for something that goes on.
+const FIRST: usize = 1024;
 
 /// Windows that aren't ones, and the time in which they come, before a trace is compiled without: when
 /// what they cost is no more than a hundredth of that, the others are worth it.

@@ -33,6 +33,10 @@ pub(super) const LEAVE: u64 = 1;
 /// Leave: the reason is in `cpu.trap`. What is more than this is the frame to go on with.
 pub(super) const TRAP: u64 = 2;
 
+/// Runs that one counts for which compiled code was left for: it costs as much as so many, and what hot
+/// code leads to gets hot.
+const LEFT: u16 = 4;
+
 /// Flags as LAHF and SETO give them, at their places in RFLAGS.
 fn to_bits(flags: u32) -> u64 {
     u64::from(flags >> 8 & 0xd5) | u64::from(flags & 1) << 11
@@ -85,7 +89,9 @@ impl Cpu {
         if code != 0 {
             return code;
         }
-        if found.warms_to(self.code.jit.threshold()) {
+        let jit = &self.code.jit;
+        let left = jit.missed_jump || jit.pending.is_some();
+        if found.warms_to(jit.threshold(), if left { LEFT } else { 1 }) {
             self.compile_block(block)
         } else {
             0
@@ -165,7 +171,6 @@ impl Cpu {
         if !found.is_of(version) || !page.state.is_claimed() {
             return None;
         }
-        page.read(0, &mut scratch.page[..]);
         let second = found.second_page();
         if let Some((gpa, state, _)) = second {
             let second = slots.page(gpa)?;
@@ -175,14 +180,19 @@ impl Cpu {
             second.read(0, &mut scratch.page[PAGE_SIZE..]);
         }
         let steps = std::mem::take(&mut scratch.steps);
-        let find = |offset: u16| {
-            let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
-            // SAFETY: blocks of the cache as it is.
-            self.code
-                .find(key)
-                .filter(|block| unsafe { block.get() }.is_of(version))
+        let find = |from: BlockRef, offset: u16| {
+            // SAFETY: blocks of the cache as it is, and what follows them in the same page.
+            let of_version = |block: &BlockRef| unsafe { block.get() }.is_of(version);
+            // SAFETY: the same.
+            let from = unsafe { from.get() };
+            let delta = u64::from(offset).wrapping_sub(from.offset() as u64);
+            from.follow(delta).filter(of_version).or_else(|| {
+                let key = self.block_key(gpa & !PAGE_MASK | u64::from(offset), 0);
+                self.code.find(key).filter(of_version)
+            })
         };
-        let trace = Trace::new(block, &scratch.page[..], find, steps)?;
+        let read = |offset: usize, into: &mut [u8]| page.read(offset, into);
+        let trace = Trace::new(block, &mut scratch.page[..], read, find, steps)?;
         let request = Request {
             origin,
             glue,
@@ -213,6 +223,10 @@ impl Cpu {
         Counters::add(&counters.compiled_instructions, trace.steps.len() as u64);
         let index = self.code.indexer();
         let number = self.code.jit.add(block, pages, &trace, &compiled, index);
+        if let Some(trace) = number.and_then(|number| self.code.jit.traces.get(number as usize)) {
+            // What jumps to the block found before was of a trace that is gone.
+            self.code.note_code(self.block_key(gpa, 0), trace.indirect);
+        }
         scratch.take_back(trace, compiled);
         number
     }
@@ -223,6 +237,7 @@ impl Cpu {
             self.code.jit.drop_trace(n as u32);
         }
         self.code.jit.clear();
+        self.code.forget_codes();
         self.mmu.drop_jumps();
         Counters::add(&self.shared.counters.flushes, 1);
     }
@@ -240,11 +255,17 @@ impl Cpu {
 
     /// Has jumps to a linear address go to a trace.
     fn enter_jump(&mut self, linear: u64, number: u32) {
-        let jit = &self.code.jit;
-        if let (Some(made), Some(trace)) = (&jit.made, jit.traces.get(number as usize)) {
+        if let Some(trace) = self.code.jit.traces.get(number as usize) {
+            self.enter_jump_to(linear, trace.indirect);
+        }
+    }
+
+    /// Has them go to an offset in the buffer.
+    fn enter_jump_to(&mut self, linear: u64, offset: u32) {
+        if let Some(made) = &self.code.jit.made {
             let entry = Target {
                 base: made.base,
-                offset: trace.indirect,
+                offset,
             };
             self.code.note_page(linear);
             self.mmu.enter_jump(linear, entry);
@@ -257,23 +278,38 @@ impl Cpu {
         if code_changes() != self.code.jit.seen || !self.mmu.is_fast() {
             return false;
         }
-        let Some((gpa, _)) = self.quietly(|cpu| cpu.fetch_from(linear)) else {
+        let Some((gpa, global)) = self.quietly(|cpu| cpu.fetch_from(linear)) else {
             return false;
         };
-        let Some(block) = self.code.find(self.block_key(gpa, 0)) else {
-            return false;
+        let key = self.block_key(gpa, 0);
+        let code = match self.code.find_code(key) {
+            Some(code) => code,
+            None => match self.code_under(key, linear, global) {
+                Some(code) => code,
+                None => return false,
+            },
         };
-        // SAFETY: a block of the cache as it is.
-        let block = unsafe { block.get() };
-        let Some(number) = block.code().checked_sub(1) else {
-            return false;
-        };
-        if !block.is_current() {
-            return false;
-        }
         Counters::add(&self.shared.counters.jumps_found, 1);
-        self.enter_jump(linear, number);
+        self.enter_jump_to(linear, code);
         true
+    }
+
+    /// The offset in the buffer of the code for jumps to the block under a key. If there is none, the
+    /// interpreter is going to ask for the block.
+    fn code_under(&mut self, key: u64, linear: u64, global: bool) -> Option<u32> {
+        let block = self.code.find(key)?;
+        // SAFETY: a block of the cache as it is.
+        let found = unsafe { block.get() };
+        if !found.is_current() {
+            return None;
+        }
+        let Some(number) = found.code().checked_sub(1) else {
+            self.remember_plain(linear, global, block);
+            return None;
+        };
+        let code = self.code.jit.traces.get(number as usize)?.indirect;
+        self.code.note_code(key, code);
+        Some(code)
     }
 
     /// Runs compiled code from the trace of this number plus one, until it is left.

@@ -64,22 +64,22 @@ pub(super) fn in_page(target: i64) -> Option<u16> {
 }
 
 impl Trace {
-    /// Follows the path from a block on. `find` gives the block at an offset of the page, if it is
-    /// decoded and current. `page` has the bytes of the page, and the first of the next if the block is an
-    /// instruction that goes on there. `None` if bytes and blocks don't agree.
+    /// Follows the path from a block on. `find` gives the block that comes after one at an offset of the
+    /// page, if it is decoded and current; `read` fills in the page from an offset on, of which only what
+    /// blocks were made of is looked at. `page` has the first bytes of the next page behind it, if the block is
+    /// an instruction that goes on there. `None` if bytes and blocks don't agree.
     pub(super) fn new(
         head: BlockRef,
-        page: &[u8],
-        find: impl Fn(u16) -> Option<BlockRef>,
+        page: &mut [u8],
+        read: impl Fn(usize, &mut [u8]),
+        find: impl Fn(BlockRef, u16) -> Option<BlockRef>,
         steps: Vec<Step>,
     ) -> Option<Self> {
         let mut trace = Self { steps };
-        let options = DecoderOptions::FORCE_RESERVED_NOP;
-        let mut decoder = Decoder::with_ip(64, page, 0, options);
         let mut seen = [head; BLOCKS];
         let mut block = head;
         for n in 0..BLOCKS {
-            trace.add(block, &mut decoder)?;
+            trace.add(block, page, &read)?;
             seen[n] = block;
             if trace.steps.len() >= LONGEST || n + 1 == BLOCKS {
                 break;
@@ -96,13 +96,20 @@ impl Trace {
     }
 
     #[expect(unsafe_code, reason = "looks into a block")]
-    fn add(&mut self, block: BlockRef, decoder: &mut Decoder<'_>) -> Option<()> {
+    fn add(
+        &mut self,
+        block: BlockRef,
+        page: &mut [u8],
+        read: impl Fn(usize, &mut [u8]),
+    ) -> Option<()> {
         // SAFETY: nothing clears the cache while a trace is made.
         let current = unsafe { block.get() };
         let start = current.offset();
         let end = start + usize::from(current.len);
-        decoder.set_position(start).ok()?;
-        decoder.set_ip(start as u64);
+        let bytes = page.get_mut(start..end)?;
+        read(start, bytes);
+        let options = DecoderOptions::FORCE_RESERVED_NOP;
+        let mut decoder = Decoder::with_ip(64, bytes, start as u64, options);
         let first = self.steps.len();
         for op in instruction_ops(current) {
             let at = start + usize::from(op.ip);
@@ -112,7 +119,7 @@ impl Trace {
                 last.ops += 1;
                 continue;
             }
-            if decoder.position() != at {
+            if start + decoder.position() != at {
                 return None;
             }
             self.steps.push(Step {
@@ -127,14 +134,14 @@ impl Trace {
             decoder.decode_out(&mut self.steps.last_mut()?.instruction);
         }
         self.steps[first..].last_mut()?.last = true;
-        (decoder.position() == end).then_some(())
+        (start + decoder.position() == end).then_some(())
     }
 
     /// Where control most likely goes from the last instruction, if the trace can go on there.
     #[expect(unsafe_code, reason = "looks into blocks")]
     fn next(
         &self,
-        find: impl Fn(u16) -> Option<BlockRef>,
+        find: impl Fn(BlockRef, u16) -> Option<BlockRef>,
         seen: &[BlockRef],
     ) -> Option<(u16, BlockRef)> {
         let step = self.steps.last()?;
@@ -148,7 +155,8 @@ impl Trace {
         let known = |offset: Option<u16>| {
             let offset = offset?;
             // SAFETY: as above.
-            let found = find(offset).filter(|block| unsafe { block.get() }.is_whole())?;
+            let found =
+                find(step.block, offset).filter(|block| unsafe { block.get() }.is_whole())?;
             Some((offset, found))
         };
         let (offset, block) = match i.flow_control() {
