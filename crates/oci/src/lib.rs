@@ -13,6 +13,10 @@
 //!                                             ▼
 //!                                      erofs ──▶ store: images/DIGEST/rootfs.erofs
 //! ```
+//! A registry's image takes the same way: [pulling](Store::pull) fetches its parts, which become
+//! [files](Store::import) like those of a layout. What an image was made from stays beside it, for
+//! [pushing](Store::push) and [saving](Store::save).
+//!
 //! `engine` opens a [`Store`], asks it to [import](Store::import) what the user named, and hands
 //! the file at [`Image::rootfs`] to a read-only block device. The guest's kernel mounts it as
 //! EROFS and puts a writable overlay above it.

@@ -195,3 +195,6 @@ fn made_up(config: &Kept, layers: &[Kept]) -> Vec<u8> {
     });
     manifest.to_string().into_bytes()
 }
+
+#[cfg(test)]
+mod tests;
