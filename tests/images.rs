@@ -443,6 +443,10 @@ fn what_cant_be_had_is_named() {
         said.contains("has no image") && said.contains("can't be reached"),
         "{said}"
     );
+    let said = user.fails(&["tag", "demo", &format!("x@sha256:{}", "0".repeat(64))]);
+    assert!(said.contains("has a digest"), "{said}");
+    let said = user.fails(&[&SOFT[..], &["sha256:0123", "true"]].concat());
+    assert!(said.contains("There is no image"), "{said}");
     let said = user.fails(&["push", &registry.name("no")]);
     assert!(said.contains("There is no image"), "{said}");
     user.has_nothing();

@@ -91,6 +91,9 @@ pub fn push(
 
 /// Gives an image, which is imported first where that has not been done, a further name.
 pub fn tag(paths: &Paths, image: &str, name: &Name) -> Result<(), EngineError> {
+    if name.digest().is_some() {
+        return Err(EngineError::TagWithDigest(name.to_string()));
+    }
     let image = resolve(paths, image, &mut |_| ())?;
     Ok(open(paths)?.tag(&image.digest.to_string(), &name.to_string())?)
 }

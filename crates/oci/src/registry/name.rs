@@ -64,9 +64,9 @@ pub enum NameError {
         /// Why.
         source: DigestError,
     },
-    /// What looks like an image's digest.
+    /// What is, or looks like, an image's digest.
     #[error(
-        "'{name}' is what a digest looks like, not a name; write sha256:{name} for an image in the store"
+        "'{name}' is a digest and no name; an image of the store is found by it, one of a registry by REPOSITORY@sha256:…"
     )]
     LooksLikeDigest {
         /// The whole text.
@@ -155,7 +155,7 @@ impl FromStr for Name {
     type Err = NameError;
 
     fn from_str(name: &str) -> Result<Self, NameError> {
-        if Digest::from_hex(name).is_some() {
+        if Digest::from_hex(name).is_some() || name.starts_with("sha256:") {
             let name = name.to_owned();
             return Err(NameError::LooksLikeDigest { name });
         }
@@ -384,7 +384,9 @@ mod tests {
         assert!(matches!(error("a@sha256:00"), NameError::Digest { .. }));
         assert!(matches!(error(&"a".repeat(300)), NameError::TooLong(_)));
         let hex = Digest::of(b"").hex();
-        assert!(matches!(error(&hex), NameError::LooksLikeDigest { .. }));
+        for text in [&hex, &format!("sha256:{hex}"), "sha256:0123"] {
+            assert!(matches!(error(text), NameError::LooksLikeDigest { .. }));
+        }
     }
 
     #[test]

@@ -2,6 +2,10 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use futures_util::stream;
 use oci_client::errors::OciDistributionError;
@@ -17,6 +21,9 @@ use crate::{Error, Progress, Store};
 
 /// Bytes that are read and sent in one piece.
 const PIECE: usize = 256 << 10;
+
+/// How often it is told how much has been sent.
+const TICK: Duration = Duration::from_millis(100);
 
 /// What a manifest says about itself.
 #[derive(Default, Deserialize)]
@@ -93,24 +100,33 @@ async fn send(
     let is_there = session
         .again(async || client.blob_exists(reference, &name).await)
         .await?;
+    let report = |done| {
+        let size = Some(size);
+        reporter.tell(Progress::Transfer { digest, done, size });
+    };
     if !is_there {
         session
             .again(async || {
-                let pieces = stream::iter(pieces(path)?);
-                client
-                    .push_blob_stream(reference, pieces, &name, Some(size))
-                    .await
+                let sent = Arc::new(AtomicU64::new(0));
+                let pieces = stream::iter(pieces(path, sent.clone())?);
+                let mut push = pin!(client.push_blob_stream(reference, pieces, &name, Some(size)));
+                loop {
+                    report(sent.load(Ordering::Relaxed).min(size));
+                    if let Ok(pushed) = tokio::time::timeout(TICK, push.as_mut()).await {
+                        return pushed;
+                    }
+                }
             })
             .await?;
     }
-    let (done, size) = (size, Some(size));
-    reporter.tell(Progress::Transfer { digest, done, size });
+    report(size);
     Ok(())
 }
 
-/// A file, piece by piece.
+/// A file, piece by piece; those that were asked for are counted.
 fn pieces(
     path: &Path,
+    sent: Arc<AtomicU64>,
 ) -> std::io::Result<impl Iterator<Item = Result<bytes::Bytes, OciDistributionError>> + use<>> {
     let mut file = std::fs::File::open(path)?;
     let mut ended = false;
@@ -123,6 +139,7 @@ fn pieces(
             Ok(0) => None,
             Ok(n) => {
                 piece.truncate(n);
+                sent.fetch_add(n as u64, Ordering::Relaxed);
                 Some(Ok(piece.into()))
             }
             Err(error) => {
