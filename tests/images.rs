@@ -495,6 +495,8 @@ fn a_full_disk_is_said_and_freed() {
         let said = user.fails(&["pull", &name]);
         assert!(said.contains("is full"), "{said}");
         user.has_nothing();
+        let downloads = user.path("data/skerry/images/downloads");
+        assert_eq!(std::fs::read_dir(downloads).expect("folder").count(), 0);
         drop(_disk);
         std::fs::remove_dir(user.path("data")).expect("unmounted");
     }

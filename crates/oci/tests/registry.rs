@@ -363,6 +363,32 @@ fn one_that_lies_about_ranges() {
 }
 
 #[test]
+fn leftovers_of_any_kind() {
+    let made = Made::new(300_000);
+    let layer = &made.layer;
+    let mut spoilt = layer[..200_000].to_vec();
+    spoilt[7] ^= 1;
+    for left in [
+        &layer[..100_000],
+        &layer[..],
+        &spoilt,
+        &[&layer[..], b"more"].concat(),
+    ] {
+        let served = made.clone();
+        let server = Server::start(move |request, _| served.answer(request));
+        let dir = tempfile::tempdir().unwrap();
+        Store::open(dir.path()).unwrap();
+        let part = format!("downloads/{}.part", Digest::of(layer).hex());
+        std::fs::write(dir.path().join(part), left).unwrap();
+        let pulled = pull_into(dir.path(), &server, &Settings::default()).unwrap();
+        Store::open(dir.path())
+            .unwrap()
+            .verify(&pulled.image)
+            .unwrap();
+    }
+}
+
+#[test]
 fn one_that_stays_broken() {
     let made = Made::new(300_000);
     let layer = Digest::of(&made.layer).to_string();

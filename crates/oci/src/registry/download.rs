@@ -151,6 +151,11 @@ impl Downloads<'_> {
         }
         let whole = self.store.root().join(DOWNLOADS).join(digest.hex());
         let mut part = self.part(whole.with_extension("part"))?;
+        // What can't be the start of the layer is no use; nor is what may be all of it already,
+        // where that can't be told: no server has anything behind its end.
+        if size.is_none_or(|size| part.len > size) {
+            self.rewind(&mut part)?;
+        }
         let resumed = part.len > 0;
         let received = self.receive(digest, size, most, &mut part).await;
         let received = match received {

@@ -121,17 +121,23 @@ impl Store {
     ) -> Result<Pulled, Error> {
         let resolved = resolve_oci(files, None)?;
         let was_there = matches!(self.load(&resolved.digest), Ok(Some(_)));
-        let image = self.import_resolved(&name.to_string(), files, &resolved, progress)?;
-        // The image has links to them now.
-        for layer in resolved.layers.iter().filter_map(|layer| layer.digest) {
-            let path = self.root().join(DOWNLOADS).join(layer.hex());
-            let _ = std::fs::remove_file(path);
+        let imported = self.import_resolved(&name.to_string(), files, &resolved, progress);
+        // The image has links to them now; and a full disk has better uses.
+        if matches!(imported, Ok(_) | Err(Error::StoreFull { .. })) {
+            self.forget_downloads(resolved.layers.iter().filter_map(|layer| layer.digest));
         }
         Ok(Pulled {
-            image,
+            image: imported?,
             digest,
             was_there,
         })
+    }
+
+    fn forget_downloads(&self, layers: impl Iterator<Item = Digest>) {
+        for layer in layers {
+            let path = self.root().join(DOWNLOADS).join(layer.hex());
+            let _ = std::fs::remove_file(path);
+        }
     }
 
     /// Gets all parts of an image that aren't here.
@@ -162,7 +168,11 @@ impl Store {
             return Ok((known, digest));
         }
         let mut paths = HashMap::new();
-        for (layer, path, file) in layers(&downloads, &documents.layers).await? {
+        let received = layers(&downloads, &documents.layers).await;
+        if let Err(Error::StoreFull { .. }) = received {
+            self.forget_downloads(documents.layers.iter().map(|(digest, _)| *digest));
+        }
+        for (layer, path, file) in received? {
             parts.insert(blob(&layer), Bytes::File(Arc::new(file)));
             paths.insert(blob(&layer), path);
         }
