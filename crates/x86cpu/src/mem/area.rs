@@ -20,7 +20,7 @@ const FEW: usize = 1024;
 const MANY: usize = 8192;
 /// How often each of the few may be filled, on the average, before there are more: where two pages that
 /// are used in turn have the same index, that is soon.
-const PATIENCE: usize = 16;
+const PATIENCE: usize = 4;
 /// Entries of a jump cache: few enough to stay in the host's, what doesn't fit is in [`super::jumps`].
 pub(crate) const JUMPS: usize = 4096;
 /// Log2 of how many of them are dropped together.
@@ -269,7 +269,7 @@ impl Area {
     pub(super) fn fill(&mut self, linear: u64, host: usize, gpa: u64, write: bool) {
         self.fills += 1;
         if self.fills > FEW * PATIENCE && self.entries() == FEW {
-            self.set_entries(MANY);
+            self.grow();
         }
         let page = linear & !PAGE_MASK;
         let tag = page.wrapping_neg();
@@ -279,6 +279,27 @@ impl Area {
         self.write[n] = if write || keep { tag } else { self.no_page(n) };
         self.addend[n] = (host as u64).wrapping_sub(page);
         self.gpa[n] = gpa;
+    }
+
+    /// Has more entries from here on; what is known stays so. Those beyond the few are empty.
+    fn grow(&mut self) {
+        self.frame.index_mask = (MANY as u64 - 1) << PAGE_SHIFT;
+        self.drop_entry(MANY - 1);
+        for n in 0..FEW {
+            let tag = self.read[n];
+            let to = self.index(tag.wrapping_neg());
+            // The tag of an empty entry is that of a page of another index.
+            if to == n || to % FEW != n {
+                continue;
+            }
+            self.read[to] = tag;
+            if self.write[n] == tag {
+                self.write[to] = tag;
+            }
+            self.addend[to] = self.addend[n];
+            self.gpa[to] = self.gpa[n];
+            self.drop_entry(n);
+        }
     }
 
     pub(crate) fn enter_jump(&mut self, linear: u64, code: u64) {
@@ -356,5 +377,47 @@ impl Drop for OwnArea {
     fn drop(&mut self) {
         // SAFETY: mapped in `new` with this size and offset; pointers to it are not used any more.
         unsafe { libc::munmap(self.area.as_ptr().byte_sub(FRONT).cast(), SIZE) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_stays_so_when_there_are_more_entries() {
+        let mut own = OwnArea::new();
+        let area = own.get();
+        // Every index of the few, the first and the last too, in pages all over; one in three may be
+        // written.
+        let page = |n: usize| ((n * 37 % 64 * FEW + n) as u64) << PAGE_SHIFT;
+        for _ in 0..PATIENCE {
+            for n in 0..FEW {
+                area.fill(page(n), 0x10_0000 + (n << PAGE_SHIFT), 0, n % 3 == 0);
+            }
+        }
+        assert_eq!(area.entries(), FEW);
+        let more = 5_u64 << 40;
+        area.fill(more, 0x10_0000, 0, false);
+        assert_eq!(area.entries(), MANY);
+        for n in 0..FEW {
+            let tag = page(n).wrapping_neg();
+            let at = area.index(page(n));
+            if at == area.index(more) {
+                continue;
+            }
+            assert_eq!(area.read[at], tag, "{n}");
+            assert_eq!(area.write[at] == tag, n % 3 == 0, "{n}");
+            let host = page(n).wrapping_add(area.addend[at]);
+            assert_eq!(host, 0x10_0000 + ((n as u64) << PAGE_SHIFT), "{n}");
+        }
+        // Nothing else is found.
+        let known = |at: usize| area.index(area.read[at].wrapping_neg()) == at;
+        assert_eq!(
+            (0..MANY).filter(|&at| known(at)).count(),
+            FEW + 1 - usize::from(area.index(more) == area.index(page(0)))
+        );
+        area.drop_all();
+        assert!((0..FEW).all(|at| area.index(area.read[at].wrapping_neg()) != at));
     }
 }
