@@ -33,7 +33,7 @@ impl Settings {
     ///
     /// ```json
     /// {"insecure": ["registry.example:5000"],
-    ///  "mirrors": {"docker.io": ["mirror.example:5000"]}}
+    ///  "mirrors": {"registry.example": ["mirror.example:5000"]}}
     /// ```
     pub fn read(path: &Path) -> Result<Self, RegistryError> {
         let Some(bytes) = read_bounded(path, SETTINGS_MAX)? else {
