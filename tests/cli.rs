@@ -166,7 +166,10 @@ fn failures_name_the_thing() {
             "/nonexistent.tar",
         ),
         (&["run", "dir:/nonexistent"], "/nonexistent"),
-        (&["run", "no-such-image"], "no-such-image"),
+        (
+            &["run", "--pull", "never", "no-such-image"],
+            "no-such-image",
+        ),
         (&["rmi", "no-such-image"], "no-such-image"),
         (
             &["boot", "--kernel", "/nonexistent/kernel"],
