@@ -16,6 +16,7 @@ use std::ptr::{self, NonNull};
 
 use crate::code::arena::{Arena, UNIT};
 use crate::code::directory::{Directory, List, Lists, granule};
+use crate::code::found::Found;
 use crate::code::fuse::Lowered;
 use crate::code::lower::no_forms;
 use crate::code::op::Op;
@@ -37,9 +38,6 @@ const LARGEST: usize = 64 << 10;
 const MUCH: usize = 1 << 20;
 /// Entries of the jump cache.
 const JUMPS: usize = 1 << 14;
-/// Entries of the table of what was found last.
-const FOUND: usize = 1 << 16;
-
 /// Ops that run one after the other, right behind this in memory.
 #[repr(C)]
 pub(crate) struct Block {
@@ -306,7 +304,7 @@ pub(super) struct NewBlock<'a> {
 }
 
 /// Where the address is in a block's key, and what is below it: mode, and [`KeyBits::ONE`].
-const KEY_SHIFT: u32 = 9;
+pub(super) const KEY_SHIFT: u32 = 9;
 const KEY_BITS: u16 = (1 << KEY_SHIFT) - 1;
 
 /// Where the epoch is in what must agree beside the linear address.
@@ -334,20 +332,6 @@ const NO_JUMP: Jump = Jump {
     key: 0,
     block: 0,
 };
-
-/// What was found under a key, or will be: all zeros is nothing.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Found {
-    key: u64,
-    /// Index in the arena.
-    block: u32,
-    /// Offset in the buffer of the code for jumps to the block; 0 if none is known. What is there leads on
-    /// though the trace is gone, as what the jump caches have does.
-    code: u32,
-}
-
-const _: () = assert!(size_of::<Found>() == 16);
 
 /// Memory for decoding, kept from block to block.
 pub(super) struct Scratch {
@@ -378,8 +362,8 @@ pub struct CodeCache {
     arena: Arena,
     directory: Directory,
     jumps: Box<[Jump; JUMPS]>,
-    /// Blocks by key, each where its key's hash says: what is asked for again takes one look.
-    found: Box<[Cell<Found>; FOUND]>,
+    /// What was asked for last.
+    found: Found,
     /// Address space, mode, privilege and epoch: what must agree beside the linear address.
     key: u32,
     /// The same for pages that all address spaces have.
@@ -415,7 +399,7 @@ impl CodeCache {
             jit: Jit::new(tuning),
             directory: Directory::new(),
             jumps: no_jumps(),
-            found: nothing_found(),
+            found: Found::new(),
             key: 0,
             global_key: 0,
             epoch: 0,
@@ -452,7 +436,7 @@ impl CodeCache {
         self.begin();
         self.directory.clear();
         self.jumps.fill(NO_JUMP);
-        self.found.fill(Cell::default());
+        self.found.clear();
         self.fused.clear();
         self.jit.lose_blocks();
     }
@@ -464,7 +448,7 @@ impl CodeCache {
         self.begin();
         self.directory.clear();
         self.jumps = no_jumps();
-        self.found = nothing_found();
+        self.found = Found::new();
         self.pages.fill(0);
         self.fused = FusedCode::default();
         self.scratch = Scratch::new();
@@ -582,47 +566,31 @@ impl CodeCache {
 
     /// The block under a key, current or not.
     pub(crate) fn find(&self, key: u64) -> Option<BlockRef> {
-        match self.found[found_index(key)].get() {
-            found if found.key == key && found.block != 0 => {
-                Some(BlockRef(self.arena.at(found.block).cast()))
-            }
-            _ => self
+        match self.found.block(key) {
+            Some(block) => Some(BlockRef(self.arena.at(block).cast())),
+            None => self
                 .find_listed(key)
                 .inspect(|&block| self.note_found(key, block)),
         }
     }
 
     fn note_found(&self, key: u64, block: BlockRef) {
-        self.found[found_index(key)].set(Found {
-            key,
-            block: self.arena.index_of(block.0.cast()),
-            code: 0,
-        });
+        self.found.note(key, self.arena.index_of(block.0.cast()));
     }
 
     /// The code for jumps to the block under a key, if it was found last.
     pub(crate) fn find_code(&self, key: u64) -> Option<u32> {
-        let found = self.found[found_index(key)].get();
-        (found.key == key && found.code != 0).then_some(found.code)
+        self.found.code(key)
     }
 
     /// Takes note of it.
     pub(crate) fn note_code(&self, key: u64, code: u32) {
-        let slot = &self.found[found_index(key)];
-        let found = slot.get();
-        if found.key == key && found.block != 0 {
-            slot.set(Found { code, ..found });
-        }
+        self.found.note_code(key, code);
     }
 
     /// Takes note that the compiled code is another from here on.
     pub(crate) fn forget_codes(&self) {
-        for slot in self.found.iter() {
-            slot.set(Found {
-                code: 0,
-                ..slot.get()
-            });
-        }
+        self.found.forget_codes();
     }
 
     fn find_listed(&self, key: u64) -> Option<BlockRef> {
@@ -671,21 +639,6 @@ fn listed(arena: &Arena, index: u32) -> Option<BlockRef> {
 fn no_jumps() -> Box<[Jump; JUMPS]> {
     // SAFETY: jumps of zeros are `NO_JUMP`.
     unsafe { Box::<[Jump; JUMPS]>::new_zeroed().assume_init() }
-}
-
-fn nothing_found() -> Box<[Cell<Found>; FOUND]> {
-    // SAFETY: zeros are key 0, and no block.
-    unsafe { Box::<[Cell<Found>; FOUND]>::new_zeroed().assume_init() }
-}
-
-/// Blocks of one granule are in one cache line, and those of one page in as much as a page: who asks for
-/// one asks for its neighbours next.
-#[inline(always)]
-fn found_index(key: u64) -> usize {
-    let gpa = key >> KEY_SHIFT;
-    let hash = (gpa >> PAGE_SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-    let line = hash ^ granule(gpa) as u64;
-    (line << 2 | gpa >> 4 & 3) as usize & (FOUND - 1)
 }
 
 #[inline(always)]

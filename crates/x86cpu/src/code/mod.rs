@@ -5,6 +5,7 @@ mod cache;
 mod decode;
 mod directory;
 mod execute;
+mod found;
 mod fuse;
 mod lower;
 mod op;
