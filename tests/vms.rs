@@ -570,7 +570,8 @@ fn who_is_not_there_is_named() {
         &["run", "--from-snapshot", "nobody"],
         &["no snapshot 'nobody'"],
     );
-    home.refused(&["run", "-d", "no-such-image"], &["no-such-image"]);
+    let missing = ["run", "-d", "--pull", "never", "no-such-image"];
+    home.refused(&missing, &["no-such-image"]);
     home.refused(
         &["run", "-d", "--hypervisor", "soft", "dir:/nonexistent"],
         &["/nonexistent"],

@@ -6,6 +6,7 @@
 )]
 
 pub mod home;
+pub mod registry;
 
 use std::io::{Read, Write};
 use std::path::PathBuf;

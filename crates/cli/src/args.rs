@@ -1,5 +1,6 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
+mod images;
 mod network;
 mod pool;
 mod snapshot;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use images::*;
 pub use network::*;
 pub use pool::*;
 pub use snapshot::*;
@@ -81,10 +83,22 @@ pub enum Command {
     Pool(PoolArgs),
     /// Boot a kernel
     Boot(BootArgs),
+    /// Get images from their registries
+    Pull(PullArgs),
+    /// Send images to their registries
+    Push(PushArgs),
+    /// Give an image a further name
+    Tag(TagArgs),
     /// List the images in the store
     Images(ImagesArgs),
     /// Remove images from the store
     Rmi(RmiArgs),
+    /// Write images to an archive, for docker and others too
+    Save(SaveArgs),
+    /// Bring the images of an archive into the store
+    Load(LoadArgs),
+    /// Look into images, and remove those without a name
+    Image(ImageArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
@@ -240,6 +254,16 @@ pub struct RunArgs {
     #[arg(long)]
     pub fresh: bool,
 
+    /// When to get the image from its registry
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        default_value_t,
+        conflicts_with = "from_snapshot"
+    )]
+    pub pull: PullArg,
+
     /// Host name inside
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
@@ -280,7 +304,7 @@ pub struct RunArgs {
     #[arg(
         value_name = "IMAGE",
         required_unless_present = "from_snapshot",
-        help = "demo, the name of an image in the store, oci:DIR[:TAG], oci-archive:TAR, \
+        help = "demo, the name of an image in the store or in a registry, oci:DIR[:TAG], oci-archive:TAR, \
                 docker-archive:TAR, or dir:ROOTFS"
     )]
     pub image: Option<String>,
@@ -317,6 +341,10 @@ pub struct WarmArgs {
     /// Its network, which later runs have to have or not to have too
     #[command(flatten)]
     pub reach: ReachArgs,
+
+    /// When to get the image from its registry
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
+    pub pull: PullArg,
 
     /// The machine, which later runs have to ask for too
     #[command(flatten)]
@@ -581,25 +609,6 @@ pub struct BootArgs {
     /// The machine
     #[command(flatten)]
     pub machine: MachineArgs,
-}
-
-/// `skerry images`.
-#[derive(Debug, Args)]
-pub struct ImagesArgs {
-    /// How to print
-    #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
-    /// Only the digests
-    #[arg(short, long)]
-    pub quiet: bool,
-}
-
-/// `skerry rmi`.
-#[derive(Debug, Args)]
-pub struct RmiArgs {
-    /// Names or digests
-    #[arg(required = true, value_name = "IMAGE")]
-    pub images: Vec<String>,
 }
 
 /// `skerry doctor`.

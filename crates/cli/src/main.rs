@@ -9,6 +9,7 @@ mod args;
 mod commands;
 mod dates;
 mod output;
+mod progress;
 mod status;
 mod terminal;
 
@@ -56,8 +57,14 @@ fn main() -> ExitCode {
         Command::PoolHost => commands::pool::host(),
         Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),
+        Command::Pull(args) => commands::registry::pull(&args),
+        Command::Push(args) => commands::registry::push(&args),
+        Command::Tag(args) => commands::registry::tag(&args),
         Command::Images(args) => commands::images::list(&args),
         Command::Rmi(args) => commands::images::remove(&args),
+        Command::Save(args) => commands::archives::save(&args),
+        Command::Load(args) => commands::archives::load(&args),
+        Command::Image(args) => commands::images::execute(&args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),

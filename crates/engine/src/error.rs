@@ -90,6 +90,17 @@ pub enum EngineError {
     /// What should name an image does not.
     #[error(transparent)]
     ImageName(#[from] skerry_oci::RefError),
+    /// What should name an image of a registry does not.
+    #[error(transparent)]
+    RegistryName(#[from] skerry_oci::NameError),
+    /// A name that only the content itself can give.
+    #[error("{0} has a digest, which isn't given but computed: tag with a name without it")]
+    TagWithDigest(String),
+    /// An image that is not a registry's.
+    #[error(
+        "The image {0} comes from no registry, so that it can't be pulled: leave out --pull always"
+    )]
+    NotFromRegistry(String),
     /// A disk can't be had.
     #[error(transparent)]
     Disk(#[from] DiskError),

@@ -42,7 +42,7 @@ pub use paths::Paths;
 pub use skerry_machine::{
     CrashReason, MachineHandle, MachineRemote, Outcome, ProcessorStatistics, Sampler, TimeShares,
 };
-pub use skerry_oci::{Image, ImageRef, Progress, Removed};
+pub use skerry_oci::{Digest, Image, ImageRef, Name, Progress, Pulled, Pushed, Removed};
 pub use skerry_protocol::message::{ExitStatus, FailureKind, WinSize};
 pub use soft::{SoftMode, SoftOptions};
 pub use statistics::Statistics;

@@ -62,7 +62,7 @@ fn set_or_default<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Stri
 }
 
 /// The whole configuration document.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub(crate) struct ConfigDocument {
     #[serde(default)]
     pub architecture: String,
@@ -74,7 +74,7 @@ pub(crate) struct ConfigDocument {
 }
 
 /// The layers of an image, by the digests of their unpacked streams.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub(crate) struct RootFs {
     #[serde(default, deserialize_with = "or_default")]
     pub diff_ids: Vec<Digest>,

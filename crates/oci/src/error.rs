@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::digest::{Digest, DigestError};
 use crate::erofs::ReadError;
 use crate::layer::LayerError;
+use crate::registry::RegistryError;
 use crate::tar::TarError;
 
 /// An error of an image or of the store; the thing is always named.
@@ -14,9 +15,12 @@ use crate::tar::TarError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A registry, or what was said about it.
+    #[error(transparent)]
+    Registry(Box<RegistryError>),
     /// A name that the store doesn't have.
     #[error(
-        "There is no image '{name}' in the store; `skerry images` lists what there is, and `oci:DIR`, `oci-archive:TAR`, `docker-archive:TAR` or `dir:ROOTFS` name one outside of it"
+        "There is no image '{name}' in the store; `skerry images` lists what there is, `skerry pull` gets one from a registry, and `oci:DIR`, `oci-archive:TAR`, `docker-archive:TAR` or `dir:ROOTFS` name one outside of it"
     )]
     NoSuchImage {
         /// What was asked for.
@@ -192,6 +196,12 @@ pub enum Error {
         /// What was noticed.
         source: io::Error,
     },
+    /// An archive of images that can't be written.
+    #[error("The archive can't be written; check the disk and the permissions of where it goes")]
+    Save {
+        /// Why.
+        source: io::Error,
+    },
     /// Larger than the format allows.
     #[error("Image '{image}' is larger than 16 TiB, more than its file system can hold")]
     ImageSize {
@@ -246,7 +256,21 @@ pub enum Error {
     },
 }
 
+impl From<RegistryError> for Error {
+    fn from(error: RegistryError) -> Self {
+        Error::Registry(Box::new(error))
+    }
+}
+
 impl Error {
+    /// What a registry did, where that is what went wrong.
+    pub fn of_registry(&self) -> Option<&RegistryError> {
+        match self {
+            Error::Registry(error) => Some(error),
+            _ => None,
+        }
+    }
+
     /// An error of the store's own files; a full disk is told apart.
     pub(crate) fn store(
         store: &std::path::Path,

@@ -22,6 +22,13 @@ pub(crate) enum Files {
         bytes: Bytes,
         members: HashMap<String, Member>,
     },
+    /// Parts that were fetched one by one.
+    Parts {
+        image: String,
+        parts: HashMap<String, Bytes>,
+        /// The files of the store that hold some of them: they can be linked.
+        paths: HashMap<String, PathBuf>,
+    },
 }
 
 /// Bytes that can be read at any place, by several readers.
@@ -29,20 +36,24 @@ pub(crate) enum Files {
 pub(crate) enum Bytes {
     File(Arc<File>),
     Static(&'static [u8]),
+    Memory(Arc<[u8]>),
+}
+
+fn copy_at(bytes: &[u8], buf: &mut [u8], offset: u64) -> usize {
+    let start = usize::try_from(offset)
+        .unwrap_or(usize::MAX)
+        .min(bytes.len());
+    let part = buf.len().min(bytes.len() - start);
+    buf[..part].copy_from_slice(&bytes[start..start + part]);
+    part
 }
 
 impl Bytes {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         match self {
             Bytes::File(file) => file.read_at(buf, offset),
-            Bytes::Static(bytes) => {
-                let start = usize::try_from(offset)
-                    .unwrap_or(usize::MAX)
-                    .min(bytes.len());
-                let part = buf.len().min(bytes.len() - start);
-                buf[..part].copy_from_slice(&bytes[start..start + part]);
-                Ok(part)
-            }
+            Bytes::Static(bytes) => Ok(copy_at(bytes, buf, offset)),
+            Bytes::Memory(bytes) => Ok(copy_at(bytes, buf, offset)),
         }
     }
 
@@ -50,6 +61,7 @@ impl Bytes {
         match self {
             Bytes::File(file) => Ok(file.metadata()?.len()),
             Bytes::Static(bytes) => Ok(bytes.len() as u64),
+            Bytes::Memory(bytes) => Ok(bytes.len() as u64),
         }
     }
 }
@@ -219,7 +231,17 @@ impl Files {
 
     pub(crate) fn image(&self) -> &str {
         match self {
-            Files::Directory { image, .. } | Files::Archive { image, .. } => image,
+            Files::Directory { image, .. }
+            | Files::Archive { image, .. }
+            | Files::Parts { image, .. } => image,
+        }
+    }
+
+    /// The store's own file that holds a part.
+    pub(crate) fn own_path(&self, name: &str) -> Option<&Path> {
+        match self {
+            Files::Parts { paths, .. } => paths.get(name).map(PathBuf::as_path),
+            _ => None,
         }
     }
 
@@ -259,6 +281,13 @@ impl Files {
                     }
                 }
             }
+            Files::Parts { parts, .. } => match parts.get(name) {
+                Some(bytes) => {
+                    let len = bytes.len().map_err(|error| self.unreadable(name, error))?;
+                    (bytes.clone(), 0, len)
+                }
+                None => return Ok(None),
+            },
         };
         Ok(Some((
             Cursor {
@@ -275,6 +304,7 @@ impl Files {
         let path = match self {
             Files::Directory { dir, .. } => dir.join(name),
             Files::Archive { path, .. } => path.clone(),
+            Files::Parts { paths, .. } => paths.get(name).cloned().unwrap_or_else(|| name.into()),
         };
         Error::Source {
             image: self.image().to_owned(),

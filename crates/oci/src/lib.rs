@@ -13,6 +13,10 @@
 //!                                             ▼
 //!                                      erofs ──▶ store: images/DIGEST/rootfs.erofs
 //! ```
+//! A registry's image takes the same way: [pulling](Store::pull) fetches its parts, which become
+//! [files](Store::import) like those of a layout. What an image was made from stays beside it, for
+//! [pushing](Store::push) and [saving](Store::save).
+//!
 //! `engine` opens a [`Store`], asks it to [import](Store::import) what the user named, and hands
 //! the file at [`Image::rootfs`] to a read-only block device. The guest's kernel mounts it as
 //! EROFS and puts a writable overlay above it.
@@ -26,6 +30,7 @@ mod convert;
 mod digest;
 mod erofs;
 mod error;
+mod export;
 mod files;
 #[doc(hidden)]
 pub mod fuzz;
@@ -34,6 +39,8 @@ mod layer;
 mod lock;
 mod manifest;
 mod reference;
+mod registry;
+mod source;
 mod spool;
 mod store;
 mod tar;
@@ -47,8 +54,10 @@ pub use erofs::ReadError;
 #[doc(hidden)]
 pub use erofs::{Inode, InodeKind, Reader};
 pub use error::Error;
+pub use export::Loaded;
 pub use layer::{LayerError, Limits};
 pub use reference::{ImageRef, RefError};
+pub use registry::{Name, NameError, Pulled, Pushed, RegistryError, Settings};
 pub use store::{Image, Listing, Progress, Removed, Store};
 pub use tar::TarError;
 pub use tree::TreeError;

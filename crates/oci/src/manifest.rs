@@ -13,9 +13,9 @@ use crate::files::{Cursor, Files};
 use crate::layer::Compression;
 
 /// Real ones have some kilobytes; registries refuse those above 4 MiB.
-const DOCUMENT_MAX: u64 = 8 << 20;
+pub(crate) const DOCUMENT_MAX: u64 = 8 << 20;
 /// An index may name indexes; how deep that goes.
-const INDEX_DEPTH: usize = 4;
+pub(crate) const INDEX_DEPTH: usize = 4;
 
 /// What names a piece of content (OCI image-spec, descriptor.md).
 #[derive(Debug, Clone, Deserialize)]
@@ -24,6 +24,8 @@ struct Descriptor {
     #[serde(default)]
     media_type: String,
     digest: String,
+    #[serde(default)]
+    size: Option<u64>,
     #[serde(default)]
     platform: Option<Platform>,
     #[serde(default)]
@@ -75,16 +77,21 @@ pub(crate) struct LayerSource {
 }
 
 /// An image found in its files, its configuration checked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Resolved {
     /// Of the configuration, which names the layers by content: the same image has the same
     /// digest in whatever form it is stored.
     pub digest: Digest,
     pub config: ConfigDocument,
+    /// The file of the configuration.
+    pub config_file: String,
     pub layers: Vec<LayerSource>,
+    /// The manifest, as it travels; docker's archives have none.
+    pub manifest: Option<Vec<u8>>,
 }
 
-fn blob(digest: &Digest) -> String {
+/// The file of a blob in an image layout, and in the store.
+pub(crate) fn blob(digest: &Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }
 
@@ -170,6 +177,8 @@ impl Files {
 const COPY_AGAIN: &str = ", which it names; save or copy it again";
 const NO_LAYOUT: &str =
     "; is it an OCI image layout? `docker-archive:` and `dir:` name other forms";
+const NO_ARCHIVE: &str =
+    "; is it an OCI image layout, or from `docker save`? Other archives can't be loaded";
 const NO_DOCKER: &str =
     "; is it from `docker save`? `oci-archive:` names an OCI image layout in a tar file";
 
@@ -311,7 +320,13 @@ fn from_descriptor(
             config: Some(config),
             layers: Some(layers),
             ..
-        } => from_manifest(files, &config, &layers, others),
+        } => {
+            let resolved = from_manifest(files, &config, &layers, others)?;
+            Ok(resolved.map(|resolved| Resolved {
+                manifest: Some(bytes),
+                ..resolved
+            }))
+        }
         IndexOrManifest {
             fs_layers: Some(_), ..
         } => Err(media_type(files, "manifest (schema 1)", descriptor)),
@@ -369,16 +384,28 @@ fn from_manifest(
         let compression = layer_compression(&layer.media_type)
             .ok_or_else(|| media_type(files, "layer", layer))?;
         let digest = files.digest(&layer.digest)?;
-        sources.push((blob(&digest), Some(digest), compression));
+        sources.push(LayerFile {
+            file: blob(&digest),
+            digest: Some(digest),
+            compression,
+        });
     }
-    with_layers(files, digest, document, sources).map(Some)
+    let config = (blob(&digest), document);
+    with_layers(files, digest, config, sources).map(Some)
+}
+
+/// A layer before the configuration says what it unpacks to.
+struct LayerFile {
+    file: String,
+    digest: Option<Digest>,
+    compression: Option<Compression>,
 }
 
 fn with_layers(
     files: &Files,
     digest: Digest,
-    config: ConfigDocument,
-    sources: Vec<(String, Option<Digest>, Option<Compression>)>,
+    (config_file, config): (String, ConfigDocument),
+    sources: Vec<LayerFile>,
 ) -> Result<Resolved, Error> {
     let (layers, diff_ids) = (sources.len(), config.rootfs.diff_ids.len());
     if layers != diff_ids {
@@ -391,17 +418,19 @@ fn with_layers(
     let layers = sources
         .into_iter()
         .zip(&config.rootfs.diff_ids)
-        .map(|((file, digest, compression), diff_id)| LayerSource {
-            file,
-            digest,
-            compression,
+        .map(|(layer, diff_id)| LayerSource {
+            file: layer.file,
+            digest: layer.digest,
+            compression: layer.compression,
             diff_id: *diff_id,
         })
         .collect();
     Ok(Resolved {
         digest,
         config,
+        config_file,
         layers,
+        manifest: None,
     })
 }
 
@@ -443,6 +472,10 @@ fn resolve_docker_in(
             }
         }
     };
+    docker_image(files, manifest)
+}
+
+fn docker_image(files: &Files, manifest: &DockerManifest) -> Result<Resolved, Error> {
     let bytes = files.document(&manifest.config, COPY_AGAIN)?;
     let digest = Digest::of(&bytes);
     // The file is named by its digest.
@@ -462,8 +495,79 @@ fn resolve_docker_in(
     // A layer's file may have a digest as its name too, but of something else than its bytes in
     // older archives; the configuration's digests of the unpacked streams are what is checked.
     let layers = manifest.layers.iter().flatten();
-    let sources = layers.map(|layer| (layer.clone(), None, None)).collect();
-    with_layers(files, digest, config, sources)
+    let sources = layers.map(|layer| LayerFile {
+        file: layer.clone(),
+        digest: None,
+        compression: None,
+    });
+    let config = (manifest.config.clone(), config);
+    with_layers(files, digest, config, sources.collect())
+}
+
+/// All the images for our platform, each with a name that is said to be its own.
+pub(crate) fn images_in(files: &Files) -> Result<Vec<(Option<String>, Resolved)>, Error> {
+    let mut all = Vec::new();
+    if files.open("index.json")?.is_none() {
+        let bytes = files.document("manifest.json", NO_ARCHIVE)?;
+        let images: Vec<DockerManifest> = files.parse("manifest.json", &bytes)?;
+        for image in &images {
+            let names = image.repo_tags.clone().unwrap_or_default();
+            push_named(&mut all, names, &docker_image(files, image)?);
+        }
+        return Ok(all);
+    }
+    let bytes = files.document("index.json", NO_LAYOUT)?;
+    let index: IndexOrManifest = files.parse("index.json", &bytes)?;
+    let mut others = Vec::new();
+    for descriptor in index.manifests.iter().flatten() {
+        let one = std::slice::from_ref(descriptor);
+        if let Some(resolved) = from_descriptors(files, one, INDEX_DEPTH, &mut others)? {
+            // A bare tag says nothing of what it is a tag of.
+            let names = names_of(descriptor).into_iter();
+            let whole = names.filter(|name| name.contains(['/', ':'])).take(1);
+            push_named(&mut all, whole.map(str::to_owned).collect(), &resolved);
+        }
+    }
+    match all.is_empty() {
+        true => Err(foreign(files, others)),
+        false => Ok(all),
+    }
+}
+
+fn push_named(all: &mut Vec<(Option<String>, Resolved)>, names: Vec<String>, resolved: &Resolved) {
+    if names.is_empty() {
+        all.push((None, resolved.clone()));
+    }
+    all.extend(names.into_iter().map(|name| (Some(name), resolved.clone())));
+}
+
+/// A document that names the rest of an image, as a registry sends it.
+pub(crate) enum Part {
+    /// Manifests that may be for our platform, in their order, with their sizes.
+    Index(Vec<(Digest, Option<u64>)>),
+    /// The configuration and the layers of an image, with their sizes.
+    Image(Vec<(Digest, Option<u64>)>),
+}
+
+/// What to get after a manifest or an index; nothing where it is neither, which resolving it says.
+pub(crate) fn part(bytes: &[u8]) -> Part {
+    let known = |descriptor: &Descriptor| Some((descriptor.digest.parse().ok()?, descriptor.size));
+    let ours = |descriptor: &&Descriptor| {
+        let platform = descriptor.platform.as_ref();
+        platform.is_none_or(|p| p.os == "linux" && p.architecture == "amd64")
+    };
+    match serde_json::from_slice(bytes) {
+        Ok(IndexOrManifest {
+            manifests: Some(manifests),
+            ..
+        }) => Part::Index(manifests.iter().filter(ours).filter_map(known).collect()),
+        Ok(IndexOrManifest {
+            config: Some(config),
+            layers: Some(layers),
+            ..
+        }) => Part::Image([config].iter().chain(&layers).filter_map(known).collect()),
+        _ => Part::Index(Vec::new()),
+    }
 }
 
 fn has_tag(name: &str, tag: &str) -> bool {

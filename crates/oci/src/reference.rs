@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::registry::Name;
+
 /// Where an image comes from.
 ///
 /// In the forms with a path and a tag the first `:` ends the path, as for skopeo.
@@ -166,7 +168,10 @@ fn stored_name(image: &str) -> Result<ImageRef, RefError> {
     let Some(first) = chars.next() else {
         return Err(RefError::Empty);
     };
-    let bad = if first.is_ascii_alphanumeric() {
+    // The host of a registry may be an IPv6 address in brackets.
+    let bad = if first == '[' && image.parse::<Name>().is_ok() {
+        None
+    } else if first.is_ascii_alphanumeric() {
         chars.find(|c| !(c.is_ascii_alphanumeric() || "._-/:@".contains(*c)))
     } else {
         Some(first)

@@ -5,6 +5,8 @@
 //!      images/HEX/            one image, HEX being its digest
 //!          image.json           what `Record` says
 //!          rootfs.erofs         the root file system
+//!          source/              what it was made from, as it travels: see `source`
+//!      downloads/HEX        parts of images that a pull has received, and HEX.part, not all yet
 //!      names.json             names → digests
 //!      locks/HEX, names, tmp  files to lock; never removed while anyone may wait for them
 //!      tmp/HEX/               an image being converted or removed, by the holder of locks/HEX
@@ -20,7 +22,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -31,16 +33,33 @@ use crate::files::Files;
 use crate::layer::Limits;
 use crate::lock::Lock;
 use crate::manifest::{Resolved, resolve_docker, resolve_oci};
+use crate::registry::Name;
+use crate::source::SOURCE;
 use crate::{Error, ImageRef, erofs};
 
 /// The layout of the store together with the rules by which images are converted: a change of
 /// either makes a new store.
 const FORMAT: &str = "skerry-images-1\n";
 
+/// Where a pull keeps what it has received.
+pub(crate) const DOWNLOADS: &str = "downloads";
+
+/// How long, for a pull that goes on.
+const DOWNLOADS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+
 /// What an import is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Progress {
+    /// A part of an image travels from or to a registry.
+    Transfer {
+        /// Which.
+        digest: Digest,
+        /// Bytes that have arrived; those that were there before are among them.
+        done: u64,
+        /// Of how many, where that is known.
+        size: Option<u64>,
+    },
     /// Another process converts the same image; its result will be used.
     Waiting,
     /// A layer is unpacked.
@@ -128,15 +147,24 @@ impl Drop for Transient {
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
-    limits: Limits,
+    pub(crate) limits: Limits,
 }
 
-fn or_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+pub(crate) fn or_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// The names under which the store may have what is called so: as it was said, with the tag that
+/// is left out, and as a registry has it.
+fn known_as(name: &str) -> impl Iterator<Item = String> {
+    let in_registry = name.parse::<Name>().ok().map(|name| name.to_string());
+    [name.to_owned(), format!("{name}:latest")]
+        .into_iter()
+        .chain(in_registry)
 }
 
 impl Store {
@@ -146,7 +174,7 @@ impl Store {
             root: root.into(),
             limits: Limits::default(),
         };
-        for dir in ["images", "locks", "tmp"] {
+        for dir in ["images", "locks", "tmp", DOWNLOADS] {
             let path = store.root.join(dir);
             // An image's files may be nobody else's business: its /etc/shadow is in there.
             let mut builder = std::fs::DirBuilder::new();
@@ -185,24 +213,24 @@ impl Store {
         &self.root
     }
 
-    fn failed(&self, action: &'static str, path: &Path, source: io::Error) -> Error {
+    pub(crate) fn failed(&self, action: &'static str, path: &Path, source: io::Error) -> Error {
         Error::store(&self.root, action, path, source)
     }
 
-    fn entry(&self, digest: &Digest) -> PathBuf {
+    pub(crate) fn entry(&self, digest: &Digest) -> PathBuf {
         self.root.join("images").join(digest.hex())
     }
 
-    fn tmp(&self, name: &str) -> PathBuf {
+    pub(crate) fn tmp(&self, name: &str) -> PathBuf {
         self.root.join("tmp").join(name)
     }
 
-    fn lock(&self, name: &str) -> Result<Lock, Error> {
+    pub(crate) fn lock(&self, name: &str) -> Result<Lock, Error> {
         let path = self.root.join("locks").join(name);
         Lock::exclusive(&path).map_err(|error| self.failed("lock", &path, error))
     }
 
-    fn try_lock(&self, name: &str) -> Result<Option<Lock>, Error> {
+    pub(crate) fn try_lock(&self, name: &str) -> Result<Option<Lock>, Error> {
         let path = self.root.join("locks").join(name);
         Lock::try_exclusive(&path).map_err(|error| self.failed("lock", &path, error))
     }
@@ -214,7 +242,7 @@ impl Store {
             .map_err(|error| self.failed("remove", path, error))
     }
 
-    fn file_names(&self, dir: &str) -> Result<Vec<String>, Error> {
+    pub(crate) fn file_names(&self, dir: &str) -> Result<Vec<String>, Error> {
         let path = self.root.join(dir);
         let failed = |error| self.failed("read", &path, error);
         let mut names = Vec::new();
@@ -243,7 +271,7 @@ impl Store {
                 }
             }
         }
-        Ok(())
+        self.drop_downloads(DOWNLOADS_KEPT)
     }
 
     /// Makes an image ready: finds it in the store, or converts it into the store.
@@ -289,7 +317,7 @@ impl Store {
         self.import_resolved(name, &files, &resolved, progress)
     }
 
-    fn import_resolved(
+    pub(crate) fn import_resolved(
         &self,
         name: &str,
         files: &Files,
@@ -297,15 +325,27 @@ impl Store {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Image, Error> {
         let digest = resolved.digest;
-        if !matches!(self.load(&digest), Ok(Some(_))) {
-            self.convert_once(name, files, resolved, progress)?;
-        }
+        self.provide(name, files, resolved, progress)?;
         self.set_name(name, digest)?;
         let image = self.load(&digest)?;
         // Somebody may have removed it this moment.
         image.ok_or_else(|| Error::NoSuchImage {
             name: name.to_owned(),
         })
+    }
+
+    /// Sees to it that the store has an image, under whatever name.
+    pub(crate) fn provide(
+        &self,
+        name: &str,
+        files: &Files,
+        resolved: &Resolved,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), Error> {
+        if matches!(self.load(&resolved.digest), Ok(Some(_))) {
+            return Ok(());
+        }
+        self.convert_once(name, files, resolved, progress)
     }
 
     fn convert_once(
@@ -376,6 +416,7 @@ impl Store {
             rootfs: written.digest,
             config: resolved.config.config.clone(),
         };
+        self.keep_source(files, resolved, &dir.join(SOURCE))?;
         self.write_json(&dir.join("image.json"), &record)?;
         self.sync_directory(dir)
     }
@@ -389,7 +430,7 @@ impl Store {
         write().map_err(|error| self.failed("write", path, error))
     }
 
-    fn sync_directory(&self, path: &Path) -> Result<(), Error> {
+    pub(crate) fn sync_directory(&self, path: &Path) -> Result<(), Error> {
         let sync = || File::open(path)?.sync_all();
         sync().map_err(|error| self.failed("write", path, error))
     }
@@ -437,7 +478,7 @@ impl Store {
     }
 
     /// Reads an entry; `None` when there is none.
-    fn load(&self, digest: &Digest) -> Result<Option<Image>, Error> {
+    pub(crate) fn load(&self, digest: &Digest) -> Result<Option<Image>, Error> {
         let dir = self.entry(digest);
         let path = dir.join("image.json");
         let corrupt = |problem: String| Error::Corrupt {
@@ -506,7 +547,7 @@ impl Store {
         }
     }
 
-    fn digests(&self) -> Result<Vec<Digest>, Error> {
+    pub(crate) fn digests(&self) -> Result<Vec<Digest>, Error> {
         let names = self.file_names("images")?;
         let mut digests: Vec<_> = names
             .iter()
@@ -533,12 +574,10 @@ impl Store {
     }
 
     /// The digest that a name, a digest or the start of one stands for.
-    fn find(&self, name: &str) -> Result<Digest, Error> {
+    pub(crate) fn find(&self, name: &str) -> Result<Digest, Error> {
         let digests = self.digests()?;
         let names = self.names()?;
-        let named = names
-            .get(name)
-            .or_else(|| names.get(&format!("{name}:latest")));
+        let named = known_as(name).find_map(|name| names.get(&name));
         if let Some(digest) = named.filter(|digest| digests.contains(digest)) {
             return Ok(*digest);
         }
@@ -575,8 +614,7 @@ impl Store {
     pub fn remove(&self, name: &str) -> Result<Removed, Error> {
         let digest = self.find(name)?;
         let is_last = self.change_names(|names| {
-            let exact = [name.to_owned(), format!("{name}:latest")];
-            let by_name = exact.iter().any(|name| names.remove(name).is_some());
+            let by_name = known_as(name).any(|name| names.remove(&name).is_some());
             let is_last = !by_name || !names.values().any(|other| *other == digest);
             if is_last {
                 names.retain(|_, other| *other != digest);
@@ -586,14 +624,54 @@ impl Store {
         if !is_last {
             return Ok(Removed::Name(name.to_owned()));
         }
+        self.remove_entry(&digest)?;
+        Ok(Removed::Image(digest))
+    }
+
+    fn remove_entry(&self, digest: &Digest) -> Result<(), Error> {
         let hex = digest.hex();
         let _lock = self.lock(&hex)?;
-        let (entry, tmp) = (self.entry(&digest), self.tmp(&hex));
+        let (entry, tmp) = (self.entry(digest), self.tmp(&hex));
         self.remove_tree(&tmp)?;
         let moved = or_missing(std::fs::rename(&entry, &tmp));
         moved.map_err(|error| self.failed("remove", &entry, error))?;
-        self.remove_tree(&tmp)?;
-        Ok(Removed::Image(digest))
+        self.remove_tree(&tmp)
+    }
+
+    /// Removes images that have no name, and what broken pulls have left; gives the images.
+    pub fn prune(&self) -> Result<Vec<Digest>, Error> {
+        self.drop_downloads(Duration::ZERO)?;
+        let mut removed = Vec::new();
+        for digest in self.digests()? {
+            // Under the lock of the names, so that nobody gives it one meanwhile.
+            let _names = self.lock("names")?;
+            if !self.names()?.values().any(|named| *named == digest) {
+                self.remove_entry(&digest)?;
+                removed.push(digest);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Removes what was received for pulls that nobody has gone on with for so long.
+    fn drop_downloads(&self, older: Duration) -> Result<(), Error> {
+        for name in self.file_names(DOWNLOADS)? {
+            let path = self.root.join(DOWNLOADS).join(&name);
+            let hex = name.strip_suffix(".part").unwrap_or(&name);
+            if Digest::from_hex(hex).is_none() {
+                continue;
+            }
+            let modified = std::fs::metadata(&path).and_then(|metadata| metadata.modified());
+            let age = modified.map(|at| at.elapsed().unwrap_or_default());
+            // Gone already where that can't be told.
+            if age.is_ok_and(|age| age >= older)
+                && let Some(_lock) = self.try_lock(&format!("blob-{hex}"))?
+            {
+                let removed = or_missing(std::fs::remove_file(&path));
+                removed.map_err(|error| self.failed("remove", &path, error))?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives an image of the store a further name, taking it from another that has it.
@@ -612,7 +690,7 @@ impl Store {
         }
     }
 
-    fn set_name(&self, name: &str, digest: Digest) -> Result<(), Error> {
+    pub(crate) fn set_name(&self, name: &str, digest: Digest) -> Result<(), Error> {
         // Most runs change nothing, and then nobody has to wait.
         if self.names()?.get(name) == Some(&digest) {
             return Ok(());

@@ -1,11 +1,13 @@
 //! One module for each group of verbs.
 
 pub mod about;
+pub mod archives;
 pub mod boot;
 pub mod doctor;
 pub mod images;
 pub mod network;
 pub mod pool;
+pub mod registry;
 pub mod run;
 pub mod snapshot;
 pub mod stats;

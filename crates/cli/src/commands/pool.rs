@@ -8,12 +8,12 @@ use skerry_engine::pools::{self, PoolLaunch, PoolOptions, PoolStats, ResetPolicy
 use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::Begin;
 
-use super::machine_options;
 use super::network::reach;
 use super::run::{Attached, command, finish, from_here};
+use super::{machine_options, registry};
 use crate::args::{
     CommandArgs, Format, PoolArgs, PoolCreateArgs, PoolExecArgs, PoolLsArgs, PoolRmArgs,
-    PoolStatsArgs, PoolVerb, ResetArg,
+    PoolStatsArgs, PoolVerb, PullArg, ResetArg,
 };
 use crate::{output, status};
 
@@ -50,7 +50,10 @@ fn create(paths: &Paths, args: PoolCreateArgs, verbose: u8) -> Result<u8> {
     }
     let begin = match (args.from_snapshot, args.image) {
         (Some(snapshot), _) => Begin::Snapshot(snapshot),
-        (None, Some(image)) => Begin::Image(from_here(image)?),
+        (None, Some(image)) => {
+            registry::provide(paths, &image, PullArg::Missing)?;
+            Begin::Image(from_here(image)?)
+        }
         (None, None) => bail!("Neither an image nor a snapshot was named"),
     };
     let launch = PoolLaunch {

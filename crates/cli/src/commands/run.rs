@@ -15,7 +15,7 @@ use skerry_engine::warm::WarmSpec;
 use skerry_engine::{Image, Paths, WinSize, hypervisor, images};
 
 use super::network::{network, reach};
-use super::{choice, machine_options, soft_options, stats};
+use super::{choice, machine_options, registry, soft_options, stats};
 use crate::args::{CommandArgs, Format, RestoreArgs, RunArgs, WarmArgs};
 use crate::output;
 use crate::terminal::{self, Raw};
@@ -65,6 +65,9 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
         },
     };
     hypervisor::look_ahead(spec.vm.options.hypervisor);
+    if let Begin::Image(image) = &begin {
+        registry::provide(&Paths::of_user()?, image, args.pull)?;
+    }
     let how = How {
         detach: args.detach,
         stats: args.stats.stats,
@@ -96,6 +99,7 @@ pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
 /// Keeps a warm start of an image.
 pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
     let paths = Paths::of_user()?;
+    registry::provide(&paths, &args.image, args.pull)?;
     let image = resolve(&paths, &args.image)?;
     let spec = WarmSpec {
         vm: VmSpec {

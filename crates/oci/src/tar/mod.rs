@@ -1,4 +1,4 @@
-//! Reading tar archives that may be hostile.
+//! Reading tar archives that may be hostile, and writing plain ones.
 //!
 //! What is read: POSIX ustar and pax, GNU (long names, base-256 numbers, all four sparse formats)
 //! and the older v7. Memory is bounded by [`Limits`], whatever the archive claims.
@@ -7,8 +7,10 @@ mod header;
 mod pax;
 mod reader;
 mod sparse;
+mod writer;
 
 pub(crate) use reader::{Skip, Streaming, TarReader};
+pub(crate) use writer::TarWriter;
 
 /// The size of headers and the unit of padding.
 pub(crate) const BLOCK: usize = 512;
