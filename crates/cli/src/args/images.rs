@@ -44,8 +44,12 @@ pub struct PullArgs {
     /// No notes and no progress
     #[arg(short, long)]
     pub quiet: bool,
-    /// Names: [HOST[:PORT]/]REPOSITORY[:TAG|@DIGEST]
-    #[arg(required = true, value_name = "NAME")]
+    /// What to get
+    #[arg(
+        required = true,
+        value_name = "NAME",
+        help = "Names: [HOST[:PORT]/]REPOSITORY[:TAG|@DIGEST]"
+    )]
     pub names: Vec<Name>,
 }
 
@@ -55,8 +59,12 @@ pub struct PushArgs {
     /// No progress, and of the output the name alone
     #[arg(short, long)]
     pub quiet: bool,
-    /// Names: [HOST[:PORT]/]REPOSITORY[:TAG]
-    #[arg(required = true, value_name = "NAME")]
+    /// What to send
+    #[arg(
+        required = true,
+        value_name = "NAME",
+        help = "Names: [HOST[:PORT]/]REPOSITORY[:TAG]"
+    )]
     pub names: Vec<Name>,
 }
 
@@ -66,8 +74,11 @@ pub struct TagArgs {
     /// What names the image, as for run
     #[arg(value_name = "IMAGE")]
     pub image: String,
-    /// The new name: [HOST[:PORT]/]REPOSITORY[:TAG]
-    #[arg(value_name = "NAME")]
+    /// What it is called from now on
+    #[arg(
+        value_name = "NAME",
+        help = "The new name: [HOST[:PORT]/]REPOSITORY[:TAG]"
+    )]
     pub name: Name,
 }
 
