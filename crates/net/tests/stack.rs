@@ -215,12 +215,17 @@ fn neighbours_and_echoes_are_answered_over_ipv6() {
     assert_eq!(answer[58..], [1, 2, 3, 4, 5]);
 }
 
-#[test]
-fn a_connection_from_its_first_packet_to_its_last() {
+/// A host that listens, a guest, and the ends of a connection from the one to the other.
+fn before_a_host() -> (TcpListener, Guest, (u16, SocketAddr)) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
     let port = listener.local_addr().expect("address").port();
-    let mut guest = Guest::in_mode(NetworkMode::Full);
     let ends = (4000, SocketAddr::new(GATEWAY.into(), port));
+    (listener, Guest::in_mode(NetworkMode::Full), ends)
+}
+
+#[test]
+fn a_connection_from_its_first_packet_to_its_last() {
+    let (listener, mut guest, ends) = before_a_host();
     guest.send_tcp(ends, (99, 0), SYN, &[]);
     let (first, ack, flags, _) = guest.receive_tcp();
     assert_eq!((ack, flags), (100, SYN | ACK));
@@ -254,10 +259,7 @@ fn a_connection_from_its_first_packet_to_its_last() {
 
 #[test]
 fn resets_pass_through() {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
-    let port = listener.local_addr().expect("address").port();
-    let mut guest = Guest::in_mode(NetworkMode::Full);
-    let ends = (4000, SocketAddr::new(GATEWAY.into(), port));
+    let (listener, mut guest, ends) = before_a_host();
     guest.send_tcp(ends, (0, 0), SYN, &[]);
     let (first, ..) = guest.receive_tcp();
     guest.send_tcp(ends, (1, first + 1), ACK, &[]);
@@ -361,10 +363,7 @@ fn clients_of_published_ports_are_told_apart() {
 
 #[test]
 fn an_earlier_lifes_connections_are_probed_and_reset() {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
-    let port = listener.local_addr().expect("address").port();
-    let mut guest = Guest::in_mode(NetworkMode::Full);
-    let ends = (4000, SocketAddr::new(GATEWAY.into(), port));
+    let (listener, mut guest, ends) = before_a_host();
     guest.send_tcp(ends, (0, 0), SYN, &[]);
     let (first, ..) = guest.receive_tcp();
     guest.send_tcp(ends, (1, first + 1), ACK, b"x");

@@ -322,42 +322,34 @@ fn passing_failures_pass() {
     assert!(ranges.iter().any(|range| range != "bytes=0-"), "{ranges:?}");
 }
 
-#[test]
-fn one_that_knows_no_ranges() {
+/// Breaks off in the midst of the layer, and then sends all of it anew with `status`, whatever was asked
+/// for.
+fn starts_anew(status: u16) -> Server {
     let made = Made::new(300_000);
     let layer = Digest::of(&made.layer).to_string();
-    let server = Server::start(move |request, before| {
+    Server::start(move |request, before| {
         let mut answer = made.answer(request);
         if request.path.ends_with(&layer) {
             answer = Answer {
-                status: 200,
+                status,
                 body: made.layer.clone(),
                 cut: (before == 0).then_some(150_000),
                 ..answer
             };
         }
         answer
-    });
-    pull(&server).unwrap();
+    })
+}
+
+#[test]
+fn one_that_knows_no_ranges() {
+    pull(&starts_anew(200)).unwrap();
 }
 
 #[test]
 fn one_that_lies_about_ranges() {
     // It says that it goes on where it was asked to, and starts anew.
-    let made = Made::new(300_000);
-    let layer = Digest::of(&made.layer).to_string();
-    let server = Server::start(move |request, before| {
-        let mut answer = made.answer(request);
-        if request.path.ends_with(&layer) {
-            answer = Answer {
-                status: 206,
-                body: made.layer.clone(),
-                cut: (before == 0).then_some(150_000),
-                ..answer
-            };
-        }
-        answer
-    });
+    let server = starts_anew(206);
     let error = error(&server);
     assert!(matches!(error, RegistryError::Size { .. }), "{error}");
 }

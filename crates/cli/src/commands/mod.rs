@@ -20,6 +20,14 @@ use skerry_engine::{MachineOptions, SoftMode, SoftOptions};
 
 use crate::args::{HypervisorArg, MachineArgs, SoftArgs, SoftModeArg};
 
+/// Digits of an ID that a table shows.
+const SHORT: usize = 12;
+
+/// As much of an ID as people need.
+fn short(id: &str) -> &str {
+    id.get(..SHORT).unwrap_or(id)
+}
+
 /// A number of bytes, for people.
 fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))

@@ -10,15 +10,12 @@ use skerry_engine::Paths;
 use skerry_engine::snapshots::{self, Details, Pages, Removed, START_PREFIX, SnapshotInfo};
 use skerry_engine::vms::{self, Registry};
 
-use super::mib;
+use super::{SHORT, mib, short};
 use crate::args::{
     Format, SnapshotArgs, SnapshotCreateArgs, SnapshotExportArgs, SnapshotImportArgs,
     SnapshotInspectArgs, SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
 };
 use crate::{dates, output, status};
-
-/// Digits of an ID that people see.
-const SHORT: usize = 12;
 
 /// A snapshot, for programs.
 #[derive(Serialize)]
@@ -127,7 +124,7 @@ fn table(out: &mut impl Write, snapshots: &[SnapshotInfo]) -> io::Result<()> {
         };
         for name in names {
             rows.push([
-                short(&info.id.hex()),
+                short(&info.id.hex()).to_owned(),
                 name,
                 mib(info.memory_size),
                 mib(info.size),
@@ -144,10 +141,6 @@ fn table(out: &mut impl Write, snapshots: &[SnapshotInfo]) -> io::Result<()> {
         )?;
     }
     Ok(())
-}
-
-fn short(hex: &str) -> String {
-    hex.chars().take(SHORT).collect()
 }
 
 /// A name as it is shown: nobody reads the 64 digits of a kept start's.

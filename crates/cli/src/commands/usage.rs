@@ -7,13 +7,11 @@ use anyhow::Result;
 use skerry_engine::Paths;
 use skerry_engine::vms::{self, Registry, Usage, VmInfo};
 
-use super::{mib, table};
+use super::{mib, short, table};
 use crate::args::{Format, UsageArgs};
 
 /// How long machines are looked at for one row: the host counts time in hundredths of a second.
 const SPAN: Duration = Duration::from_secs(1);
-/// Digits of an ID that a table shows.
-const SHORT: usize = 12;
 
 /// Prints what machines take, once or until they are gone.
 pub fn execute(args: &UsageArgs) -> Result<u8> {
@@ -56,7 +54,7 @@ fn write_table(out: &mut impl Write, usages: &[Usage]) -> io::Result<()> {
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(usages.iter().map(|usage| {
         [
-            usage.id.get(..SHORT).unwrap_or(&usage.id).to_owned(),
+            short(&usage.id).to_owned(),
             usage.name.clone(),
             format!("{:.1}", usage.cpu_percent),
             format!("{} / {}", mib(usage.resident), mib(usage.memory)),

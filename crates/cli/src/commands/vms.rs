@@ -9,15 +9,13 @@ use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
 use skerry_engine::{EngineError, Paths};
 
 use super::run::{Attached, command, finish};
-use super::table;
+use super::{short, table};
 use crate::args::{
     ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RenameArgs, RmArgs,
     StopArgs, WaitArgs,
 };
 use crate::{dates, output, status};
 
-/// Digits of an ID that a table shows.
-const SHORT: usize = 12;
 /// How often a log is looked at while it is followed.
 const FOLLOW: Duration = Duration::from_millis(50);
 
@@ -169,7 +167,7 @@ fn id(info: &VmInfo, whole: bool) -> &str {
     let id = info.config.id.as_str();
     match whole {
         true => id,
-        false => id.get(..SHORT).unwrap_or(id),
+        false => short(id),
     }
 }
 

@@ -81,7 +81,7 @@ pub(crate) fn command_over(
     }
 }
 
-fn is_alive(registry: &Registry, info: &VmInfo) -> bool {
+pub(super) fn is_alive(registry: &Registry, info: &VmInfo) -> bool {
     let found = registry.find(&info.config.id);
     found.is_ok_and(|info| info.state.status.is_alive())
 }

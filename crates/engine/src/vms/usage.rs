@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::operations::is_alive;
 use super::registry::{Registry, VmInfo};
 
 /// Fields of `/proc/PID/stat` behind the program's name, which is in parentheses (proc(5)): state is the
@@ -67,11 +68,6 @@ impl Taken {
             threads: u32::try_from(field(THREADS)?).unwrap_or(u32::MAX),
         })
     }
-}
-
-fn is_alive(registry: &Registry, info: &VmInfo) -> bool {
-    let found = registry.find(&info.config.id);
-    found.is_ok_and(|found| found.state.status.is_alive() && found.state.pid == info.state.pid)
 }
 
 /// What machines take of the host, looked at for as long as `span`; those that have ended, or end

@@ -5,12 +5,12 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
 
+use crate::mem::HOST_LARGE_PAGE;
+
 /// What is taken at a time, the least and the most: a fault for each page would take longer than all
 /// else that is done for a block.
 const STRETCH: usize = 64 << 10;
 const LONGEST_STRETCH: usize = 512 << 10;
-/// What the host has for a large page.
-const LARGE: usize = 2 << 20;
 /// What pieces are multiples of, and aligned to: a block starts with a cache line of its own.
 pub(super) const UNIT: usize = 64;
 
@@ -47,14 +47,11 @@ impl Arena {
         let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
         if let Some(base) = base {
             // What has grown beyond the first of them is all over the place, and asked for by address.
-            let small = base.align_offset(LARGE) + LARGE;
-            // SAFETY: within the mapping; it changes where its bytes are kept, not what they are.
-            unsafe {
-                libc::madvise(
-                    base.byte_add(small),
-                    capacity.saturating_sub(small),
-                    libc::MADV_HUGEPAGE,
-                );
+            let small = base.align_offset(HOST_LARGE_PAGE) + HOST_LARGE_PAGE;
+            if let Some(rest) = capacity.checked_sub(small) {
+                // SAFETY: within the mapping, as just seen; it changes where its bytes are kept, not
+                // what they are.
+                unsafe { libc::madvise(base.byte_add(small), rest, libc::MADV_HUGEPAGE) };
             }
         }
         match base.and_then(|base| NonNull::new(base.cast())) {

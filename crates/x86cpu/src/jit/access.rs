@@ -115,7 +115,7 @@ impl Compiler<'_> {
         let index_mask = Mem::frame(offset_of!(Frame, index_mask));
         self.asm.pext(RCX, R11, index_mask);
         // The last that may be accessed, as far as it is known to be aligned.
-        let last = high - low - align.bytes() as i32;
+        let last = high - low - align.bytes();
         let last = Mem::indexed(RCX, R11, 0, last);
         let from = self.compare(RCX, tags, last, align);
         self.missed(n, from, call, Some(again));

@@ -36,16 +36,7 @@ pub(super) enum Align {
 }
 
 impl Align {
-    /// To so many bytes.
-    pub(super) fn of(bytes: usize) -> Self {
-        match bytes {
-            16 => Self::Sixteen,
-            32 => Self::ThirtyTwo,
-            _ => Self::None,
-        }
-    }
-
-    pub(super) fn bytes(self) -> usize {
+    pub(super) fn bytes(self) -> i32 {
         match self {
             Self::None => 1,
             Self::Sixteen => 16,

@@ -16,6 +16,7 @@ use std::mem::offset_of;
 
 use super::access::{columns, entry};
 use super::asm::{Mem, Near, R11, RAX, RCX, Rm};
+use super::classify::Align;
 use super::compile::Compiler;
 use super::ready::{Branch, Ready};
 use super::registers::{Address, HOST, Part, slot};
@@ -182,9 +183,10 @@ impl Compiler<'_> {
             disp: window.low,
         };
         self.address(&address, true);
-        if let Some((at, to)) = window.align {
+        let (at, align) = window.align;
+        if align != Align::None {
             self.asm.lea(RCX, Mem::base(R11, at - window.low));
-            self.constant(false, AND, RCX, to - 1);
+            self.constant(false, AND, RCX, align.bytes() - 1);
             failed.push(self.asm.jcc(CONDITION_NE));
         }
         let (tags, addend) = columns(window.write);

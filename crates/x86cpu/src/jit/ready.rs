@@ -146,14 +146,14 @@ impl Ready {
                 memory: Memory::Register(reg::RSP, disp),
                 size: 8,
                 write,
-                aligned: false,
+                align: Align::None,
             })
         };
         let operand = Some(Wanted {
             memory: Memory::Operand,
             size: 8,
             write: false,
-            aligned: false,
+            align: Align::None,
         });
         match self {
             Self::Interpret { .. } => [None, None],
@@ -180,7 +180,7 @@ impl Ready {
                         memory: Memory::Register(5, 0),
                         size: 8,
                         write: false,
-                        aligned: false,
+                        align: Align::None,
                     }),
                     None,
                 ],
@@ -190,7 +190,7 @@ impl Ready {
                         memory: Memory::Operand,
                         size: copy.size,
                         write: copy.write,
-                        aligned: copy.align != Align::None,
+                        align: copy.align,
                     }),
                     None,
                 ],

@@ -53,16 +53,8 @@ pub(super) struct Wanted {
     pub memory: Memory,
     pub size: usize,
     pub write: bool,
-    /// It must be aligned.
-    pub aligned: bool,
-}
-
-impl Wanted {
-    /// What it must be aligned to, if to anything: as the instructions have it that need any.
-    fn align(&self) -> Option<i64> {
-        let to = if self.size == 32 { 32 } else { 16 };
-        self.aligned.then_some(to)
-    }
+    /// What it must be aligned to.
+    pub align: Align,
 }
 
 /// What an access is relative to.
@@ -124,7 +116,7 @@ pub(super) struct Carried {
     /// See [`Share::moves`].
     pub moves: bool,
     /// A distance from the address that must be aligned, and to what.
-    pub align: Option<(i32, i32)>,
+    pub align: (i32, Align),
 }
 
 /// What is known of a trace's accesses.
@@ -146,7 +138,7 @@ struct Window {
     /// It is carried through a loop: by what the base and the address change in a turn.
     strides: Option<(i64, i64)>,
     /// A distance that must be aligned, and to what.
-    align: Option<(i64, i64)>,
+    align: (i64, Align),
     /// Where in the frame its pointer is, if it is one that is kept.
     slot: Option<usize>,
 }
@@ -334,13 +326,14 @@ impl Windows {
             return;
         }
         let end = at + wanted.size as i64;
-        let align = wanted.align();
+        let align = wanted.align;
         // One that may be written is as good for reads. What is aligned here need not be where others
         // were opened: code looks at pointers, and goes another way.
         let fits = |window: &Window| {
             window.key == key
                 && (window.write || !wanted.write)
-                && (align.is_none() || window.align.is_some() && window.aligns(at, align))
+                && (align == Align::None
+                    || window.align.1 != Align::None && window.aligns(at, align))
                 && end.max(window.high) - at.min(window.low) <= SPAN
         };
         let known = self.open.iter().copied().find(|&w| fits(&self.windows[w]));
@@ -353,7 +346,7 @@ impl Windows {
                 first: (n, which, at),
                 members: 0,
                 strides: None,
-                align: align.map(|align| (at, align)),
+                align: (at, align),
                 slot: None,
             });
             self.open.push(self.windows.len() - 1);
@@ -372,8 +365,8 @@ impl Windows {
         wanted: Wanted,
     ) -> Option<usize> {
         let end = at + wanted.size as i64;
-        let align = wanted.align();
-        if align.is_some_and(|align| strides.1 % align != 0) {
+        let align = wanted.align;
+        if strides.1 % i64::from(align.bytes()) != 0 {
             return None;
         }
         let fits = |window: &Window| {
@@ -397,7 +390,7 @@ impl Windows {
                     first: (usize::MAX, 0, 0),
                     members: 0,
                     strides: Some(strides),
-                    align: None,
+                    align: (at, Align::None),
                     slot: None,
                 });
                 self.windows.len() - 1
@@ -406,8 +399,8 @@ impl Windows {
         let window_ = &mut self.windows[window];
         window_.take(at, end);
         window_.write |= wanted.write;
-        if let Some(align) = align {
-            window_.align.get_or_insert((at, align));
+        if window_.align.1 == Align::None {
+            window_.align = (at, align);
         }
         Some(window)
     }
@@ -519,23 +512,19 @@ impl Window {
     }
 
     /// Whether an access is aligned if the window's own place is.
-    fn aligns(&self, at: i64, align: Option<i64>) -> bool {
-        match (self.align, align) {
-            (Some((place, to)), Some(align)) => to == align && (at - place) % align == 0,
-            _ => true,
-        }
+    fn aligns(&self, at: i64, align: Align) -> bool {
+        let (place, to) = self.align;
+        let known = to != Align::None && align != Align::None;
+        !known || to == align && (at - place) % i64::from(align.bytes()) == 0
     }
 
     /// What its first access has to look for. A window that is aligned begins and ends so: that leads
     /// into no other page.
     fn opening(&self, first: i64) -> Opening {
-        let (mut low, mut high) = (self.low, self.high);
-        let mut align = Align::None;
-        if let Some((place, to)) = self.align {
-            low -= (low - place).rem_euclid(to);
-            high += (place - high).rem_euclid(to);
-            align = Align::of(to as usize);
-        }
+        let (place, align) = self.align;
+        let step = i64::from(align.bytes());
+        let low = self.low - (self.low - place).rem_euclid(step);
+        let high = self.high + (place - self.high).rem_euclid(step);
         Opening {
             low: (low - first) as i32,
             high: (high - first) as i32,
@@ -565,7 +554,7 @@ impl Window {
             high: self.high as i32,
             stride: stride as i32,
             moves: self.moves(),
-            align: self.align.map(|(at, to)| (at as i32, to as i32)),
+            align: (self.align.0 as i32, self.align.1),
         })
     }
 }

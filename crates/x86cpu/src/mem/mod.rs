@@ -34,5 +34,7 @@ pub(crate) use tlb::{Target, TlbView};
 pub const PAGE_SHIFT: u32 = 12;
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 1 << PAGE_SHIFT;
+/// What the host has for a large page.
+pub(crate) const HOST_LARGE_PAGE: usize = 2 << 20;
 /// The bits of an address within its page.
 pub const PAGE_MASK: u64 = (1 << PAGE_SHIFT) - 1;

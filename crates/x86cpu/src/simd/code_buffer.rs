@@ -7,11 +7,10 @@
 use std::io;
 use std::ptr::NonNull;
 
+use crate::mem::HOST_LARGE_PAGE as LARGE;
+
 /// Start of each piece of code: a fetch line's half, so that short pieces take one fetch.
 const ALIGN: usize = 16;
-
-/// What the host has for a large page.
-const LARGE: usize = 2 << 20;
 
 /// A bounded store of machine code.
 pub struct CodeBuffer {
@@ -187,37 +186,45 @@ impl File {
     }
 
     fn map(&self, size: usize, protection: i32) -> io::Result<NonNull<u8>> {
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        // Large pages are only where addresses and places in the file agree.
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let reserved = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size + LARGE,
-                libc::PROT_NONE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
+        // Large pages are only where addresses and places in the file agree. What never gets any can be
+        // anywhere.
+        let (start, fixed) = match size {
+            ..=LARGE => (std::ptr::null_mut(), 0),
+            _ => (reserve(size)?, libc::MAP_FIXED),
         };
-        if reserved == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let before = reserved.align_offset(LARGE);
-        // SAFETY: what was reserved above is ours: the start of it and the rest go back, and the file comes
-        // between.
-        let address = unsafe {
-            let start = reserved.byte_add(before);
-            if before > 0 {
-                libc::munmap(reserved, before);
-            }
-            libc::munmap(start.byte_add(size), LARGE - before);
-            libc::mmap(start, size, protection, flags | libc::MAP_FIXED, self.0, 0)
-        };
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | fixed;
+        // SAFETY: a new mapping at an address of the kernel's choice, or over what was reserved for it.
+        let address = unsafe { libc::mmap(start, size, protection, flags, self.0, 0) };
         if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+            let error = io::Error::last_os_error();
+            if !start.is_null() {
+                // SAFETY: what was reserved just now, and nobody has it.
+                unsafe { libc::munmap(start, size) };
+            }
+            return Err(error);
         }
         NonNull::new(address.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))
+    }
+}
+
+/// Address space of `size` bytes that starts where a large page does.
+fn reserve(size: usize) -> io::Result<*mut libc::c_void> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let nowhere = std::ptr::null_mut();
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let all = unsafe { libc::mmap(nowhere, size + LARGE, libc::PROT_NONE, flags, -1, 0) };
+    if all == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let before = all.align_offset(LARGE);
+    // SAFETY: what was reserved just now: what is in front of the start and behind the end goes back.
+    unsafe {
+        let start = all.byte_add(before);
+        if before > 0 {
+            libc::munmap(all, before);
+        }
+        libc::munmap(start.byte_add(size), LARGE - before);
+        Ok(start)
     }
 }
 
