@@ -3,8 +3,10 @@
 mod images;
 mod network;
 mod pool;
+mod serve;
 mod snapshot;
 mod soft;
+mod system;
 mod values;
 
 use std::path::PathBuf;
@@ -14,8 +16,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use images::*;
 pub use network::*;
 pub use pool::*;
+pub use serve::*;
 pub use snapshot::*;
 pub use soft::*;
+pub use system::*;
 use values::parse_port;
 pub use values::{DiskArg, SerialArg, SignalArg, Size, Span};
 
@@ -101,6 +105,10 @@ pub enum Command {
     Image(ImageArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
+    /// Answer at a socket: the same over HTTP, for programs and for docker's client
+    Serve(ServeArgs),
+    /// Look after what Skerry keeps on this machine
+    System(SystemArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
     Doctor(DoctorArgs),
     /// Print the version

@@ -7,7 +7,6 @@
 
 mod args;
 mod commands;
-mod dates;
 mod output;
 mod progress;
 mod status;
@@ -66,6 +65,8 @@ fn main() -> ExitCode {
         Command::Load(args) => commands::archives::load(&args),
         Command::Image(args) => commands::images::execute(&args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
+        Command::Serve(args) => commands::serve::execute(&args),
+        Command::System(args) => commands::system::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),
         Command::Completion(args) => commands::about::completion(&args),

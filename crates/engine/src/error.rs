@@ -373,6 +373,20 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether what was named isn't there.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        match self {
+            Self::NoSuchVm { .. } | Self::NoSuchPool { .. } | Self::NoSuchLease { .. } => true,
+            Self::Image(skerry_oci::Error::NoSuchImage { .. })
+            | Self::Snapshot(skerry_snapshot::Error::NoSuchSnapshot { .. }) => true,
+            Self::Image(skerry_oci::Error::Registry(error)) => {
+                matches!(**error, skerry_oci::RegistryError::NotFound { .. })
+            }
+            _ => false,
+        }
+    }
+
     /// What turns an error of the host into one that says what was tried.
     pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { what, source }

@@ -13,7 +13,9 @@
 
 pub mod boot;
 mod builtin;
+pub mod check;
 pub mod command;
+pub mod dates;
 mod error;
 pub mod frozen;
 pub mod hypervisor;
@@ -27,6 +29,7 @@ mod paths;
 pub mod pools;
 mod random;
 pub mod run;
+pub mod signals;
 pub mod snapshots;
 mod soft;
 mod statistics;

@@ -47,11 +47,13 @@ const SETTLING: Duration = Duration::from_millis(5);
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct VmSpec {
     /// The machine.
     pub options: MachineOptions,
     /// Kernel other than the built-in one.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub kernel: Option<PathBuf>,
     /// The root file system can't be written.
     pub read_only: bool,

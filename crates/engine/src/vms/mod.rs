@@ -35,6 +35,6 @@ pub use operations::{
 pub use output::{Line, LogReader, Stream};
 pub(crate) use ready::Finder;
 pub use ready::ReadyMark;
-pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};
+pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, new_id, now};
 pub(crate) use serve::bridge;
 pub use usage::{Usage, usage};

@@ -21,6 +21,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// By what a machine is known to be ready.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ReadyMark {
     /// Its command has written this, to standard output or standard error.
