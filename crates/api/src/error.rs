@@ -42,6 +42,11 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
 
+    #[cfg(test)]
+    pub(crate) fn into_message(self) -> String {
+        self.message
+    }
+
     fn code(&self) -> &'static str {
         match self.status {
             StatusCode::NOT_FOUND => "not_found",

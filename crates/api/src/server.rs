@@ -133,6 +133,7 @@ pub(crate) fn router(options: Options) -> Router {
             async move { ([("content-type", "application/json")], document) }
         }),
     );
+    docker::take_over(&app);
     own.merge(docker::router()).with_state(app)
 }
 

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use skerry_engine::vms::Registry;
 use skerry_engine::{EngineError, Paths};
 
-use crate::docker::Execs;
+use crate::docker::{Execs, Reaper};
 use crate::error::ApiError;
 use crate::server::Options;
 
@@ -17,6 +17,8 @@ pub(crate) struct App {
     pub(crate) options: Options,
     /// Commands that docker's clients have made and not all started yet.
     pub(crate) execs: Mutex<Execs>,
+    /// Machines that are to be forgotten when they end.
+    pub(crate) reaper: Reaper,
 }
 
 /// Shared by all requests.
@@ -27,6 +29,7 @@ impl App {
         Self {
             options,
             execs: Mutex::default(),
+            reaper: Reaper::default(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
 mod images;
+mod lifecycle;
 mod network;
 mod pool;
 mod serve;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use images::*;
+pub use lifecycle::*;
 pub use network::*;
 pub use pool::*;
 pub use serve::*;
@@ -50,6 +52,11 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new virtual machine made from an image
     Run(RunArgs),
+    /// Make a virtual machine from an image, to be started later
+    #[command(mut_arg("detach", |arg| arg.hide(true)))]
+    Create(RunArgs),
+    /// Start virtual machines that were created, or have ended
+    Start(StartArgs),
     /// Boot an image, warm it up, and have later runs start from there
     Warm(WarmArgs),
     /// Let a virtual machine go on from a snapshot of it
@@ -283,6 +290,10 @@ pub struct RunArgs {
     /// The machine is ready when CMD, which its shell runs again and again, succeeds
     #[arg(long, value_name = "CMD", conflicts_with = "ready", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub ready_cmd: Option<String>,
+
+    /// Labels, restarts
+    #[command(flatten)]
+    pub lifecycle: LifecycleArgs,
 
     /// What is told at the end
     #[command(flatten)]

@@ -36,6 +36,8 @@ fn main() -> ExitCode {
     start_log(cli.verbose);
     let result = match cli.command {
         Command::Run(args) => commands::run::execute(args, cli.verbose),
+        Command::Create(args) => commands::run::create(args, cli.verbose),
+        Command::Start(args) => commands::lifecycle::start(&args),
         Command::Warm(args) => commands::run::warm(args, cli.verbose),
         Command::Restore(args) => commands::run::restore(args, cli.verbose),
         Command::Fork(args) => commands::vms::fork(&args),

@@ -359,6 +359,23 @@ pub enum EngineError {
         /// Why not all.
         source: Box<EngineError>,
     },
+    /// Its command has ended, and is started again in a moment.
+    #[error("The machine waits to be started again, as its restart policy has it: try it later")]
+    VmRests,
+    /// Its output goes elsewhere.
+    #[error("The virtual machine {name} keeps no log: its output goes to where it was run")]
+    NoLog {
+        /// The machine.
+        name: String,
+    },
+    /// Nothing is kept that it could begin with.
+    #[error(
+        "{name} can't be started again: it was made from another machine, whose state is gone, or is to be forgotten at its end"
+    )]
+    NotAgain {
+        /// The machine.
+        name: String,
+    },
     /// The process that was to run a machine said no.
     #[error("{0}")]
     Detached(String),

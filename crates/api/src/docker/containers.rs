@@ -14,8 +14,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use skerry_engine::dates;
 use skerry_engine::network::Published;
-use skerry_engine::vms::{self, Line, Registry, Status, Stream, VmConfig, VmInfo};
+use skerry_engine::vms::{self, Line, Registry, RestartPolicy, Status, Stream, VmConfig, VmInfo};
 
+use super::reaper::{self, Until, is_brief};
 use crate::error::ApiError;
 use crate::native::Log;
 use crate::streams::{Kind, Wire, body, content_type};
@@ -32,6 +33,7 @@ fn date(nanoseconds: Option<u64>) -> String {
 /// Docker's word for a state.
 fn word(status: Status) -> &'static str {
     match status {
+        Status::Created => "created",
         Status::Starting | Status::Running | Status::Ready => "running",
         Status::Paused => "paused",
         Status::Stopped | Status::Failed => "exited",
@@ -52,6 +54,7 @@ fn phrase(info: &VmInfo) -> String {
         format!("Up {span}")
     };
     match info.state.status {
+        Status::Created => "Created".to_owned(),
         Status::Starting | Status::Running => up(),
         Status::Ready => up() + " (healthy)",
         Status::Paused => up() + " (Paused)",
@@ -102,17 +105,22 @@ pub(super) fn filters(text: Option<&str>) -> Result<Filters, ApiError> {
 }
 
 fn fits(info: &VmInfo, filters: &Filters) -> Result<bool, ApiError> {
+    let config = &info.config;
     for (word_of, values) in filters {
         let fits = |value: &String| match word_of.as_str() {
-            "id" => Ok(info.config.id.starts_with(value.as_str())),
-            "name" => Ok(info.config.name.contains(value.trim_start_matches('/'))),
+            "id" => Ok(config.id.starts_with(value.as_str())),
+            "name" => Ok(config.name.contains(value.trim_start_matches('/'))),
             "status" => Ok(word(info.state.status) == value),
-            "ancestor" => Ok(info.config.image == *value),
+            "ancestor" => Ok(config.image == *value),
+            "label" => Ok(match value.split_once('=') {
+                Some((label, text)) => config.labels.get(label).is_some_and(|found| found == text),
+                None => config.labels.contains_key(value),
+            }),
             "exited" => {
                 Ok(info.state.exit_code.map(|code| code.to_string()).as_ref() == Some(value))
             }
             other => Err(ApiError::invalid(format!(
-                "Machines can't be filtered by {other:?}: use id, name, status, ancestor or exited"
+                "Machines can't be filtered by {other:?}: use id, name, status, label, ancestor or exited"
             ))),
         };
         let mut one = false;
@@ -190,7 +198,7 @@ fn row(registry: &Registry, info: &VmInfo) -> Value {
         "Command": config.command.join(" "),
         "Created": config.created / 1_000_000_000,
         "Ports": ports,
-        "Labels": {},
+        "Labels": config.labels,
         "State": word(info.state.status),
         "Status": phrase(info),
         "HostConfig": { "NetworkMode": "default" },
@@ -246,22 +254,32 @@ fn details(registry: &Registry, info: &VmInfo) -> Value {
         },
         "Image": config.image,
         "Name": format!("/{}", config.name),
-        "RestartCount": 0,
+        "RestartCount": state.restarts,
         "Driver": "erofs",
         "Platform": "linux",
         "Mounts": [],
         "Config": container_config(config),
         "HostConfig": {
             "NetworkMode": "default",
-            "AutoRemove": config.auto_remove,
+            "AutoRemove": is_brief(config),
             "Memory": config.memory,
             "NanoCpus": u64::from(config.cpus) * 1_000_000_000,
             "PortBindings": bound,
-            "RestartPolicy": { "Name": "no", "MaximumRetryCount": 0 },
+            "RestartPolicy": restart_policy(config.restart),
             "LogConfig": { "Type": "json-file", "Config": {} },
         },
         "NetworkSettings": { "Ports": bound, "Networks": {} },
     })
+}
+
+fn restart_policy(policy: RestartPolicy) -> Value {
+    let (name, most) = match policy {
+        RestartPolicy::No => ("no", None),
+        RestartPolicy::OnFailure(most) => ("on-failure", most),
+        RestartPolicy::Always => ("always", None),
+        RestartPolicy::UnlessStopped => ("unless-stopped", None),
+    };
+    json!({ "Name": name, "MaximumRetryCount": most.unwrap_or(0) })
 }
 
 fn container_config(config: &VmConfig) -> Value {
@@ -280,7 +298,7 @@ fn container_config(config: &VmConfig) -> Value {
         "Image": config.image,
         "WorkingDir": surroundings.working_dir,
         "Entrypoint": null,
-        "Labels": {},
+        "Labels": config.labels,
     })
 }
 
@@ -388,23 +406,33 @@ pub(super) async fn remove(
     .await
 }
 
-/// Waits for a machine's end, whatever the condition: a machine runs once, so that the next end is the
-/// one.
+#[derive(Debug, Deserialize)]
+pub(super) struct WaitQuery {
+    condition: Option<String>,
+}
+
+/// Waits for a machine's end, or until it is forgotten.
 pub(super) async fn wait(
     State(app): State<Shared>,
     Path(id): Path<String>,
+    Query(WaitQuery { condition }): Query<WaitQuery>,
 ) -> Result<Response, ApiError> {
-    let found = work(&app, {
-        let id = id.clone();
-        move |app| Ok(app.registry()?.find(&id)?)
-    });
-    let id = found.await?.config.id;
+    let until = match condition.as_deref() {
+        None | Some("" | "not-running") => Until::NotRunning,
+        Some("next-exit") => Until::NextExit,
+        Some("removed") => Until::Removed,
+        Some(other) => {
+            return Err(ApiError::invalid(format!(
+                "A machine can't be waited for to be {other:?}: use not-running, next-exit or removed"
+            )));
+        }
+    };
+    let before = work(&app, move |app| Ok(app.registry()?.find(&id)?)).await?;
     // The client starts the machine once it has the answer's head.
     let (out, body) = body();
     tokio::task::spawn_blocking(move || {
-        let waited = app
-            .registry()
-            .and_then(|registry| vms::wait(&registry, &id));
+        let id = &before.config.id;
+        let waited = reaper::wait(&app, id, &before, until, || out.is_closed());
         let answer = match waited {
             Ok(code) => json!({ "StatusCode": code }),
             Err(error) => json!({

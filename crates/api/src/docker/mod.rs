@@ -9,9 +9,12 @@
 //! A container is a virtual machine. What a client asks for and can't be had is an error that names it,
 //! never left out silently.
 
+mod attach;
 mod containers;
+mod create;
 mod exec;
 mod images;
+mod reaper;
 mod system;
 
 use axum::Router;
@@ -21,6 +24,7 @@ use axum::response::IntoResponse;
 use axum::routing::{delete, get, post};
 
 pub(crate) use exec::Execs;
+pub(crate) use reaper::{Reaper, take_over};
 
 use crate::error::ApiError;
 use crate::work::Shared;
@@ -37,6 +41,11 @@ pub(crate) fn router() -> Router<Shared> {
         .route("/containers/json", get(containers::list))
         .route("/containers/{id}", delete(containers::remove))
         .route("/containers/{id}/json", get(containers::inspect))
+        .route("/containers/create", post(create::create))
+        .route("/containers/{id}/start", post(create::start))
+        .route("/containers/{id}/restart", post(create::start_anew))
+        .route("/containers/{id}/resize", post(create::resize))
+        .route("/containers/{id}/attach", post(attach::attach))
         .route("/containers/{id}/stop", post(containers::stop))
         .route("/containers/{id}/kill", post(containers::kill))
         .route("/containers/{id}/pause", post(containers::pause))

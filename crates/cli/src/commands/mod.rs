@@ -5,6 +5,7 @@ pub mod archives;
 pub mod boot;
 pub mod doctor;
 pub mod images;
+pub mod lifecycle;
 pub mod network;
 pub mod pool;
 pub mod registry;

@@ -41,7 +41,7 @@ pub fn exec(args: ExecArgs) -> Result<u8> {
 
 /// Does something to each of several machines, prints the names of those where it was done, and goes
 /// on after a failure.
-fn each(vms: &[String], act: impl Fn(&Registry, &str) -> Result<String>) -> Result<u8> {
+pub fn each(vms: &[String], act: impl Fn(&Registry, &str) -> Result<String>) -> Result<u8> {
     let registry = registry()?;
     let mut exit = 0;
     for name in vms {

@@ -31,6 +31,8 @@ const LONGEST: usize = 1 << 20;
 pub enum Request {
     /// Turn the connection into one to the guest's agent, for a command.
     Exec,
+    /// Turn the connection into one for input, signals and sizes of the command: see `attach`.
+    Attach,
     /// Stand still.
     Pause,
     /// Go on.
@@ -219,6 +221,7 @@ mod tests {
     fn messages_survive_the_wire() {
         let requests = [
             Request::Exec,
+            Request::Attach,
             Request::Pause,
             Request::Unpause,
             Request::Signal(15),

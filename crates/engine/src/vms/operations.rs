@@ -8,9 +8,10 @@ use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::info::{Status, VmInfo};
 use super::names;
 use super::output::LogReader;
-use super::registry::{Registry, Status, VmInfo};
+use super::registry::Registry;
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
 use crate::network::NetworkReport;

@@ -5,7 +5,7 @@
 //! lost.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -129,8 +129,15 @@ pub struct LogReader {
 
 impl LogReader {
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        Self::open_at(path, 0)
+    }
+
+    /// From this place on, where a line begins.
+    pub(crate) fn open_at(path: &Path, at: u64) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(at))?;
         Ok(Self {
-            file: BufReader::new(File::open(path)?),
+            file: BufReader::new(file),
             partial: Vec::new(),
         })
     }

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::info::VmInfo;
 use super::operations::is_alive;
-use super::registry::{Registry, VmInfo};
+use super::registry::Registry;
 
 /// Fields of `/proc/PID/stat` behind the program's name, which is in parentheses (proc(5)): state is the
 /// first.
