@@ -50,11 +50,21 @@ pub(super) async fn list(
                 continue;
             }
             let created = image.imported.duration_since(std::time::UNIX_EPOCH);
+            // Without a tag the client shows none of it.
+            let tagged = |name: String| match name.contains(':') {
+                true => name,
+                false => name + ":latest",
+            };
+            let names: Vec<String> = names.into_iter().map(tagged).collect();
+            let digests: &[&str] = match names.is_empty() {
+                true => &["<none>@<none>"],
+                false => &[],
+            };
             rows.push(json!({
                 "Id": image.digest.to_string(),
                 "ParentId": "",
                 "RepoTags": names,
-                "RepoDigests": [],
+                "RepoDigests": digests,
                 "Created": created.map_or(0, |since| since.as_secs()),
                 "Size": image.size,
                 "SharedSize": -1,

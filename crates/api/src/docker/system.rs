@@ -21,9 +21,16 @@ pub(super) async fn ping() -> ([(&'static str, &'static str); 4], &'static str) 
 
 pub(super) async fn version() -> Json<Value> {
     let version = env!("CARGO_PKG_VERSION");
+    let details = json!({
+        "ApiVersion": API_VERSION,
+        "MinAPIVersion": OLDEST,
+        "Os": "linux",
+        "Arch": "amd64",
+        "KernelVersion": kernel(),
+    });
     Json(json!({
         "Platform": { "Name": "Skerry" },
-        "Components": [{ "Name": "Engine", "Version": version, "Details": {} }],
+        "Components": [{ "Name": "Engine", "Version": version, "Details": details }],
         "Version": version,
         "ApiVersion": API_VERSION,
         "MinAPIVersion": OLDEST,
