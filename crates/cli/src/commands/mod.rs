@@ -6,6 +6,7 @@ pub mod boot;
 pub mod doctor;
 pub mod images;
 pub mod network;
+pub mod networks;
 pub mod pool;
 pub mod registry;
 pub mod run;

@@ -202,7 +202,7 @@ pub fn host(
     let plan = Plan::of(&job)?;
     let entry = Registry::open(paths)?.create(config(&job, &plan))?;
     let began = listen(&entry).and_then(|listener| {
-        let vm = begin(paths, &job, note)?;
+        let vm = begin(paths, &job, &entry.config, note)?;
         Ok((vm, listener, io(&entry)?))
     });
     let (vm, listener, io) = match began {
@@ -232,8 +232,20 @@ pub fn host(
 }
 
 /// Starts the machine.
-fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm, EngineError> {
-    let spec = &job.spec.vm;
+fn begin(
+    paths: &Paths,
+    job: &Job<'_>,
+    config: &VmConfig,
+    note: &mut dyn FnMut(&str),
+) -> Result<Vm, EngineError> {
+    let spec = &mut job.spec.vm.clone();
+    let own = [
+        config.name.as_str(),
+        config.id.get(..12).unwrap_or_default(),
+    ];
+    let hostname = spec.hostname.clone();
+    spec.network
+        .known_as(own.into_iter().chain(hostname.as_deref()));
     match job.source {
         Source::Image { image, name } => Vm::start(paths, image, name, spec, note),
         Source::Frozen { frozen, .. } => {
