@@ -209,10 +209,11 @@ impl Policy {
         !self.has_names() || self.rules_for(name).next().is_some()
     }
 
-    /// Whether the host may connect to `address`; a packet that has no `port` is an echo request.
+    /// Whether the host may connect to `address`, which the guest calls `peer`; a packet that has no `port`
+    /// is an echo request.
     pub(crate) fn check(
         &self,
-        address: IpAddr,
+        (peer, address): (IpAddr, IpAddr),
         port: Option<u16>,
         now: Instant,
     ) -> Result<(), DenialReason> {
@@ -239,7 +240,7 @@ impl Policy {
         if named && is_unicast(address) {
             return Ok(());
         }
-        let learnt = self.heard.get(&address).is_some_and(|heard| {
+        let learnt = self.heard.get(&peer).is_some_and(|heard| {
             let mut rules = heard.rules.iter();
             rules.any(|(number, until)| {
                 *until > now
@@ -458,7 +459,11 @@ mod tests {
 
     fn judged(policy: &Policy, peer: &str) -> Result<(), DenialReason> {
         let peer: SocketAddr = peer.parse().unwrap();
-        policy.check(peer.ip(), Some(peer.port()), Instant::from_secs(10))
+        policy.check(
+            (peer.ip(), peer.ip()),
+            Some(peer.port()),
+            Instant::from_secs(10),
+        )
     }
 
     #[test]
@@ -490,7 +495,10 @@ mod tests {
         ] {
             assert_eq!(judged(&policy, peer), expected, "{peer}");
         }
-        let echo = |address: &str| policy.check(address.parse().unwrap(), None, Instant::ZERO);
+        let echo = |address: &str| {
+            let address = address.parse().unwrap();
+            policy.check((address, address), None, Instant::ZERO)
+        };
         assert_eq!(echo("8.8.8.8"), Ok(()));
         assert_eq!(
             echo("1.1.1.1"),
@@ -537,7 +545,7 @@ mod tests {
         let at = |second| Instant::from_secs(second);
         let learnt = |policy: &Policy, peer: &str, second| {
             let peer: SocketAddr = peer.parse().unwrap();
-            policy.check(peer.ip(), Some(peer.port()), at(second))
+            policy.check((peer.ip(), peer.ip()), Some(peer.port()), at(second))
         };
         policy.learn("www.example.org", "8.8.8.8".parse().unwrap(), 300, at(0));
         policy.learn("b.test", "9.9.9.9".parse().unwrap(), 300, at(0));

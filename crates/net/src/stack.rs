@@ -646,7 +646,10 @@ impl Stack {
             self.counters.dropped += 1;
             return;
         }
-        if let Err(reason) = self.policy.check(packet.target, None, self.now()) {
+        if let Err(reason) = self
+            .policy
+            .check((packet.target, packet.target), None, self.now())
+        {
             self.deny(packet.protocol, SocketAddr::new(packet.target, 0), reason);
             return self.outlet.unreachable(packet, Unreachable::Prohibited);
         }

@@ -69,7 +69,7 @@ impl Stack {
         };
         match self
             .policy
-            .check(there.ip(), Some(there.port()), self.now())
+            .check((peer.ip(), there.ip()), Some(there.port()), self.now())
         {
             Ok(()) => Ok(there),
             Err(reason) => {
