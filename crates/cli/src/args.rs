@@ -3,6 +3,7 @@
 mod images;
 mod lifecycle;
 mod network;
+mod networks;
 mod pool;
 mod serve;
 mod snapshot;
@@ -17,6 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use images::*;
 pub use lifecycle::*;
 pub use network::*;
+pub use networks::*;
 pub use pool::*;
 pub use serve::*;
 pub use snapshot::*;
@@ -92,6 +94,8 @@ pub enum Command {
     Rm(RmArgs),
     /// Keep clean virtual machines ready
     Pool(PoolArgs),
+    /// Networks that virtual machines share
+    Network(NetworksArgs),
     /// Boot a kernel
     Boot(BootArgs),
     /// Get images from their registries
@@ -616,6 +620,10 @@ pub struct BootArgs {
     /// End when the guest resets, instead of booting it again
     #[arg(long)]
     pub no_reboot: bool,
+
+    /// The network: without --network there is no card; a DHCP client in the guest sets it up
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// Port of a debug-exit device: a guest that writes V there ends skerry with (V << 1) | 1
     #[arg(long, value_name = "PORT", value_parser = parse_port)]

@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         Command::Rename(args) => commands::vms::rename(&args),
         Command::Rm(args) => commands::vms::remove(&args),
         Command::Pool(args) => commands::pool::execute(args, cli.verbose),
+        Command::Network(args) => commands::networks::execute(args),
         Command::PoolHost => commands::pool::host(),
         Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),

@@ -24,6 +24,7 @@ pub mod initrd;
 mod log;
 mod machine;
 pub mod network;
+pub mod networks;
 mod parcel;
 mod paths;
 pub mod pools;

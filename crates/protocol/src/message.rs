@@ -135,6 +135,9 @@ pub enum ControlRequest {
     /// Sync, drop what the kernel keeps only to be faster, and tell the disks which blocks are free: what a
     /// snapshot has to hold gets smaller.
     Compact,
+    /// Give the network card these addresses, `ADDRESS/PREFIX`, besides its own, and take those from it that
+    /// an earlier request gave it. A guest that is restored has none of them.
+    Addresses(Vec<String>),
 }
 
 /// Host to agent on the control connection.

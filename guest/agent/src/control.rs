@@ -100,6 +100,7 @@ impl Control {
                 Ok(())
             }
             ControlRequest::Compact => guest.compact(),
+            ControlRequest::Addresses(addresses) => share_networks(&addresses),
         };
         let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
         frame::write(&mut self.stream, &reply)
@@ -136,6 +137,8 @@ impl Guest {
     /// for another guest's.
     fn become_clone(&mut self, setup: &Setup) -> io::Result<()> {
         refresh(setup);
+        // Those that the state has are another guest's.
+        crate::network::set_addresses(&[])?;
         files::become_clone(setup);
         if let Some(clones) = &mut self.clones
             && let Err(error) = clones.record()
@@ -157,6 +160,14 @@ impl Guest {
             None => Ok(()),
         }
     }
+}
+
+/// Takes these addresses on networks that machines share.
+fn share_networks(addresses: &[String]) -> io::Result<()> {
+    crate::network::set_addresses(addresses)?;
+    let uname = rustix::system::uname();
+    files::set_addresses(&uname.nodename().to_string_lossy(), addresses);
+    Ok(())
 }
 
 /// Takes clock and entropy from a set-up.

@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod images;
 pub mod lifecycle;
 pub mod network;
+pub mod networks;
 pub mod pool;
 pub mod registry;
 pub mod run;

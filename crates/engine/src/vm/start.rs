@@ -29,7 +29,7 @@ use crate::frozen::{About, Frozen, ImageAbout};
 use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
-use crate::network::{Network, NetworkSpec};
+use crate::network::{Network, NetworkSpec, addresses};
 use crate::paths::Paths;
 use crate::random::random;
 use crate::soft::SoftOptions;
@@ -81,7 +81,7 @@ impl Vm {
         let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
-        let network = spec.network.make(config.network.is_some())?;
+        let network = spec.network.make(paths, config.network.is_some())?;
         // What the user's own kernel does when it is started is the user's to see; and a guest that goes
         // on from a kept start has in its memory what the disk was then.
         let taken_up = spec.kept.as_deref().is_some_and(Overlay::is_kept);
@@ -242,7 +242,9 @@ impl Place<'_> {
     fn network(&self, about: &About) -> Result<Option<Arc<Network>>, EngineError> {
         match self.network.take() {
             Some(made) => Ok(Some(made)),
-            None => self.wanted.make(about.machine.network.is_some()),
+            None => self
+                .wanted
+                .make(self.paths, about.machine.network.is_some()),
         }
     }
 
@@ -365,6 +367,10 @@ impl Place<'_> {
             let stream = listener.accept().map_err(lost);
             met = stream.and_then(|stream| greet(stream, &setup));
         }
+        let met = met.and_then(|mut agent| {
+            give_addresses(&mut agent, network.as_deref())?;
+            Ok(agent)
+        });
         let agent = match met {
             Ok(agent) => agent,
             Err(_) if handle.remote().is_ending() => {
@@ -407,6 +413,18 @@ pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(
         return Ok(());
     }
     Ok(machine.new_generation(&random()?)?)
+}
+
+/// Has the guest take its addresses on the networks that it shares.
+pub(super) fn give_addresses(
+    agent: &mut Control<GuestStream>,
+    network: Option<&Network>,
+) -> Result<(), HostError> {
+    match addresses(network) {
+        // A guest has none by itself.
+        none if none.is_empty() => Ok(()),
+        addresses => agent.set_addresses(addresses),
+    }
 }
 
 /// Waits for the agent of a guest that boots, for as long as that takes.

@@ -1,9 +1,9 @@
 //! The control connection.
 
-use crate::SNAPSHOT_VERSION;
 use crate::frame::{self, FrameDecoder};
 use crate::message::{ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent};
 use crate::transport::Transport;
+use crate::{ADDRESS_VERSION, SNAPSHOT_VERSION};
 
 use super::HostError;
 
@@ -122,6 +122,13 @@ impl<T: Transport> Control<T> {
     /// Has the guest give up what a snapshot need not hold: clean caches, freed blocks.
     pub fn compact(&mut self) -> Result<(), HostError> {
         self.newer_request(ControlRequest::Compact, "give up caches and free blocks")
+    }
+
+    /// Gives the network card addresses besides its own.
+    pub fn set_addresses(&mut self, addresses: Vec<String>) -> Result<(), HostError> {
+        const ASKED: &str = "take part in shared networks";
+        self.require(ADDRESS_VERSION, ASKED)?;
+        self.request(ControlRequest::Addresses(addresses), ASKED)
     }
 
     /// A second handle of the stream, to shut it down from another thread.
