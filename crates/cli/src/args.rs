@@ -1,6 +1,7 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
 mod images;
+mod mounts;
 mod network;
 mod pool;
 mod snapshot;
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use images::*;
+pub use mounts::*;
 pub use network::*;
 pub use pool::*;
 pub use snapshot::*;
@@ -37,7 +39,7 @@ pub struct Cli {
     pub command: Command,
 
     /// More notes on stderr; twice for the devices' and processors' own.
-    #[arg(short = 'v', long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
+    #[arg(long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
     pub verbose: u8,
 }
 
@@ -99,6 +101,8 @@ pub enum Command {
     Load(LoadArgs),
     /// Look into images, and remove those without a name
     Image(ImageArgs),
+    /// Make volumes, look at them, remove them
+    Volume(VolumeArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
@@ -288,6 +292,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub network: NetworkArgs,
 
+    /// Its folders and volumes
+    #[command(flatten)]
+    pub mounts: MountArgs,
+
     /// Kernel to boot instead of the built-in one
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -393,6 +401,10 @@ pub struct RestoreArgs {
     /// Its network
     #[command(flatten)]
     pub network: NetworkArgs,
+
+    /// Its folders: those that it had, by the places where it has them
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// How the software processor runs code
     #[command(flatten)]

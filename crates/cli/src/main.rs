@@ -65,6 +65,7 @@ fn main() -> ExitCode {
         Command::Save(args) => commands::archives::save(&args),
         Command::Load(args) => commands::archives::load(&args),
         Command::Image(args) => commands::images::execute(&args),
+        Command::Volume(args) => commands::volume::volume(args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),
@@ -80,7 +81,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Events of the library go to stderr: warnings, with -v what is done, with -vv all.
+/// Events of the library go to stderr: warnings, with --verbose what is done, given twice all.
 fn start_log(verbose: u8) {
     let level = match verbose {
         0 => "warn",

@@ -21,6 +21,7 @@ pub mod images;
 pub mod initrd;
 mod log;
 mod machine;
+pub mod mounts;
 pub mod network;
 mod parcel;
 mod paths;
@@ -34,6 +35,7 @@ mod transport;
 mod vetting;
 pub mod vm;
 pub mod vms;
+pub mod volumes;
 pub mod warm;
 
 pub use error::EngineError;

@@ -14,7 +14,7 @@ use skerry_protocol::message::{ControlRequest, FromAgent, Hello, Setup, Shutdown
 
 use crate::cgroup::Cgroup;
 use crate::clone_event::{self, CloneEvents};
-use crate::{files, log, sys};
+use crate::{files, log, sys, volumes};
 
 /// A control connection.
 #[derive(Debug)]
@@ -100,6 +100,10 @@ impl Control {
                 Ok(())
             }
             ControlRequest::Compact => guest.compact(),
+            ControlRequest::Mount(mounts) => {
+                volumes::mount_all(&mounts).map(|mounted| guest.volumes = mounted)
+            }
+            ControlRequest::SyncVolumes => guest.sync_volumes(),
         };
         let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
         frame::write(&mut self.stream, &reply)
@@ -115,6 +119,8 @@ pub struct Guest {
     pub clones: Option<CloneEvents>,
     /// The file system that takes the root's writes, where it is on a disk.
     pub disk: Option<OwnedFd>,
+    /// The volumes that can be written.
+    pub volumes: Vec<OwnedFd>,
 }
 
 impl Guest {
@@ -146,6 +152,13 @@ impl Guest {
             Some(cgroup) => cgroup.thaw(),
             None => Ok(()),
         }
+    }
+
+    /// Writes the volumes back.
+    fn sync_volumes(&self) -> io::Result<()> {
+        self.volumes
+            .iter()
+            .try_for_each(|volume| Ok(rustix::fs::syncfs(volume)?))
     }
 
     /// Gives up what a snapshot need not hold.

@@ -79,6 +79,9 @@ pub(super) fn fork(
         spec.vm.network.mode = Some(network.mode());
         spec.vm.network.dns = network.dns().to_vec();
     }
+    // What is in guest memory goes with it.
+    let folders = hosted.vm.mounts().iter().filter(|mount| mount.is_bind());
+    spec.vm.mounts = folders.cloned().collect();
     let next = AtomicUsize::new(0);
     let ids = Mutex::new(vec![String::new(); wanted.len()]);
     let failure = Mutex::new(None);

@@ -243,6 +243,7 @@ fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm,
                 time_limit: spec.options.time_limit,
                 hostname: spec.hostname.clone(),
                 network: spec.network.clone(),
+                mounts: spec.mounts.clone(),
                 show_console: spec.show_console,
                 rewindable: false,
                 sampled: spec.sampled,
@@ -306,6 +307,7 @@ impl Hosted {
         if let Err(error) = self.vm.note_working_set(&self.paths) {
             tracing::debug!(%error, "no working set is noted");
         }
+        self.vm.settle();
         self.vm.kill();
         // The machine's threads, memory and files are gone when the watcher has told the end.
         while let Ok(ended) = receiver.recv() {
