@@ -2,6 +2,7 @@
 
 mod images;
 mod lifecycle;
+mod mounts;
 mod network;
 mod networks;
 mod pool;
@@ -17,6 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use images::*;
 pub use lifecycle::*;
+pub use mounts::*;
 pub use network::*;
 pub use networks::*;
 pub use pool::*;
@@ -45,7 +47,7 @@ pub struct Cli {
     pub command: Command,
 
     /// More notes on stderr; twice for the devices' and processors' own.
-    #[arg(short = 'v', long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
+    #[arg(long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
     pub verbose: u8,
 }
 
@@ -114,6 +116,8 @@ pub enum Command {
     Load(LoadArgs),
     /// Look into images, and remove those without a name
     Image(ImageArgs),
+    /// Make volumes, look at them, remove them
+    Volume(VolumeArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
     /// Answer at a socket: the same over HTTP, for programs and for docker's client
@@ -311,6 +315,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub network: NetworkArgs,
 
+    /// Its folders and volumes
+    #[command(flatten)]
+    pub mounts: MountArgs,
+
     /// Kernel to boot instead of the built-in one
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -416,6 +424,10 @@ pub struct RestoreArgs {
     /// Its network
     #[command(flatten)]
     pub network: NetworkArgs,
+
+    /// Its folders: those that it had, by the places where it has them
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// How the software processor runs code
     #[command(flatten)]

@@ -67,6 +67,7 @@ fn main() -> ExitCode {
         Command::Save(args) => commands::archives::save(&args),
         Command::Load(args) => commands::archives::load(&args),
         Command::Image(args) => commands::images::execute(&args),
+        Command::Volume(args) => commands::volume::volume(args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
         Command::Serve(args) => commands::serve::execute(&args),
         Command::System(args) => commands::system::execute(&args),
@@ -84,7 +85,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Events of the library go to stderr: warnings, with -v what is done, with -vv all.
+/// Events of the library go to stderr: warnings, with --verbose what is done, given twice all.
 fn start_log(verbose: u8) {
     let level = match verbose {
         0 => "warn",

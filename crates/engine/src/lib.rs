@@ -23,6 +23,7 @@ pub mod images;
 pub mod initrd;
 mod log;
 mod machine;
+pub mod mounts;
 pub mod network;
 pub mod networks;
 mod parcel;
@@ -38,6 +39,7 @@ mod transport;
 mod vetting;
 pub mod vm;
 pub mod vms;
+pub mod volumes;
 pub mod warm;
 
 pub use error::EngineError;

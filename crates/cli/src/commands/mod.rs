@@ -18,6 +18,7 @@ pub mod system;
 pub mod table;
 pub mod usage;
 pub mod vms;
+pub mod volume;
 
 use skerry_engine::hypervisor::{Backend, Choice};
 use skerry_engine::{MachineOptions, SoftMode, SoftOptions};

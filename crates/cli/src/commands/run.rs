@@ -89,6 +89,7 @@ fn plan(args: RunArgs, verbose: u8) -> Result<(Begin, RunSpec)> {
             fresh: args.fresh,
             hostname: args.hostname,
             network: network(args.network)?,
+            mounts: args.mounts.specs(),
             show_console: verbose > 0,
             sampled: args.stats.stats.is_some(),
             kept: None,
@@ -128,6 +129,7 @@ pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
     spec.vm.options.time_limit = args.timeout.map(|span| span.0);
     spec.vm.hostname = args.hostname;
     spec.vm.network = network(args.network)?;
+    spec.vm.mounts = args.mounts.specs();
     spec.vm.show_console = verbose > 0;
     let how = How {
         detach: args.detach,

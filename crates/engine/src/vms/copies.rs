@@ -81,6 +81,9 @@ pub(super) fn fork(
     if let Some(network) = vm.network() {
         spec.vm.network = NetworkSpec::of_fork(network);
     }
+    // What is in guest memory goes with it.
+    let folders = vm.mounts().iter().filter(|mount| mount.is_bind());
+    spec.vm.mounts = folders.cloned().collect();
     let next = AtomicUsize::new(0);
     let ids = Mutex::new(vec![String::new(); wanted.len()]);
     let failure = Mutex::new(None);

@@ -177,6 +177,7 @@ fn begin(
                 time_limit: spec.options.time_limit,
                 hostname: spec.hostname.clone(),
                 network: spec.network.clone(),
+                mounts: spec.mounts.clone(),
                 show_console: spec.show_console,
                 rewindable: false,
                 sampled: spec.sampled,
@@ -211,6 +212,7 @@ impl Life {
         if self.kept && !self.vm.machine().is_paused() && !self.vm.machine().is_ending() {
             self.write_back(WRITING_BACK_AT_ONCE);
         }
+        self.vm.settle();
         self.vm.kill();
     }
 
