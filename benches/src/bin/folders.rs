@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use skerry_benches::{QEMU, kernel, median, qemu_version, skerry, timed};
+use skerry_benches::{Machine, QEMU, median, qemu_version, skerry, timed};
 
 /// Throughput of files beside QEMU's TCG
 #[derive(Parser)]
@@ -54,7 +54,7 @@ const JOBS: [(&str, &str); 5] = [
 const READ_FIELD: usize = 6;
 const WRITE_FIELD: usize = 47;
 const KINDS: [&str; 2] = ["volume", "folder"];
-const MEMORY: &str = "512";
+const MEMORY: u32 = 512;
 
 /// The script that both guests run in `/work`: fio for each job.
 fn script(seconds: u32) -> String {
@@ -177,36 +177,14 @@ fn theirs(options: &Options, work: &Path) -> Result<Vec<f64>> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    let mut command = Command::new(&options.qemu);
-    command.args([
-        "-M",
-        "microvm",
-        "-accel",
-        "tcg",
-        "-cpu",
-        "max",
-        "-m",
-        MEMORY,
-        "-nodefaults",
-    ]);
-    command.args([
-        "-no-user-config",
-        "-nographic",
-        "-no-reboot",
-        "-serial",
-        "stdio",
-    ]);
-    command.args([
-        "-object",
-        &format!("memory-backend-memfd,id=mem,size={MEMORY}M,share=on"),
-    ]);
-    command.args(["-machine", "memory-backend=mem"]);
-    command
-        .arg("-kernel")
-        .arg(kernel())
-        .arg("-initrd")
-        .arg(work.join("initrd"));
-    command.args(["-append", "console=ttyS0 panic=-1 quiet loglevel=4"]);
+    let initrd = work.join("initrd");
+    let machine = Machine {
+        memory: MEMORY,
+        ..Machine::small(&initrd, "console=ttyS0 panic=-1 quiet loglevel=4")
+    };
+    let mut command = machine.qemu(&options.qemu);
+    let memory = format!("memory-backend-memfd,id=mem,size={MEMORY}M,share=on");
+    command.args(["-object", &memory, "-machine", "memory-backend=mem"]);
     let disk = format!(
         "file={},if=none,id=disk,format=raw,discard=unmap",
         work.join("disk").display()
