@@ -92,10 +92,9 @@ fn machines_on_a_network_meet_by_name_and_others_do_not() {
     eventually("an empty network", || {
         home.run(&["network", "rm", "lab"]).status == 0
     });
-    home.refused(
-        &["run", "--network", "lab", "demo", "true"],
-        &["no network lab"],
-    );
+    let run = ["run", "--hypervisor", "soft", "--network", "lab"];
+    let run = [&run[..], &["demo", "true"]].concat();
+    home.refused(&run, &["no network lab"]);
 }
 
 #[test]
