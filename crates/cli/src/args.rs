@@ -1,11 +1,15 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
 mod images;
+mod lifecycle;
+mod mounts;
 mod network;
 mod networks;
 mod pool;
+mod serve;
 mod snapshot;
 mod soft;
+mod system;
 mod values;
 
 use std::path::PathBuf;
@@ -13,11 +17,15 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use images::*;
+pub use lifecycle::*;
+pub use mounts::*;
 pub use network::*;
 pub use networks::*;
 pub use pool::*;
+pub use serve::*;
 pub use snapshot::*;
 pub use soft::*;
+pub use system::*;
 use values::parse_port;
 pub use values::{DiskArg, SerialArg, SignalArg, Size, Span};
 
@@ -39,7 +47,7 @@ pub struct Cli {
     pub command: Command,
 
     /// More notes on stderr; twice for the devices' and processors' own.
-    #[arg(short = 'v', long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
+    #[arg(long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
     pub verbose: u8,
 }
 
@@ -48,6 +56,11 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new virtual machine made from an image
     Run(RunArgs),
+    /// Make a virtual machine from an image, to be started later
+    #[command(mut_arg("detach", |arg| arg.hide(true)))]
+    Create(RunArgs),
+    /// Start virtual machines that were created, or have ended
+    Start(StartArgs),
     /// Boot an image, warm it up, and have later runs start from there
     Warm(WarmArgs),
     /// Let a virtual machine go on from a snapshot of it
@@ -103,8 +116,14 @@ pub enum Command {
     Load(LoadArgs),
     /// Look into images, and remove those without a name
     Image(ImageArgs),
+    /// Make volumes, look at them, remove them
+    Volume(VolumeArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
+    /// Answer at a socket: the same over HTTP, for programs and for docker's client
+    Serve(ServeArgs),
+    /// Look after what Skerry keeps on this machine
+    System(SystemArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
     Doctor(DoctorArgs),
     /// Print the version
@@ -280,6 +299,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "CMD", conflicts_with = "ready", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub ready_cmd: Option<String>,
 
+    /// Labels, restarts
+    #[command(flatten)]
+    pub lifecycle: LifecycleArgs,
+
     /// What is told at the end
     #[command(flatten)]
     pub stats: StatsArgs,
@@ -291,6 +314,10 @@ pub struct RunArgs {
     /// Its network
     #[command(flatten)]
     pub network: NetworkArgs,
+
+    /// Its folders and volumes
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// Kernel to boot instead of the built-in one
     #[arg(long, value_name = "FILE")]
@@ -397,6 +424,10 @@ pub struct RestoreArgs {
     /// Its network
     #[command(flatten)]
     pub network: NetworkArgs,
+
+    /// Its folders: those that it had, by the places where it has them
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// How the software processor runs code
     #[command(flatten)]

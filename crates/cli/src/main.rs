@@ -7,7 +7,6 @@
 
 mod args;
 mod commands;
-mod dates;
 mod output;
 mod progress;
 mod status;
@@ -37,6 +36,8 @@ fn main() -> ExitCode {
     start_log(cli.verbose);
     let result = match cli.command {
         Command::Run(args) => commands::run::execute(args, cli.verbose),
+        Command::Create(args) => commands::run::create(args, cli.verbose),
+        Command::Start(args) => commands::lifecycle::start(&args),
         Command::Warm(args) => commands::run::warm(args, cli.verbose),
         Command::Restore(args) => commands::run::restore(args, cli.verbose),
         Command::Fork(args) => commands::vms::fork(&args),
@@ -66,7 +67,10 @@ fn main() -> ExitCode {
         Command::Save(args) => commands::archives::save(&args),
         Command::Load(args) => commands::archives::load(&args),
         Command::Image(args) => commands::images::execute(&args),
+        Command::Volume(args) => commands::volume::volume(args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
+        Command::Serve(args) => commands::serve::execute(&args),
+        Command::System(args) => commands::system::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),
         Command::Completion(args) => commands::about::completion(&args),
@@ -81,7 +85,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Events of the library go to stderr: warnings, with -v what is done, with -vv all.
+/// Events of the library go to stderr: warnings, with --verbose what is done, given twice all.
 fn start_log(verbose: u8) {
     let level = match verbose {
         0 => "warn",

@@ -107,6 +107,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
         disks.push(DiskConfig {
             name: disk.path.display().to_string(),
             read_only: disk.read_only,
+            exchangeable: false,
         });
     }
     let SerialPort { output, input } = spec.serial;

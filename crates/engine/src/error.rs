@@ -39,6 +39,93 @@ pub enum EngineError {
         /// What the probe found.
         source: Unusable,
     },
+    /// A folder can't be shared.
+    #[error(transparent)]
+    Share(#[from] skerry_share::ShareError),
+    /// What is to be mounted isn't there.
+    #[error("Can't mount {}: name a folder or a file of this host that you may read", path.display())]
+    MountSource {
+        /// The folder or file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It is neither a folder nor a file.
+    #[error("{} is neither a folder nor a regular file: a guest gets no others", .0.display())]
+    MountSpecial(PathBuf),
+    /// Nothing can be mounted there.
+    #[error("{0:?} is no place for a mount: write an absolute path other than /, without ..")]
+    MountTarget(String),
+    /// Two mounts in one place.
+    #[error("Two mounts are to be at {0}: leave one out")]
+    MountTwice(String),
+    /// More mounts than devices.
+    #[error("A machine has at most {most} folders and {most} volumes: leave some out")]
+    TooManyMounts {
+        /// How many there can be.
+        most: usize,
+    },
+    /// A kept machine was made for other mounts.
+    #[error(
+        "The machine was kept with {shares} folders and {volumes} volumes, and can't be given others: name as many with -v"
+    )]
+    OtherMounts {
+        /// Folders.
+        shares: usize,
+        /// Volumes.
+        volumes: usize,
+    },
+    /// A folder that was mounted in a kept machine is not named.
+    #[error(
+        "The machine was kept with a folder of its host at {0}: say which it is to be with -v HOST:{0}"
+    )]
+    MountMissing(String),
+    /// A mount that a kept machine doesn't have.
+    #[error("The machine was kept without a mount at {0}, and can't be given one: leave it out")]
+    MountNew(String),
+    /// The state of a machine with a volume would be of no use.
+    #[error(
+        "The machine has a volume, whose content is not part of a machine's state: run it without one to take snapshots or fork it"
+    )]
+    VolumeInState,
+    /// A volume can't have this name.
+    #[error(
+        "{0:?} can't be the name of a volume: use letters, digits, '_', '.' and '-', the first a letter or digit; a folder of this host begins with / or ./"
+    )]
+    VolumeName(String),
+    /// A volume can't have this size.
+    #[error("A volume has between {least} MiB and {most} TiB")]
+    VolumeSize {
+        /// In MiB.
+        least: u64,
+        /// In TiB.
+        most: u64,
+    },
+    /// There is a volume of this name.
+    #[error("There is a volume {0} already: choose another name")]
+    VolumeExists(String),
+    /// There is none.
+    #[error("There is no volume {0}: see skerry volume ls")]
+    NoVolume(String),
+    /// A machine has it.
+    #[error("The volume {name} is in use by {}: stop it first, or mount it read-only in all of them",
+        match holder { Some(pid) => format!("the process {pid}"), None => "another process".to_owned() })]
+    VolumeInUse {
+        /// The volume.
+        name: String,
+        /// The process that has it.
+        holder: Option<u32>,
+    },
+    /// A volume's files.
+    #[error("Can't {what} the volume {name}")]
+    Volume {
+        /// The volume.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
     /// A network can't be made.
     #[error(transparent)]
     Network(#[from] skerry_net::NetworkError),
@@ -447,6 +534,23 @@ pub enum EngineError {
         /// Why not all.
         source: Box<EngineError>,
     },
+    /// Its command has ended, and is started again in a moment.
+    #[error("The machine waits to be started again, as its restart policy has it: try it later")]
+    VmRests,
+    /// Its output goes elsewhere.
+    #[error("The virtual machine {name} keeps no log: its output goes to where it was run")]
+    NoLog {
+        /// The machine.
+        name: String,
+    },
+    /// Nothing is kept that it could begin with.
+    #[error(
+        "{name} can't be started again: it was made from another machine, whose state is gone, or is to be forgotten at its end"
+    )]
+    NotAgain {
+        /// The machine.
+        name: String,
+    },
     /// The process that was to run a machine said no.
     #[error("{0}")]
     Detached(String),
@@ -461,6 +565,20 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether what was named isn't there.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        match self {
+            Self::NoSuchVm { .. } | Self::NoSuchPool { .. } | Self::NoSuchLease { .. } => true,
+            Self::Image(skerry_oci::Error::NoSuchImage { .. })
+            | Self::Snapshot(skerry_snapshot::Error::NoSuchSnapshot { .. }) => true,
+            Self::Image(skerry_oci::Error::Registry(error)) => {
+                matches!(**error, skerry_oci::RegistryError::NotFound { .. })
+            }
+            _ => false,
+        }
+    }
+
     /// What turns an error of the host into one that says what was tried.
     pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { what, source }

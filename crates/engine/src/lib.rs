@@ -13,7 +13,9 @@
 
 pub mod boot;
 mod builtin;
+pub mod check;
 pub mod command;
+pub mod dates;
 mod error;
 pub mod frozen;
 pub mod hypervisor;
@@ -21,6 +23,7 @@ pub mod images;
 pub mod initrd;
 mod log;
 mod machine;
+pub mod mounts;
 pub mod network;
 pub mod networks;
 mod parcel;
@@ -28,6 +31,7 @@ mod paths;
 pub mod pools;
 mod random;
 pub mod run;
+pub mod signals;
 pub mod snapshots;
 mod soft;
 mod statistics;
@@ -35,6 +39,7 @@ mod transport;
 mod vetting;
 pub mod vm;
 pub mod vms;
+pub mod volumes;
 pub mod warm;
 
 pub use error::EngineError;

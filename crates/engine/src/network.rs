@@ -22,6 +22,7 @@ pub(crate) const MTUS: std::ops::RangeInclusive<u16> = 1280..=address::MTU;
 
 /// The network that is asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct NetworkSpec {
     /// How far it reaches; `None` is public, where the machine has a card at all.
@@ -29,10 +30,13 @@ pub struct NetworkSpec {
     /// Ports of the guest's that the host listens at.
     pub publish: Vec<Mapping>,
     /// Name servers in place of the host's.
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub dns: Vec<SocketAddr>,
     /// What it may reach, if not everything in its reach.
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub allow: Vec<Rule>,
     /// What it may not reach, whatever else says so.
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub deny: Vec<IpNet>,
     /// Networks that it shares with other machines.
     pub join: Vec<String>,
@@ -46,17 +50,21 @@ pub struct NetworkSpec {
 
 /// A machine's place on a network that it shares with others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Place {
     /// The network's name.
     pub network: String,
     /// The machine's address there.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub address: Ipv4Addr,
     /// The network's addresses.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub subnet: Ipv4Net,
 }
 
 /// A machine's network, as it is while the machine runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct NetworkReport {
     /// How far it reaches.
     pub mode: NetworkMode,
@@ -66,9 +74,11 @@ pub struct NetworkReport {
     pub counters: Counters,
     /// What it may reach, if not everything in its reach.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub allow: Vec<Rule>,
     /// What it may not reach.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub deny: Vec<IpNet>,
     /// What it was denied last.
     #[serde(default)]

@@ -60,6 +60,11 @@ impl Paths {
         self.root.join("pools")
     }
 
+    /// A folder for each named volume.
+    pub fn volumes(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
     /// The folder that everything is in.
     pub fn root(&self) -> &Path {
         &self.root

@@ -28,6 +28,7 @@ const LEAST_SPECIAL_V6: u8 = 7;
 
 /// How far a guest's network reaches.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum NetworkMode {
     /// Nowhere.
@@ -116,6 +117,7 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 
 /// Why a guest may not go somewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum DenialReason {
     /// Its network doesn't reach so far.
@@ -132,6 +134,7 @@ pub enum DenialReason {
 
 /// Something that the guest was denied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Denial {
     /// When, the last time, in nanoseconds since 1970.
     pub time: u64,

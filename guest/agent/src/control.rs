@@ -14,7 +14,7 @@ use skerry_protocol::message::{ControlRequest, FromAgent, Hello, Setup, Shutdown
 
 use crate::cgroup::Cgroup;
 use crate::clone_event::{self, CloneEvents};
-use crate::{files, log, sys};
+use crate::{files, log, sys, volumes};
 
 /// A control connection.
 #[derive(Debug)]
@@ -101,6 +101,10 @@ impl Control {
             }
             ControlRequest::Compact => guest.compact(),
             ControlRequest::Addresses(addresses) => share_networks(&addresses),
+            ControlRequest::Mount(mounts) => {
+                volumes::mount_all(&mounts).map(|mounted| guest.volumes = mounted)
+            }
+            ControlRequest::SyncVolumes => guest.sync_volumes(),
         };
         let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
         frame::write(&mut self.stream, &reply)
@@ -116,6 +120,8 @@ pub struct Guest {
     pub clones: Option<CloneEvents>,
     /// The file system that takes the root's writes, where it is on a disk.
     pub disk: Option<OwnedFd>,
+    /// The volumes that can be written.
+    pub volumes: Vec<OwnedFd>,
 }
 
 impl Guest {
@@ -149,6 +155,13 @@ impl Guest {
             Some(cgroup) => cgroup.thaw(),
             None => Ok(()),
         }
+    }
+
+    /// Writes the volumes back.
+    fn sync_volumes(&self) -> io::Result<()> {
+        self.volumes
+            .iter()
+            .try_for_each(|volume| Ok(rustix::fs::syncfs(volume)?))
     }
 
     /// Gives up what a snapshot need not hold.

@@ -32,3 +32,4 @@ pub mod network;
 pub mod root;
 pub mod sys;
 pub mod transport;
+pub mod volumes;

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -31,6 +32,7 @@ use crate::frozen::{About, Base, CommandAbout, Frozen};
 use crate::hypervisor::Selected;
 use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
+use crate::mounts::{MountAbout, MountSpec, Opened};
 use crate::network::{Network, NetworkSpec, nameservers};
 use crate::soft::SoftOptions;
 use crate::statistics::Statistics;
@@ -45,13 +47,18 @@ pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 /// How long processors that run get to show what they have counted.
 const SETTLING: Duration = Duration::from_millis(5);
 
+/// How long a guest may take to write its volumes back.
+const SETTLE: Duration = Duration::from_secs(30);
+
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct VmSpec {
     /// The machine.
     pub options: MachineOptions,
     /// Kernel other than the built-in one.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub kernel: Option<PathBuf>,
     /// The root file system can't be written.
     pub read_only: bool,
@@ -59,12 +66,18 @@ pub struct VmSpec {
     pub hostname: Option<String>,
     /// Its network.
     pub network: NetworkSpec,
+    /// Folders, volumes and memory file systems.
+    pub mounts: Vec<MountSpec>,
     /// The guest's console goes to stderr.
     pub show_console: bool,
     /// Boot, whether or not a start of the image was kept, and keep none.
     pub fresh: bool,
     /// How its processors spend their time is sampled from the start, for [`Vm::statistics`].
     pub sampled: bool,
+    /// The folder in which its writable disk is kept, made or taken up again; without one, the disk goes
+    /// with the machine.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
+    pub kept: Option<PathBuf>,
 }
 
 /// A running virtual machine whose agent answers. Clones are the same one; the last to go ends it.
@@ -89,6 +102,9 @@ struct Shared {
     about: About,
     hostname: Option<String>,
     network: Option<Arc<Network>>,
+    mounts: Opened,
+    /// The guest has them.
+    mounted: AtomicBool,
     timing: Timing,
     born: Instant,
     /// The command that goes on where the machine does.
@@ -169,6 +185,40 @@ impl Vm {
         self.shared.network.as_deref()
     }
 
+    /// The folders, volumes and memory file systems that it was given.
+    #[must_use]
+    pub fn mounts(&self) -> &[MountSpec] {
+        self.shared.mounts.specs()
+    }
+
+    /// What its state says of the folders that it has; with a volume there is none.
+    fn mounts_about(&self) -> Result<Vec<MountAbout>, EngineError> {
+        let Shared {
+            mounts, mounted, ..
+        } = &*self.shared;
+        match mounted.load(Ordering::SeqCst) {
+            false => Ok(Vec::new()),
+            true if mounts.has_volumes() => Err(EngineError::VolumeInState),
+            true => Ok(mounts.about()),
+        }
+    }
+
+    /// Has what the guest wrote to volumes put on their disks, before it is ended.
+    pub(crate) fn settle(&self) {
+        if !self.shared.mounts.has_volumes() || self.machine().is_ending() {
+            return;
+        }
+        let mut agent = self.shared.agent.lock();
+        // A guest that doesn't answer is ended all the same, as by a loss of power.
+        let patience = agent
+            .stream()
+            .and_then(|stream| stream.0.set_read_timeout(Some(SETTLE)));
+        let settled = patience.map_err(lost).and_then(|()| agent.sync_volumes());
+        if let Err(error) = settled {
+            tracing::warn!(%error, "What was written to volumes last may be lost");
+        }
+    }
+
     /// How long it took to come to life.
     #[must_use]
     pub fn timing(&self) -> Timing {
@@ -245,6 +295,17 @@ impl Vm {
     /// Lets a machine that was paused go on.
     pub fn unpause(&self) {
         self.machine().resume();
+    }
+
+    /// Has the guest write everything back to its disks, and waits for so long at most.
+    pub(crate) fn sync(&self, limit: Duration) -> Result<(), EngineError> {
+        let mut agent = self.shared.agent.lock();
+        let stream = agent.stream().map_err(lost)?;
+        let limited = |limit| stream.0.set_read_timeout(limit).map_err(lost);
+        limited(Some(limit))?;
+        let synced = agent.sync();
+        limited(None)?;
+        Ok(synced?)
     }
 
     /// Ends the machine at once.

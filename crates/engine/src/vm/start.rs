@@ -5,8 +5,9 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -29,6 +30,7 @@ use crate::frozen::{About, Frozen, ImageAbout};
 use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
+use crate::mounts::{self, MountSpec, Opened};
 use crate::network::{Network, NetworkSpec, addresses};
 use crate::paths::Paths;
 use crate::random::random;
@@ -61,6 +63,8 @@ pub struct ResumeSpec {
     pub show_console: bool,
     /// Its network; one without a card has none.
     pub network: NetworkSpec,
+    /// The folders and volumes that it had, by the places where it has them mounted.
+    pub mounts: Vec<MountSpec>,
     /// It is to be taken back to where it began again and again: what it writes is noted from the
     /// start.
     pub rewindable: bool,
@@ -82,11 +86,14 @@ impl Vm {
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
         let network = spec.network.make(paths, config.network)?;
-        // What the user's own kernel does when it is started is the user's to see.
-        let warm = if spec.fresh || spec.kernel.is_some() {
+        // What the user's own kernel does when it is started is the user's to see; and a guest that goes
+        // on from a kept start has in its memory what the disk was then.
+        let taken_up = spec.kept.as_deref().is_some_and(Overlay::is_kept);
+        let warm = if spec.fresh || spec.kernel.is_some() || taken_up {
             None
         } else {
-            Some(Warm::of(paths, image, &prepared, &config)?)
+            let journal = spec.kept.is_some();
+            Some(Warm::of(paths, image, &prepared, &config, journal)?)
         };
         let place = Place {
             paths,
@@ -96,14 +103,20 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: false,
             sampled: spec.sampled,
+            kept: spec.kept.as_deref(),
             wanted: &spec.network,
             network: Cell::new(network),
+            mounts: Opened::new(paths, &spec.mounts)?,
             begun,
         };
         if let Some(kept) = &warm {
             let found = kept.find(paths, image);
             match found.and_then(|found| found.map(|found| place.paused(&found)).transpose()) {
-                Ok(Some(paused)) => return place.go_on(paused),
+                Ok(Some(paused)) => {
+                    let vm = place.go_on(paused)?;
+                    vm.mount()?;
+                    return Ok(vm);
+                }
                 Ok(None) => {}
                 Err(error) => {
                     let why = chain(&error);
@@ -126,6 +139,7 @@ impl Vm {
             read_only: spec.read_only,
             command: None,
             surroundings: Surroundings::of(&image.config),
+            mounts: Vec::new(),
         };
         let vm = place.boot(image, spec, about)?;
         if let Some(warm) = warm {
@@ -137,7 +151,21 @@ impl Vm {
                 ));
             }
         }
+        vm.mount()?;
         Ok(vm)
+    }
+
+    /// Has the agent mount what the machine was given besides its root. After its state was kept, so
+    /// that another machine can go on from there with other folders.
+    fn mount(&self) -> Result<(), EngineError> {
+        let mounts = &self.shared.mounts;
+        if mounts.requests().is_empty() {
+            return Ok(());
+        }
+        let asked = self.shared.agent.lock().mount(mounts.requests().to_vec());
+        asked.map_err(|error| self.explain(error))?;
+        self.shared.mounted.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Has the guest run programs once, so that what the first ones take longer for is behind it when
@@ -181,15 +209,24 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: spec.rewindable,
             sampled: spec.sampled,
+            kept: None,
             wanted: &spec.network,
             network: Cell::new(None),
+            mounts: Opened::again(
+                paths,
+                &spec.mounts,
+                &frozen.about.mounts,
+                &frozen.about.machine,
+            )?,
             begun,
         };
         frozen
             .check(&prepared.selected)?
             .iter()
             .for_each(|text| note(text));
-        place.go_on(place.paused(frozen)?)
+        let vm = place.go_on(place.paused(frozen)?)?;
+        vm.mount()?;
+        Ok(vm)
     }
 }
 
@@ -204,10 +241,14 @@ struct Place<'a> {
     track: bool,
     /// How its processors spend their time is sampled.
     sampled: bool,
+    /// Where its writable disk is kept, if it is.
+    kept: Option<&'a Path>,
     /// The network that was asked for.
     wanted: &'a NetworkSpec,
     /// The same, made and not yet plugged into a machine.
     network: Cell<Option<Arc<Network>>>,
+    /// Folders and volumes.
+    mounts: Opened,
     /// When it was asked for.
     begun: Instant,
 }
@@ -255,6 +296,8 @@ impl Place<'_> {
         if let Some(disk) = scratch {
             attachments.disks.push(disk.clone());
         }
+        attachments.disks.extend(self.mounts.disks());
+        attachments.shares = self.mounts.shares.clone();
         attachments.network = network.map(|network| network.clone() as Arc<dyn NetBackend>);
         attachments.serial[0] = Some(Box::new(self.console.clone()));
         Ok(attachments)
@@ -264,7 +307,10 @@ impl Place<'_> {
     fn boot(&self, image: &Image, spec: &VmSpec, about: About) -> Result<Vm, EngineError> {
         let scratch = match spec.read_only {
             true => None,
-            false => Some(Arc::new(scratch::overlay(self.folder()?)?)),
+            false => Some(Arc::new(match self.kept {
+                Some(folder) => scratch::kept(folder)?,
+                None => scratch::overlay(self.folder()?)?,
+            })),
         };
         let root = Arc::new(crate::frozen::open_root(image)?);
         let network = self.network(&about)?;
@@ -292,7 +338,10 @@ impl Place<'_> {
         let scratch = match &frozen.scratch {
             None => None,
             Some((size, layers)) => {
-                let disk = Overlay::new(*size, layers.clone(), &self.folder()?)?;
+                let disk = match self.kept {
+                    Some(folder) => Overlay::keep(*size, layers.clone(), folder)?,
+                    None => Overlay::new(*size, layers.clone(), &self.folder()?)?,
+                };
                 Some(Arc::new(disk))
             }
         };
@@ -376,6 +425,8 @@ impl Place<'_> {
             about,
             hostname: self.hostname.map(str::to_owned),
             network,
+            mounted: AtomicBool::new(self.mounts.is_mounted()),
+            mounts: self.mounts.clone(),
             born: self.begun,
             timing: Timing {
                 running,
@@ -460,13 +511,17 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
     let mut disks = vec![DiskConfig {
         name: ROOT_DISK.to_owned(),
         read_only: true,
+        exchangeable: false,
     }];
     if !spec.read_only {
         disks.push(DiskConfig {
             name: SCRATCH_DISK.to_owned(),
             read_only: false,
+            exchangeable: false,
         });
     }
+    let (volumes, shares) = mounts::devices(&spec.mounts);
+    disks.extend(volumes);
     // The kernel finds the virtio devices in the DSDT.
     let mut command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
                         skerry.transport=vsock"
@@ -489,6 +544,7 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
         rng: true,
         vsock: Some(GUEST_CID),
         network,
+        shares,
         generation_id: true,
         no_reboot: true,
         ..MachineConfig::default()
