@@ -10,7 +10,6 @@ use std::sync::Arc;
 use skerry_machine::{
     Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, NetBackend, Sampler,
 };
-use skerry_net::address;
 use skerry_storage::{Access, Disk, RawDisk};
 
 use crate::builtin;
@@ -113,7 +112,8 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
     }
     let SerialPort { output, input } = spec.serial;
     attachments.serial[0] = output;
-    let card = spec.network.mode.is_some() && spec.network.wants_card();
+    let asked = spec.network.mode.is_some() || !spec.network.join.is_empty();
+    let card = spec.network.card().filter(|_| asked);
     let network = spec.network.make(&Paths::of_user()?, card)?;
     attachments.network = network.map(|network| network as Arc<dyn NetBackend>);
     let config = MachineConfig {
@@ -124,7 +124,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
         command_line: spec.command_line,
         disks,
         rng: true,
-        network: card.then_some(address::CARD),
+        network: card,
         no_reboot: spec.no_reboot,
         debug_exit: spec.debug_exit,
         ..MachineConfig::default()

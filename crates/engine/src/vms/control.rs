@@ -109,7 +109,7 @@ pub enum Reply {
     /// There are more machines.
     Forked(Forked),
     /// Its network.
-    Network(NetworkReport),
+    Network(Box<NetworkReport>),
     /// What the processors have done.
     Statistics(Statistics),
     /// It can't be done, for this reason.

@@ -249,7 +249,7 @@ pub fn network(registry: &Registry, name: &str) -> Result<NetworkReport, EngineE
     let client = reach(registry, &info)?;
     client.limit(PATIENCE)?;
     match client.ask(&Request::Network)? {
-        (Reply::Network(report), _) => Ok(report),
+        (Reply::Network(report), _) => Ok(*report),
         _ => Err(strange(&info)),
     }
 }

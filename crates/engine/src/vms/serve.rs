@@ -122,7 +122,7 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
         }
         Request::Network => hosted
             .life()
-            .map(|life| Reply::Network(NetworkReport::of(life.vm.network()))),
+            .map(|life| Reply::Network(Box::new(NetworkReport::of(life.vm.network())))),
         Request::Statistics { sample_ms } => {
             let span = Duration::from_millis(sample_ms).min(LONGEST_SAMPLE);
             let sampled = hosted.life().and_then(|life| life.vm.sample(span));
