@@ -14,7 +14,9 @@
 pub mod boot;
 mod builtin;
 pub mod command;
+pub mod driver;
 mod error;
+pub mod events;
 pub mod frozen;
 pub mod hypervisor;
 pub mod images;
