@@ -2,10 +2,14 @@
 
 mod images;
 mod lifecycle;
+mod mounts;
 mod network;
+mod networks;
 mod pool;
+mod serve;
 mod snapshot;
 mod soft;
+mod system;
 mod values;
 
 use std::path::PathBuf;
@@ -14,10 +18,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use images::*;
 pub use lifecycle::*;
+pub use mounts::*;
 pub use network::*;
+pub use networks::*;
 pub use pool::*;
+pub use serve::*;
 pub use snapshot::*;
 pub use soft::*;
+pub use system::*;
 use values::parse_port;
 pub use values::{DiskArg, SerialArg, SignalArg, Size, Span};
 
@@ -39,7 +47,7 @@ pub struct Cli {
     pub command: Command,
 
     /// More notes on stderr; twice for the devices' and processors' own.
-    #[arg(short = 'v', long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
+    #[arg(long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
     pub verbose: u8,
 }
 
@@ -100,6 +108,8 @@ pub enum Command {
     Prune(PruneArgs),
     /// Keep clean virtual machines ready
     Pool(PoolArgs),
+    /// Networks that virtual machines share
+    Network(NetworksArgs),
     /// Boot a kernel
     Boot(BootArgs),
     /// Get images from their registries
@@ -118,8 +128,14 @@ pub enum Command {
     Load(LoadArgs),
     /// Look into images, and remove those without a name
     Image(ImageArgs),
+    /// Make volumes, look at them, remove them
+    Volume(VolumeArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
+    /// Answer at a socket: the same over HTTP, for programs and for docker's client
+    Serve(ServeArgs),
+    /// Look after what Skerry keeps on this machine
+    System(SystemArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
     Doctor(DoctorArgs),
     /// Print the version
@@ -315,6 +331,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub network: NetworkArgs,
 
+    /// Its folders and volumes
+    #[command(flatten)]
+    pub mounts: MountArgs,
+
     /// Kernel to boot instead of the built-in one
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -420,6 +440,10 @@ pub struct RestoreArgs {
     /// Its network
     #[command(flatten)]
     pub network: NetworkArgs,
+
+    /// Its folders: those that it had, by the places where it has them
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// How the software processor runs code
     #[command(flatten)]
@@ -628,6 +652,10 @@ pub struct BootArgs {
     /// End when the guest resets, instead of booting it again
     #[arg(long)]
     pub no_reboot: bool,
+
+    /// The network: without --network there is no card; a DHCP client in the guest sets it up
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// Port of a debug-exit device: a guest that writes V there ends skerry with (V << 1) | 1
     #[arg(long, value_name = "PORT", value_parser = parse_port)]

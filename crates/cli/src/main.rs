@@ -7,7 +7,6 @@
 
 mod args;
 mod commands;
-mod dates;
 mod output;
 mod progress;
 mod status;
@@ -62,6 +61,7 @@ fn main() -> ExitCode {
         Command::Rename(args) => commands::vms::rename(&args),
         Command::Rm(args) => commands::vms::remove(&args),
         Command::Pool(args) => commands::pool::execute(args, cli.verbose),
+        Command::Network(args) => commands::networks::execute(args),
         Command::PoolHost => commands::pool::host(),
         Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),
@@ -73,7 +73,10 @@ fn main() -> ExitCode {
         Command::Save(args) => commands::archives::save(&args),
         Command::Load(args) => commands::archives::load(&args),
         Command::Image(args) => commands::images::execute(&args),
+        Command::Volume(args) => commands::volume::volume(args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
+        Command::Serve(args) => commands::serve::execute(&args),
+        Command::System(args) => commands::system::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),
         Command::Completion(args) => commands::about::completion(&args),
@@ -88,7 +91,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Events of the library go to stderr: warnings, with -v what is done, with -vv all.
+/// Events of the library go to stderr: warnings, with --verbose what is done, given twice all.
 fn start_log(verbose: u8) {
     let level = match verbose {
         0 => "warn",

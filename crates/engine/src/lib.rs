@@ -13,7 +13,9 @@
 
 pub mod boot;
 mod builtin;
+pub mod check;
 pub mod command;
+pub mod dates;
 pub mod driver;
 mod error;
 pub mod events;
@@ -23,12 +25,15 @@ pub mod images;
 pub mod initrd;
 mod log;
 mod machine;
+pub mod mounts;
 pub mod network;
+pub mod networks;
 mod parcel;
 mod paths;
 pub mod pools;
 mod random;
 pub mod run;
+pub mod signals;
 pub mod snapshots;
 mod soft;
 mod statistics;
@@ -36,6 +41,7 @@ mod transport;
 mod vetting;
 pub mod vm;
 pub mod vms;
+pub mod volumes;
 pub mod warm;
 
 pub use error::EngineError;

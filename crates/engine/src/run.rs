@@ -22,6 +22,7 @@ const TIMED_OUT: u8 = 124;
 
 /// What to run.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct RunSpec {
     /// The machine.

@@ -33,3 +33,4 @@ pub mod root;
 pub mod sys;
 pub mod tools;
 pub mod transport;
+pub mod volumes;

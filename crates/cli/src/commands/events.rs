@@ -5,11 +5,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, bail};
 use skerry_engine::Paths;
+use skerry_engine::dates;
 use skerry_engine::events::{Happened, Reader};
 use skerry_engine::vms::now;
 
 use crate::args::{EventsArgs, Filter, Format, Span};
-use crate::dates;
 
 /// Prints what happens.
 pub fn execute(args: &EventsArgs) -> Result<u8> {

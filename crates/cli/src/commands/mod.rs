@@ -9,14 +9,18 @@ pub mod files;
 pub mod images;
 pub mod lifecycle;
 pub mod network;
+pub mod networks;
 pub mod pool;
 pub mod registry;
 pub mod run;
+pub mod serve;
 pub mod snapshot;
 pub mod stats;
+pub mod system;
 pub mod table;
 pub mod usage;
 pub mod vms;
+pub mod volume;
 
 use skerry_engine::hypervisor::{Backend, Choice};
 use skerry_engine::{MachineOptions, SoftMode, SoftOptions};

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, bail};
 use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
-use skerry_engine::{EngineError, Paths};
+use skerry_engine::{EngineError, Paths, dates};
 
 use super::run::{Attached, command, finish};
 use super::{short, table};
@@ -14,7 +14,7 @@ use crate::args::{
     ExecArgs, Filter, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RenameArgs, RmArgs,
     StopArgs, WaitArgs,
 };
-use crate::{dates, output, status};
+use crate::{output, status};
 
 /// How often a log is looked at while it is followed.
 const FOLLOW: Duration = Duration::from_millis(50);

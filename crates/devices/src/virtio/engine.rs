@@ -312,6 +312,7 @@ impl QueueEngine {
     pub fn resume(&self) {
         self.paused.set_patience(RESUME_PATIENCE);
         self.paused.set(false);
+        self.device.resumed();
         self.kick_all();
         if self.paused.end_patience() {
             for index in 0..self.slots.len() {

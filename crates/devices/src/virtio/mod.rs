@@ -16,6 +16,7 @@ pub mod block;
 mod chain;
 pub mod console;
 mod engine;
+pub mod fs;
 mod mmio;
 pub mod net;
 mod queue;
@@ -69,6 +70,8 @@ pub enum DeviceKind {
     Rng = 4,
     /// Socket device.
     Vsock = 19,
+    /// File system.
+    Fs = 26,
 }
 
 /// What `process` left in the queue.
@@ -115,6 +118,9 @@ pub trait VirtioDevice: Send + Sync {
     /// The driver reset the device; its queues are gone.
     fn reset(&self) {}
 
+    /// The queues are served again, after a pause or a restore.
+    fn resumed(&self) {}
+
     /// The machine is over: host threads that wait for the guest get what is left, then an end.
     fn close(&self) {}
 
@@ -141,6 +147,8 @@ pub enum DeviceState {
     Vsock(vsock::VsockState),
     /// Network card.
     Net(net::NetState),
+    /// File system.
+    Fs(fs::FsState),
 }
 
 /// Copies the part of `config` at `offset` into `data`; what lies beyond is zero.

@@ -224,6 +224,76 @@ impl Follower {
     }
 }
 
+/// Somebody who is about to be attached to the command of a machine: what it writes from a moment on is
+/// theirs, whenever they come for it.
+#[derive(Debug)]
+pub struct Attachment {
+    registry: Registry,
+    info: VmInfo,
+    follower: Follower,
+}
+
+impl Attachment {
+    /// To the command of a machine that runs, or was only created.
+    pub fn new(registry: &Registry, info: &VmInfo, since: Since) -> Result<Self, EngineError> {
+        if !info.state.status.is_alive() && info.state.status != Status::Created {
+            let name = info.config.name.clone();
+            return Err(EngineError::VmStopped { name });
+        }
+        Ok(Self {
+            follower: Follower::new(registry, info, since)?,
+            registry: registry.clone(),
+            info: info.clone(),
+        })
+    }
+
+    /// Is attached until the command ends or the user leaves.
+    pub fn run(self, io: RunIo) -> Result<AttachEnd, EngineError> {
+        let Self {
+            registry,
+            info,
+            mut follower,
+        } = self;
+        let RunIo {
+            stdin,
+            mut stdout,
+            mut stderr,
+            events,
+        } = io;
+        let left = follower.left.clone();
+        if stdin.is_some() || events.is_some() {
+            let sender = Sender {
+                registry: registry.clone(),
+                info: info.clone(),
+                left: left.clone(),
+            };
+            let thread = std::thread::Builder::new().name("attach".to_owned());
+            let thread = thread.spawn(move || sender.send(stdin, events));
+            thread.map_err(EngineError::host("start a thread"))?;
+        }
+        let unread = EngineError::host("read the log of a virtual machine");
+        let unwritten = EngineError::host("pass the output of a command on");
+        while let Some(line) = follower.next_line().map_err(&unread)? {
+            let to = match line.stream {
+                Stream::Stdout => &mut stdout,
+                Stream::Stderr => &mut stderr,
+            };
+            let written = to.write_all(line.bytes()).and_then(|()| to.flush());
+            match written {
+                // Nobody reads it any more.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    return Ok(AttachEnd::Detached);
+                }
+                written => written.map_err(&unwritten)?,
+            }
+        }
+        match left.load(Ordering::Acquire) {
+            true => Ok(AttachEnd::Detached),
+            false => super::wait(&registry, &info.config.id).map(AttachEnd::Ended),
+        }
+    }
+}
+
 /// Attaches to the command of a machine: passes input, signals and sizes on to it and gives what it
 /// writes, until it ends or the user leaves. A machine that was only created is waited for.
 pub fn attach(
@@ -233,48 +303,20 @@ pub fn attach(
     io: RunIo,
 ) -> Result<AttachEnd, EngineError> {
     let info = registry.find(name)?;
-    if !info.state.status.is_alive() && info.state.status != Status::Created {
+    Attachment::new(registry, &info, since)?.run(io)
+}
+
+/// Tells the terminal of a machine's command its size.
+pub fn resize(registry: &Registry, name: &str, size: WinSize) -> Result<(), EngineError> {
+    let info = registry.find(name)?;
+    if !info.state.status.is_alive() {
         let name = info.config.name;
         return Err(EngineError::VmStopped { name });
     }
-    let mut follower = Follower::new(registry, &info, since)?;
-    let RunIo {
-        stdin,
-        mut stdout,
-        mut stderr,
-        events,
-    } = io;
-    let left = follower.left.clone();
-    if stdin.is_some() || events.is_some() {
-        let sender = Sender {
-            registry: registry.clone(),
-            info: info.clone(),
-            left: left.clone(),
-        };
-        let thread = std::thread::Builder::new().name("attach".to_owned());
-        let thread = thread.spawn(move || sender.send(stdin, events));
-        thread.map_err(EngineError::host("start a thread"))?;
-    }
-    let unread = EngineError::host("read the log of a virtual machine");
-    let unwritten = EngineError::host("pass the output of a command on");
-    while let Some(line) = follower.next_line().map_err(&unread)? {
-        let to = match line.stream {
-            Stream::Stdout => &mut stdout,
-            Stream::Stderr => &mut stderr,
-        };
-        let written = to.write_all(line.bytes()).and_then(|()| to.flush());
-        match written {
-            // Nobody reads it any more.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                return Ok(AttachEnd::Detached);
-            }
-            written => written.map_err(&unwritten)?,
-        }
-    }
-    match left.load(Ordering::Acquire) {
-        true => Ok(AttachEnd::Detached),
-        false => super::wait(registry, &info.config.id).map(AttachEnd::Ended),
-    }
+    let client = Client::connect(&info.config.name, &registry.control(&info.config.id))?;
+    let (_, mut stream) = client.ask(&Request::Attach)?;
+    let sent = Frame::Resize(size).write(&mut stream);
+    sent.map_err(EngineError::host("tell a terminal its size"))
 }
 
 /// Sends what goes to a command.

@@ -74,6 +74,7 @@ pub enum Request {
 
 /// A snapshot of a running machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Snapshotted {
     /// The snapshot.
     pub id: String,
@@ -85,6 +86,7 @@ pub struct Snapshotted {
 
 /// Machines that were made from a running one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Forked {
     /// Their identities.
     pub ids: Vec<String>,

@@ -12,6 +12,7 @@ use super::launch::{self, Begin, Detached, Launch};
 use super::names;
 use crate::error::EngineError;
 use crate::frozen::Writing;
+use crate::network::NetworkSpec;
 use crate::paths::Paths;
 use crate::run::RunSpec;
 use crate::snapshots;
@@ -78,9 +79,11 @@ pub(super) fn fork(
     spec.vm.options.soft = vm.soft().clone();
     // Its ports stay the parent's.
     if let Some(network) = vm.network() {
-        spec.vm.network.mode = Some(network.mode());
-        spec.vm.network.dns = network.dns().to_vec();
+        spec.vm.network = NetworkSpec::of_fork(network);
     }
+    // What is in guest memory goes with it.
+    let folders = vm.mounts().iter().filter(|mount| mount.is_bind());
+    spec.vm.mounts = folders.cloned().collect();
     let next = AtomicUsize::new(0);
     let ids = Mutex::new(vec![String::new(); wanted.len()]);
     let failure = Mutex::new(None);

@@ -175,6 +175,7 @@ pub fn copy_out(
     let packing = packing.map_err(copying)?;
     let how = unpack::How {
         rename,
+        contents: path.contents,
         keep_owner: options.keep_owner,
     };
     let reader = BufReader::with_capacity(BUFFER, reader);

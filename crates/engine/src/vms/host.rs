@@ -154,10 +154,14 @@ pub(super) fn host_in(
 fn begin(
     paths: &Paths,
     job: &Job<'_>,
+    names: &[String],
     kept: Option<PathBuf>,
     note: &mut dyn FnMut(&str),
 ) -> Result<Vm, EngineError> {
-    let spec = &job.spec.vm;
+    let spec = &mut job.spec.vm.clone();
+    let hostname = spec.hostname.clone();
+    let names = names.iter().map(String::as_str);
+    spec.network.known_as(names.chain(hostname.as_deref()));
     match job.source {
         Source::Image { image, name } => {
             let spec = VmSpec {
@@ -173,6 +177,7 @@ fn begin(
                 time_limit: spec.options.time_limit,
                 hostname: spec.hostname.clone(),
                 network: spec.network.clone(),
+                mounts: spec.mounts.clone(),
                 show_console: spec.show_console,
                 rewindable: false,
                 sampled: spec.sampled,
@@ -207,6 +212,7 @@ impl Life {
         if self.kept && !self.vm.machine().is_paused() && !self.vm.machine().is_ending() {
             self.write_back(WRITING_BACK_AT_ONCE);
         }
+        self.vm.settle();
         self.vm.kill();
     }
 
@@ -293,7 +299,16 @@ impl Hosted {
             })?;
         }
         let is_kept = kept.is_some() && matches!(job.source, Source::Image { .. });
-        let vm = begin(&self.paths, job, kept, note)?;
+        // What others on its networks find it by.
+        let mut names = Vec::new();
+        self.update(|entry| {
+            const SHORT: usize = 12;
+            let config = &entry.config;
+            names.push(config.name.clone());
+            names.extend(config.id.get(..SHORT).map(str::to_owned));
+            Ok(())
+        })?;
+        let vm = begin(&self.paths, job, &names, kept, note)?;
         let mut streams = None;
         self.update(|entry| {
             streams = Some(io(entry)?);

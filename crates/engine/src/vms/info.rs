@@ -11,6 +11,7 @@ use crate::network::Mapping;
 
 /// What a virtual machine is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct VmConfig {
     /// 32 hexadecimal digits.
     pub id: String,
@@ -55,6 +56,7 @@ pub struct VmConfig {
 
 /// How a virtual machine is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// It has never been started.
@@ -100,6 +102,7 @@ impl Status {
 
 /// The part of a virtual machine's description that changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct VmState {
     /// How it is.
     pub status: Status,
@@ -151,6 +154,7 @@ pub const KILLED: u8 = 137;
 
 /// A virtual machine, as found in the registry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct VmInfo {
     /// What it is.
     #[serde(flatten)]

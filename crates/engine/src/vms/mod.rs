@@ -30,7 +30,7 @@ mod unpack;
 mod usage;
 mod watch;
 
-pub use attach::{AttachEnd, DetachKeys, Follower, Since, attach, log_length};
+pub use attach::{AttachEnd, Attachment, DetachKeys, Follower, Since, attach, log_length, resize};
 pub use control::{Client, Reply, Request};
 pub use control::{Forked, Snapshotted};
 pub(crate) use control::{connect, listen, receive, send};
@@ -48,7 +48,7 @@ pub use operations::{
 pub use output::{Line, LogReader, Stream};
 pub(crate) use ready::Finder;
 pub use ready::ReadyMark;
-pub use registry::{Registry, now};
+pub use registry::{Registry, new_id, now};
 pub use restart::RestartPolicy;
 pub(crate) use serve::bridge;
 pub use tools::{Process, processes};

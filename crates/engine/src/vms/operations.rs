@@ -327,6 +327,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
 
 /// A machine, as [`inspect`] found it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Inspected {
     /// What the registry has of it.
     #[serde(flatten)]

@@ -19,6 +19,7 @@ const LONGEST: usize = 16 << 10;
 
 /// Which of a command's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Stream {
     /// Standard output, or the terminal.
@@ -29,6 +30,7 @@ pub enum Stream {
 
 /// A line of a command's output, or as much of it as there was for a while.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Line {
     /// When it came, in nanoseconds since 1970.
     pub time: u64,

@@ -21,6 +21,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// By what a machine is known to be ready.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ReadyMark {
     /// Its command has written this, to standard output or standard error.
@@ -129,7 +130,12 @@ pub(super) fn watch(
 }
 
 /// Runs the probe until it succeeds, or there is nothing to ask any more.
-pub(super) fn probe(hosted: &Hosted, life: &Arc<Life>, argv: Vec<String>, surroundings: &Surroundings) {
+pub(super) fn probe(
+    hosted: &Hosted,
+    life: &Arc<Life>,
+    argv: Vec<String>,
+    surroundings: &Surroundings,
+) {
     let request = command::request(argv, surroundings, &CommandSpec::default());
     while !life.vm.machine().is_ending() {
         let session = life.vm.exec(request.clone());

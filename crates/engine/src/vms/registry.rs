@@ -65,8 +65,8 @@ pub fn now() -> u64 {
     })
 }
 
-/// A new identity.
-pub(crate) fn new_id() -> Result<String, EngineError> {
+/// A new identity: 32 hexadecimal digits.
+pub fn new_id() -> Result<String, EngineError> {
     let bytes: [u8; 16] = random()?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -322,6 +322,27 @@ impl Registry {
             }
         }
         found.sort_by_key(|info| std::cmp::Reverse(info.config.created));
+        Ok(found)
+    }
+
+    /// Machines that are here and whose description can't be read, and why: no list has them.
+    pub(crate) fn unreadable(&self) -> Result<Vec<(String, String)>, EngineError> {
+        let folders = fs::read_dir(&self.root).map_err(self.failed("list the virtual machines"))?;
+        let mut found = Vec::new();
+        for folder in folders.flatten() {
+            let name = folder.file_name().to_string_lossy().into_owned();
+            if !is_id(&name) {
+                continue;
+            }
+            let config = read_json::<VmConfig>(&folder.path().join(CONFIG)).map(drop);
+            let read = config.and_then(|()| read_json::<VmState>(&folder.path().join(STATE)));
+            if let Err(error) = read
+                // Else it was removed meanwhile.
+                && folder.path().exists()
+            {
+                found.push((name, format!("its description can't be read: {error}")));
+            }
+        }
         Ok(found)
     }
 

@@ -18,8 +18,10 @@ use skerry_oci::tar::{Entry, EntryKind, Limits, Skip, TarReader};
 /// What the archive's first name is to be called, and what of the rest is wanted.
 #[derive(Clone, Debug, Default)]
 pub(super) struct How {
-    /// In place of the first part of each name; nothing where that is gone into the folder itself.
+    /// In place of the first part of each name; nothing where all goes into the folder itself.
     pub(super) rename: Option<PathBuf>,
+    /// The archive is of what is in a folder: its names have no first part to be replaced.
+    pub(super) contents: bool,
     /// Owners are kept, where that is allowed.
     pub(super) keep_owner: bool,
 }
@@ -82,8 +84,7 @@ impl How {
             return Ok(parts);
         };
         let mut rest = parts.components();
-        // An archive of what is in a folder has that folder as a dot.
-        if !name.starts_with(".") {
+        if !self.contents {
             rest.next();
         }
         Ok(match rest.as_path() {
@@ -382,7 +383,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_name_is_below_the_folder_or_refused(name in "[a/.]{0,12}", renamed in any::<bool>()) {
-            let how = How { rename: renamed.then(|| "top".into()), keep_owner: false };
+            let how = How { rename: renamed.then(|| "top".into()), ..How::default() };
             if let Ok(place) = how.place(name.as_bytes()) {
                 let normal = |part| matches!(part, Component::Normal(_));
                 prop_assert!(place.components().all(normal), "{place:?}");

@@ -27,6 +27,7 @@ struct Taken {
 
 /// What a machine takes of the host.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Usage {
     /// The machine.
     pub id: String,
