@@ -537,6 +537,28 @@ pub enum EngineError {
     /// Its command has ended, and is started again in a moment.
     #[error("The machine waits to be started again, as its restart policy has it: try it later")]
     VmRests,
+    /// Only a guest reads its own disk.
+    #[error("{name} doesn't run, and only its guest can read its files: start it first")]
+    CopyStopped {
+        /// The machine.
+        name: String,
+    },
+    /// Files can't be copied so.
+    #[error("{path} {problem}")]
+    Copy {
+        /// What was named.
+        path: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The agent's program in a guest failed.
+    #[error("It can't be done in the guest of {name}: {reason}")]
+    InGuest {
+        /// The machine.
+        name: String,
+        /// In the guest's words.
+        reason: String,
+    },
     /// Its output goes elsewhere.
     #[error("The virtual machine {name} keeps no log: its output goes to where it was run")]
     NoLog {

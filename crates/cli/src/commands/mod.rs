@@ -4,6 +4,8 @@ pub mod about;
 pub mod archives;
 pub mod boot;
 pub mod doctor;
+pub mod events;
+pub mod files;
 pub mod images;
 pub mod lifecycle;
 pub mod network;

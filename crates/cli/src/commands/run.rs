@@ -97,7 +97,9 @@ fn plan(args: RunArgs, verbose: u8) -> Result<(Begin, RunSpec)> {
         command,
         ready: match (args.ready, args.ready_cmd) {
             (Some(text), _) => Some(ReadyMark::Text(text)),
-            (None, shell) => shell.map(ReadyMark::Shell),
+            (None, shell) => shell
+                .map(ReadyMark::Shell)
+                .or(args.ready_tcp.map(ReadyMark::Tcp)),
         },
         labels: args
             .lifecycle
@@ -335,7 +337,7 @@ fn variable(text: &str) -> Option<(String, String)> {
 }
 
 /// Signals and, with a terminal, its sizes, as they come.
-fn events(tty: bool) -> Result<Receiver<Event>> {
+pub fn events(tty: bool) -> Result<Receiver<Event>> {
     let (sender, receiver) = mpsc::channel();
     let mut wanted = PASSED.to_vec();
     if tty {

@@ -371,6 +371,7 @@ impl Hosted {
                         state.exit_code = None;
                         state.error = None;
                     })?;
+                    entry.note("start", &[]);
                     started(&entry.config);
                     Ok(())
                 })
@@ -405,12 +406,12 @@ impl Hosted {
         mark: Option<&ReadyMark>,
         surroundings: Surroundings,
     ) -> Result<(), EngineError> {
-        let Some(ReadyMark::Shell(shell)) = mark.cloned() else {
+        let Some(argv) = mark.and_then(ReadyMark::probe) else {
             return Ok(());
         };
         let (hosted, life) = (self.clone(), life.clone());
         spawn("run-ready", move || {
-            ready::probe(&hosted, &life, &shell, &surroundings);
+            ready::probe(&hosted, &life, argv, &surroundings);
         })
     }
 
@@ -422,6 +423,7 @@ impl Hosted {
         pause: Duration,
     ) -> bool {
         let code = code(result);
+        self.note("die", &[("exit_code", code.to_string())]);
         let ending = |progress: &Progress| progress.ending || progress.killed;
         if ending(&self.progress.lock()) {
             return false;
@@ -583,12 +585,21 @@ impl Hosted {
         }
         self.progress.lock().ready = true;
         self.changed.notify_all();
+        self.note("ready", &[]);
+    }
+
+    /// Notes what has happened to the machine.
+    pub(super) fn note(&self, action: &str, more: &[(&str, String)]) {
+        if let Some(entry) = &*self.entry.lock() {
+            entry.note(action, more);
+        }
     }
 
     /// Sends a signal to the command. One that has it end is the user's word that the machine is to
     /// end for good.
     pub(super) fn signal(&self, signal: u8) -> Result<(), EngineError> {
         const SIGTERM: u8 = 15;
+        self.note("kill", &[("signal", signal.to_string())]);
         if signal == SIGTERM {
             let mut progress = self.progress.lock();
             progress.ending = true;
@@ -605,6 +616,8 @@ impl Hosted {
 
     /// Ends the machine at once, as SIGKILL does, and for good.
     pub(super) fn kill(&self) {
+        const SIGKILL: u8 = 9;
+        self.note("kill", &[("signal", SIGKILL.to_string())]);
         let mut progress = self.progress.lock();
         progress.killed = true;
         self.changed.notify_all();

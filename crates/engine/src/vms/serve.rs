@@ -143,12 +143,16 @@ fn connect(hosted: &Hosted) -> Result<GuestStream, EngineError> {
 
 fn pause(hosted: &Hosted) -> Result<(), EngineError> {
     hosted.life()?.vm.pause()?;
-    hosted.update(|entry| entry.update(|state| state.status = Status::Paused))
+    hosted.update(|entry| entry.update(|state| state.status = Status::Paused))?;
+    hosted.note("pause", &[]);
+    Ok(())
 }
 
 fn unpause(hosted: &Hosted) -> Result<(), EngineError> {
     hosted.life()?.vm.unpause();
-    hosted.update(|entry| entry.update(|state| state.status = state.under_way()))
+    hosted.update(|entry| entry.update(|state| state.status = state.under_way()))?;
+    hosted.note("unpause", &[]);
+    Ok(())
 }
 
 /// Makes one connection of two, until both ends have closed.
