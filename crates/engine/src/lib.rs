@@ -14,6 +14,7 @@
 pub mod boot;
 mod builtin;
 pub mod command;
+pub mod confinement;
 mod error;
 pub mod frozen;
 pub mod hypervisor;

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use serde::Serialize;
+use skerry_engine::confinement::{self, Report as Confinement};
 use skerry_engine::hypervisor::Backend;
 use skerry_hypervisor::probe::ProbeReport;
 
@@ -14,16 +15,24 @@ struct Report {
     /// What `--hypervisor auto` takes.
     auto: Option<&'static str>,
     hypervisors: Vec<ProbeReport>,
+    /// How the process of a machine is confined here.
+    confinement: Confinement,
 }
 
 /// Probes every backend and prints what it found; fails when none can be used.
 pub fn execute(args: &DoctorArgs) -> Result<u8> {
+    // Before the probes' threads: it takes a process with one.
+    let confinement = confinement::probe()?;
     let hypervisors: Vec<_> = Backend::ALL.into_iter().map(Backend::probe).collect();
     let auto = hypervisors
         .iter()
         .find(|report| report.result.is_ok())
         .map(|report| report.backend);
-    let report = Report { auto, hypervisors };
+    let report = Report {
+        auto,
+        hypervisors,
+        confinement,
+    };
     let mut out = io::stdout().lock();
     match args.format {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
@@ -49,6 +58,11 @@ fn text(out: &mut impl Write, report: &Report) -> io::Result<()> {
                 writeln!(out, "       {}", unusable.remedy)?;
             }
         }
+    }
+    writeln!(out, "\nThe process of a machine is confined by")?;
+    for layer in &report.confinement.layers {
+        let word = if layer.holds { "yes" } else { "no " };
+        writeln!(out, "  {word} {:<18} {}", layer.layer.name(), layer.detail)?;
     }
     match report.auto {
         Some(backend) => writeln!(out, "\n--hypervisor auto uses {backend}"),

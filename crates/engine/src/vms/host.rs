@@ -2,12 +2,12 @@
 //! ask of it meanwhile.
 
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
+use skerry_confine::Role;
 use skerry_machine::Outcome;
 use skerry_oci::Image;
 use skerry_protocol::host::{ExecHandle, ExecSession, HostError};
@@ -18,6 +18,7 @@ use super::ready::{self, ReadyMark};
 use super::registry::{Entry, Registry, Status, VmConfig, now};
 use super::serve;
 use crate::command::{self, Surroundings};
+use crate::confinement::{self, Strictness};
 use crate::error::EngineError;
 use crate::frozen::{About, CommandAbout, Frozen};
 use crate::paths::Paths;
@@ -61,8 +62,8 @@ pub struct Job<'a> {
     pub auto_remove: bool,
     /// It runs behind no terminal.
     pub detached: bool,
-    /// What runs other machines, asked with `vm-host`; without one, this machine can't be forked.
-    pub program: Option<&'a Path>,
+    /// This process is the machine's own, and is confined to it for good.
+    pub own_process: bool,
     /// What its processors have done is put here when it has ended.
     pub statistics: Option<&'a OnceLock<Statistics>>,
 }
@@ -174,7 +175,7 @@ fn config(job: &Job<'_>, plan: &Plan) -> VmConfig {
 pub(super) struct Hosted {
     pub(super) vm: Vm,
     pub(super) paths: Paths,
-    pub(super) program: Option<PathBuf>,
+    pub(super) confine: Strictness,
     command: OnceLock<ExecHandle<GuestStream>>,
     entry: Mutex<Option<Entry>>,
     killed: AtomicBool,
@@ -202,8 +203,12 @@ pub fn host(
     let plan = Plan::of(&job)?;
     let entry = Registry::open(paths)?.create(config(&job, &plan))?;
     let began = listen(&entry).and_then(|listener| {
-        let vm = begin(paths, &job, note)?;
-        Ok((vm, listener, io(&entry)?))
+        if job.own_process {
+            confinement::of_vm(paths, &job.spec.vm, &[entry.folder()])?;
+        }
+        // Its threads begin after that.
+        let io = io(&entry)?;
+        Ok((begin(paths, &job, note)?, listener, io))
     });
     let (vm, listener, io) = match began {
         Ok(began) => began,
@@ -216,7 +221,7 @@ pub fn host(
     let hosted = Arc::new(Hosted {
         vm,
         paths: paths.clone(),
-        program: job.program.map(Path::to_owned),
+        confine: job.spec.vm.options.confine,
         command: OnceLock::new(),
         entry: Mutex::new(Some(entry)),
         killed: AtomicBool::new(false),
@@ -499,6 +504,9 @@ fn attach(
 ) -> Result<(), HostError> {
     let [mut stdout, mut stderr] = io.feed(&session).map_err(lost)?;
     let thread = std::thread::Builder::new().name("run-output".to_owned());
-    let thread = thread.spawn(move || ended(session.wait(&mut stdout, &mut stderr)));
+    let thread = thread.spawn(move || {
+        skerry_confine::enter(Role::Stream);
+        ended(session.wait(&mut stdout, &mut stderr));
+    });
     thread.map(drop).map_err(lost)
 }

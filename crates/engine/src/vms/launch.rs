@@ -152,14 +152,13 @@ fn run(launch: &Launch, maker: &mut UnixStream) -> Result<(), EngineError> {
             }
         }
     };
-    let program = std::env::current_exe().ok();
     let job = Job {
         source,
         spec: &launch.spec,
         name: &launch.name,
         auto_remove: launch.auto_remove,
         detached: true,
-        program: program.as_deref(),
+        own_process: true,
         statistics: None,
     };
     let started = |config: &super::VmConfig| {

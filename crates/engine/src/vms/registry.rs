@@ -213,6 +213,11 @@ impl Registry {
         Ok(Self { root })
     }
 
+    /// The folder that this and everything else is in.
+    pub(crate) fn data(&self) -> &Path {
+        self.root.parent().unwrap_or(&self.root)
+    }
+
     fn folder(&self, id: &str) -> PathBuf {
         self.root.join(id)
     }
@@ -483,6 +488,12 @@ impl Entry {
     #[must_use]
     pub fn state(&self) -> &VmState {
         &self.state
+    }
+
+    /// All that it has of its own.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        self.registry.folder(&self.config.id)
     }
 
     /// The socket to listen at.
