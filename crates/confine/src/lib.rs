@@ -93,6 +93,8 @@ pub enum Strictness {
 pub struct Plan {
     /// What happens where a layer is missing.
     pub strictness: Strictness,
+    /// Names of threads that may be there and end by themselves, having run nothing of a guest's.
+    pub passing: &'static [&'static str],
     /// Files and folders that are read. What doesn't exist is left out.
     pub read: Vec<PathBuf>,
     /// Folders below which everything may be done, and files that are written. What doesn't exist is

@@ -13,7 +13,6 @@ pub use skerry_confine::{Layer, LayerReport, Report, Strictness, probe};
 use skerry_confine::{Plan, confine};
 
 use crate::error::EngineError;
-use crate::hypervisor;
 use crate::paths::Paths;
 use crate::vm::VmSpec;
 
@@ -37,6 +36,7 @@ pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), Engine
     let low = |port: u16| (1..FIRST_FREE_PORT).contains(&port);
     let plan = Plan {
         strictness: spec.options.confine,
+        passing: &["probe", "probe-end"],
         read,
         write,
         names: vec![vms.join("names"), vms],
@@ -48,9 +48,7 @@ pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), Engine
             .any(|mapping| low(mapping.host.port())),
         shares: false,
     };
-    put_on(&plan)?;
-    hypervisor::look_ahead(spec.options.hypervisor);
-    Ok(())
+    put_on(&plan)
 }
 
 /// Confines this process to one that boots a machine from these files, with disks that are open.

@@ -1,5 +1,5 @@
 //! The machine's virtio devices, in the order in which the guest finds them: disks, console,
-//! entropy, sockets, network.
+//! entropy, sockets, network, balloon.
 
 use std::io;
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use skerry_devices::bus::MmioBusBuilder;
 use skerry_devices::irq::InterruptRouter;
+use skerry_devices::virtio::balloon::BalloonDevice;
 use skerry_devices::virtio::block::{BlockConfig, BlockDevice};
 use skerry_devices::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
 use skerry_devices::virtio::net::{NetBackend, NetDevice};
@@ -19,6 +20,7 @@ use skerry_storage::Disk;
 use crate::MachineError;
 use crate::config::MachineConfig;
 use crate::layout;
+use crate::memory::FreeMemory;
 
 /// How long the last of what a guest sent may take: its rings may be such that they never end.
 const FINISH_PATIENCE: Duration = Duration::from_secs(1);
@@ -100,6 +102,7 @@ impl VirtioSet {
             config.rng,
             config.vsock.is_some(),
             config.network.is_some(),
+            config.balloon,
         ];
         let wanted = disks.len() + others.iter().filter(|present| **present).count();
         if wanted > layout::VIRTIO_SLOTS {
@@ -146,6 +149,10 @@ impl VirtioSet {
         }
         if let (Some(card), Some(backend)) = (config.network, network) {
             builder.add("network", NetDevice::new(card, backend))?;
+        }
+        if config.balloon {
+            let sink = Arc::new(FreeMemory(ram.clone()));
+            builder.add("balloon", BalloonDevice::new(sink))?;
         }
         Ok(Self {
             transports: builder.transports,

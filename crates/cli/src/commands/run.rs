@@ -12,7 +12,7 @@ use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::{self, Begin, Detached, Job, Launch, ReadyMark, Source};
 use skerry_engine::warm::WarmSpec;
-use skerry_engine::{EngineError, Image, Paths, WinSize, confinement, images};
+use skerry_engine::{EngineError, Image, Paths, WinSize, confinement, hypervisor, images};
 
 use super::network::{network, reach};
 use super::{choice, machine_options, registry, soft_options, stats, strictness};
@@ -64,6 +64,7 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
             (None, shell) => shell.map(ReadyMark::Shell),
         },
     };
+    hypervisor::look_ahead(spec.vm.options.hypervisor);
     if let Begin::Image(image) = &begin {
         registry::provide(&Paths::of_user()?, image, args.pull)?;
     }

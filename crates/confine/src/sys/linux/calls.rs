@@ -1,7 +1,9 @@
 //! Which system calls: seccomp.
 //!
-//! Lists of what is allowed, for x86-64. `clone3` can't be looked into, so it is told not to exist,
-//! and the C library makes threads with `clone`, whose flags can.
+//! Lists of what is allowed, for x86-64; all else ends the process. Two things fail instead, because
+//! the C library tries them by itself and can do without: `clone3`, whose arguments no filter sees
+//! (threads are made with `clone`, whose flags can be seen), and files that are opened by name where a
+//! thread has no use for any.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -381,38 +383,59 @@ fn controls(role: Role) -> Result<Vec<SeccompRule>, String> {
     Ok(rules)
 }
 
-fn program(role: Role) -> Result<BpfProgram, String> {
-    // The filter that has it fail comes first, and an error yields to a trap.
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::from([(SYS_clone3, Vec::new())]);
-    for calls in lists(role) {
-        rules.extend(calls.iter().map(|call| (*call, Vec::new())));
+/// What fails, as where it can't be had, and ends nothing.
+fn refusals(role: Role) -> Option<(Calls, c_int)> {
+    match role {
+        // Not what its flags say can be looked into.
+        Role::Process => Some((&[SYS_clone3], ENOSYS)),
+        Role::Vcpu | Role::Stream | Role::Timer => Some((&[SYS_open, SYS_openat], EACCES)),
+        Role::Network | Role::Control | Role::Storage | Role::Share => None,
     }
-    rules.extend(by_argument(role)?);
-    let (otherwise, matched) = (SeccompAction::Trap, SeccompAction::Allow);
-    let filter = SeccompFilter::new(rules, otherwise, matched, TargetArch::x86_64);
-    filter.and_then(BpfProgram::try_from).map_err(text)
 }
 
-/// `clone3` fails as in a kernel that doesn't have it.
-fn without_clone3() -> Result<BpfProgram, String> {
-    let rules = BTreeMap::from([(SYS_clone3, Vec::new())]);
-    let missing = SeccompAction::Errno(ENOSYS.unsigned_abs());
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, missing, TargetArch::x86_64);
-    filter.and_then(BpfProgram::try_from).map_err(text)
+/// The filters of a role, in the order in which they are put on.
+fn programs(role: Role) -> Result<Vec<BpfProgram>, String> {
+    let build = |rules, otherwise, matched| {
+        let filter = SeccompFilter::new(rules, otherwise, matched, TargetArch::x86_64);
+        filter.and_then(BpfProgram::try_from).map_err(text)
+    };
+    let every = |calls: Calls| calls.iter().map(|call| (*call, Vec::new()));
+    let mut programs = Vec::new();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::from([(SYS_clone3, Vec::new())]);
+    if let Some((calls, error)) = refusals(role) {
+        let refused = SeccompAction::Errno(error.unsigned_abs());
+        programs.push(build(
+            every(calls).collect(),
+            SeccompAction::Allow,
+            refused,
+        )?);
+        // An error yields to a trap.
+        rules.extend(every(calls));
+    }
+    for calls in lists(role) {
+        rules.extend(every(calls));
+    }
+    rules.extend(by_argument(role)?);
+    programs.push(build(rules, SeccompAction::Trap, SeccompAction::Allow)?);
+    Ok(programs)
+}
+
+fn put_on(programs: &[BpfProgram]) -> Result<(), String> {
+    programs
+        .iter()
+        .try_for_each(|program| apply_filter(program).map_err(text))
 }
 
 /// Filters what all threads do that begin from now on, and this one.
 pub(super) fn filter_process() -> Result<String, String> {
     violation::install()?;
-    let filter = program(Role::Process)?;
-    apply_filter(&without_clone3()?).map_err(text)?;
-    apply_filter(&filter).map_err(text)?;
+    put_on(&programs(Role::Process)?)?;
     Ok("a list of system calls for each kind of thread; others end the process".to_owned())
 }
 
 /// Narrows what this thread may do.
 pub(super) fn filter_thread(role: Role) -> Result<(), String> {
-    static PROGRAMS: [OnceLock<Result<BpfProgram, String>>; Role::ALL.len()] =
+    static PROGRAMS: [OnceLock<Result<Vec<BpfProgram>, String>>; Role::ALL.len()] =
         [const { OnceLock::new() }; Role::ALL.len()];
     violation::note_role(role);
     if role == Role::Process {
@@ -421,8 +444,8 @@ pub(super) fn filter_thread(role: Role) -> Result<(), String> {
     let Some(place) = PROGRAMS.get(role as usize) else {
         return Err("no such role".to_owned());
     };
-    match place.get_or_init(|| program(role)) {
-        Ok(program) => apply_filter(program).map_err(text),
+    match place.get_or_init(|| programs(role)) {
+        Ok(programs) => put_on(programs),
         Err(error) => Err(error.clone()),
     }
 }

@@ -5,6 +5,7 @@
 )]
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{
@@ -56,15 +57,45 @@ fn failed(what: &str, error: impl std::fmt::Display) -> String {
     format!("{what}: {error}")
 }
 
-/// Refuses a process that has more than one thread.
-pub(super) fn alone() -> Result<(), String> {
-    let tasks =
-        fs::read_dir("/proc/self/task").map_err(|error| failed("/proc/self/task", error))?;
+/// How long threads that end by themselves are waited for, where they are in the way.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Whether this may make namespaces without one of users.
+fn administers() -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
+/// The other threads: how many end by themselves, and the rest.
+fn others(passing: &[&str]) -> Result<(usize, Vec<String>), String> {
+    let path = "/proc/self/task";
+    let tasks = fs::read_dir(path).map_err(|error| failed(path, error))?;
+    let mut ending = 0;
     let mut others = Vec::new();
     for task in tasks.flatten().skip(1) {
-        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        others.push(name.trim().to_owned());
+        match fs::read_to_string(task.path().join("comm")) {
+            Ok(name) if passing.contains(&name.trim()) => ending += 1,
+            Ok(name) => others.push(name.trim().to_owned()),
+            // It has ended meanwhile.
+            Err(_) => {}
+        }
     }
+    Ok((ending, others))
+}
+
+/// Refuses a process that has other threads, but for those that find out what the host can do and end
+/// by themselves: they run nothing of a guest's.
+pub(super) fn alone(plan: &Plan) -> Result<(), String> {
+    let patience = Instant::now() + PATIENCE;
+    let others = loop {
+        let (ending, others) = others(plan.passing)?;
+        // A namespace of users takes a process with one thread. One that has just begun has no name
+        // of its own yet.
+        let is_alone = others.is_empty() && (ending == 0 || administers());
+        if is_alone || Instant::now() > patience {
+            break others;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    };
     match others.is_empty() {
         true => Ok(()),
         false => Err(format!(
@@ -92,8 +123,7 @@ pub(super) fn unshare(plan: &Plan) -> Result<String, String> {
         flags |= UnshareFlags::NEWNET;
         names.push("net");
     }
-    let administrator =
-        capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
+    let administrator = administers();
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
     if !administrator {
         flags |= UnshareFlags::NEWUSER;

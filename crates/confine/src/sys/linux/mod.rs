@@ -55,7 +55,7 @@ fn apply(plan: &Plan) -> Result<Active, ConfineError> {
         }
     };
     // Others would keep their rights: most layers are a thread's.
-    let alone = identity::alone();
+    let alone = identity::alone(plan);
     // Namespaces take capabilities, which are given up afterwards.
     add(
         Layer::Namespaces,
