@@ -2,10 +2,13 @@
 
 mod confine;
 mod images;
+mod lifecycle;
 mod network;
 mod pool;
+mod serve;
 mod snapshot;
 mod soft;
+mod system;
 mod values;
 
 use std::path::PathBuf;
@@ -14,10 +17,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use confine::*;
 pub use images::*;
+pub use lifecycle::*;
 pub use network::*;
 pub use pool::*;
+pub use serve::*;
 pub use snapshot::*;
 pub use soft::*;
+pub use system::*;
 use values::parse_port;
 pub use values::{DiskArg, SerialArg, SignalArg, Size, Span};
 
@@ -48,6 +54,11 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new virtual machine made from an image
     Run(RunArgs),
+    /// Make a virtual machine from an image, to be started later
+    #[command(mut_arg("detach", |arg| arg.hide(true)))]
+    Create(RunArgs),
+    /// Start virtual machines that were created, or have ended
+    Start(StartArgs),
     /// Boot an image, warm it up, and have later runs start from there
     Warm(WarmArgs),
     /// Let a virtual machine go on from a snapshot of it
@@ -103,6 +114,10 @@ pub enum Command {
     Image(ImageArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
+    /// Answer at a socket: the same over HTTP, for programs and for docker's client
+    Serve(ServeArgs),
+    /// Look after what Skerry keeps on this machine
+    System(SystemArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
     Doctor(DoctorArgs),
     /// Print the version
@@ -281,6 +296,10 @@ pub struct RunArgs {
     /// The machine is ready when CMD, which its shell runs again and again, succeeds
     #[arg(long, value_name = "CMD", conflicts_with = "ready", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub ready_cmd: Option<String>,
+
+    /// Labels, restarts
+    #[command(flatten)]
+    pub lifecycle: LifecycleArgs,
 
     /// What is told at the end
     #[command(flatten)]

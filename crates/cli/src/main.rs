@@ -7,7 +7,6 @@
 
 mod args;
 mod commands;
-mod dates;
 mod output;
 mod progress;
 mod status;
@@ -37,6 +36,8 @@ fn main() -> ExitCode {
     start_log(cli.verbose);
     let result = match cli.command {
         Command::Run(args) => commands::run::execute(args, cli.verbose),
+        Command::Create(args) => commands::run::create(args, cli.verbose),
+        Command::Start(args) => commands::lifecycle::start(&args),
         Command::Warm(args) => commands::run::warm(args, cli.verbose),
         Command::Restore(args) => commands::run::restore(args, cli.verbose),
         Command::Fork(args) => commands::vms::fork(&args),
@@ -66,6 +67,8 @@ fn main() -> ExitCode {
         Command::Load(args) => commands::archives::load(&args),
         Command::Image(args) => commands::images::execute(&args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
+        Command::Serve(args) => commands::serve::execute(&args),
+        Command::System(args) => commands::system::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),
         Command::Completion(args) => commands::about::completion(&args),

@@ -77,6 +77,7 @@ impl Role {
 
 /// What happens where the host doesn't have a layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Strictness {
     /// It is left out.

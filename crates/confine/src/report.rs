@@ -7,6 +7,7 @@ use thiserror::Error;
 
 /// One way in which a process is confined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Layer {
     /// No program that it could start would gain rights.
@@ -40,6 +41,7 @@ impl Layer {
 
 /// How one layer is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct LayerReport {
     /// Which.
     pub layer: Layer,
@@ -51,6 +53,7 @@ pub struct LayerReport {
 
 /// How a process is confined.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Report {
     /// The layers, in the order in which they were put on; none where the user wanted none.
     pub layers: Vec<LayerReport>,

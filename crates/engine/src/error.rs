@@ -364,6 +364,23 @@ pub enum EngineError {
         /// Why not all.
         source: Box<EngineError>,
     },
+    /// Its command has ended, and is started again in a moment.
+    #[error("The machine waits to be started again, as its restart policy has it: try it later")]
+    VmRests,
+    /// Its output goes elsewhere.
+    #[error("The virtual machine {name} keeps no log: its output goes to where it was run")]
+    NoLog {
+        /// The machine.
+        name: String,
+    },
+    /// Nothing is kept that it could begin with.
+    #[error(
+        "{name} can't be started again: it was made from another machine, whose state is gone, or is to be forgotten at its end"
+    )]
+    NotAgain {
+        /// The machine.
+        name: String,
+    },
     /// The process that was to run a machine said no.
     #[error("{0}")]
     Detached(String),
@@ -378,6 +395,20 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether what was named isn't there.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        match self {
+            Self::NoSuchVm { .. } | Self::NoSuchPool { .. } | Self::NoSuchLease { .. } => true,
+            Self::Image(skerry_oci::Error::NoSuchImage { .. })
+            | Self::Snapshot(skerry_snapshot::Error::NoSuchSnapshot { .. }) => true,
+            Self::Image(skerry_oci::Error::Registry(error)) => {
+                matches!(**error, skerry_oci::RegistryError::NotFound { .. })
+            }
+            _ => false,
+        }
+    }
+
     /// What turns an error of the host into one that says what was tried.
     pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { what, source }

@@ -11,11 +11,13 @@ use skerry_hypervisor::{Capabilities, Hypervisor, Unusable};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
 
+use crate::confinement::{self, Report};
 use crate::error::EngineError;
 use crate::soft::SoftOptions;
 
 /// The backends of this build, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// Linux KVM.
@@ -62,8 +64,34 @@ impl fmt::Display for Backend {
     }
 }
 
+/// What this host can run machines on.
+#[derive(Clone, Debug, Serialize)]
+pub struct Diagnosis {
+    /// What [`Choice::Auto`] takes.
+    pub auto: Option<&'static str>,
+    /// Every backend.
+    pub hypervisors: Vec<ProbeReport>,
+    /// How the process of a machine is confined here.
+    pub confinement: Option<Report>,
+}
+
+/// Probes every backend: each runs a small guest.
+#[must_use]
+pub fn diagnose() -> Diagnosis {
+    // Before the probes' threads: it takes a process with one.
+    let confinement = confinement::probe().ok();
+    let hypervisors: Vec<_> = Backend::ALL.into_iter().map(Backend::probe).collect();
+    let usable = hypervisors.iter().find(|report| report.result.is_ok());
+    Diagnosis {
+        auto: usable.map(|report| report.backend),
+        hypervisors,
+        confinement,
+    }
+}
+
 /// What the user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Choice {
     /// The first backend that works.

@@ -13,8 +13,10 @@
 
 pub mod boot;
 mod builtin;
+pub mod check;
 pub mod command;
 pub mod confinement;
+pub mod dates;
 mod error;
 pub mod frozen;
 pub mod hypervisor;
@@ -28,6 +30,7 @@ mod paths;
 pub mod pools;
 mod random;
 pub mod run;
+pub mod signals;
 pub mod snapshots;
 mod soft;
 mod statistics;

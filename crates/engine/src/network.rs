@@ -11,6 +11,7 @@ use crate::error::EngineError;
 
 /// The network that is asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct NetworkSpec {
     /// How far it reaches; `None` is public, where the machine has a card at all.
@@ -18,11 +19,13 @@ pub struct NetworkSpec {
     /// Ports of the guest's that the host listens at.
     pub publish: Vec<Mapping>,
     /// Name servers in place of the host's.
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub dns: Vec<SocketAddr>,
 }
 
 /// A machine's network, as it is while the machine runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct NetworkReport {
     /// How far it reaches.
     pub mode: NetworkMode,

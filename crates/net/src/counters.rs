@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Counts since the network was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default)]
 pub struct Counters {
     /// Frames that the guest sent.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// How far a guest's network reaches.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum NetworkMode {
     /// Nowhere.

@@ -161,6 +161,7 @@ pub enum FromAgent {
 
 /// Size of a terminal in characters and, where known, pixels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct WinSize {
     /// Lines.
     pub rows: u16,

@@ -3,36 +3,14 @@
 use std::io::{self, Write};
 
 use anyhow::Result;
-use serde::Serialize;
-use skerry_engine::confinement::{self, Report as Confinement};
-use skerry_engine::hypervisor::Backend;
+use skerry_engine::hypervisor::{Diagnosis, diagnose};
 use skerry_hypervisor::probe::ProbeReport;
 
 use crate::args::{DoctorArgs, Format};
 
-#[derive(Serialize)]
-struct Report {
-    /// What `--hypervisor auto` takes.
-    auto: Option<&'static str>,
-    hypervisors: Vec<ProbeReport>,
-    /// How the process of a machine is confined here.
-    confinement: Confinement,
-}
-
 /// Probes every backend and prints what it found; fails when none can be used.
 pub fn execute(args: &DoctorArgs) -> Result<u8> {
-    // Before the probes' threads: it takes a process with one.
-    let confinement = confinement::probe()?;
-    let hypervisors: Vec<_> = Backend::ALL.into_iter().map(Backend::probe).collect();
-    let auto = hypervisors
-        .iter()
-        .find(|report| report.result.is_ok())
-        .map(|report| report.backend);
-    let report = Report {
-        auto,
-        hypervisors,
-        confinement,
-    };
+    let report = diagnose();
     let mut out = io::stdout().lock();
     match args.format {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
@@ -41,7 +19,7 @@ pub fn execute(args: &DoctorArgs) -> Result<u8> {
     Ok(u8::from(report.auto.is_none()))
 }
 
-fn text(out: &mut impl Write, report: &Report) -> io::Result<()> {
+fn text(out: &mut impl Write, report: &Diagnosis) -> io::Result<()> {
     for ProbeReport { backend, result } in &report.hypervisors {
         match result {
             Ok(found) => {
@@ -59,10 +37,12 @@ fn text(out: &mut impl Write, report: &Report) -> io::Result<()> {
             }
         }
     }
-    writeln!(out, "\nThe process of a machine is confined by")?;
-    for layer in &report.confinement.layers {
-        let word = if layer.holds { "yes" } else { "no " };
-        writeln!(out, "  {word} {:<18} {}", layer.layer.name(), layer.detail)?;
+    if let Some(confinement) = &report.confinement {
+        writeln!(out, "\nThe process of a machine is confined by")?;
+        for layer in &confinement.layers {
+            let word = if layer.holds { "yes" } else { "no " };
+            writeln!(out, "  {word} {:<18} {}", layer.layer.name(), layer.detail)?;
+        }
     }
     match report.auto {
         Some(backend) => writeln!(out, "\n--hypervisor auto uses {backend}"),

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -82,11 +82,14 @@ impl Vm {
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
         let network = spec.network.make(config.network.is_some())?;
-        // What the user's own kernel does when it is started is the user's to see.
-        let warm = if spec.fresh || spec.kernel.is_some() {
+        // What the user's own kernel does when it is started is the user's to see; and a guest that goes
+        // on from a kept start has in its memory what the disk was then.
+        let taken_up = spec.kept.as_deref().is_some_and(Overlay::is_kept);
+        let warm = if spec.fresh || spec.kernel.is_some() || taken_up {
             None
         } else {
-            Some(Warm::of(paths, image, &prepared, &config)?)
+            let journal = spec.kept.is_some();
+            Some(Warm::of(paths, image, &prepared, &config, journal)?)
         };
         let place = Place {
             paths,
@@ -96,6 +99,7 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: false,
             sampled: spec.sampled,
+            kept: spec.kept.as_deref(),
             wanted: &spec.network,
             network: Cell::new(network),
             begun,
@@ -181,6 +185,7 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: spec.rewindable,
             sampled: spec.sampled,
+            kept: None,
             wanted: &spec.network,
             network: Cell::new(None),
             begun,
@@ -204,6 +209,8 @@ struct Place<'a> {
     track: bool,
     /// How its processors spend their time is sampled.
     sampled: bool,
+    /// Where its writable disk is kept, if it is.
+    kept: Option<&'a Path>,
     /// The network that was asked for.
     wanted: &'a NetworkSpec,
     /// The same, made and not yet plugged into a machine.
@@ -264,7 +271,10 @@ impl Place<'_> {
     fn boot(&self, image: &Image, spec: &VmSpec, about: About) -> Result<Vm, EngineError> {
         let scratch = match spec.read_only {
             true => None,
-            false => Some(Arc::new(scratch::overlay(self.folder()?)?)),
+            false => Some(Arc::new(match self.kept {
+                Some(folder) => scratch::kept(folder)?,
+                None => scratch::overlay(self.folder()?)?,
+            })),
         };
         let root = Arc::new(crate::frozen::open_root(image)?);
         let network = self.network(&about)?;
@@ -292,7 +302,10 @@ impl Place<'_> {
         let scratch = match &frozen.scratch {
             None => None,
             Some((size, layers)) => {
-                let disk = Overlay::new(*size, layers.clone(), &self.folder()?)?;
+                let disk = match self.kept {
+                    Some(folder) => Overlay::keep(*size, layers.clone(), folder)?,
+                    None => Overlay::new(*size, layers.clone(), &self.folder()?)?,
+                };
                 Some(Arc::new(disk))
             }
         };

@@ -41,7 +41,8 @@ pub(super) fn snapshot(
     if let Some(name) = name {
         snapshots::check_name(name)?;
     }
-    if writing.difference && !hosted.vm.has_base() {
+    let vm = &hosted.life()?.vm;
+    if writing.difference && !vm.has_base() {
         return Err(EngineError::NoParent {
             name: hosted.name(),
         });
@@ -49,12 +50,12 @@ pub(super) fn snapshot(
     let folder = hosted.paths.scratch();
     Paths::ensure(&folder)?;
     let store = SnapshotStore::open(hosted.paths.snapshots())?;
-    let captured = hosted.vm.capture()?;
+    let captured = vm.capture()?;
     let id = captured.frozen.write(&store, &folder, writing)?;
     if let Some(name) = name {
         store.tag(&id, name)?;
     }
-    hosted.vm.saved(id, &captured.frozen);
+    vm.saved(id, &captured.frozen);
     Ok(Snapshotted {
         id: id.hex(),
         pause_us: micros(captured.pause),
@@ -65,13 +66,14 @@ pub(super) fn snapshot(
 /// Catches the machine's state for copies of it, which the one who asks makes: this process starts no
 /// other.
 pub(super) fn hand_out(hosted: &Hosted) -> Result<(Frozen, Parted), EngineError> {
-    let captured = hosted.vm.capture()?;
+    let vm = &hosted.life()?.vm;
+    let captured = vm.capture()?;
     let mut spec = RunSpec::default();
     spec.vm.options.hypervisor = captured.frozen.about.backend.into();
-    spec.vm.options.soft = hosted.vm.soft().clone();
+    spec.vm.options.soft = vm.soft().clone();
     spec.vm.options.confine = hosted.confine;
     // Its ports stay the parent's.
-    if let Some(network) = hosted.vm.network() {
+    if let Some(network) = vm.network() {
         spec.vm.network.mode = Some(network.mode());
         spec.vm.network.dns = network.dns().to_vec();
     }

@@ -10,9 +10,10 @@ use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
 use super::copies;
+use super::info::{Status, VmInfo};
 use super::names;
 use super::output::LogReader;
-use super::registry::{Registry, Status, VmInfo};
+use super::registry::Registry;
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
 use crate::confinement::Report;
@@ -294,6 +295,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
 
 /// A machine, as [`inspect`] found it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Inspected {
     /// What the registry has of it.
     #[serde(flatten)]
