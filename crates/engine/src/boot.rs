@@ -13,6 +13,7 @@ use skerry_machine::{
 use skerry_storage::{Access, Disk, RawDisk};
 
 use crate::builtin;
+use crate::confinement;
 use crate::error::EngineError;
 use crate::hypervisor::Selected;
 use crate::machine::{MachineOptions, prepare, start};
@@ -70,6 +71,8 @@ pub struct BootSpec {
     pub debug_exit: Option<u16>,
     /// How its processors spend their time is sampled, for [`Booted::statistics`].
     pub sampled: bool,
+    /// This process is the machine's own, and is confined to it for good.
+    pub own_process: bool,
 }
 
 /// A machine that boots or has booted.
@@ -109,6 +112,10 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
             read_only: disk.read_only,
             exchangeable: false,
         });
+    }
+    if spec.own_process {
+        let files = spec.kernel.iter().chain(&spec.initrd).cloned();
+        confinement::of_files(spec.options.confine, files.collect())?;
     }
     let SerialPort { output, input } = spec.serial;
     attachments.serial[0] = output;

@@ -515,9 +515,14 @@ pub enum EngineError {
         /// The machine.
         name: String,
     },
-    /// This process is not one of skerry's own.
-    #[error("The process that runs it can't start others: run the machine with skerry run")]
+    /// The process that runs it answered what it was not asked.
+    #[error(
+        "Its process is of another version of skerry, which forks otherwise: restart the machine"
+    )]
     CantFork,
+    /// The process can't be confined as was asked.
+    #[error(transparent)]
+    Confine(#[from] skerry_confine::ConfineError),
     /// None, or too many.
     #[error("One fork makes at least one machine and at most {most}")]
     ForkCount {

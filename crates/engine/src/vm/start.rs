@@ -542,6 +542,7 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
         command_line: Some(command_line),
         disks,
         rng: true,
+        balloon: true,
         vsock: Some(GUEST_CID),
         network,
         shares,
