@@ -24,6 +24,18 @@ fn seed() -> &'static Path {
         let mut command = super::demo_command(&[], &["true"]);
         command.env("XDG_DATA_HOME", &folder);
         run_with(command, b"").expect(0, "");
+        // And the start of those whose disk is kept.
+        let run = |args: &[&str]| {
+            let mut command = skerry(args);
+            command.env("XDG_DATA_HOME", &folder);
+            run_with(command, b"")
+        };
+        assert_eq!(
+            run(&["run", "-d", "--name", "seed", "demo", "true"]).status,
+            0
+        );
+        run(&["wait", "seed"]).expect(0, "0\n");
+        run(&["rm", "seed"]).expect(0, "seed\n");
         folder
     })
 }

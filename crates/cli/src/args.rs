@@ -1,11 +1,15 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
 mod images;
+mod lifecycle;
 mod mounts;
 mod network;
+mod networks;
 mod pool;
+mod serve;
 mod snapshot;
 mod soft;
+mod system;
 mod values;
 
 use std::path::PathBuf;
@@ -13,11 +17,15 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use images::*;
+pub use lifecycle::*;
 pub use mounts::*;
 pub use network::*;
+pub use networks::*;
 pub use pool::*;
+pub use serve::*;
 pub use snapshot::*;
 pub use soft::*;
+pub use system::*;
 use values::parse_port;
 pub use values::{DiskArg, SerialArg, SignalArg, Size, Span};
 
@@ -48,6 +56,11 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new virtual machine made from an image
     Run(RunArgs),
+    /// Make a virtual machine from an image, to be started later
+    #[command(mut_arg("detach", |arg| arg.hide(true)))]
+    Create(RunArgs),
+    /// Start virtual machines that were created, or have ended
+    Start(StartArgs),
     /// Boot an image, warm it up, and have later runs start from there
     Warm(WarmArgs),
     /// Let a virtual machine go on from a snapshot of it
@@ -83,6 +96,8 @@ pub enum Command {
     Rm(RmArgs),
     /// Keep clean virtual machines ready
     Pool(PoolArgs),
+    /// Networks that virtual machines share
+    Network(NetworksArgs),
     /// Boot a kernel
     Boot(BootArgs),
     /// Get images from their registries
@@ -105,6 +120,10 @@ pub enum Command {
     Volume(VolumeArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
+    /// Answer at a socket: the same over HTTP, for programs and for docker's client
+    Serve(ServeArgs),
+    /// Look after what Skerry keeps on this machine
+    System(SystemArgs),
     /// Say what this machine can run virtual machines on, and what to do where it can't
     Doctor(DoctorArgs),
     /// Print the version
@@ -279,6 +298,10 @@ pub struct RunArgs {
     /// The machine is ready when CMD, which its shell runs again and again, succeeds
     #[arg(long, value_name = "CMD", conflicts_with = "ready", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub ready_cmd: Option<String>,
+
+    /// Labels, restarts
+    #[command(flatten)]
+    pub lifecycle: LifecycleArgs,
 
     /// What is told at the end
     #[command(flatten)]
@@ -609,6 +632,10 @@ pub struct BootArgs {
     /// End when the guest resets, instead of booting it again
     #[arg(long)]
     pub no_reboot: bool,
+
+    /// The network: without --network there is no card; a DHCP client in the guest sets it up
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// Port of a debug-exit device: a guest that writes V there ends skerry with (V << 1) | 1
     #[arg(long, value_name = "PORT", value_parser = parse_port)]

@@ -7,7 +7,6 @@
 
 mod args;
 mod commands;
-mod dates;
 mod output;
 mod progress;
 mod status;
@@ -37,6 +36,8 @@ fn main() -> ExitCode {
     start_log(cli.verbose);
     let result = match cli.command {
         Command::Run(args) => commands::run::execute(args, cli.verbose),
+        Command::Create(args) => commands::run::create(args, cli.verbose),
+        Command::Start(args) => commands::lifecycle::start(&args),
         Command::Warm(args) => commands::run::warm(args, cli.verbose),
         Command::Restore(args) => commands::run::restore(args, cli.verbose),
         Command::Fork(args) => commands::vms::fork(&args),
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         Command::Rename(args) => commands::vms::rename(&args),
         Command::Rm(args) => commands::vms::remove(&args),
         Command::Pool(args) => commands::pool::execute(args, cli.verbose),
+        Command::Network(args) => commands::networks::execute(args),
         Command::PoolHost => commands::pool::host(),
         Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),
@@ -67,6 +69,8 @@ fn main() -> ExitCode {
         Command::Image(args) => commands::images::execute(&args),
         Command::Volume(args) => commands::volume::volume(args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
+        Command::Serve(args) => commands::serve::execute(&args),
+        Command::System(args) => commands::system::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),
         Command::Version(args) => commands::about::version(&args),
         Command::Completion(args) => commands::about::completion(&args),

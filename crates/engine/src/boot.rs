@@ -8,14 +8,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use skerry_machine::{
-    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Sampler,
+    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, NetBackend, Sampler,
 };
+use skerry_net::address;
 use skerry_storage::{Access, Disk, RawDisk};
 
 use crate::builtin;
 use crate::error::EngineError;
 use crate::hypervisor::Selected;
 use crate::machine::{MachineOptions, prepare, start};
+use crate::network::NetworkSpec;
+use crate::paths::Paths;
 use crate::statistics::{Statistics, sampler};
 
 /// A disk of the host for the guest.
@@ -60,6 +63,8 @@ pub struct BootSpec {
     pub disks: Vec<DiskSpec>,
     /// COM1.
     pub serial: SerialPort,
+    /// The network; there is a card only where a reach is named.
+    pub network: NetworkSpec,
     /// A reset ends the run.
     pub no_reboot: bool,
     /// Port of the debug-exit device.
@@ -108,6 +113,9 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
     }
     let SerialPort { output, input } = spec.serial;
     attachments.serial[0] = output;
+    let card = spec.network.mode.is_some() && spec.network.wants_card();
+    let network = spec.network.make(&Paths::of_user()?, card)?;
+    attachments.network = network.map(|network| network as Arc<dyn NetBackend>);
     let config = MachineConfig {
         memory: spec.options.memory,
         cpus: spec.options.cpus,
@@ -116,6 +124,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
         command_line: spec.command_line,
         disks,
         rng: true,
+        network: card.then_some(address::CARD),
         no_reboot: spec.no_reboot,
         debug_exit: spec.debug_exit,
         ..MachineConfig::default()

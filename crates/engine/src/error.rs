@@ -131,12 +131,82 @@ pub enum EngineError {
     Network(#[from] skerry_net::NetworkError),
     /// Ports or name servers of a network that isn't wanted.
     #[error(
-        "Without a network no port is published and no name server asked: leave --publish and --dns out, or --network none"
+        "Without a network no port is published, no name server asked and nothing allowed or denied: leave --publish, --dns, --network-allow and --network-deny out, or --network none"
     )]
     NetworkOff,
+    /// A further name on no network.
+    #[error(
+        "Only networks that machines share have names for them: leave --network-alias out, or name a network with --network"
+    )]
+    AliasOfNothing,
+    /// A further name that can't be asked for.
+    #[error("{alias:?} can't be asked for as a name: write letters, digits and hyphens")]
+    BadAlias {
+        /// What was asked for.
+        alias: String,
+    },
+    /// A network's name that can't be one.
+    #[error(
+        "{name:?} can't be a network's name: write a letter or digit, then letters, digits, \"_\", \".\" and \"-\"; none, public and full are no networks but reaches"
+    )]
+    BadNetworkName {
+        /// What was asked for.
+        name: String,
+    },
+    /// There is no such network.
+    #[error(
+        "There is no network {name}: see skerry network ls, or make it with skerry network create {name}"
+    )]
+    NoSuchNetwork {
+        /// What was asked for.
+        name: String,
+    },
+    /// There is one.
+    #[error(
+        "There is a network {name} already: choose another name, or remove it with skerry network rm {name}"
+    )]
+    NetworkExists {
+        /// The name.
+        name: String,
+    },
+    /// Machines are on it.
+    #[error(
+        "The network {name} has {count} machine(s): stop them first, see skerry network inspect {name}"
+    )]
+    NetworkInUse {
+        /// Its name.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+    /// All its addresses are taken.
+    #[error(
+        "The network {name} has no address left in {subnet}: make a larger one with skerry network create --subnet"
+    )]
+    NetworkFull {
+        /// Its name.
+        name: String,
+        /// Its addresses.
+        subnet: ipnet::Ipv4Net,
+    },
+    /// Addresses that no network can have.
+    #[error(
+        "No network can have the addresses {subnet}, since {reason}: choose others, or leave --subnet out"
+    )]
+    BadSubnet {
+        /// What was asked for.
+        subnet: ipnet::Ipv4Net,
+        /// Why not.
+        reason: String,
+    },
+    /// All addresses for networks are taken.
+    #[error(
+        "No addresses are left for another network: name some with --subnet, or remove networks with skerry network prune"
+    )]
+    NoSubnet,
     /// A network for a machine that was kept without a card.
     #[error(
-        "The machine was kept without a network card, and can't be given one: leave --network, --publish and --dns out"
+        "The machine was kept without a network card, and can't be given one: leave --network and the other options on its network out"
     )]
     NoCard,
     /// An option of the software processor, for a machine that has none.
@@ -446,6 +516,23 @@ pub enum EngineError {
         /// Why not all.
         source: Box<EngineError>,
     },
+    /// Its command has ended, and is started again in a moment.
+    #[error("The machine waits to be started again, as its restart policy has it: try it later")]
+    VmRests,
+    /// Its output goes elsewhere.
+    #[error("The virtual machine {name} keeps no log: its output goes to where it was run")]
+    NoLog {
+        /// The machine.
+        name: String,
+    },
+    /// Nothing is kept that it could begin with.
+    #[error(
+        "{name} can't be started again: it was made from another machine, whose state is gone, or is to be forgotten at its end"
+    )]
+    NotAgain {
+        /// The machine.
+        name: String,
+    },
     /// The process that was to run a machine said no.
     #[error("{0}")]
     Detached(String),
@@ -460,6 +547,20 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether what was named isn't there.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        match self {
+            Self::NoSuchVm { .. } | Self::NoSuchPool { .. } | Self::NoSuchLease { .. } => true,
+            Self::Image(skerry_oci::Error::NoSuchImage { .. })
+            | Self::Snapshot(skerry_snapshot::Error::NoSuchSnapshot { .. }) => true,
+            Self::Image(skerry_oci::Error::Registry(error)) => {
+                matches!(**error, skerry_oci::RegistryError::NotFound { .. })
+            }
+            _ => false,
+        }
+    }
+
     /// What turns an error of the host into one that says what was tried.
     pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { what, source }

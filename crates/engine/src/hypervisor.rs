@@ -16,6 +16,7 @@ use crate::soft::SoftOptions;
 
 /// The backends of this build, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// Linux KVM.
@@ -62,8 +63,29 @@ impl fmt::Display for Backend {
     }
 }
 
+/// What this host can run machines on.
+#[derive(Clone, Debug, Serialize)]
+pub struct Diagnosis {
+    /// What [`Choice::Auto`] takes.
+    pub auto: Option<&'static str>,
+    /// Every backend.
+    pub hypervisors: Vec<ProbeReport>,
+}
+
+/// Probes every backend: each runs a small guest.
+#[must_use]
+pub fn diagnose() -> Diagnosis {
+    let hypervisors: Vec<_> = Backend::ALL.into_iter().map(Backend::probe).collect();
+    let usable = hypervisors.iter().find(|report| report.result.is_ok());
+    Diagnosis {
+        auto: usable.map(|report| report.backend),
+        hypervisors,
+    }
+}
+
 /// What the user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Choice {
     /// The first backend that works.

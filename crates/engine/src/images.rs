@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::Serialize;
+use serde_json::Value;
 use skerry_oci::{
-    Digest, Image, ImageRef, Name, Progress, Pulled, Pushed, Removed, Settings, Store,
+    Digest, Image, ImageConfig, ImageRef, Name, Progress, Pulled, Pushed, Removed, Settings, Store,
 };
 
 use crate::builtin;
+use crate::dates;
 use crate::error::EngineError;
 use crate::paths::Paths;
 use crate::warm;
@@ -141,4 +144,103 @@ pub fn prune(paths: &Paths) -> Result<Vec<Digest>, EngineError> {
         warm::forget_image(paths, digest)?;
     }
     Ok(removed)
+}
+
+/// A name of an image of the store, as programs are told of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct NamedImage {
+    /// As people write it; `<none>` for an image without one.
+    pub name: String,
+    /// The image's digest.
+    pub digest: String,
+    /// Bytes that it takes in the store.
+    pub size: u64,
+}
+
+impl NamedImage {
+    /// One for each of an image's names.
+    #[must_use]
+    pub fn of(image: &Image) -> Vec<Self> {
+        let named = |name: String| Self {
+            name,
+            digest: image.digest.to_string(),
+            size: image.size,
+        };
+        match &image.names[..] {
+            [] => vec![named("<none>".to_owned())],
+            names => names.iter().map(|name| named(familiar(name))).collect(),
+        }
+    }
+}
+
+/// A name of a registry's as people write it; others as they are.
+#[must_use]
+pub fn familiar(name: &str) -> String {
+    match name.parse::<Name>() {
+        Ok(parsed) if parsed.to_string() == name => parsed.familiar(),
+        _ => name.to_owned(),
+    }
+}
+
+/// All that is known of an image, as programs are told of it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ImageDetails {
+    /// What the store knows it by.
+    pub digest: String,
+    /// Its names.
+    pub names: Vec<String>,
+    /// Digest of its manifest, where it came with one.
+    pub manifest: Option<String>,
+    /// The manifest's layers.
+    pub layers: Option<Value>,
+    /// When it was made, in its own words.
+    pub created: Option<Value>,
+    /// When the store took it in, as RFC 3339 has it.
+    pub imported: String,
+    /// The system that its programs are for.
+    pub os: &'static str,
+    /// The processor that they are for.
+    pub architecture: &'static str,
+    /// How its command is run.
+    pub config: ImageConfig,
+    /// Its root file system.
+    pub rootfs: RootFileSystem,
+}
+
+/// The root file system of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RootFileSystem {
+    /// Its file, an EROFS image.
+    pub path: PathBuf,
+    /// Bytes.
+    pub size: u64,
+    /// Its content.
+    pub digest: String,
+}
+
+/// Tells everything about an image of the store.
+pub fn inspect(paths: &Paths, name: &str) -> Result<ImageDetails, EngineError> {
+    let store = open(paths)?;
+    let image = store.get(name)?;
+    let (document, manifest) = (store.configuration(name)?, store.manifest_of(name)?);
+    let of_document = |key: &str| document.as_ref().and_then(|d| d.get(key)).cloned();
+    let (digest, manifest) = manifest.unzip();
+    let of_manifest = |key: &str| manifest.as_ref().and_then(|m| m.get(key)).cloned();
+    Ok(ImageDetails {
+        digest: image.digest.to_string(),
+        names: image.names.iter().map(|name| familiar(name)).collect(),
+        manifest: digest.map(|digest| digest.to_string()),
+        layers: of_manifest("layers"),
+        created: of_document("created"),
+        imported: dates::rfc3339(image.imported),
+        os: "linux",
+        architecture: "amd64",
+        rootfs: RootFileSystem {
+            digest: image.rootfs_digest().to_string(),
+            size: image.size,
+            path: image.rootfs,
+        },
+        config: image.config,
+    })
 }

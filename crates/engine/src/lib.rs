@@ -13,7 +13,9 @@
 
 pub mod boot;
 mod builtin;
+pub mod check;
 pub mod command;
+pub mod dates;
 mod error;
 pub mod frozen;
 pub mod hypervisor;
@@ -23,11 +25,13 @@ mod log;
 mod machine;
 pub mod mounts;
 pub mod network;
+pub mod networks;
 mod parcel;
 mod paths;
 pub mod pools;
 mod random;
 pub mod run;
+pub mod signals;
 pub mod snapshots;
 mod soft;
 mod statistics;

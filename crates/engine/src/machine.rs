@@ -16,6 +16,7 @@ use crate::soft::SoftOptions;
 
 /// What every machine needs to be told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct MachineOptions {
     /// Bytes of RAM.
@@ -30,6 +31,7 @@ pub struct MachineOptions {
     /// backend can have.
     pub cpu_model: Option<String>,
     /// The longest that it may run.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<Object>))]
     pub time_limit: Option<Duration>,
 }
 

@@ -30,11 +30,13 @@ const TMPFS_MODE: u32 = 0o1777;
 
 /// What is mounted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum MountKind {
     /// A folder or a file of the host's.
     Bind {
         /// Which.
+        #[cfg_attr(feature = "schema", schema(value_type = String))]
         source: PathBuf,
     },
     /// A volume, made where there is none.
@@ -56,6 +58,7 @@ pub enum MountKind {
 
 /// A file system that a machine is given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MountSpec {
     /// What is mounted.

@@ -50,6 +50,11 @@ impl Paths {
         self.root.join("vms")
     }
 
+    /// A folder for each network that machines share.
+    pub fn networks(&self) -> PathBuf {
+        self.root.join("networks")
+    }
+
     /// A folder for each pool.
     pub fn pools(&self) -> PathBuf {
         self.root.join("pools")

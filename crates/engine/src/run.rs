@@ -1,5 +1,6 @@
 //! `skerry run`: one command from an image, in a machine of its own.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::sync::mpsc::Receiver;
@@ -14,13 +15,14 @@ use crate::command::CommandSpec;
 use crate::error::EngineError;
 use crate::paths::Paths;
 use crate::vm::VmSpec;
-use crate::vms::{Job, ReadyMark, Source, host};
+use crate::vms::{Job, ReadyMark, RestartPolicy, Source, host};
 
 /// Exit status of a run whose time limit passed, as `timeout` has it.
 const TIMED_OUT: u8 = 124;
 
 /// What to run.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct RunSpec {
     /// The machine.
@@ -29,6 +31,10 @@ pub struct RunSpec {
     pub command: CommandSpec,
     /// By what the machine is known to be ready.
     pub ready: Option<ReadyMark>,
+    /// What the user notes about the machine.
+    pub labels: BTreeMap<String, String>,
+    /// When the machine is started again without being asked.
+    pub restart: RestartPolicy,
 }
 
 /// What happens to the command from outside while it runs.
@@ -97,6 +103,7 @@ pub fn run(
         name: "",
         auto_remove: true,
         detached: false,
+        launch: None,
         program: None,
         statistics: None,
     };

@@ -8,9 +8,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde::Serialize;
 use skerry_snapshot::{Form, PAGE_SIZE, PageImage, SnapshotStore, Trust};
 pub use skerry_snapshot::{Listing, SnapshotId, SnapshotInfo};
 
+use crate::dates;
 use crate::error::EngineError;
 use crate::paths::Paths;
 
@@ -18,7 +20,8 @@ use crate::paths::Paths;
 pub const START_PREFIX: &str = "start-";
 
 /// The pages of a memory or disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Pages {
     /// What the guest sees, in bytes.
     pub size: u64,
@@ -51,6 +54,89 @@ pub struct Details {
     pub state_size: u64,
     /// The configuration, as whoever took the snapshot wrote it.
     pub config: serde_json::Value,
+}
+
+/// A snapshot, as programs are told of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct SnapshotEntry {
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Its names.
+    pub names: Vec<String>,
+    /// When it was made, as RFC 3339 has it.
+    pub created: String,
+    /// What it is a difference to.
+    pub parent: Option<String>,
+    /// Bytes of its guest's memory.
+    pub memory: u64,
+    /// Bytes that it takes in the store.
+    pub size: u64,
+}
+
+impl SnapshotEntry {
+    /// Of what the store says.
+    #[must_use]
+    pub fn of(info: SnapshotInfo) -> Self {
+        let SnapshotInfo {
+            id,
+            names,
+            parent,
+            size,
+            memory_size,
+            created,
+        } = info;
+        Self {
+            id: id.to_string(),
+            names,
+            created: dates::rfc3339(created),
+            parent: parent.map(|parent| parent.to_string()),
+            memory: memory_size,
+            size,
+        }
+    }
+}
+
+/// All of a snapshot, likewise: its [`SnapshotEntry`] and what only opening it tells.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct SnapshotDetails {
+    /// What the store says of it.
+    #[serde(flatten)]
+    pub entry: SnapshotEntry,
+    /// Bytes of memory that it stores itself.
+    pub memory_stored: u64,
+    /// Bytes of the machine's state.
+    pub state_size: u64,
+    /// Its disks, by name.
+    pub disks: BTreeMap<String, Pages>,
+    /// Bytes of its other blobs, by name.
+    pub extras: BTreeMap<String, u64>,
+    /// The configuration, as whoever took the snapshot wrote it.
+    pub config: serde_json::Value,
+}
+
+impl SnapshotDetails {
+    /// Of what [`inspect`] has found.
+    #[must_use]
+    pub fn of(details: Details) -> Self {
+        let Details {
+            info,
+            memory,
+            disks,
+            extras,
+            state_size,
+            config,
+        } = details;
+        Self {
+            entry: SnapshotEntry::of(info),
+            memory_stored: memory.stored,
+            state_size,
+            disks,
+            extras,
+            config,
+        }
+    }
 }
 
 /// What was removed.

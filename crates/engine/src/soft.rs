@@ -11,6 +11,7 @@ const MOST_CODE_MEMORY: u64 = 1 << 30;
 
 /// What the software processor does with code.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum SoftMode {
     /// It interprets all of it.
@@ -25,6 +26,7 @@ pub enum SoftMode {
 /// How the software processor runs code. A guest sees no difference, and no snapshot has it: each
 /// machine is told anew. Asking for any of it where another backend runs the machine is an error.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct SoftOptions {
     /// What is done with code; `None` is the default.

@@ -9,6 +9,7 @@ use crate::soft::SoftOptions;
 
 /// What a machine's processors have done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Statistics {
     /// What runs the machine.
     pub hypervisor: Backend,

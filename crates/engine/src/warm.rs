@@ -41,6 +41,8 @@ struct Kind<'a> {
     backend: &'static str,
     cpuid: &'a [CpuidTable],
     machine: &'a MachineConfig,
+    /// Its disk has a journal.
+    journal: bool,
 }
 
 /// The first digits of the digest of a document.
@@ -111,9 +113,10 @@ impl Warm {
         image: &Image,
         prepared: &Prepared,
         machine: &MachineConfig,
+        journal: bool,
     ) -> Result<Self, EngineError> {
         let backend = prepared.selected.backend;
-        Self::named(paths, image, backend, &prepared.tables, machine)
+        Self::named(paths, image, backend, &prepared.tables, machine, journal)
     }
 
     fn named(
@@ -122,6 +125,7 @@ impl Warm {
         backend: Backend,
         cpuid: &[CpuidTable],
         machine: &MachineConfig,
+        journal: bool,
     ) -> Result<Self, EngineError> {
         let build = Build {
             version: env!("CARGO_PKG_VERSION"),
@@ -135,6 +139,7 @@ impl Warm {
             backend: backend.name(),
             cpuid,
             machine,
+            journal,
         };
         let prefix = format!("{}{}-", image_prefix(&image.digest), digest(&build, 12)?);
         Ok(Self {
@@ -256,7 +261,14 @@ pub fn warm(
         (Some(command), Some(ready)) => vm.leave_running(command, ready)?,
     }
     let about = vm.about();
-    let kept = Warm::named(paths, image, about.backend, &about.cpuid, &about.machine)?;
+    let kept = Warm::named(
+        paths,
+        image,
+        about.backend,
+        &about.cpuid,
+        &about.machine,
+        false,
+    )?;
     let id = kept.replace(paths, &vm)?;
     vm.kill();
     if let Some(name) = &spec.name {

@@ -28,6 +28,7 @@ const STACK: usize = 64 << 10;
 
 /// How a processor spent its time while it was sampled.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct TimeShares {
     /// How often it was looked at.
     pub samples: u64,
@@ -37,6 +38,7 @@ pub struct TimeShares {
 
 /// What a processor has done.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct ProcessorStatistics {
     /// Its number.
     pub id: u32,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// What a port speaks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// Connections.
@@ -29,9 +30,11 @@ impl fmt::Display for Protocol {
 
 /// A port of the guest's, and where on the host it is to be found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Mapping {
     /// The host's address and port; port 0 is any that is free.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub host: SocketAddr,
     /// The guest's port.
     pub guest: u16,

@@ -30,7 +30,7 @@ struct Guest {
 
 impl Guest {
     fn new(options: &Options) -> Self {
-        let network = Network::new(options).expect("a network");
+        let network = Network::new(options, Vec::new()).expect("a network");
         let device = NetDevice::new(address::CARD, network.clone());
         let mut card = FakeGuest::start(device, u64::MAX, QueueRunner::Inline);
         let mut buffers = Vec::new();

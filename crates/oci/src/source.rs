@@ -17,8 +17,8 @@ use crate::Error;
 use crate::digest::{Digest, Hasher, HashingReader};
 use crate::files::Files;
 use crate::layer::Compression;
-use crate::manifest::{Resolved, blob};
-use crate::store::{DOWNLOADS, Store, or_missing};
+use crate::manifest::{Part, Resolved, blob, part};
+use crate::store::{DOWNLOADS, Image, Store, or_missing};
 
 /// The folder in an image's own.
 pub(crate) const SOURCE: &str = "source";
@@ -45,6 +45,31 @@ impl Store {
     pub(crate) fn manifest(&self, image: &Digest) -> Result<Option<Vec<u8>>, Error> {
         let path = self.source(image).join(MANIFEST);
         or_missing(std::fs::read(&path)).map_err(|error| self.failed("read", &path, error))
+    }
+
+    /// Reads all that an image was made from, where that is kept, and compares digests.
+    pub fn verify_source(&self, image: &Image) -> Result<(), Error> {
+        let Some(manifest) = self.manifest(&image.digest)? else {
+            return Ok(());
+        };
+        let corrupt = |problem: String| Error::Corrupt {
+            digest: image.digest.hex(),
+            problem,
+        };
+        let Part::Image(parts) = part(&manifest) else {
+            return Err(corrupt("its source/manifest.json is malformed".to_owned()));
+        };
+        for (digest, _) in parts {
+            let path = self.source(&image.digest).join(blob(&digest));
+            let read = || HashingReader::new(File::open(&path)?).finish();
+            let found = or_missing(read()).map_err(|error| self.failed("read", &path, error))?;
+            if found != Some(digest) {
+                return Err(corrupt(format!(
+                    "its part {digest} is missing or has changed"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// A file with this content: received earlier, or of an image. It is checked.

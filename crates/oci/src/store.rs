@@ -477,8 +477,8 @@ impl Store {
         })
     }
 
-    /// Reads an entry; `None` when there is none.
-    pub(crate) fn load(&self, digest: &Digest) -> Result<Option<Image>, Error> {
+    /// An image by its digest; `None` when there is none.
+    pub fn load(&self, digest: &Digest) -> Result<Option<Image>, Error> {
         let dir = self.entry(digest);
         let path = dir.join("image.json");
         let corrupt = |problem: String| Error::Corrupt {
@@ -547,7 +547,8 @@ impl Store {
         }
     }
 
-    pub(crate) fn digests(&self) -> Result<Vec<Digest>, Error> {
+    /// What images there are, by digest; whole or not.
+    pub fn digests(&self) -> Result<Vec<Digest>, Error> {
         let names = self.file_names("images")?;
         let mut digests: Vec<_> = names
             .iter()
@@ -672,6 +673,23 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Names of images that aren't there.
+    pub fn dangling(&self) -> Result<Vec<String>, Error> {
+        // The names first: an image is there before it has one.
+        let names = self.names()?;
+        let digests = self.digests()?;
+        let gone = names.into_iter().filter(|(_, of)| !digests.contains(of));
+        Ok(gone.map(|(name, _)| name).collect())
+    }
+
+    /// Forgets a name of an image that isn't there.
+    pub fn forget_name(&self, name: &str) -> Result<(), Error> {
+        let digests = self.digests()?;
+        self.change_names(|names| {
+            names.retain(|known, of| known != name || digests.contains(of));
+        })
     }
 
     /// Gives an image of the store a further name, taking it from another that has it.

@@ -135,6 +135,9 @@ pub enum ControlRequest {
     /// Sync, drop what the kernel keeps only to be faster, and tell the disks which blocks are free: what a
     /// snapshot has to hold gets smaller.
     Compact,
+    /// Give the network card these addresses, `ADDRESS/PREFIX`, besides its own, and take those from it that
+    /// an earlier request gave it. A guest that is restored has none of them.
+    Addresses(Vec<String>),
     /// Mount these, in this order.
     Mount(Vec<Mount>),
     /// Write the volumes back to their disks.
@@ -204,6 +207,7 @@ pub enum FromAgent {
 
 /// Size of a terminal in characters and, where known, pixels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct WinSize {
     /// Lines.
     pub rows: u16,

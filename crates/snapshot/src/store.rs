@@ -158,7 +158,8 @@ impl SnapshotStore {
         Ok(count)
     }
 
-    fn ids(&self) -> Result<Vec<SnapshotId>, Error> {
+    /// What snapshots there are; whole or not.
+    pub fn ids(&self) -> Result<Vec<SnapshotId>, Error> {
         let failed = |error| Error::io("read", &self.root, error);
         let mut ids = Vec::new();
         for entry in std::fs::read_dir(&self.root).map_err(failed)? {

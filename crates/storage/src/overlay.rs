@@ -26,8 +26,10 @@ use crate::{
 };
 
 mod compact;
+mod kept;
 mod present;
 
+use kept::Noted;
 use present::{Present, ZONE_SIZE, Zone};
 
 /// The largest overlay: a file of this size is possible on the usual file systems.
@@ -38,8 +40,9 @@ const IN_PLACE_MAX: u64 = 16 << 20;
 
 /// A disk whose changes lie apart from what it began with.
 ///
-/// Nothing of it outlives the process, except for the layers that it gives away; so
-/// [`Disk::flush`] has nothing to do.
+/// Nothing of it outlives the process, except for the layers that it gives away, unless it is made to
+/// be [kept](Self::keep). Either way [`Disk::flush`] has nothing to do: what was written is the host's,
+/// and stays there however the process ends.
 pub struct Overlay {
     name: String,
     folder: PathBuf,
@@ -58,6 +61,8 @@ struct Stack {
     files: Vec<Arc<File>>,
     /// What was frozen since the base: sorted and apart.
     frozen: Vec<Range<u64>>,
+    /// What the top says of itself, where it is kept.
+    noted: Option<Noted>,
 }
 
 impl Overlay {
@@ -76,7 +81,12 @@ impl Overlay {
         }
         let top = new_top(folder, size)?;
         let holes = sys::punch_hole(&top, 0, CLUSTER_SIZE).is_ok();
-        Ok(Overlay {
+        Ok(Self::over(top, holes, size, &layers, folder))
+    }
+
+    /// A disk with this top, which may have `holes`.
+    fn over(top: Arc<File>, holes: bool, size: u64, layers: &[Layer], folder: &Path) -> Self {
+        Overlay {
             name: format!("{}/(scratch)", folder.display()),
             folder: folder.to_owned(),
             size,
@@ -87,11 +97,12 @@ impl Overlay {
             stack: RwLock::new(Stack {
                 top,
                 present: Present::new(size),
-                index: Index::of(&layers),
-                files: files_of(&layers),
+                index: Index::of(layers),
+                files: files_of(layers),
                 frozen: Vec::new(),
+                noted: None,
             }),
-        })
+        }
     }
 
     /// Makes what was written since the last time (or since the beginning) one more layer, under a
@@ -109,7 +120,14 @@ impl Overlay {
         if layer.is_empty() {
             return Ok(layer);
         }
-        let top = new_top(&self.folder, self.size)?;
+        let (top, noted) = match &stack.noted {
+            None => (new_top(&self.folder, self.size)?, None),
+            Some(noted) => {
+                let (top, noted) = noted.next(&self.folder, self.size)?;
+                (top, Some(noted))
+            }
+        };
+        stack.noted = noted;
         let frozen = std::mem::replace(&mut stack.top, top);
         stack.present.reset();
         let number = stack.files.len();
@@ -121,11 +139,18 @@ impl Overlay {
     }
 
     /// Forgets what was written since the last [`freeze`](Self::freeze), or since the beginning.
-    /// Its space is freed, which for much of it goes on for a while after the return.
+    /// Its space is freed, which for much of it goes on for a while after the return. A disk that is
+    /// [kept](Self::keep) forgets nothing: it is an error.
     pub fn rewind(&self) -> Result<(), DiskError> {
         let mut stack = self.stack.write();
         let written = stack.present.ranges();
         let bytes: u64 = written.iter().map(|range| range.end - range.start).sum();
+        if stack.noted.is_some() {
+            return Err(DiskError::Unsupported {
+                disk: self.name.clone(),
+                operation: Operation::Discard,
+            });
+        }
         if bytes > IN_PLACE_MAX {
             let top = new_top(&self.folder, self.size)?;
             let old = std::mem::replace(&mut stack.top, top);
@@ -232,7 +257,9 @@ impl Overlay {
         }
         let written = bufs.write(&stack.top, range.start, range.end - range.start);
         written.map_err(self.failed(Operation::Write))?;
-        zone.set(range);
+        stack
+            .set(zone, range)
+            .map_err(self.failed(Operation::Write))?;
         drop(shared);
         Ok(())
     }
@@ -248,8 +275,9 @@ impl Overlay {
         let whole = [IoBuf::from(&cluster[..])];
         let written = Cursor::new(&whole).write(&stack.top, at, CLUSTER_SIZE);
         written.map_err(self.failed(Operation::Write))?;
-        zone.set(at..end);
-        Ok(())
+        stack
+            .set(zone, at..end)
+            .map_err(self.failed(Operation::Write))
     }
 
     /// Makes whole clusters read as zeros; false if the file system has no holes.
@@ -276,7 +304,8 @@ impl Overlay {
             let mut at = part.start;
             for extent in below {
                 zone.clear(at..extent.at);
-                zone.set(extent.at..extent.end());
+                let set = stack.set(zone, extent.at..extent.end());
+                set.map_err(self.failed(operation))?;
                 at = extent.end();
             }
             zone.clear(at..part.end);
@@ -307,6 +336,16 @@ impl Overlay {
 }
 
 impl Stack {
+    /// A range of whole clusters, which the top has now, is known to be there.
+    fn set(&self, zone: &Zone, range: Range<u64>) -> Result<(), Stopped> {
+        // First the file: what the guest is told to be there must be found again.
+        if let Some(noted) = &self.noted {
+            noted.set(&self.top, range.clone())?;
+        }
+        zone.set(range);
+        Ok(())
+    }
+
     fn read(&self, bufs: &mut Cursor<'_, IoBufMut<'_>>, range: Range<u64>) -> Result<(), Stopped> {
         let mut at = range.start;
         while at < range.end {

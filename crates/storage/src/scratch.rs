@@ -1,5 +1,6 @@
-//! Scratch disks: an empty ext4 for what one virtual machine writes, gone when it ends. And volumes, which
-//! begin with an empty ext4 as well, and stay.
+//! Scratch disks: an empty ext4 for what one virtual machine writes, gone when it ends; or kept in its
+//! folder, with a journal then, so that it is whole after whatever end the machine had. And volumes,
+//! which begin with an empty ext4 as well, and stay.
 //!
 //! The host may have no `mkfs`, and making a file system takes longer than starting a guest, so an
 //! empty one ships inside this crate: the few blocks of it that aren't zero (`template/`).
@@ -14,6 +15,9 @@ use crate::{Access, CLUSTER_SIZE, DiskError, Layer, LayerRun, Overlay, RawDisk, 
 
 /// What `template/make` wrote; the format is described in `examples/pack-template.rs`.
 const TEMPLATE: &[u8] = include_bytes!("../template/ext4.z");
+/// The same with a journal.
+const JOURNAL_TEMPLATE: &[u8] = include_bytes!("../template/ext4-journal.z");
+/// A small one that is grown to its volume's size.
 const VOLUME_TEMPLATE: &[u8] = include_bytes!("../template/volume.z");
 const MAGIC: &[u8; 8] = b"skscr01\n";
 
@@ -41,11 +45,30 @@ pub fn overlay(folder: impl AsRef<Path>) -> Result<Overlay, DiskError> {
 /// once.
 pub fn template() -> Result<Layer, DiskError> {
     static UNPACKED: OnceLock<Layer> = OnceLock::new();
-    if let Some(layer) = UNPACKED.get() {
+    unpacked_once(&UNPACKED, TEMPLATE)
+}
+
+/// The same with a journal (of 32 MiB), for a disk that outlives the machine.
+pub fn journal_template() -> Result<Layer, DiskError> {
+    static UNPACKED: OnceLock<Layer> = OnceLock::new();
+    unpacked_once(&UNPACKED, JOURNAL_TEMPLATE)
+}
+
+/// The writable disk that is kept in `folder`, made where there is none yet.
+pub fn kept(folder: impl AsRef<Path>) -> Result<Overlay, DiskError> {
+    let folder = folder.as_ref();
+    match Overlay::is_kept(folder) {
+        true => Overlay::reopen(SIZE, folder),
+        false => Overlay::keep(SIZE, vec![journal_template()?], folder),
+    }
+}
+
+fn unpacked_once(place: &OnceLock<Layer>, template: &[u8]) -> Result<Layer, DiskError> {
+    if let Some(layer) = place.get() {
         return Ok(layer.clone());
     }
-    let layer = unpack_to_memory(TEMPLATE)?;
-    Ok(UNPACKED.get_or_init(|| layer).clone())
+    let layer = unpack_to_memory(template)?;
+    Ok(place.get_or_init(|| layer).clone())
 }
 
 fn unpack_to_memory(template: &[u8]) -> Result<Layer, DiskError> {
@@ -160,6 +183,22 @@ mod tests {
     }
 
     #[test]
+    fn a_kept_one_has_a_journal() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = kept(dir.path()).unwrap();
+        let mut superblock = [0; 1024];
+        disk.read_at(&mut superblock, 1024).unwrap();
+        assert_ne!(le32(&superblock, 0x5c) & 4, 0, "has_journal");
+        assert_eq!(disk.size(), SIZE);
+        disk.write_at(b"stays", SIZE - 4096).unwrap();
+        drop(disk);
+        let mut back = [0; 5];
+        let disk = kept(dir.path()).unwrap();
+        disk.read_at(&mut back, SIZE - 4096).unwrap();
+        assert_eq!(&back, b"stays");
+    }
+
+    #[test]
     fn leaves_no_file_and_spends_little() {
         use std::os::unix::fs::MetadataExt;
         let dir = tempfile::tempdir().unwrap();
@@ -245,6 +284,12 @@ mod tests {
     /// The judge is e2fsprogs itself, where the machine has it.
     #[test]
     fn e2fsck_finds_nothing_to_mend() {
+        for template in [TEMPLATE, JOURNAL_TEMPLATE] {
+            check(template);
+        }
+    }
+
+    fn check(template: &[u8]) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("scratch.img");
         let file = File::options()
@@ -253,7 +298,7 @@ mod tests {
             .create_new(true)
             .open(&path)
             .unwrap();
-        unpack_to_file(TEMPLATE, &file).unwrap();
+        unpack_to_file(template, &file).unwrap();
         match Command::new("e2fsck")
             .args(["-f", "-n"])
             .arg(&path)

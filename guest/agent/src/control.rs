@@ -100,6 +100,7 @@ impl Control {
                 Ok(())
             }
             ControlRequest::Compact => guest.compact(),
+            ControlRequest::Addresses(addresses) => share_networks(&addresses),
             ControlRequest::Mount(mounts) => {
                 volumes::mount_all(&mounts).map(|mounted| guest.volumes = mounted)
             }
@@ -142,6 +143,8 @@ impl Guest {
     /// for another guest's.
     fn become_clone(&mut self, setup: &Setup) -> io::Result<()> {
         refresh(setup);
+        // Those that the state has are another guest's.
+        crate::network::set_addresses(&[])?;
         files::become_clone(setup);
         if let Some(clones) = &mut self.clones
             && let Err(error) = clones.record()
@@ -170,6 +173,14 @@ impl Guest {
             None => Ok(()),
         }
     }
+}
+
+/// Takes these addresses on networks that machines share.
+fn share_networks(addresses: &[String]) -> io::Result<()> {
+    crate::network::set_addresses(addresses)?;
+    let uname = rustix::system::uname();
+    files::set_addresses(&uname.nodename().to_string_lossy(), addresses);
+    Ok(())
 }
 
 /// Takes clock and entropy from a set-up.

@@ -60,28 +60,11 @@ impl FromStr for Span {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SignalArg(pub u8);
 
-/// Signals by name; their numbers are their places from 1 on (signal(7)).
-const SIGNALS: [&str; 31] = [
-    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
-    "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
-    "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-];
-
 impl FromStr for SignalArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const LAST: u8 = 64;
-        if let Ok(number @ 1..=LAST) = text.parse() {
-            return Ok(Self(number));
-        }
-        let upper = text.to_ascii_uppercase();
-        let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-        let place = SIGNALS.iter().position(|signal| *signal == name);
-        let number = place.and_then(|place| u8::try_from(place + 1).ok());
-        number
-            .map(Self)
-            .ok_or_else(|| format!("no signal {text:?}: use a name such as TERM, or 1 to 64"))
+        skerry_engine::signals::parse(text).map(Self)
     }
 }
 
@@ -172,18 +155,6 @@ mod tests {
         assert_eq!("2m".parse(), Ok(Span(Duration::from_secs(120))));
         assert!("-1s".parse::<Span>().is_err());
         assert!("soon".parse::<Span>().is_err());
-    }
-
-    #[test]
-    fn signals() {
-        let signal = |text: &str| text.parse::<SignalArg>().ok().map(|signal| signal.0);
-        assert_eq!(signal("KILL"), Some(9));
-        assert_eq!(signal("sigterm"), Some(15));
-        assert_eq!(signal("SYS"), Some(31));
-        assert_eq!(signal("64"), Some(64));
-        assert_eq!(signal("0"), None);
-        assert_eq!(signal("65"), None);
-        assert_eq!(signal("NONE"), None);
     }
 
     #[test]

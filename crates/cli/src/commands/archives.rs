@@ -50,7 +50,7 @@ pub fn load(args: &LoadArgs) -> Result<u8> {
     let mut out = io::stdout().lock();
     for image in loaded {
         let text = match &image.name {
-            Some(name) => super::images::familiar(name),
+            Some(name) => images::familiar(name),
             None => image.digest.to_string(),
         };
         match (args.quiet, image.name.is_some()) {

@@ -3,27 +3,14 @@
 use std::io::{self, Write};
 
 use anyhow::Result;
-use serde::Serialize;
-use skerry_engine::hypervisor::Backend;
+use skerry_engine::hypervisor::{Diagnosis, diagnose};
 use skerry_hypervisor::probe::ProbeReport;
 
 use crate::args::{DoctorArgs, Format};
 
-#[derive(Serialize)]
-struct Report {
-    /// What `--hypervisor auto` takes.
-    auto: Option<&'static str>,
-    hypervisors: Vec<ProbeReport>,
-}
-
 /// Probes every backend and prints what it found; fails when none can be used.
 pub fn execute(args: &DoctorArgs) -> Result<u8> {
-    let hypervisors: Vec<_> = Backend::ALL.into_iter().map(Backend::probe).collect();
-    let auto = hypervisors
-        .iter()
-        .find(|report| report.result.is_ok())
-        .map(|report| report.backend);
-    let report = Report { auto, hypervisors };
+    let report = diagnose();
     let mut out = io::stdout().lock();
     match args.format {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
@@ -32,7 +19,7 @@ pub fn execute(args: &DoctorArgs) -> Result<u8> {
     Ok(u8::from(report.auto.is_none()))
 }
 
-fn text(out: &mut impl Write, report: &Report) -> io::Result<()> {
+fn text(out: &mut impl Write, report: &Diagnosis) -> io::Result<()> {
     for ProbeReport { backend, result } in &report.hypervisors {
         match result {
             Ok(found) => {

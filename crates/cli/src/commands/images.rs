@@ -3,19 +3,12 @@
 use std::io::{self, Write};
 
 use anyhow::Result;
-use serde::Serialize;
-use serde_json::{Value, json};
-use skerry_engine::{Image, Name, Paths, Removed};
+use serde_json::Value;
+use skerry_engine::images::{self, ImageDetails, NamedImage};
+use skerry_engine::{Paths, Removed};
 
 use super::mib;
 use crate::args::{Format, ImageArgs, ImageHistoryArgs, ImageVerb, ImagesArgs, RmiArgs};
-
-#[derive(Serialize)]
-struct Row {
-    name: String,
-    digest: String,
-    size: u64,
-}
 
 /// Lists the store.
 pub fn list(args: &ImagesArgs) -> Result<u8> {
@@ -24,7 +17,7 @@ pub fn list(args: &ImagesArgs) -> Result<u8> {
     for damaged in listing.damaged {
         crate::output::error(&damaged.into());
     }
-    let rows: Vec<Row> = listing.images.iter().flat_map(rows_of).collect();
+    let rows: Vec<_> = listing.images.iter().flat_map(NamedImage::of).collect();
     let mut out = io::stdout().lock();
     if args.quiet {
         for row in &rows {
@@ -49,31 +42,6 @@ pub fn list(args: &ImagesArgs) -> Result<u8> {
         }
     }
     Ok(0)
-}
-
-/// A row for each of an image's names.
-fn rows_of(image: &Image) -> Vec<Row> {
-    let row = |name: &str| Row {
-        name: name.to_owned(),
-        digest: image.digest.to_string(),
-        size: image.size,
-    };
-    if image.names.is_empty() {
-        return vec![row("<none>")];
-    }
-    image
-        .names
-        .iter()
-        .map(|name| row(&familiar(name)))
-        .collect()
-}
-
-/// A name of a registry's as people write it; others as they are.
-pub fn familiar(name: &str) -> String {
-    match name.parse::<Name>() {
-        Ok(parsed) if parsed.to_string() == name => parsed.familiar(),
-        _ => name.to_owned(),
-    }
 }
 
 /// Removes images; goes on after one that can't be removed.
@@ -108,31 +76,9 @@ pub fn execute(args: &ImageArgs) -> Result<u8> {
 }
 
 fn inspect(names: &[String]) -> Result<u8> {
-    let store = skerry_engine::images::open(&Paths::of_user()?)?;
-    let mut all = Vec::new();
-    for name in names {
-        let image = store.get(name)?;
-        let (document, manifest) = (store.configuration(name)?, store.manifest_of(name)?);
-        let of_document = |key: &str| document.as_ref().and_then(|d| d.get(key)).cloned();
-        let (digest, manifest) = manifest.unzip();
-        let names: Vec<_> = image.names.iter().map(|name| familiar(name)).collect();
-        all.push(json!({
-            "digest": image.digest.to_string(),
-            "names": names,
-            "manifest": digest.map(|digest| digest.to_string()),
-            "layers": manifest.as_ref().and_then(|manifest| manifest.get("layers")),
-            "created": of_document("created"),
-            "imported": crate::dates::rfc3339(image.imported),
-            "os": "linux",
-            "architecture": "amd64",
-            "config": image.config,
-            "rootfs": {
-                "path": image.rootfs,
-                "size": image.size,
-                "digest": image.rootfs_digest().to_string(),
-            },
-        }));
-    }
+    let paths = Paths::of_user()?;
+    let found = names.iter().map(|name| images::inspect(&paths, name));
+    let all = found.collect::<Result<Vec<ImageDetails>, _>>()?;
     writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&all)?)?;
     Ok(0)
 }

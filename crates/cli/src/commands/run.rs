@@ -10,7 +10,7 @@ use skerry_engine::command::CommandSpec;
 use skerry_engine::frozen::Frozen;
 use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
-use skerry_engine::vms::{self, Begin, Detached, Job, Launch, ReadyMark, Source};
+use skerry_engine::vms::{self, Begin, Detached, Job, Launch, ReadyMark, RestartPolicy, Source};
 use skerry_engine::warm::WarmSpec;
 use skerry_engine::{Image, Paths, WinSize, hypervisor, images};
 
@@ -33,6 +33,40 @@ struct How {
 
 /// Runs a command and returns its status.
 pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
+    if args.lifecycle.restart != RestartPolicy::No && !args.detach {
+        bail!("A machine in the foreground isn't started again: --restart needs -d");
+    }
+    let how = How {
+        detach: args.detach,
+        stats: args.stats.stats,
+        name: args.name.clone(),
+        rm: args.rm,
+    };
+    let (begin, spec) = plan(args, verbose)?;
+    start(begin, spec, how)
+}
+
+/// Makes a machine that is to be started later, and prints its ID.
+pub fn create(args: RunArgs, verbose: u8) -> Result<u8> {
+    if args.detach || args.stats.stats.is_some() {
+        bail!("create runs nothing: -d and --stats are for run");
+    }
+    let (name, auto_remove) = (args.name.clone().unwrap_or_default(), args.rm);
+    let (begin, spec) = plan(args, verbose)?;
+    let launch = Launch {
+        root: Paths::of_user()?.root().to_owned(),
+        begin: absolute(begin)?,
+        spec,
+        name,
+        auto_remove,
+    };
+    let id = vms::create(&launch, &mut output::note)?;
+    writeln!(io::stdout(), "{id}")?;
+    Ok(0)
+}
+
+/// What a machine begins with, which is there then, and what it is to be.
+fn plan(args: RunArgs, verbose: u8) -> Result<(Begin, RunSpec)> {
     let mut words = args.command;
     let begin = match (args.from_snapshot, args.image) {
         (Some(snapshot), first) => {
@@ -54,28 +88,36 @@ pub fn execute(args: RunArgs, verbose: u8) -> Result<u8> {
             read_only: args.read_only,
             fresh: args.fresh,
             hostname: args.hostname,
-            network: network(args.network),
+            network: network(args.network)?,
             mounts: args.mounts.specs(),
             show_console: verbose > 0,
             sampled: args.stats.stats.is_some(),
+            kept: None,
         },
         command,
         ready: match (args.ready, args.ready_cmd) {
             (Some(text), _) => Some(ReadyMark::Text(text)),
             (None, shell) => shell.map(ReadyMark::Shell),
         },
+        labels: args
+            .lifecycle
+            .labels
+            .iter()
+            .map(|label| text_pair(label))
+            .collect(),
+        restart: args.lifecycle.restart,
     };
     hypervisor::look_ahead(spec.vm.options.hypervisor);
     if let Begin::Image(image) = &begin {
         registry::provide(&Paths::of_user()?, image, args.pull)?;
     }
-    let how = How {
-        detach: args.detach,
-        stats: args.stats.stats,
-        name: args.name,
-        rm: args.rm,
-    };
-    start(begin, spec, how)
+    Ok((begin, spec))
+}
+
+/// `KEY=VALUE`, or `KEY` with an empty value.
+fn text_pair(text: &str) -> (String, String) {
+    let (key, value) = text.split_once('=').unwrap_or((text, ""));
+    (key.to_owned(), value.to_owned())
 }
 
 /// Lets a machine go on from a snapshot, with the command that runs in it.
@@ -86,7 +128,7 @@ pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
     spec.vm.sampled = args.stats.stats.is_some();
     spec.vm.options.time_limit = args.timeout.map(|span| span.0);
     spec.vm.hostname = args.hostname;
-    spec.vm.network = network(args.network);
+    spec.vm.network = network(args.network)?;
     spec.vm.mounts = args.mounts.specs();
     spec.vm.show_console = verbose > 0;
     let how = How {
@@ -107,7 +149,7 @@ pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
         vm: VmSpec {
             options: machine_options(args.machine),
             read_only: args.read_only,
-            network: reach(args.reach),
+            network: reach(args.reach)?,
             show_console: verbose > 0,
             ..VmSpec::default()
         },
@@ -137,13 +179,9 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
     let paths = Paths::of_user()?;
     let name = how.name.unwrap_or_default();
     if how.detach {
-        let begin = match begin {
-            Begin::Image(image) => Begin::Image(from_here(image)?),
-            begin => begin,
-        };
         return detach(&Launch {
             root: paths.root().to_owned(),
-            begin,
+            begin: absolute(begin)?,
             spec,
             name,
             auto_remove: how.rm,
@@ -180,6 +218,7 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
         name: &name,
         auto_remove: true,
         detached: false,
+        launch: None,
         program: program.as_deref(),
         statistics: how.stats.is_some().then_some(&statistics),
     };
@@ -191,6 +230,14 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
         stats::print(statistics, format)?;
     }
     Ok(status?)
+}
+
+/// The same as it can be named from any folder.
+fn absolute(begin: Begin) -> Result<Begin> {
+    Ok(match begin {
+        Begin::Image(image) => Begin::Image(from_here(image)?),
+        begin => begin,
+    })
 }
 
 /// Has another process run the machine.

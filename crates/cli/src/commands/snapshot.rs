@@ -1,77 +1,21 @@
 //! `skerry snapshot` and its verbs.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::time::SystemTime;
 
 use anyhow::Result;
-use serde::Serialize;
-use skerry_engine::Paths;
-use skerry_engine::snapshots::{self, Details, Pages, Removed, START_PREFIX, SnapshotInfo};
+use skerry_engine::snapshots::{
+    self, Removed, START_PREFIX, SnapshotDetails, SnapshotEntry, SnapshotInfo,
+};
 use skerry_engine::vms::{self, Registry};
+use skerry_engine::{Paths, dates};
 
 use super::{SHORT, mib, short};
 use crate::args::{
     Format, SnapshotArgs, SnapshotCreateArgs, SnapshotExportArgs, SnapshotImportArgs,
     SnapshotInspectArgs, SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
 };
-use crate::{dates, output, status};
-
-/// A snapshot, for programs.
-#[derive(Serialize)]
-struct Entry {
-    id: String,
-    names: Vec<String>,
-    created: String,
-    parent: Option<String>,
-    memory: u64,
-    size: u64,
-}
-
-impl Entry {
-    fn of(info: SnapshotInfo) -> Self {
-        let SnapshotInfo {
-            id,
-            names,
-            parent,
-            size,
-            memory_size,
-            created,
-        } = info;
-        Self {
-            id: id.to_string(),
-            names,
-            created: dates::rfc3339(created),
-            parent: parent.map(|parent| parent.to_string()),
-            memory: memory_size,
-            size,
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct Stored {
-    size: u64,
-    stored: u64,
-}
-
-impl Stored {
-    fn of(Pages { size, stored }: Pages) -> Self {
-        Self { size, stored }
-    }
-}
-
-/// All of `skerry snapshot inspect`: an [`Entry`] and what only opening a snapshot tells.
-#[derive(Serialize)]
-struct Inspection {
-    #[serde(flatten)]
-    entry: Entry,
-    memory_stored: u64,
-    state_size: u64,
-    disks: BTreeMap<String, Stored>,
-    extras: BTreeMap<String, u64>,
-    config: serde_json::Value,
-}
+use crate::{output, status};
 
 /// Does what the verb says.
 pub fn execute(args: &SnapshotArgs) -> Result<u8> {
@@ -101,7 +45,11 @@ fn list(paths: &Paths, args: &SnapshotLsArgs) -> Result<u8> {
     }
     match args.format {
         Format::Json => {
-            let entries: Vec<_> = listing.snapshots.into_iter().map(Entry::of).collect();
+            let entries: Vec<_> = listing
+                .snapshots
+                .into_iter()
+                .map(SnapshotEntry::of)
+                .collect();
             writeln!(out, "{}", serde_json::to_string_pretty(&entries)?)?;
         }
         Format::Text => table(&mut out, &listing.snapshots)?,
@@ -154,23 +102,7 @@ fn shown(name: &str) -> String {
 }
 
 fn inspect(paths: &Paths, args: &SnapshotInspectArgs) -> Result<u8> {
-    let Details {
-        info,
-        memory,
-        disks,
-        extras,
-        state_size,
-        config,
-    } = snapshots::inspect(paths, &args.name)?;
-    let disks = disks.into_iter();
-    let inspection = Inspection {
-        entry: Entry::of(info),
-        memory_stored: memory.stored,
-        state_size,
-        disks: disks.map(|(name, disk)| (name, Stored::of(disk))).collect(),
-        extras,
-        config,
-    };
+    let inspection = SnapshotDetails::of(snapshots::inspect(paths, &args.name)?);
     let text = serde_json::to_string_pretty(&inspection)?;
     writeln!(io::stdout(), "{text}")?;
     Ok(0)

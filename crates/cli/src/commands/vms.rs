@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, bail};
 use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
-use skerry_engine::{EngineError, Paths};
+use skerry_engine::{EngineError, Paths, dates};
 
 use super::run::{Attached, command, finish};
 use super::{short, table};
@@ -14,7 +14,7 @@ use crate::args::{
     ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RenameArgs, RmArgs,
     StopArgs, WaitArgs,
 };
-use crate::{dates, output, status};
+use crate::{output, status};
 
 /// How often a log is looked at while it is followed.
 const FOLLOW: Duration = Duration::from_millis(50);
@@ -41,7 +41,7 @@ pub fn exec(args: ExecArgs) -> Result<u8> {
 
 /// Does something to each of several machines, prints the names of those where it was done, and goes
 /// on after a failure.
-fn each(vms: &[String], act: impl Fn(&Registry, &str) -> Result<String>) -> Result<u8> {
+pub fn each(vms: &[String], act: impl Fn(&Registry, &str) -> Result<String>) -> Result<u8> {
     let registry = registry()?;
     let mut exit = 0;
     for name in vms {

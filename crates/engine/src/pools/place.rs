@@ -20,6 +20,7 @@ const CONTROL: &str = "control";
 
 /// What a pool is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct PoolConfig {
     /// Its name, which no other has.
     pub name: String,

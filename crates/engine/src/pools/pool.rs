@@ -40,6 +40,7 @@ pub trait Template: Send + Sync + 'static {
 
 /// What becomes of a member that was used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum ResetPolicy {
     /// It is taken back to where it began.
@@ -51,6 +52,7 @@ pub enum ResetPolicy {
 
 /// How a pool is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolOptions {
     /// So many are kept ready or in use at least.
@@ -58,8 +60,10 @@ pub struct PoolOptions {
     /// And at most so many.
     pub max: usize,
     /// Ready ones beyond the minimum are thrown away after this time.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<Object>))]
     pub idle_timeout: Option<Duration>,
     /// How long [`Pool::acquire`] waits.
+    #[cfg_attr(feature = "schema", schema(value_type = Object))]
     pub acquire_timeout: Duration,
     /// What becomes of used ones.
     pub reset: ResetPolicy,
@@ -82,6 +86,7 @@ impl Default for PoolOptions {
 
 /// What a pool has and has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct PoolStats {
     /// Members that wait for use.
     pub ready: usize,

@@ -52,11 +52,13 @@ const SETTLE: Duration = Duration::from_secs(30);
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct VmSpec {
     /// The machine.
     pub options: MachineOptions,
     /// Kernel other than the built-in one.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub kernel: Option<PathBuf>,
     /// The root file system can't be written.
     pub read_only: bool,
@@ -72,6 +74,10 @@ pub struct VmSpec {
     pub fresh: bool,
     /// How its processors spend their time is sampled from the start, for [`Vm::statistics`].
     pub sampled: bool,
+    /// The folder in which its writable disk is kept, made or taken up again; without one, the disk goes
+    /// with the machine.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
+    pub kept: Option<PathBuf>,
 }
 
 /// A running virtual machine whose agent answers. Clones are the same one; the last to go ends it.
@@ -289,6 +295,17 @@ impl Vm {
     /// Lets a machine that was paused go on.
     pub fn unpause(&self) {
         self.machine().resume();
+    }
+
+    /// Has the guest write everything back to its disks, and waits for so long at most.
+    pub(crate) fn sync(&self, limit: Duration) -> Result<(), EngineError> {
+        let mut agent = self.shared.agent.lock();
+        let stream = agent.stream().map_err(lost)?;
+        let limited = |limit| stream.0.set_read_timeout(limit).map_err(lost);
+        limited(Some(limit))?;
+        let synced = agent.sync();
+        limited(None)?;
+        Ok(synced?)
     }
 
     /// Ends the machine at once.

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
 use crate::mounts::{self, MountSpec, Opened};
-use crate::network::{Network, NetworkSpec};
+use crate::network::{Network, NetworkSpec, addresses};
 use crate::paths::Paths;
 use crate::random::random;
 use crate::soft::SoftOptions;
@@ -85,12 +85,15 @@ impl Vm {
         let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
-        let network = spec.network.make(config.network.is_some())?;
-        // What the user's own kernel does when it is started is the user's to see.
-        let warm = if spec.fresh || spec.kernel.is_some() {
+        let network = spec.network.make(paths, config.network.is_some())?;
+        // What the user's own kernel does when it is started is the user's to see; and a guest that goes
+        // on from a kept start has in its memory what the disk was then.
+        let taken_up = spec.kept.as_deref().is_some_and(Overlay::is_kept);
+        let warm = if spec.fresh || spec.kernel.is_some() || taken_up {
             None
         } else {
-            Some(Warm::of(paths, image, &prepared, &config)?)
+            let journal = spec.kept.is_some();
+            Some(Warm::of(paths, image, &prepared, &config, journal)?)
         };
         let place = Place {
             paths,
@@ -100,6 +103,7 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: false,
             sampled: spec.sampled,
+            kept: spec.kept.as_deref(),
             wanted: &spec.network,
             network: Cell::new(network),
             mounts: Opened::new(paths, &spec.mounts)?,
@@ -205,6 +209,7 @@ impl Vm {
             console: ConsoleLog::new(spec.show_console),
             track: spec.rewindable,
             sampled: spec.sampled,
+            kept: None,
             wanted: &spec.network,
             network: Cell::new(None),
             mounts: Opened::again(
@@ -236,6 +241,8 @@ struct Place<'a> {
     track: bool,
     /// How its processors spend their time is sampled.
     sampled: bool,
+    /// Where its writable disk is kept, if it is.
+    kept: Option<&'a Path>,
     /// The network that was asked for.
     wanted: &'a NetworkSpec,
     /// The same, made and not yet plugged into a machine.
@@ -269,7 +276,9 @@ impl Place<'_> {
     fn network(&self, about: &About) -> Result<Option<Arc<Network>>, EngineError> {
         match self.network.take() {
             Some(made) => Ok(Some(made)),
-            None => self.wanted.make(about.machine.network.is_some()),
+            None => self
+                .wanted
+                .make(self.paths, about.machine.network.is_some()),
         }
     }
 
@@ -300,7 +309,10 @@ impl Place<'_> {
     fn boot(&self, image: &Image, spec: &VmSpec, about: About) -> Result<Vm, EngineError> {
         let scratch = match spec.read_only {
             true => None,
-            false => Some(Arc::new(scratch::overlay(self.folder()?)?)),
+            false => Some(Arc::new(match self.kept {
+                Some(folder) => scratch::kept(folder)?,
+                None => scratch::overlay(self.folder()?)?,
+            })),
         };
         let root = Arc::new(crate::frozen::open_root(image)?);
         let network = self.network(&about)?;
@@ -328,7 +340,10 @@ impl Place<'_> {
         let scratch = match &frozen.scratch {
             None => None,
             Some((size, layers)) => {
-                let disk = Overlay::new(*size, layers.clone(), &self.folder()?)?;
+                let disk = match self.kept {
+                    Some(folder) => Overlay::keep(*size, layers.clone(), folder)?,
+                    None => Overlay::new(*size, layers.clone(), &self.folder()?)?,
+                };
                 Some(Arc::new(disk))
             }
         };
@@ -388,6 +403,10 @@ impl Place<'_> {
             let stream = listener.accept().map_err(lost);
             met = stream.and_then(|stream| greet(stream, &setup));
         }
+        let met = met.and_then(|mut agent| {
+            give_addresses(&mut agent, network.as_deref())?;
+            Ok(agent)
+        });
         let agent = match met {
             Ok(agent) => agent,
             Err(_) if handle.remote().is_ending() => {
@@ -432,6 +451,18 @@ pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(
         return Ok(());
     }
     Ok(machine.new_generation(&random()?)?)
+}
+
+/// Has the guest take its addresses on the networks that it shares.
+pub(super) fn give_addresses(
+    agent: &mut Control<GuestStream>,
+    network: Option<&Network>,
+) -> Result<(), HostError> {
+    match addresses(network) {
+        // A guest has none by itself.
+        none if none.is_empty() => Ok(()),
+        addresses => agent.set_addresses(addresses),
+    }
 }
 
 /// Waits for the agent of a guest that boots, for as long as that takes.

@@ -31,6 +31,8 @@ const LONGEST: usize = 1 << 20;
 pub enum Request {
     /// Turn the connection into one to the guest's agent, for a command.
     Exec,
+    /// Turn the connection into one for input, signals and sizes of the command: see `attach`.
+    Attach,
     /// Stand still.
     Pause,
     /// Go on.
@@ -72,6 +74,7 @@ pub enum Request {
 
 /// A snapshot of a running machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Snapshotted {
     /// The snapshot.
     pub id: String,
@@ -83,6 +86,7 @@ pub struct Snapshotted {
 
 /// Machines that were made from a running one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Forked {
     /// Their identities.
     pub ids: Vec<String>,
@@ -217,6 +221,7 @@ mod tests {
     fn messages_survive_the_wire() {
         let requests = [
             Request::Exec,
+            Request::Attach,
             Request::Pause,
             Request::Unpause,
             Request::Signal(15),

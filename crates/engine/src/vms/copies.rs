@@ -12,6 +12,7 @@ use super::launch::{self, Begin, Detached, Launch};
 use super::names;
 use crate::error::EngineError;
 use crate::frozen::Writing;
+use crate::network::NetworkSpec;
 use crate::paths::Paths;
 use crate::run::RunSpec;
 use crate::snapshots;
@@ -34,7 +35,8 @@ pub(super) fn snapshot(
     if let Some(name) = name {
         snapshots::check_name(name)?;
     }
-    if writing.difference && !hosted.vm.has_base() {
+    let vm = &hosted.life()?.vm;
+    if writing.difference && !vm.has_base() {
         return Err(EngineError::NoParent {
             name: hosted.name(),
         });
@@ -42,12 +44,12 @@ pub(super) fn snapshot(
     let folder = hosted.paths.scratch();
     Paths::ensure(&folder)?;
     let store = SnapshotStore::open(hosted.paths.snapshots())?;
-    let captured = hosted.vm.capture()?;
+    let captured = vm.capture()?;
     let id = captured.frozen.write(&store, &folder, writing)?;
     if let Some(name) = name {
         store.tag(&id, name)?;
     }
-    hosted.vm.saved(id, &captured.frozen);
+    vm.saved(id, &captured.frozen);
     Ok(Snapshotted {
         id: id.hex(),
         pause_us: micros(captured.pause),
@@ -70,17 +72,17 @@ pub(super) fn fork(
     let named = wanted.iter().filter(|name| !name.is_empty());
     named.clone().try_for_each(|name| names::check(name))?;
     let parent = hosted.name();
-    let captured = hosted.vm.capture()?;
+    let vm = &hosted.life()?.vm;
+    let captured = vm.capture()?;
     let mut spec = RunSpec::default();
     spec.vm.options.hypervisor = captured.frozen.about.backend.into();
-    spec.vm.options.soft = hosted.vm.soft().clone();
+    spec.vm.options.soft = vm.soft().clone();
     // Its ports stay the parent's.
-    if let Some(network) = hosted.vm.network() {
-        spec.vm.network.mode = Some(network.mode());
-        spec.vm.network.dns = network.dns().to_vec();
+    if let Some(network) = vm.network() {
+        spec.vm.network = NetworkSpec::of_fork(network);
     }
     // What is in guest memory goes with it.
-    let folders = hosted.vm.mounts().iter().filter(|mount| mount.is_bind());
+    let folders = vm.mounts().iter().filter(|mount| mount.is_bind());
     spec.vm.mounts = folders.cloned().collect();
     let next = AtomicUsize::new(0);
     let ids = Mutex::new(vec![String::new(); wanted.len()]);

@@ -1,197 +1,82 @@
-//! The process of one virtual machine: its command from start to end, and all that the outside may
-//! ask of it meanwhile.
+//! The process of one virtual machine: its command from start to end, as often as that is run, and all
+//! that the outside may ask of it meanwhile.
+//!
+//! ```text
+//!  host ─► Hosted ─┬─ live: Vm, command, end ◄─┐
+//!                  │        `── its restart policy applies: a pause
+//!                  └─ finish: state, those who wait
+//! ```
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use skerry_machine::Outcome;
-use skerry_oci::Image;
 use skerry_protocol::host::{ExecHandle, ExecSession, HostError};
-use skerry_protocol::message::{ExecRequest, ExitStatus};
+use skerry_protocol::message::{ExitStatus, WinSize};
 
 use super::control::{self, Reply};
+use super::info::{Status, VmConfig};
+use super::input::Input;
+use super::job::{Job, Plan, Source, config};
 use super::ready::{self, ReadyMark};
-use super::registry::{Entry, Registry, Status, VmConfig, now};
+use super::registry::{Entry, Registry, now};
+use super::restart::Pauses;
 use super::serve;
-use crate::command::{self, Surroundings};
+use crate::command::Surroundings;
 use crate::error::EngineError;
-use crate::frozen::{About, CommandAbout, Frozen};
 use crate::paths::Paths;
-use crate::run::{RunIo, RunOutcome, RunSpec};
-use crate::statistics::Statistics;
-use crate::vm::{GuestStream, ResumeSpec, Vm, lost};
+use crate::run::{RunIo, RunOutcome};
+use crate::vm::{GuestStream, ResumeSpec, Vm, VmSpec, lost};
 
-/// The agent's number for the first command of a machine.
-const FIRST_SESSION: u32 = 1;
-
-/// What a virtual machine begins with.
-#[derive(Clone, Copy, Debug)]
-pub enum Source<'a> {
-    /// A start of an image.
-    Image {
-        /// The image.
-        image: &'a Image,
-        /// How the user calls it.
-        name: &'a str,
-    },
-    /// Where another machine was.
-    Frozen {
-        /// Its state.
-        frozen: &'a Frozen,
-        /// The snapshot or machine.
-        parent: &'a str,
-    },
-}
-
-/// A virtual machine to be, and its command.
-#[derive(Clone, Copy, Debug)]
-pub struct Job<'a> {
-    /// What it begins with.
-    pub source: Source<'a>,
-    /// The machine and its command; of one that goes on, only what [`ResumeSpec`] has. Without a
-    /// command, that goes on which was running.
-    pub spec: &'a RunSpec,
-    /// Its name; empty for any.
-    pub name: &'a str,
-    /// It is forgotten when it ends.
-    pub auto_remove: bool,
-    /// It runs behind no terminal.
-    pub detached: bool,
-    /// What runs other machines, asked with `vm-host`; without one, this machine can't be forked.
-    pub program: Option<&'a Path>,
-    /// What its processors have done is put here when it has ended.
-    pub statistics: Option<&'a OnceLock<Statistics>>,
-}
-
-/// The command of a machine to be.
-struct Plan {
-    argv: Vec<String>,
-    /// `None`: the one that runs already goes on.
-    request: Option<ExecRequest>,
-    /// The agent's number for it.
-    session: u32,
-    tty: bool,
-    stdin: bool,
-    surroundings: Surroundings,
-}
-
-impl Plan {
-    fn of(job: &Job<'_>) -> Result<Self, EngineError> {
-        let spec = &job.spec.command;
-        let (argv, found, session) = match job.source {
-            Source::Image { image, name } => {
-                let argv = command::argv(&image.config, spec);
-                if argv.is_empty() {
-                    return Err(EngineError::NoCommand(name.to_owned()));
-                }
-                (argv, Surroundings::of(&image.config), FIRST_SESSION)
-            }
-            Source::Frozen { frozen, parent } => {
-                let about = &frozen.about;
-                match &about.command {
-                    Some(command) if spec.command.is_empty() => {
-                        return Ok(Self {
-                            argv: command.argv.clone(),
-                            request: None,
-                            session: command.session,
-                            tty: command.tty,
-                            stdin: command.stdin,
-                            surroundings: about.surroundings.clone(),
-                        });
-                    }
-                    None if spec.command.is_empty() => {
-                        return Err(EngineError::NothingRuns(parent.to_owned()));
-                    }
-                    running => {
-                        let session = running.as_ref().map_or(0, |command| command.session);
-                        let argv = spec.command.clone();
-                        (
-                            argv,
-                            about.surroundings.clone(),
-                            session.wrapping_add(FIRST_SESSION),
-                        )
-                    }
-                }
-            }
-        };
-        Ok(Self {
-            request: Some(command::request(argv.clone(), &found, spec)),
-            argv,
-            session,
-            tty: spec.tty.is_some(),
-            stdin: spec.stdin,
-            surroundings: found.with(spec),
-        })
-    }
-
-    fn about(&self) -> CommandAbout {
-        CommandAbout {
-            argv: self.argv.clone(),
-            tty: self.tty,
-            stdin: self.stdin,
-            session: self.session,
-        }
-    }
-}
-
-/// What the registry keeps of a machine.
-fn config(job: &Job<'_>, plan: &Plan) -> VmConfig {
-    let options = &job.spec.vm.options;
-    let (image, memory, cpus, parent) = match job.source {
-        Source::Image { name, .. } => (name, options.memory, options.cpus, None),
-        Source::Frozen { frozen, parent } => {
-            let About { machine, image, .. } = &frozen.about;
-            (
-                image.name.as_str(),
-                machine.memory,
-                machine.cpus,
-                Some(parent),
-            )
-        }
-    };
-    VmConfig {
-        id: String::new(),
-        name: job.name.to_owned(),
-        image: image.to_owned(),
-        command: plan.argv.clone(),
-        surroundings: plan.surroundings.clone(),
-        tty: plan.tty,
-        memory,
-        cpus,
-        parent: parent.map(str::to_owned),
-        auto_remove: job.auto_remove,
-        detached: job.detached,
-        created: 0,
-        ready_mark: job.spec.ready.clone(),
-    }
-}
+/// How long a guest may take to write its disk back before it ends.
+const WRITING_BACK: Duration = Duration::from_secs(30);
+/// The same, where it is to end at once.
+const WRITING_BACK_AT_ONCE: Duration = Duration::from_secs(1);
 
 /// What the threads of a machine's process share.
 pub(super) struct Hosted {
-    pub(super) vm: Vm,
     pub(super) paths: Paths,
     pub(super) program: Option<PathBuf>,
-    command: OnceLock<ExecHandle<GuestStream>>,
     entry: Mutex<Option<Entry>>,
-    killed: AtomicBool,
-    end: Mutex<End>,
+    progress: Mutex<Progress>,
     changed: Condvar,
 }
 
+/// A machine from its start to its end.
+pub(super) struct Life {
+    pub(super) vm: Vm,
+    command: OnceLock<ExecHandle<GuestStream>>,
+    /// Where standard input comes from, unless it is this process's own.
+    pub(super) input: Option<Input>,
+    /// Its disk outlives it.
+    kept: bool,
+    killed: AtomicBool,
+}
+
 #[derive(Default)]
-struct End {
+struct Progress {
+    /// The machine, while there is one.
+    life: Option<Arc<Life>>,
+    /// It waits to be started again.
+    resting: bool,
+    /// Somebody has had it end: it isn't started again.
+    ending: bool,
+    /// Somebody had it end at once while there was no machine to be ended.
+    killed: bool,
     ready: bool,
     code: Option<u8>,
     /// Those who wait to be told.
     waiting: usize,
 }
 
-/// Runs a virtual machine in this process until its command has ended. `io` is asked for the
-/// command's streams once there is a place for them; `started` is called when the command runs.
+/// Runs a virtual machine in this process until its command has ended, and isn't to be started again.
+/// `io` is asked for the command's streams once there is a place for them; `started` is called when
+/// the command runs.
 pub fn host(
     paths: &Paths,
     job: Job<'_>,
@@ -200,42 +85,91 @@ pub fn host(
     note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
     let plan = Plan::of(&job)?;
-    let entry = Registry::open(paths)?.create(config(&job, &plan))?;
-    let began = listen(&entry).and_then(|listener| {
-        let vm = begin(paths, &job, note)?;
-        Ok((vm, listener, io(&entry)?))
-    });
-    let (vm, listener, io) = match began {
-        Ok(began) => began,
-        // It never was: whoever asked for it is told why.
+    let entry = Registry::open(paths)?.create(config(&job, &plan), job.launch)?;
+    let mut io = Some(io);
+    let mut io = |entry: &Entry| match io.take() {
+        Some(io) => io(entry),
+        None => Err(EngineError::GuestEnded("its streams are gone".to_owned())),
+    };
+    host_in(entry, paths, job, &mut io, started, note)
+}
+
+/// The same for a machine that has its place.
+pub(super) fn host_in(
+    entry: Entry,
+    paths: &Paths,
+    job: Job<'_>,
+    io: &mut dyn FnMut(&Entry) -> Result<RunIo, EngineError>,
+    started: impl FnOnce(&VmConfig),
+    note: &mut dyn FnMut(&str),
+) -> Result<RunOutcome, EngineError> {
+    let listener = match listen(&entry) {
+        Ok(listener) => listener,
         Err(error) => {
-            entry.discard();
+            entry.discard(&error);
             return Err(error);
         }
     };
     let hosted = Arc::new(Hosted {
-        vm,
         paths: paths.clone(),
         program: job.program.map(Path::to_owned),
-        command: OnceLock::new(),
         entry: Mutex::new(Some(entry)),
-        killed: AtomicBool::new(false),
-        end: Mutex::default(),
+        progress: Mutex::default(),
         changed: Condvar::new(),
     });
-    let server = serve::start(listener, hosted.clone());
-    let result = server.and_then(|_server| hosted.run(plan, job.spec.ready.as_ref(), io, started));
-    if let Some(place) = job.statistics {
-        let _ = place.set(hosted.vm.statistics());
-    }
+    let _server = serve::start(listener, hosted.clone()).map_err(|error| hosted.discard(error))?;
+    let mut started = Some(started);
+    let mut started = |config: &VmConfig| {
+        if let Some(started) = started.take() {
+            started(config);
+        }
+    };
+    let mut pauses = Pauses::new();
+    let mut first = true;
+    let result = loop {
+        let born = Instant::now();
+        let result = match hosted.come_to_life(&job, io, note) {
+            Ok((life, plan, io)) => {
+                let mark = job.spec.ready.as_ref();
+                let result = hosted.run(&life, plan, mark, io, &mut started);
+                if let Some(place) = job.statistics {
+                    let _ = place.set(life.vm.statistics());
+                }
+                result
+            }
+            // It never was: whoever asked for it is told why.
+            Err(error) if first => return Err(hosted.discard(error)),
+            Err(error) => Err(error),
+        };
+        first = false;
+        hosted.progress.lock().life = None;
+        if !hosted.rest(&result, &job, pauses.after(born.elapsed())) {
+            break result;
+        }
+    };
     hosted.finish(result)
 }
 
 /// Starts the machine.
-fn begin(paths: &Paths, job: &Job<'_>, note: &mut dyn FnMut(&str)) -> Result<Vm, EngineError> {
-    let spec = &job.spec.vm;
+fn begin(
+    paths: &Paths,
+    job: &Job<'_>,
+    names: &[String],
+    kept: Option<PathBuf>,
+    note: &mut dyn FnMut(&str),
+) -> Result<Vm, EngineError> {
+    let spec = &mut job.spec.vm.clone();
+    let hostname = spec.hostname.clone();
+    let names = names.iter().map(String::as_str);
+    spec.network.known_as(names.chain(hostname.as_deref()));
     match job.source {
-        Source::Image { image, name } => Vm::start(paths, image, name, spec, note),
+        Source::Image { image, name } => {
+            let spec = VmSpec {
+                kept,
+                ..spec.clone()
+            };
+            Vm::start(paths, image, name, &spec, note)
+        }
         Source::Frozen { frozen, .. } => {
             let spec = ResumeSpec {
                 hypervisor: spec.options.hypervisor,
@@ -270,52 +204,31 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), EngineE
     thread.map_err(EngineError::host("start a thread"))
 }
 
-impl Hosted {
-    /// Runs the command and waits for the first end.
-    fn run(
-        self: &Arc<Self>,
-        plan: Plan,
-        mark: Option<&ReadyMark>,
-        io: RunIo,
-        started: impl FnOnce(&VmConfig),
-    ) -> Result<RunOutcome, EngineError> {
-        let io = ready::watch(self, mark, io);
-        let surroundings = plan.surroundings.clone();
-        let (sender, receiver) = mpsc::channel();
-        let watched = self.vm.clone();
-        let machine = sender.clone();
-        spawn("run-watcher", move || {
-            let outcome = watched.wait();
-            drop(watched);
-            let _ = machine.send(Ended::Machine(outcome));
-        })?;
-        let outcome = match self.start(plan, io, sender) {
-            Ok(()) => self
-                .update(|entry| {
-                    entry.update(|state| {
-                        state.status = state.under_way();
-                        state.started = Some(now());
-                    })?;
-                    started(&entry.config);
-                    Ok(())
-                })
-                .and_then(|()| self.begin_probes(mark, surroundings))
-                .and_then(|()| self.first_end(&receiver)),
-            Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
-            Err(error) => Err(self.vm.explain(error)),
-        };
-        if let Err(error) = self.vm.note_working_set(&self.paths) {
-            tracing::debug!(%error, "no working set is noted");
+impl Life {
+    /// Ends the machine at once, as SIGKILL does; what is kept of its disk is written back first, if
+    /// that is done soon.
+    fn kill(&self) {
+        self.killed.store(true, Ordering::SeqCst);
+        if self.kept && !self.vm.machine().is_paused() && !self.vm.machine().is_ending() {
+            self.write_back(WRITING_BACK_AT_ONCE);
         }
         self.vm.settle();
         self.vm.kill();
-        // The machine's threads, memory and files are gone when the watcher has told the end.
-        while let Ok(ended) = receiver.recv() {
-            if let Ended::Machine(_) = ended {
-                break;
-            }
+    }
+
+    /// Tells the command that its terminal has another size.
+    pub(super) fn resize(&self, size: WinSize) -> Result<(), EngineError> {
+        match self.command.get() {
+            Some(command) => Ok(command.resize(size)?),
+            None => Err(EngineError::GuestEnded("its command never ran".to_owned())),
         }
-        outcome
+    }
+
+    /// Has the guest write its disk back.
+    fn write_back(&self, limit: Duration) {
+        if let Err(error) = self.vm.sync(limit) {
+            tracing::debug!(%error, "the guest's disk is not written back");
+        }
     }
 
     /// Starts the command, or takes up the one that runs, with threads for its streams.
@@ -330,21 +243,6 @@ impl Hosted {
             drop(vm);
             // The receiver is gone only when the machine's end was told first.
             let _ = ended.send(Ended::Command(result));
-        })
-    }
-
-    /// Has a thread find out when the machine is ready, if it takes one.
-    fn begin_probes(
-        self: &Arc<Self>,
-        mark: Option<&ReadyMark>,
-        surroundings: Surroundings,
-    ) -> Result<(), EngineError> {
-        let Some(ReadyMark::Shell(shell)) = mark.cloned() else {
-            return Ok(());
-        };
-        let hosted = self.clone();
-        spawn("run-ready", move || {
-            ready::probe(&hosted, &shell, &surroundings);
         })
     }
 
@@ -382,6 +280,198 @@ impl Hosted {
             error => Err(error),
         }
     }
+}
+
+impl Hosted {
+    /// Starts the machine, and makes it known.
+    fn come_to_life(
+        &self,
+        job: &Job<'_>,
+        io: &mut dyn FnMut(&Entry) -> Result<RunIo, EngineError>,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<(Arc<Life>, Plan, RunIo), EngineError> {
+        let plan = Plan::of(job)?;
+        let mut kept = None;
+        if job.launch.is_some() && !job.spec.vm.read_only {
+            self.update(|entry| {
+                kept = Some(entry.folder());
+                Ok(())
+            })?;
+        }
+        let is_kept = kept.is_some() && matches!(job.source, Source::Image { .. });
+        // What others on its networks find it by.
+        let mut names = Vec::new();
+        self.update(|entry| {
+            const SHORT: usize = 12;
+            let config = &entry.config;
+            names.push(config.name.clone());
+            names.extend(config.id.get(..SHORT).map(str::to_owned));
+            Ok(())
+        })?;
+        let vm = begin(&self.paths, job, &names, kept, note)?;
+        let mut streams = None;
+        self.update(|entry| {
+            streams = Some(io(entry)?);
+            Ok(())
+        })?;
+        let Some(mut io) = streams else {
+            return Err(EngineError::GuestEnded("its place is gone".to_owned()));
+        };
+        let input = match &io.stdin {
+            None if plan.stdin => {
+                let (input, stdin) = Input::new().map_err(EngineError::host("make a socket"))?;
+                io.stdin = Some(Box::new(stdin));
+                Some(input)
+            }
+            _ => None,
+        };
+        let life = Arc::new(Life {
+            vm,
+            command: OnceLock::new(),
+            input,
+            kept: is_kept,
+            killed: AtomicBool::new(false),
+        });
+        let mut progress = self.progress.lock();
+        progress.life = Some(life.clone());
+        let killed = progress.killed;
+        drop(progress);
+        self.changed.notify_all();
+        if killed {
+            life.kill();
+        }
+        Ok((life, plan, io))
+    }
+
+    /// Runs the command and waits for the first end.
+    fn run(
+        self: &Arc<Self>,
+        life: &Arc<Life>,
+        plan: Plan,
+        mark: Option<&ReadyMark>,
+        io: RunIo,
+        started: &mut dyn FnMut(&VmConfig),
+    ) -> Result<RunOutcome, EngineError> {
+        let io = ready::watch(self, life, mark, io);
+        let surroundings = plan.surroundings.clone();
+        let (sender, receiver) = mpsc::channel();
+        let watched = life.vm.clone();
+        let machine = sender.clone();
+        spawn("run-watcher", move || {
+            let outcome = watched.wait();
+            drop(watched);
+            let _ = machine.send(Ended::Machine(outcome));
+        })?;
+        let outcome = match life.start(plan, io, sender) {
+            Ok(()) => self
+                .update(|entry| {
+                    entry.update(|state| {
+                        state.status = state.under_way();
+                        state.started = Some(now());
+                        state.exit_code = None;
+                        state.error = None;
+                    })?;
+                    started(&entry.config);
+                    Ok(())
+                })
+                .and_then(|()| self.begin_probes(life, mark, surroundings))
+                .and_then(|()| life.first_end(&receiver)),
+            Err(HostError::NotStarted(failure)) => Ok(RunOutcome::NotStarted(failure)),
+            Err(error) => Err(life.vm.explain(error)),
+        };
+        if let Err(error) = life.vm.note_working_set(&self.paths) {
+            tracing::debug!(%error, "no working set is noted");
+        }
+        if life.kept && !life.vm.machine().is_ending() {
+            life.write_back(WRITING_BACK);
+        }
+        life.vm.kill();
+        if let Some(input) = &life.input {
+            input.end();
+        }
+        // The machine's threads, memory and files are gone when the watcher has told the end.
+        while let Ok(ended) = receiver.recv() {
+            if let Ended::Machine(_) = ended {
+                break;
+            }
+        }
+        outcome
+    }
+
+    /// Has a thread find out when the machine is ready, if it takes one.
+    fn begin_probes(
+        self: &Arc<Self>,
+        life: &Arc<Life>,
+        mark: Option<&ReadyMark>,
+        surroundings: Surroundings,
+    ) -> Result<(), EngineError> {
+        let Some(ReadyMark::Shell(shell)) = mark.cloned() else {
+            return Ok(());
+        };
+        let (hosted, life) = (self.clone(), life.clone());
+        spawn("run-ready", move || {
+            ready::probe(&hosted, &life, &shell, &surroundings);
+        })
+    }
+
+    /// Waits before a new start, if there is to be one.
+    fn rest(
+        &self,
+        result: &Result<RunOutcome, EngineError>,
+        job: &Job<'_>,
+        pause: Duration,
+    ) -> bool {
+        let code = code(result);
+        let ending = |progress: &Progress| progress.ending || progress.killed;
+        if ending(&self.progress.lock()) {
+            return false;
+        }
+        let mut again = false;
+        let noted = self.update(|entry| {
+            let restarts = entry.state().restarts;
+            again = job.spec.restart.applies(code, restarts);
+            if !again {
+                return Ok(());
+            }
+            entry.update(|state| {
+                state.status = Status::Starting;
+                state.ready = None;
+                state.finished = Some(now());
+                state.exit_code = Some(code);
+                state.error = result.as_ref().err().map(ToString::to_string);
+                state.restarts = restarts.saturating_add(1);
+            })
+        });
+        if let Err(error) = noted {
+            tracing::warn!(%error, "that the machine is started again is not noted");
+        }
+        if !again {
+            return false;
+        }
+        let until = Instant::now() + pause;
+        let mut progress = self.progress.lock();
+        progress.ready = false;
+        progress.resting = true;
+        self.changed.notify_all();
+        while !ending(&progress) && !self.changed.wait_until(&mut progress, until).timed_out() {}
+        progress.resting = false;
+        !ending(&progress)
+    }
+
+    /// The machine, as soon as there is one.
+    pub(super) fn life(&self) -> Result<Arc<Life>, EngineError> {
+        let mut progress = self.progress.lock();
+        loop {
+            match &progress.life {
+                Some(life) => return Ok(life.clone()),
+                None if progress.code.is_some() => {
+                    return Err(EngineError::GuestEnded("its command never ran".to_owned()));
+                }
+                None if progress.resting => return Err(EngineError::VmRests),
+                None => self.changed.wait(&mut progress),
+            }
+        }
+    }
 
     /// The machine's name.
     pub(super) fn name(&self) -> String {
@@ -400,9 +490,18 @@ impl Hosted {
         self.entry.lock().as_mut().map_or(Ok(()), change)
     }
 
+    /// Takes back that there is a machine: it can't be, for this reason, which is given back.
+    fn discard(&self, why: EngineError) -> EngineError {
+        if let Some(entry) = self.entry.lock().take() {
+            entry.discard(&why);
+        }
+        self.tell_code(125);
+        why
+    }
+
     /// Notes the end and tells those who wait for it.
     fn finish(&self, result: Result<RunOutcome, EngineError>) -> Result<RunOutcome, EngineError> {
-        let code = result.as_ref().map_or(125, RunOutcome::code);
+        let code = code(&result);
         let error = result.as_ref().err().map(ToString::to_string);
         let noted = match self.entry.lock().take() {
             Some(entry) => entry.finish(|state| {
@@ -415,24 +514,30 @@ impl Hosted {
             }),
             None => Ok(()),
         };
-        let mut end = self.end.lock();
-        end.code = Some(code);
+        self.tell_code(code);
+        noted.and(result)
+    }
+
+    /// Tells the end to those who wait for it.
+    fn tell_code(&self, code: u8) {
+        let mut progress = self.progress.lock();
+        progress.code = Some(code);
         self.changed.notify_all();
         // Their answers are on their way out of this process, which may end next.
-        let patience = std::time::Instant::now() + std::time::Duration::from_secs(1);
-        while end.waiting > 0 && !self.changed.wait_until(&mut end, patience).timed_out() {}
-        drop(end);
-        noted.and(result)
+        let patience = Instant::now() + Duration::from_secs(1);
+        while progress.waiting > 0 && !self.changed.wait_until(&mut progress, patience).timed_out()
+        {
+        }
     }
 
     /// Waits for the command's end and has `tell` tell it.
     pub(super) fn tell_end(&self, tell: impl FnOnce(u8)) {
-        self.tell_when(|end| end.code, tell);
+        self.tell_when(|progress| progress.code, tell);
     }
 
     /// Waits until the machine is ready, or has ended, and has `tell` tell that.
     pub(super) fn tell_ready(&self, tell: impl FnOnce(Reply)) {
-        let reply = |end: &End| match (end.ready, end.code) {
+        let reply = |progress: &Progress| match (progress.ready, progress.code) {
             (true, _) => Some(Reply::Done),
             (false, Some(code)) => Some(Reply::Ended(code)),
             (false, None) => None,
@@ -441,23 +546,30 @@ impl Hosted {
     }
 
     /// Waits until there is something to tell, and has `tell` tell it before the end of this process.
-    fn tell_when<T>(&self, ready: impl Fn(&End) -> Option<T>, tell: impl FnOnce(T)) {
-        let mut end = self.end.lock();
-        end.waiting += 1;
+    fn tell_when<T>(&self, ready: impl Fn(&Progress) -> Option<T>, tell: impl FnOnce(T)) {
+        let mut progress = self.progress.lock();
+        progress.waiting += 1;
         let told = loop {
-            match ready(&end) {
+            match ready(&progress) {
                 Some(told) => break told,
-                None => self.changed.wait(&mut end),
+                None => self.changed.wait(&mut progress),
             }
         };
-        drop(end);
+        drop(progress);
         tell(told);
-        self.end.lock().waiting -= 1;
+        self.progress.lock().waiting -= 1;
         self.changed.notify_all();
     }
 
     /// Notes that the machine is ready, and tells those who wait for it.
-    pub(super) fn become_ready(&self) {
+    pub(super) fn become_ready(&self, life: &Arc<Life>) {
+        let is_this = |progress: &Progress| {
+            let now = progress.life.as_ref();
+            now.is_some_and(|now| Arc::ptr_eq(now, life))
+        };
+        if !is_this(&self.progress.lock()) {
+            return;
+        }
         let noted = self.update(|entry| {
             entry.update(|state| {
                 state.ready.get_or_insert_with(now);
@@ -469,28 +581,44 @@ impl Hosted {
         if let Err(error) = noted {
             tracing::warn!(%error, "that the machine is ready is not noted");
         }
-        self.end.lock().ready = true;
+        self.progress.lock().ready = true;
         self.changed.notify_all();
     }
 
-    /// Whether the command has ended.
-    pub(super) fn has_ended(&self) -> bool {
-        self.vm.machine().is_ending() || self.end.lock().code.is_some()
-    }
-
-    /// Sends a signal to the command.
+    /// Sends a signal to the command. One that has it end is the user's word that the machine is to
+    /// end for good.
     pub(super) fn signal(&self, signal: u8) -> Result<(), EngineError> {
-        match self.command.get() {
+        const SIGTERM: u8 = 15;
+        if signal == SIGTERM {
+            let mut progress = self.progress.lock();
+            progress.ending = true;
+            self.changed.notify_all();
+            if progress.resting {
+                return Ok(());
+            }
+        }
+        match self.life()?.command.get() {
             Some(command) => Ok(command.signal(signal)?),
             None => Err(EngineError::GuestEnded("its command never ran".to_owned())),
         }
     }
 
-    /// Ends the machine at once, as SIGKILL does.
+    /// Ends the machine at once, as SIGKILL does, and for good.
     pub(super) fn kill(&self) {
-        self.killed.store(true, Ordering::SeqCst);
-        self.vm.kill();
+        let mut progress = self.progress.lock();
+        progress.killed = true;
+        self.changed.notify_all();
+        let life = progress.life.clone();
+        drop(progress);
+        if let Some(life) = life {
+            life.kill();
+        }
     }
+}
+
+/// The exit status of a run, as a shell has it, or Skerry's own.
+fn code(result: &Result<RunOutcome, EngineError>) -> u8 {
+    result.as_ref().map_or(125, RunOutcome::code)
 }
 
 /// Passes a command's streams, signals and sizes in threads of their own; tells its end.

@@ -7,10 +7,14 @@
 //!  exec, pause, stop, kill, wait ── Client ──► control socket ──► serve
 //! ```
 
+mod attach;
 pub(crate) mod children;
 mod control;
 mod copies;
 mod host;
+mod info;
+mod input;
+mod job;
 mod launch;
 mod names;
 mod operations;
@@ -18,14 +22,19 @@ mod output;
 pub(crate) mod places;
 mod ready;
 mod registry;
+mod restart;
 mod serve;
 mod usage;
+mod watch;
 
+pub use attach::{AttachEnd, Attachment, DetachKeys, Follower, Since, attach, log_length, resize};
 pub use control::{Client, Reply, Request};
 pub use control::{Forked, Snapshotted};
 pub(crate) use control::{connect, listen, receive, send};
-pub use host::{Job, Source, host};
-pub use launch::{Begin, Detached, Launch, detach, run_detached, told_of};
+pub use host::host;
+pub use info::{KILLED, Status, VmConfig, VmInfo, VmState};
+pub use job::{Job, Source};
+pub use launch::{Begin, Detached, Launch, create, detach, run_detached, start, told_of};
 pub(crate) use names::check as check_name;
 pub(crate) use operations::command_over;
 pub use operations::{
@@ -35,6 +44,7 @@ pub use operations::{
 pub use output::{Line, LogReader, Stream};
 pub(crate) use ready::Finder;
 pub use ready::ReadyMark;
-pub use registry::{KILLED, Registry, Status, VmConfig, VmInfo, VmState, now};
+pub use registry::{Registry, new_id, now};
+pub use restart::RestartPolicy;
 pub(crate) use serve::bridge;
 pub use usage::{Usage, usage};

@@ -8,9 +8,10 @@ use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::info::{Status, VmInfo};
 use super::names;
 use super::output::LogReader;
-use super::registry::{Registry, Status, VmInfo};
+use super::registry::Registry;
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
 use crate::network::NetworkReport;
@@ -279,6 +280,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
 
 /// A machine, as [`inspect`] found it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Inspected {
     /// What the registry has of it.
     #[serde(flatten)]

@@ -5,7 +5,7 @@
 //! lost.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +19,7 @@ const LONGEST: usize = 16 << 10;
 
 /// Which of a command's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Stream {
     /// Standard output, or the terminal.
@@ -29,6 +30,7 @@ pub enum Stream {
 
 /// A line of a command's output, or as much of it as there was for a while.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Line {
     /// When it came, in nanoseconds since 1970.
     pub time: u64,
@@ -127,8 +129,15 @@ pub struct LogReader {
 
 impl LogReader {
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        Self::open_at(path, 0)
+    }
+
+    /// From this place on, where a line begins.
+    pub(crate) fn open_at(path: &Path, at: u64) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(at))?;
         Ok(Self {
-            file: BufReader::new(File::open(path)?),
+            file: BufReader::new(file),
             partial: Vec::new(),
         })
     }

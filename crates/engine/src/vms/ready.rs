@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use skerry_protocol::message::ExitStatus;
 
-use super::host::Hosted;
+use super::host::{Hosted, Life};
 use crate::command::{self, CommandSpec, Surroundings};
 use crate::run::RunIo;
 
@@ -21,6 +21,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// By what a machine is known to be ready.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ReadyMark {
     /// Its command has written this, to standard output or standard error.
@@ -64,6 +65,7 @@ struct Watched {
     inner: Box<dyn Write + Send>,
     finder: Option<Finder>,
     hosted: Arc<Hosted>,
+    life: Arc<Life>,
 }
 
 impl Write for Watched {
@@ -78,7 +80,7 @@ impl Write for Watched {
             self.finder = None;
             // Whoever is told looks at the output next.
             let _ = self.inner.flush();
-            self.hosted.become_ready();
+            self.hosted.become_ready(&self.life);
         }
         Ok(written)
     }
@@ -89,7 +91,12 @@ impl Write for Watched {
 }
 
 /// Has the streams looked through, if it is a text that says when the machine is ready.
-pub(super) fn watch(hosted: &Arc<Hosted>, mark: Option<&ReadyMark>, io: RunIo) -> RunIo {
+pub(super) fn watch(
+    hosted: &Arc<Hosted>,
+    life: &Arc<Life>,
+    mark: Option<&ReadyMark>,
+    io: RunIo,
+) -> RunIo {
     let Some(ReadyMark::Text(text)) = mark else {
         return io;
     };
@@ -98,6 +105,7 @@ pub(super) fn watch(hosted: &Arc<Hosted>, mark: Option<&ReadyMark>, io: RunIo) -
             inner,
             finder: Some(Finder::new(text.as_bytes())),
             hosted: hosted.clone(),
+            life: life.clone(),
         })
     };
     RunIo {
@@ -108,14 +116,14 @@ pub(super) fn watch(hosted: &Arc<Hosted>, mark: Option<&ReadyMark>, io: RunIo) -
 }
 
 /// Runs the probe until it succeeds, or there is nothing to ask any more.
-pub(super) fn probe(hosted: &Hosted, shell: &str, surroundings: &Surroundings) {
+pub(super) fn probe(hosted: &Hosted, life: &Arc<Life>, shell: &str, surroundings: &Surroundings) {
     let argv = ["/bin/sh", "-c", shell].map(str::to_owned).to_vec();
     let request = command::request(argv, surroundings, &CommandSpec::default());
-    while !hosted.has_ended() {
-        let session = hosted.vm.exec(request.clone());
+    while !life.vm.machine().is_ending() {
+        let session = life.vm.exec(request.clone());
         let ended = session.and_then(|session| session.wait(&mut io::sink(), &mut io::sink()));
         match ended {
-            Ok(ExitStatus::Code(0)) => return hosted.become_ready(),
+            Ok(ExitStatus::Code(0)) => return hosted.become_ready(life),
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "a probe came to nothing"),
         }

@@ -5,6 +5,7 @@
 //!           config    what it is (JSON, replaced by rename when the machine gets another name)
 //!           state     how it is (JSON, replaced by rename)
 //!           control   socket of its process          log   its command's output, line by line
+//!           launch    all that it takes to start it again; disk-0, …  what it has written
 //!  vms/names/<name> ─► ../<id>
 //! ```
 //! A machine whose process was killed holds no lock: whatever its state says, it is not running, and
@@ -17,13 +18,12 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FlockOperation;
-use serde::{Deserialize, Serialize};
 
+use super::info::{KILLED, Status, VmConfig, VmInfo, VmState};
+use super::launch::Launch;
 use super::names;
 use super::places::{self, read_json, write_json};
-use super::ready::ReadyMark;
 use crate::EngineError;
-use crate::command::Surroundings;
 use crate::paths::Paths;
 use crate::random::random;
 
@@ -35,125 +35,7 @@ const CONFIG: &str = "config";
 const STATE: &str = "state";
 const CONTROL: &str = "control";
 const LOG: &str = "log";
-
-/// What a virtual machine is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmConfig {
-    /// 32 hexadecimal digits.
-    pub id: String,
-    /// Its name, which no other has.
-    pub name: String,
-    /// The image, as the user named it.
-    pub image: String,
-    /// The command and its arguments.
-    pub command: Vec<String>,
-    /// What further commands in it find.
-    pub surroundings: Surroundings,
-    /// The command has a terminal.
-    pub tty: bool,
-    /// Bytes of RAM.
-    pub memory: u64,
-    /// Virtual processors.
-    pub cpus: u32,
-    /// The snapshot or machine that it goes on from.
-    pub parent: Option<String>,
-    /// It is forgotten when it ends.
-    pub auto_remove: bool,
-    /// It runs behind no terminal, and keeps its output in a log.
-    pub detached: bool,
-    /// When it was made, in nanoseconds since 1970.
-    pub created: u64,
-    /// By what it is known to be ready.
-    #[serde(default)]
-    pub ready_mark: Option<ReadyMark>,
-}
-
-/// How a virtual machine is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Status {
-    /// Its guest starts.
-    Starting,
-    /// Its command runs.
-    Running,
-    /// Its command runs, and it has shown what it is ready by.
-    Ready,
-    /// It stands still.
-    Paused,
-    /// It has ended.
-    Stopped,
-    /// It has ended by a failure.
-    Failed,
-}
-
-impl Status {
-    /// The word for it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Starting => "starting",
-            Self::Running => "running",
-            Self::Ready => "ready",
-            Self::Paused => "paused",
-            Self::Stopped => "stopped",
-            Self::Failed => "failed",
-        }
-    }
-
-    /// Whether its process lives.
-    #[must_use]
-    pub fn is_alive(self) -> bool {
-        matches!(
-            self,
-            Self::Starting | Self::Running | Self::Ready | Self::Paused
-        )
-    }
-}
-
-/// The part of a virtual machine's description that changes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmState {
-    /// How it is.
-    pub status: Status,
-    /// Its process, while it lives.
-    pub pid: u32,
-    /// When its command was started, in nanoseconds since 1970.
-    pub started: Option<u64>,
-    /// When it was ready.
-    #[serde(default)]
-    pub ready: Option<u64>,
-    /// When it ended.
-    pub finished: Option<u64>,
-    /// The exit status of its command, as a shell has it, or Skerry's own.
-    pub exit_code: Option<u8>,
-    /// Why it failed.
-    pub error: Option<String>,
-}
-
-impl VmState {
-    /// What it is while its command runs and nothing holds it up.
-    #[must_use]
-    pub fn under_way(&self) -> Status {
-        match self.ready {
-            Some(_) => Status::Ready,
-            None => Status::Running,
-        }
-    }
-}
-
-/// Exit code of a command whose machine was killed.
-pub const KILLED: u8 = 137;
-
-/// A virtual machine, as found in the registry.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct VmInfo {
-    /// What it is.
-    #[serde(flatten)]
-    pub config: VmConfig,
-    /// How it is; true at the moment of asking.
-    #[serde(flatten)]
-    pub state: VmState,
-}
+const LAUNCH: &str = "launch";
 
 /// All virtual machines of a user.
 #[derive(Clone, Debug)]
@@ -168,6 +50,8 @@ pub struct Entry {
     /// What it is.
     pub config: VmConfig,
     state: VmState,
+    /// How it was before, if it was.
+    before: Option<VmState>,
     _lock: File,
 }
 
@@ -180,8 +64,8 @@ pub fn now() -> u64 {
     })
 }
 
-/// A new identity.
-pub(crate) fn new_id() -> Result<String, EngineError> {
+/// A new identity: 32 hexadecimal digits.
+pub fn new_id() -> Result<String, EngineError> {
     let bytes: [u8; 16] = random()?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -232,26 +116,37 @@ impl Registry {
         move |source| EngineError::Registry { what, path, source }
     }
 
-    /// Makes a place for a machine that this process is about to run. `config`'s identity is given
-    /// here, and its name where it has none.
-    pub fn create(&self, mut config: VmConfig) -> Result<Entry, EngineError> {
+    /// Makes a place for a machine that this process is about to run; with `launch`, one that can be
+    /// [begun](Self::begin) again. `config`'s identity is given here, and its name where it has none.
+    pub fn create(&self, config: VmConfig, launch: Option<&Launch>) -> Result<Entry, EngineError> {
+        let state = VmState::new(Status::Starting, std::process::id());
+        self.place(config, state, launch)
+    }
+
+    /// Makes a place for a machine that is to be [begun](Self::begin) later; gives its identity.
+    pub fn prepare(&self, config: VmConfig, launch: &Launch) -> Result<VmConfig, EngineError> {
+        let state = VmState::new(Status::Created, 0);
+        Ok(self.place(config, state, Some(launch))?.config)
+    }
+
+    fn place(
+        &self,
+        mut config: VmConfig,
+        state: VmState,
+        launch: Option<&Launch>,
+    ) -> Result<Entry, EngineError> {
         if !config.name.is_empty() {
             names::check(&config.name)?;
         }
         config.id = new_id()?;
         config.created = now();
-        let state = VmState {
-            status: Status::Starting,
-            pid: std::process::id(),
-            started: None,
-            ready: None,
-            finished: None,
-            exit_code: None,
-            error: None,
-        };
         let staged = self.root.join(format!("{NEW}{}", config.id));
         let lock = self
             .stage(&staged, &state)
+            .and_then(|lock| {
+                launch.map_or(Ok(()), |launch| write_json(&staged.join(LAUNCH), launch))?;
+                Ok(lock)
+            })
             .map_err(self.failed("make a place for a virtual machine"))?;
         let result = self.publish(&staged, &mut config);
         if let Err(error) = result {
@@ -263,8 +158,59 @@ impl Registry {
             registry: self.clone(),
             config,
             state,
+            before: None,
             _lock: lock,
         })
+    }
+
+    /// Takes the place of a machine that doesn't run, for this process to run it.
+    pub fn begin(&self, id: &str) -> Result<Entry, EngineError> {
+        let gone = || EngineError::NoSuchVm {
+            name: id.to_owned(),
+        };
+        let folder = self.folder(id);
+        let lock = self.hold(&folder, id)?;
+        let config: VmConfig = read_json(&folder.join(CONFIG)).map_err(|_| gone())?;
+        let info = self.judged(config, false).ok_or_else(gone)?;
+        let mut entry = Entry {
+            registry: self.clone(),
+            config: info.config,
+            state: info.state.clone(),
+            before: Some(info.state),
+            _lock: lock,
+        };
+        // Left by a process that was killed.
+        let _ = fs::remove_file(entry.control());
+        entry.update(|state| *state = VmState::new(Status::Starting, std::process::id()))?;
+        Ok(entry)
+    }
+
+    /// Takes the lock of a machine that doesn't run.
+    fn hold(&self, folder: &Path, name: &str) -> Result<File, EngineError> {
+        use std::os::unix::fs::MetadataExt;
+        let name = name.to_owned();
+        let path = folder.join(LOCK);
+        let Ok(lock) = File::options().read(true).write(true).open(&path) else {
+            return Err(EngineError::NoSuchVm { name });
+        };
+        if !places::hold(&lock) {
+            return Err(EngineError::VmRuns { name });
+        }
+        // Whoever removes a machine takes its folder away as a whole: it may be gone by now.
+        let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        match (fs::metadata(&path).map(inode), lock.metadata().map(inode)) {
+            (Ok(there), Ok(held)) if there == held => Ok(lock),
+            _ => Err(EngineError::NoSuchVm { name }),
+        }
+    }
+
+    /// All that it takes to start a machine; `None` of one that can't be started again.
+    pub(crate) fn launch(&self, id: &str) -> Result<Option<Launch>, EngineError> {
+        match read_json(&self.folder(id).join(LAUNCH)) {
+            Ok(launch) => Ok(Some(launch)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.failed("read how a virtual machine is started")(error)),
+        }
     }
 
     fn stage(&self, staged: &Path, state: &VmState) -> io::Result<File> {
@@ -355,6 +301,27 @@ impl Registry {
         Ok(found)
     }
 
+    /// Machines that are here and whose description can't be read, and why: no list has them.
+    pub(crate) fn unreadable(&self) -> Result<Vec<(String, String)>, EngineError> {
+        let folders = fs::read_dir(&self.root).map_err(self.failed("list the virtual machines"))?;
+        let mut found = Vec::new();
+        for folder in folders.flatten() {
+            let name = folder.file_name().to_string_lossy().into_owned();
+            if !is_id(&name) {
+                continue;
+            }
+            let config = read_json::<VmConfig>(&folder.path().join(CONFIG)).map(drop);
+            let read = config.and_then(|()| read_json::<VmState>(&folder.path().join(STATE)));
+            if let Err(error) = read
+                // Else it was removed meanwhile.
+                && folder.path().exists()
+            {
+                found.push((name, format!("its description can't be read: {error}")));
+            }
+        }
+        Ok(found)
+    }
+
     /// Removes a folder that never became a machine's.
     fn sweep(&self, staged: &Path) {
         let Ok(lock) = File::open(staged.join(LOCK)) else {
@@ -371,6 +338,12 @@ impl Registry {
         // Before the state: a machine that ends in between has written its last state by then.
         let alive = is_held(&folder);
         let config: VmConfig = read_json(&folder.join(CONFIG)).ok()?;
+        self.judged(config, alive)
+    }
+
+    /// How a machine is whose lock is held or not.
+    fn judged(&self, config: VmConfig, alive: bool) -> Option<VmInfo> {
+        let folder = self.folder(&config.id);
         let mut state: VmState = read_json(&folder.join(STATE)).ok()?;
         if !alive && state.status.is_alive() {
             if config.auto_remove {
@@ -414,10 +387,13 @@ impl Registry {
 
     /// Forgets a machine that has ended.
     pub fn remove(&self, info: &VmInfo) -> Result<(), EngineError> {
-        if is_held(&self.folder(&info.config.id)) {
-            let name = info.config.name.clone();
-            return Err(EngineError::VmRuns { name });
-        }
+        // Held until it is out of sight, so that nobody begins it meanwhile.
+        let _lock = match self.hold(&self.folder(&info.config.id), &info.config.name) {
+            Ok(lock) => lock,
+            // Another was faster, or it has gone by itself.
+            Err(EngineError::NoSuchVm { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        };
         self.forget(&info.config);
         Ok(())
     }
@@ -433,13 +409,7 @@ impl Registry {
 
     /// Gives a machine that has ended another name.
     pub fn rename(&self, info: &VmInfo, name: &str) -> Result<(), EngineError> {
-        let failed = || self.failed("rename a virtual machine");
-        let lock = File::open(self.folder(&info.config.id).join(LOCK)).map_err(failed())?;
-        // Whoever removes it meanwhile takes its folder away as a whole.
-        let free = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
-        free.map_err(|_| EngineError::VmRuns {
-            name: info.config.name.clone(),
-        })?;
+        let _lock = self.hold(&self.folder(&info.config.id), &info.config.name)?;
         self.give_name(&mut info.config.clone(), name)
     }
 
@@ -513,9 +483,26 @@ impl Entry {
         registry.give_name(&mut self.config, name)
     }
 
-    /// The end of what never became a machine.
-    pub fn discard(self) {
-        self.registry.forget(&self.config);
+    /// The folder for its writable disk.
+    pub(crate) fn folder(&self) -> PathBuf {
+        self.registry.folder(&self.config.id)
+    }
+
+    /// The end of what never became a machine; one that was there before is as it was, and says why it
+    /// can't be started.
+    pub fn discard(mut self, why: &EngineError) {
+        let _ = fs::remove_file(self.control());
+        let Some(before) = self.before.take() else {
+            return self.registry.forget(&self.config);
+        };
+        let why = why.to_string();
+        // Where it can't be written, what is written says the same: it starts, and its lock is free.
+        let _ = self.update(|state| {
+            *state = VmState {
+                error: Some(why),
+                ..before
+            }
+        });
     }
 
     /// The end: with this state, or forgotten where that was asked for.
@@ -533,163 +520,4 @@ impl Entry {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn registry(folder: &Path) -> Registry {
-        Registry::open(&Paths::at(folder)).expect("registry")
-    }
-
-    fn config(name: &str) -> VmConfig {
-        VmConfig {
-            id: String::new(),
-            name: name.to_owned(),
-            image: "demo".to_owned(),
-            command: vec!["true".to_owned()],
-            surroundings: Surroundings::default(),
-            tty: false,
-            memory: 1 << 20,
-            cpus: 1,
-            parent: None,
-            auto_remove: false,
-            detached: true,
-            created: 0,
-            ready_mark: None,
-        }
-    }
-
-    #[test]
-    fn a_machine_is_found_by_name_and_by_digits() {
-        let folder = tempfile::tempdir().expect("folder");
-        let registry = registry(folder.path());
-        let mut one = registry.create(config("one")).expect("one");
-        let two = registry.create(config("")).expect("two");
-        one.update(|state| state.status = Status::Running)
-            .expect("update");
-        let found = registry.find("one").expect("by name");
-        assert_eq!(found.state.status, Status::Running);
-        assert_eq!(
-            registry.find(&two.config.name).expect("two").config,
-            two.config
-        );
-        assert_eq!(
-            registry.find(&one.config.id[..16]).expect("id").config,
-            one.config
-        );
-        assert!(matches!(
-            registry.find("three"),
-            Err(EngineError::NoSuchVm { .. })
-        ));
-        assert!(matches!(
-            registry.find("../one"),
-            Err(EngineError::NoSuchVm { .. })
-        ));
-        assert!(matches!(
-            registry.create(config("one")),
-            Err(EngineError::NameTaken { .. })
-        ));
-        assert!(registry.create(config("../one")).is_err());
-        assert_eq!(registry.list().expect("list").len(), 2);
-    }
-
-    #[test]
-    fn a_killed_machine_is_never_running() {
-        let folder = tempfile::tempdir().expect("folder");
-        let registry = registry(folder.path());
-        let mut entry = registry.create(config("killed")).expect("entry");
-        entry
-            .update(|state| state.status = Status::Running)
-            .expect("update");
-        // The process is gone with its lock.
-        drop(entry);
-        let found = registry.find("killed").expect("found");
-        assert_eq!(
-            (found.state.status, found.state.exit_code),
-            (Status::Failed, Some(KILLED))
-        );
-        let brief = VmConfig {
-            auto_remove: true,
-            ..config("brief")
-        };
-        drop(registry.create(brief).expect("entry"));
-        assert!(registry.find("brief").is_err());
-        assert_eq!(registry.list().expect("list").len(), 1);
-        // Both names are free again, once the first is removed.
-        assert!(registry.create(config("killed")).is_err());
-        registry.remove(&found).expect("remove");
-        registry.create(config("killed")).expect("again");
-        registry.create(config("brief")).expect("again");
-    }
-
-    #[test]
-    fn a_machine_gets_another_name() {
-        let folder = tempfile::tempdir().expect("folder");
-        let registry = registry(folder.path());
-        let mut entry = registry.create(config("old")).expect("entry");
-        let _other = registry.create(config("other")).expect("other");
-        let taken = entry.rename("other");
-        assert!(matches!(taken, Err(EngineError::NameTaken { .. })));
-        assert!(entry.rename("../old").is_err());
-        entry.rename("new").expect("renamed");
-        assert!(registry.find("old").is_err());
-        let found = registry.find("new").expect("found");
-        assert_eq!(found.config, entry.config);
-        // Not by another process while it runs.
-        let runs = registry.rename(&found, "newer");
-        assert!(matches!(runs, Err(EngineError::VmRuns { .. })));
-        entry
-            .finish(|state| state.status = Status::Stopped)
-            .expect("finish");
-        registry.rename(&found, "newer").expect("renamed");
-        let found = registry.find("newer").expect("found");
-        assert_eq!(found.config.name, "newer");
-        // The old names are free.
-        registry.create(config("old")).expect("old");
-        registry.create(config("new")).expect("new");
-        registry.remove(&found).expect("removed");
-        assert!(registry.find("newer").is_err());
-    }
-
-    #[test]
-    fn a_running_machine_is_not_removed() {
-        let folder = tempfile::tempdir().expect("folder");
-        let registry = registry(folder.path());
-        let entry = registry.create(config("busy")).expect("entry");
-        let found = registry.find("busy").expect("found");
-        assert!(matches!(
-            registry.remove(&found),
-            Err(EngineError::VmRuns { .. })
-        ));
-        entry
-            .finish(|state| {
-                state.status = Status::Stopped;
-                state.exit_code = Some(3);
-            })
-            .expect("finish");
-        let found = registry.find("busy").expect("found");
-        assert_eq!(found.state.exit_code, Some(3));
-        assert!(found.state.finished.is_some());
-        registry.remove(&found).expect("remove");
-        assert!(registry.list().expect("list").is_empty());
-        assert_eq!(
-            fs::read_dir(folder.path().join("vms/names"))
-                .expect("names")
-                .count(),
-            0
-        );
-    }
-
-    #[test]
-    fn what_was_never_finished_is_swept() {
-        let folder = tempfile::tempdir().expect("folder");
-        let registry = registry(folder.path());
-        let staged = folder.path().join("vms/.new-0123");
-        fs::create_dir(&staged).expect("folder");
-        File::create(staged.join(LOCK)).expect("lock");
-        // As two that removed one machine at once left it.
-        let gone = folder.path().join("vms/.new-gone-0123");
-        fs::create_dir(&gone).expect("folder");
-        assert!(registry.list().expect("list").is_empty());
-        assert!(!staged.exists() && !gone.exists());
-    }
-}
+mod tests;

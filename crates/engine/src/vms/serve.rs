@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use rustix::net::Shutdown as SocketShutdown;
 
+use super::attach;
 use super::control::{self, Reply, Request};
 use super::copies;
 use super::host::Hosted;
-use super::registry::Status;
+use super::info::Status;
 use crate::error::EngineError;
 use crate::frozen::Writing;
 use crate::network::NetworkReport;
@@ -67,15 +68,21 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
     };
     tracing::debug!(?request, "asked");
     let result = match request {
-        Request::Exec => match hosted.vm.connect() {
+        Request::Exec => match connect(hosted) {
             Ok(guest) => {
                 if control::send(&mut stream, &Reply::Done).is_ok() {
                     bridge(stream, guest);
                 }
                 return;
             }
-            Err(error) => Err(error.into()),
+            Err(error) => Err(error),
         },
+        Request::Attach => {
+            if control::send(&mut stream, &Reply::Done).is_ok() {
+                attach::serve(stream, hosted);
+            }
+            return;
+        }
         Request::Wait => {
             hosted.tell_end(|code| {
                 let _ = control::send(&mut stream, &Reply::Ended(code));
@@ -113,10 +120,13 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
         Request::Fork { names, auto_remove } => {
             copies::fork(hosted, &names, auto_remove).map(Reply::Forked)
         }
-        Request::Network => Ok(Reply::Network(NetworkReport::of(hosted.vm.network()))),
+        Request::Network => hosted
+            .life()
+            .map(|life| Reply::Network(NetworkReport::of(life.vm.network()))),
         Request::Statistics { sample_ms } => {
             let span = Duration::from_millis(sample_ms).min(LONGEST_SAMPLE);
-            hosted.vm.sample(span).map(Reply::Statistics)
+            let sampled = hosted.life().and_then(|life| life.vm.sample(span));
+            sampled.map(Reply::Statistics)
         }
     };
     let reply = match result {
@@ -126,13 +136,18 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
     let _ = control::send(&mut stream, &reply);
 }
 
+/// A connection to the guest's agent.
+fn connect(hosted: &Hosted) -> Result<GuestStream, EngineError> {
+    Ok(hosted.life()?.vm.connect()?)
+}
+
 fn pause(hosted: &Hosted) -> Result<(), EngineError> {
-    hosted.vm.pause()?;
+    hosted.life()?.vm.pause()?;
     hosted.update(|entry| entry.update(|state| state.status = Status::Paused))
 }
 
 fn unpause(hosted: &Hosted) -> Result<(), EngineError> {
-    hosted.vm.unpause();
+    hosted.life()?.vm.unpause();
     hosted.update(|entry| entry.update(|state| state.status = state.under_way()))
 }
 

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::info::VmInfo;
 use super::operations::is_alive;
-use super::registry::{Registry, VmInfo};
+use super::registry::Registry;
 
 /// Fields of `/proc/PID/stat` behind the program's name, which is in parentheses (proc(5)): state is the
 /// first.
@@ -26,6 +27,7 @@ struct Taken {
 
 /// What a machine takes of the host.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Usage {
     /// The machine.
     pub id: String,

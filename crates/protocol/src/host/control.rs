@@ -3,7 +3,7 @@
 use crate::frame::{self, FrameDecoder};
 use crate::message::{ControlRequest, FromAgent, Hello, Mount, Setup, ShutdownMode, ToAgent};
 use crate::transport::Transport;
-use crate::{MOUNT_VERSION, SNAPSHOT_VERSION};
+use crate::{ADDRESS_VERSION, MOUNT_VERSION, SNAPSHOT_VERSION};
 
 use super::HostError;
 
@@ -122,6 +122,13 @@ impl<T: Transport> Control<T> {
     /// Has the guest give up what a snapshot need not hold: clean caches, freed blocks.
     pub fn compact(&mut self) -> Result<(), HostError> {
         self.newer_request(ControlRequest::Compact, "give up caches and free blocks")
+    }
+
+    /// Gives the network card addresses besides its own.
+    pub fn set_addresses(&mut self, addresses: Vec<String>) -> Result<(), HostError> {
+        const ASKED: &str = "take part in shared networks";
+        self.require(ADDRESS_VERSION, ASKED)?;
+        self.request(ControlRequest::Addresses(addresses), ASKED)
     }
 
     /// Has file systems mounted, besides the root.

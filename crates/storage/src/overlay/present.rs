@@ -55,6 +55,21 @@ impl Zone {
         }
     }
 
+    /// Whether all clusters of a range are there.
+    pub(super) fn has_all(&self, range: &Range<u64>) -> bool {
+        let mut bits = self.bits(clusters(range));
+        bits.all(|(word, bits)| word.load(Ordering::Acquire) & bits == bits)
+    }
+
+    /// The bits of a range of clusters and of their neighbours, as bytes with the lowest bit first,
+    /// and the number of the first byte, counted from the beginning of the disk.
+    pub(super) fn bytes(&self, range: &Range<u64>) -> (u64, Vec<u8>) {
+        let clusters = clusters(range);
+        let words = self.bits(clusters.clone());
+        let bytes = words.flat_map(|(word, _)| word.load(Ordering::Acquire).to_le_bytes());
+        (clusters.start / WORD * (WORD / 8), bytes.collect())
+    }
+
     /// A range of whole clusters is no longer there.
     pub(super) fn clear(&self, range: Range<u64>) {
         for (word, bits) in self.bits(clusters(&range)) {
