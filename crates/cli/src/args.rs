@@ -1,5 +1,6 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
+mod confine;
 mod images;
 mod lifecycle;
 mod mounts;
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use confine::*;
 pub use images::*;
 pub use lifecycle::*;
 pub use mounts::*;
@@ -61,6 +63,10 @@ pub enum Command {
     Create(RunArgs),
     /// Start virtual machines that were created, or have ended
     Start(StartArgs),
+    /// Be connected to the command of a machine that runs in the background
+    Attach(AttachArgs),
+    /// Stop virtual machines and start them again
+    Restart(RestartArgs),
     /// Boot an image, warm it up, and have later runs start from there
     Warm(WarmArgs),
     /// Let a virtual machine go on from a snapshot of it
@@ -77,6 +83,12 @@ pub enum Command {
     Stats(UsageArgs),
     /// Print what the command of a detached virtual machine wrote
     Logs(LogsArgs),
+    /// List the processes in a virtual machine
+    Top(TopArgs),
+    /// Copy files into a virtual machine or out of it
+    Cp(CpArgs),
+    /// Print what happens to machines and images as it happens
+    Events(EventsArgs),
     /// Print the published ports of a virtual machine, and where the host listens for them
     Port(PortArgs),
     /// Have virtual machines stand still
@@ -94,6 +106,8 @@ pub enum Command {
     Rename(RenameArgs),
     /// Remove virtual machines that have ended
     Rm(RmArgs),
+    /// Remove all virtual machines that have ended
+    Prune(PruneArgs),
     /// Keep clean virtual machines ready
     Pool(PoolArgs),
     /// Networks that virtual machines share
@@ -192,6 +206,10 @@ pub struct MachineArgs {
     /// How the software processor runs code
     #[command(flatten)]
     pub soft: SoftArgs,
+
+    /// How its process is confined
+    #[command(flatten)]
+    pub confine: ConfineArgs,
 }
 
 /// What is told of a machine that has ended.
@@ -254,7 +272,7 @@ pub struct RunArgs {
     pub io: CommandArgs,
 
     /// Run it in the background and print its ID
-    #[arg(short = 'd', long, conflicts_with_all = ["interactive", "stats"])]
+    #[arg(short = 'd', long, conflicts_with = "stats")]
     pub detach: bool,
 
     /// Name of the virtual machine [default: one is made up]
@@ -298,6 +316,10 @@ pub struct RunArgs {
     /// The machine is ready when CMD, which its shell runs again and again, succeeds
     #[arg(long, value_name = "CMD", conflicts_with = "ready", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub ready_cmd: Option<String>,
+
+    /// The machine is ready when a connection to this TCP port of it is accepted
+    #[arg(long, value_name = "PORT", conflicts_with_all = ["ready", "ready_cmd"], value_parser = clap::value_parser!(u16).range(1..))]
+    pub ready_tcp: Option<u16>,
 
     /// Labels, restarts
     #[command(flatten)]
@@ -433,6 +455,10 @@ pub struct RestoreArgs {
     #[command(flatten)]
     pub soft: SoftArgs,
 
+    /// How its process is confined
+    #[command(flatten)]
+    pub confine: ConfineArgs,
+
     /// Name of the snapshot, its ID or the ID's first digits
     #[arg(value_name = "SNAPSHOT")]
     pub snapshot: String,
@@ -493,6 +519,10 @@ pub struct PsArgs {
     /// Whole IDs and commands
     #[arg(long)]
     pub no_trunc: bool,
+    /// Only some, of all: status=, name=, id=, image=, exited= or label=KEY[=VALUE]; with one key several
+    /// times, any of the values will do
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub filter: Vec<Filter>,
 }
 
 /// `skerry inspect`.

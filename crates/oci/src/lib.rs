@@ -43,7 +43,7 @@ mod registry;
 mod source;
 mod spool;
 mod store;
-mod tar;
+pub mod tar;
 #[cfg(test)]
 mod testing;
 mod tree;

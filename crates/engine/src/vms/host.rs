@@ -8,13 +8,14 @@
 //! ```
 
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use skerry_confine::Role;
 use skerry_machine::Outcome;
 use skerry_protocol::host::{ExecHandle, ExecSession, HostError};
 use skerry_protocol::message::{ExitStatus, WinSize};
@@ -28,6 +29,7 @@ use super::registry::{Entry, Registry, now};
 use super::restart::Pauses;
 use super::serve;
 use crate::command::Surroundings;
+use crate::confinement::{self, Strictness};
 use crate::error::EngineError;
 use crate::paths::Paths;
 use crate::run::{RunIo, RunOutcome};
@@ -41,7 +43,7 @@ const WRITING_BACK_AT_ONCE: Duration = Duration::from_secs(1);
 /// What the threads of a machine's process share.
 pub(super) struct Hosted {
     pub(super) paths: Paths,
-    pub(super) program: Option<PathBuf>,
+    pub(super) confine: Strictness,
     entry: Mutex<Option<Entry>>,
     progress: Mutex<Progress>,
     changed: Condvar,
@@ -103,7 +105,13 @@ pub(super) fn host_in(
     started: impl FnOnce(&VmConfig),
     note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
-    let listener = match listen(&entry) {
+    let listener = listen(&entry).and_then(|listener| {
+        if job.own_process {
+            confinement::of_vm(paths, &job.spec.vm, &[entry.folder()])?;
+        }
+        Ok(listener)
+    });
+    let listener = match listener {
         Ok(listener) => listener,
         Err(error) => {
             entry.discard(&error);
@@ -112,7 +120,7 @@ pub(super) fn host_in(
     };
     let hosted = Arc::new(Hosted {
         paths: paths.clone(),
-        program: job.program.map(Path::to_owned),
+        confine: job.spec.vm.options.confine,
         entry: Mutex::new(Some(entry)),
         progress: Mutex::default(),
         changed: Condvar::new(),
@@ -371,6 +379,7 @@ impl Hosted {
                         state.exit_code = None;
                         state.error = None;
                     })?;
+                    entry.note("start", &[]);
                     started(&entry.config);
                     Ok(())
                 })
@@ -405,12 +414,12 @@ impl Hosted {
         mark: Option<&ReadyMark>,
         surroundings: Surroundings,
     ) -> Result<(), EngineError> {
-        let Some(ReadyMark::Shell(shell)) = mark.cloned() else {
+        let Some(argv) = mark.and_then(ReadyMark::probe) else {
             return Ok(());
         };
         let (hosted, life) = (self.clone(), life.clone());
         spawn("run-ready", move || {
-            ready::probe(&hosted, &life, &shell, &surroundings);
+            ready::probe(&hosted, &life, argv, &surroundings);
         })
     }
 
@@ -422,6 +431,7 @@ impl Hosted {
         pause: Duration,
     ) -> bool {
         let code = code(result);
+        self.note("die", &[("exit_code", code.to_string())]);
         let ending = |progress: &Progress| progress.ending || progress.killed;
         if ending(&self.progress.lock()) {
             return false;
@@ -583,12 +593,21 @@ impl Hosted {
         }
         self.progress.lock().ready = true;
         self.changed.notify_all();
+        self.note("ready", &[]);
+    }
+
+    /// Notes what has happened to the machine.
+    pub(super) fn note(&self, action: &str, more: &[(&str, String)]) {
+        if let Some(entry) = &*self.entry.lock() {
+            entry.note(action, more);
+        }
     }
 
     /// Sends a signal to the command. One that has it end is the user's word that the machine is to
     /// end for good.
     pub(super) fn signal(&self, signal: u8) -> Result<(), EngineError> {
         const SIGTERM: u8 = 15;
+        self.note("kill", &[("signal", signal.to_string())]);
         if signal == SIGTERM {
             let mut progress = self.progress.lock();
             progress.ending = true;
@@ -605,6 +624,8 @@ impl Hosted {
 
     /// Ends the machine at once, as SIGKILL does, and for good.
     pub(super) fn kill(&self) {
+        const SIGKILL: u8 = 9;
+        self.note("kill", &[("signal", SIGKILL.to_string())]);
         let mut progress = self.progress.lock();
         progress.killed = true;
         self.changed.notify_all();
@@ -629,6 +650,9 @@ fn attach(
 ) -> Result<(), HostError> {
     let [mut stdout, mut stderr] = io.feed(&session).map_err(lost)?;
     let thread = std::thread::Builder::new().name("run-output".to_owned());
-    let thread = thread.spawn(move || ended(session.wait(&mut stdout, &mut stderr)));
+    let thread = thread.spawn(move || {
+        skerry_confine::enter(Role::Stream);
+        ended(session.wait(&mut stdout, &mut stderr));
+    });
     thread.map(drop).map_err(lost)
 }

@@ -1,6 +1,7 @@
 //! What any process may do with the virtual machines of its user.
 
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -8,13 +9,17 @@ use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::copies;
 use super::info::{Status, VmInfo};
+use super::launch::Detached;
 use super::names;
 use super::output::LogReader;
 use super::registry::Registry;
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
+use crate::confinement::Report;
 use crate::network::NetworkReport;
+use crate::paths::Paths;
 use crate::run::{RunIo, RunOutcome};
 use crate::statistics::Statistics;
 
@@ -47,13 +52,35 @@ pub fn exec(
     io: RunIo,
 ) -> Result<RunOutcome, EngineError> {
     let info = registry.find(name)?;
+    let id = super::registry::new_id()?;
+    let note = |action: &str, more: &[(&str, String)]| {
+        let mut all = vec![("exec_id", id.clone()), ("command", spec.command.join(" "))];
+        all.extend_from_slice(more);
+        registry.note(&info.config, action, &all);
+    };
+    note("exec_create", &[]);
+    note("exec_start", &[]);
+    let result = run_in(registry, &info, spec, io);
+    if let Ok(outcome) = &result {
+        note("exec_die", &[("exit_code", outcome.code().to_string())]);
+    }
+    result
+}
+
+/// The same without a word about it.
+pub(super) fn run_in(
+    registry: &Registry,
+    info: &VmInfo,
+    spec: &CommandSpec,
+    io: RunIo,
+) -> Result<RunOutcome, EngineError> {
     if info.state.status == Status::Paused {
-        let name = info.config.name;
+        let name = info.config.name.clone();
         return Err(EngineError::VmPaused { name });
     }
-    let (_, stream) = reach(registry, &info)?.ask(&Request::Exec)?;
+    let (_, stream) = reach(registry, info)?.ask(&Request::Exec)?;
     let surroundings = &info.config.surroundings;
-    command_over(stream, surroundings, spec, io, || !ends(registry, &info))
+    command_over(stream, surroundings, spec, io, || !ends(registry, info))
 }
 
 /// Runs a command over a connection that has become one to a guest's agent. `alive` tells whether the
@@ -202,11 +229,33 @@ pub fn stop(registry: &Registry, name: &str, grace: Duration) -> Result<u8, Engi
     let ended = asked
         .and_then(|()| ask(registry, &info, &Request::Signal(SIGTERM)))
         .and_then(|()| wait_for(registry, &info, Some(grace)));
-    match ended {
-        Ok(Some(code)) => Ok(code),
-        Ok(None) | Err(_) if is_alive(registry, &info) => kill(registry, &info.config.id),
-        Ok(None) | Err(_) => final_code(registry, &info),
+    let code = match ended {
+        Ok(Some(code)) => code,
+        Ok(None) | Err(_) if is_alive(registry, &info) => kill(registry, &info.config.id)?,
+        Ok(None) | Err(_) => final_code(registry, &info)?,
+    };
+    registry.note(&info.config, "stop", &[]);
+    Ok(code)
+}
+
+/// Stops a machine, if it runs, and starts it again: see [`stop`] and [`start`](super::start).
+pub fn restart(
+    paths: &Paths,
+    program: &Path,
+    name: &str,
+    grace: Duration,
+    note: &mut dyn FnMut(&str),
+) -> Result<Detached, EngineError> {
+    let registry = Registry::open(paths)?;
+    let info = registry.find(name)?;
+    if info.state.status.is_alive() {
+        stop(&registry, &info.config.id, grace)?;
+        // Its process is about to let go of its place.
+        ends(&registry, &info);
     }
+    let started = super::start(paths, program, &info.config.id, note)?;
+    registry.note(&info.config, "restart", &[]);
+    Ok(started)
 }
 
 /// Writes a snapshot of a machine to the store; it goes on meanwhile.
@@ -229,18 +278,18 @@ pub fn snapshot(
     }
 }
 
-/// Makes more machines from a running one, with these names (an empty one for any).
+/// Makes more machines from a running one, with these names (an empty one for any): each in a process
+/// `program vm-host`, which this one starts.
 pub fn fork(
     registry: &Registry,
+    program: &Path,
     name: &str,
-    names: Vec<String>,
+    names: &[String],
     auto_remove: bool,
 ) -> Result<Forked, EngineError> {
     let info = registry.find(name)?;
-    match reach(registry, &info)?.ask(&Request::Fork { names, auto_remove })? {
-        (Reply::Forked(forked), _) => Ok(forked),
-        _ => Err(strange(&info)),
-    }
+    let client = reach(registry, &info)?;
+    copies::fork(client, program, registry.data(), names, auto_remove)
 }
 
 /// What a running machine's network is, and has done.
@@ -249,8 +298,18 @@ pub fn network(registry: &Registry, name: &str) -> Result<NetworkReport, EngineE
     let client = reach(registry, &info)?;
     client.limit(PATIENCE)?;
     match client.ask(&Request::Network)? {
-        (Reply::Network(report), _) => Ok(report),
+        (Reply::Network(report), _) => Ok(*report),
         _ => Err(strange(&info)),
+    }
+}
+
+/// How a running machine's process is confined.
+fn confinement(registry: &Registry, info: &VmInfo) -> Result<Report, EngineError> {
+    let client = reach(registry, info)?;
+    client.limit(PATIENCE)?;
+    match client.ask(&Request::Confinement)? {
+        (Reply::Confinement(report), _) => Ok(report),
+        _ => Err(strange(info)),
     }
 }
 
@@ -263,6 +322,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
             info,
             statistics: None,
             network: None,
+            confinement: None,
         });
     }
     let client = reach(registry, &info)?;
@@ -271,6 +331,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
     match client.ask(&Request::Statistics { sample_ms })? {
         (Reply::Statistics(statistics), _) => Ok(Inspected {
             network: Some(network(registry, &info.config.id)?),
+            confinement: Some(confinement(registry, &info)?),
             info,
             statistics: Some(statistics),
         }),
@@ -289,6 +350,8 @@ pub struct Inspected {
     pub statistics: Option<Statistics>,
     /// Its network, likewise.
     pub network: Option<NetworkReport>,
+    /// How its process is confined, likewise.
+    pub confinement: Option<Report>,
 }
 
 /// An answer to another question.
