@@ -183,6 +183,8 @@ fn theirs(options: &Options, work: &Path) -> Result<Vec<f64>> {
         ..Machine::small(&initrd, "console=ttyS0 panic=-1 quiet loglevel=4")
     };
     let mut command = machine.qemu(&options.qemu);
+    // The server speaks the modern interface only.
+    command.args(["-global", "virtio-mmio.force-legacy=false"]);
     let memory = format!("memory-backend-memfd,id=mem,size={MEMORY}M,share=on");
     command.args(["-object", &memory, "-machine", "memory-backend=mem"]);
     let disk = format!(

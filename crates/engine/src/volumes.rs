@@ -159,20 +159,26 @@ impl Volumes {
         file.sync_all()
     }
 
+    /// The folder of a volume, which is made where there is none.
+    pub(crate) fn provide(&self, name: &str) -> Result<PathBuf, EngineError> {
+        check_name(name)?;
+        if !self.folder(name).exists() {
+            match self.create(Some(name), None) {
+                // Another machine was faster.
+                Ok(_) | Err(EngineError::VolumeExists(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.folder(name))
+    }
+
     /// Takes a volume for a machine, and makes it where there is none.
     pub(crate) fn hold(&self, name: Option<&str>, read_only: bool) -> Result<Held, EngineError> {
         let name = match name {
             None => self.create(None, None)?,
             Some(name) => {
-                check_name(name)?;
-                match self.folder(name).exists() {
-                    true => name.to_owned(),
-                    false => match self.create(Some(name), None) {
-                        // Another machine was faster.
-                        Ok(_) | Err(EngineError::VolumeExists(_)) => name.to_owned(),
-                        Err(error) => return Err(error),
-                    },
-                }
+                self.provide(name)?;
+                name.to_owned()
             }
         };
         let folder = self.folder(&name);

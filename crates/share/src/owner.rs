@@ -13,7 +13,7 @@ pub(crate) enum Owners {
 impl Owners {
     pub(crate) fn of_process() -> Self {
         let user = rustix::process::geteuid();
-        match user.is_root() {
+        match user.is_root() && knows_all_users() {
             true => Self::Same,
             false => Self::MineAreRoots {
                 user: user.as_raw(),
@@ -49,6 +49,13 @@ impl Owners {
             _ => guest,
         }
     }
+}
+
+/// Whether this user namespace has all users, as the host's own does (user_namespaces(7)).
+fn knows_all_users() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let last = |line: &str| line.split_whitespace().nth(2)?.parse::<u64>().ok();
+    map.lines().filter_map(last).sum::<u64>() >= u64::from(u32::MAX)
 }
 
 #[cfg(test)]

@@ -99,11 +99,12 @@ impl RequestHeader {
         self.is(Opcode::Forget) || self.is(Opcode::BatchForget)
     }
 
-    /// Whether the answer waits for the host's disk rather than its page cache.
+    /// Whether the answer takes nothing but files that are open: no name, no right of an owner's, no
+    /// wait for the host's disk. A thread that is confined to that can give it.
     #[must_use]
-    pub fn takes_long(&self) -> bool {
-        use Opcode::{CopyFileRange, FAllocate, FSync, FSyncDir, SyncFs};
-        [CopyFileRange, FAllocate, FSync, FSyncDir, SyncFs]
+    pub fn is_quick(&self) -> bool {
+        use Opcode::{BatchForget, Forget, LSeek, Read, Release, ReleaseDir};
+        [Read, LSeek, Forget, BatchForget, Release, ReleaseDir]
             .iter()
             .any(|opcode| self.is(*opcode))
     }

@@ -1,12 +1,14 @@
 //! The file system device (virtio 1.3, 5.11) over a [`Share`]: carries FUSE requests to it and answers back.
 //!
-//! What a request reads or writes of a file goes straight between the file and the guest's buffers.
+//! Names are the business of the device's own thread, which is confined to what a server of files does;
+//! a processor's answers only what concerns files that are open. What a request reads or writes of a file goes straight between the file and the guest's buffers.
 
 use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use skerry_confine::Role;
 use skerry_hypervisor::memory::GuestRam;
 use skerry_share::{Answer, REPLY_HEADER, REQUEST_HEADER, RequestHeader, Share, ShareState};
 use skerry_storage::{IoBuf, IoBufMut};
@@ -130,6 +132,10 @@ impl VirtioDevice for FsDevice {
         read_config_bytes(&self.config, offset, data);
     }
 
+    fn worker_role(&self) -> Option<Role> {
+        Some(Role::Share)
+    }
+
     fn reset(&self) {
         self.share.reset();
     }
@@ -142,7 +148,7 @@ impl VirtioDevice for FsDevice {
         let ram = queue.ram().clone();
         while let Some(chain) = queue.pop()? {
             let header = header(&chain, &ram)?;
-            if !queue.may_wait() && header.takes_long() {
+            if !queue.may_wait() && !header.is_quick() {
                 queue.put_back(chain);
                 return Ok(Served::Later);
             }

@@ -31,6 +31,7 @@ pub mod testing;
 mod tests;
 
 use serde::{Deserialize, Serialize};
+use skerry_confine::Role;
 
 pub use chain::{Chain, ChainCursor, RamSlice, Segment};
 pub use engine::{QueueEngine, QueueRunner};
@@ -120,6 +121,12 @@ pub trait VirtioDevice: Send + Sync {
 
     /// The driver reset the device; its queues are gone.
     fn reset(&self) {}
+
+    /// What the device's own thread may do of the host, where requests need more than a processor's
+    /// may: such a thread is there from the start. `None`: one is started when it is first needed.
+    fn worker_role(&self) -> Option<Role> {
+        None
+    }
 
     /// The queues are served again, after a pause or a restore.
     fn resumed(&self) {}
