@@ -363,7 +363,7 @@ fn rules_allow_names_and_what_they_lead_to() {
     let gets = |name: &str, port: u16| {
         let url = format!("http://{name}:{port}/");
         let ran = home.exec("vm", &["timeout", "20", "wget", "-qO-", &url]);
-        ran.status == 0 && ran.stdout == "hello\n"
+        ran.status == 0 && ran.stdout == b"hello\n"
     };
     // The address alone is not what the rule names, until the name has led to it.
     assert!(!gets("10.0.2.2", own));
@@ -417,8 +417,42 @@ fn rules_name_private_addresses_and_names_do_not() {
     home.start_with("deny", &options, &["sleep", "1000"]);
     assert_ne!(status("deny", &format!("http://10.0.2.2:{own}/")), 0);
     assert_eq!(count(&home, "deny", "denied_by_rule"), 1);
-    let bad = ["run", "--network-allow", "1.2.3.4/99", "demo", "true"];
-    home.refused(&bad, &["1.2.3.4/99", "names no addresses"]);
+    let bad = home.run(&["run", "--network-allow", "1.2.3.4/99", "demo", "true"]);
+    assert_eq!(bad.status, 125);
+    assert!(bad.stderr.contains("names no addresses"), "{}", bad.stderr);
+}
+
+#[test]
+fn packets_are_as_long_as_is_said() {
+    let home = Home::new();
+    let web = serve("127.0.0.1", page);
+    let options = ["--network", "full", "--network-mtu", "1400"];
+    home.start_with("vm", &options, &["sleep", "1000"]);
+    assert_eq!(home.sh("vm", "cat /sys/class/net/eth0/mtu"), "1400");
+    assert_eq!(
+        home.sh("vm", &format!("wget -qO- http://10.0.2.2:{web}/")),
+        "hello"
+    );
+    home.done(&["snapshot", "create", "vm", "kept"]);
+    let restore = [
+        "restore",
+        "--hypervisor",
+        "soft",
+        "--network-mtu",
+        "9000",
+        "kept",
+    ];
+    home.refused(&restore, &["1400", "--network-mtu"]);
+    let bad = [
+        "run",
+        "--hypervisor",
+        "soft",
+        "--network-mtu",
+        "1000",
+        "demo",
+        "true",
+    ];
+    home.refused(&bad, &["1280"]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The command line, as clap parses it; man pages and completions come from the same definitions.
 
+mod confine;
 mod images;
 mod lifecycle;
 mod mounts;
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use confine::*;
 pub use images::*;
 pub use lifecycle::*;
 pub use mounts::*;
@@ -204,6 +206,10 @@ pub struct MachineArgs {
     /// How the software processor runs code
     #[command(flatten)]
     pub soft: SoftArgs,
+
+    /// How its process is confined
+    #[command(flatten)]
+    pub confine: ConfineArgs,
 }
 
 /// What is told of a machine that has ended.
@@ -448,6 +454,10 @@ pub struct RestoreArgs {
     /// How the software processor runs code
     #[command(flatten)]
     pub soft: SoftArgs,
+
+    /// How its process is confined
+    #[command(flatten)]
+    pub confine: ConfineArgs,
 
     /// Name of the snapshot, its ID or the ID's first digits
     #[arg(value_name = "SNAPSHOT")]

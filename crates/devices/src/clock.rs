@@ -176,7 +176,10 @@ impl TimerService {
         let shared = service.shared.clone();
         let thread = std::thread::Builder::new()
             .name("timers".into())
-            .spawn(move || shared.thread_main())?;
+            .spawn(move || {
+                skerry_confine::enter(skerry_confine::Role::Timer);
+                shared.thread_main();
+            })?;
         *service.thread.lock() = Some(thread);
         Ok(Arc::new(service))
     }

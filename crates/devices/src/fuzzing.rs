@@ -18,6 +18,7 @@ use crate::chipset::{DualPic, IoApic, PicChip};
 use crate::irq::testing::{LineProbe, MsiLog, NoExtInt};
 use crate::irq::{InterruptRouter, IrqLine};
 use crate::serial::Uart;
+use crate::virtio::balloon::BalloonDevice;
 use crate::virtio::block::{BlockConfig, BlockDevice};
 use crate::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
 use crate::virtio::net::{Checksum, Connection, NetBackend, NetConfig, NetDevice, NetPort};
@@ -269,6 +270,12 @@ pub fn virtio_blk(data: &[u8]) {
 /// The entropy device.
 pub fn virtio_rng(data: &[u8]) {
     run_virtio(data, RngDevice::new(), NoHost);
+}
+
+/// The memory balloon.
+pub fn virtio_balloon(data: &[u8]) {
+    let sink = Arc::new(crate::virtio::balloon::recording::Recorder::default());
+    run_virtio(data, BalloonDevice::new(sink), NoHost);
 }
 
 /// What a network card of a target is plugged into.

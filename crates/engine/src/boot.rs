@@ -10,10 +10,10 @@ use std::sync::Arc;
 use skerry_machine::{
     Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, NetBackend, Sampler,
 };
-use skerry_net::address;
 use skerry_storage::{Access, Disk, RawDisk};
 
 use crate::builtin;
+use crate::confinement;
 use crate::error::EngineError;
 use crate::hypervisor::Selected;
 use crate::machine::{MachineOptions, prepare, start};
@@ -71,6 +71,8 @@ pub struct BootSpec {
     pub debug_exit: Option<u16>,
     /// How its processors spend their time is sampled, for [`Booted::statistics`].
     pub sampled: bool,
+    /// This process is the machine's own, and is confined to it for good.
+    pub own_process: bool,
 }
 
 /// A machine that boots or has booted.
@@ -111,9 +113,14 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
             exchangeable: false,
         });
     }
+    if spec.own_process {
+        let files = spec.kernel.iter().chain(&spec.initrd).cloned();
+        confinement::of_files(spec.options.confine, files.collect())?;
+    }
     let SerialPort { output, input } = spec.serial;
     attachments.serial[0] = output;
-    let card = spec.network.mode.is_some() && spec.network.wants_card();
+    let asked = spec.network.mode.is_some() || !spec.network.join.is_empty();
+    let card = spec.network.card().filter(|_| asked);
     let network = spec.network.make(&Paths::of_user()?, card)?;
     attachments.network = network.map(|network| network as Arc<dyn NetBackend>);
     let config = MachineConfig {
@@ -124,7 +131,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
         command_line: spec.command_line,
         disks,
         rng: true,
-        network: card.then_some(address::CARD),
+        network: card,
         no_reboot: spec.no_reboot,
         debug_exit: spec.debug_exit,
         ..MachineConfig::default()

@@ -134,6 +134,24 @@ pub enum EngineError {
         "Without a network no port is published, no name server asked and nothing allowed or denied: leave --publish, --dns, --network-allow and --network-deny out, or --network none"
     )]
     NetworkOff,
+    /// A longest packet that no card can have.
+    #[error(
+        "No network card has packets of that length: --network-mtu goes from {least} to {most}"
+    )]
+    BadMtu {
+        /// The shortest.
+        least: u16,
+        /// The longest.
+        most: u16,
+    },
+    /// The machine was kept with another card.
+    #[error(
+        "The machine was kept with packets of up to {kept} bytes, which can't be changed: leave --network-mtu out"
+    )]
+    OtherMtu {
+        /// Its card's.
+        kept: u16,
+    },
     /// A further name on no network.
     #[error(
         "Only networks that machines share have names for them: leave --network-alias out, or name a network with --network"
@@ -497,9 +515,14 @@ pub enum EngineError {
         /// The machine.
         name: String,
     },
-    /// This process is not one of skerry's own.
-    #[error("The process that runs it can't start others: run the machine with skerry run")]
+    /// The process that runs it answered what it was not asked.
+    #[error(
+        "Its process is of another version of skerry, which forks otherwise: restart the machine"
+    )]
     CantFork,
+    /// The process can't be confined as was asked.
+    #[error(transparent)]
+    Confine(#[from] skerry_confine::ConfineError),
     /// None, or too many.
     #[error("One fork makes at least one machine and at most {most}")]
     ForkCount {

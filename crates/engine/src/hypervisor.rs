@@ -11,6 +11,7 @@ use skerry_hypervisor::{Capabilities, Hypervisor, Unusable};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
 
+use crate::confinement::{self, Report};
 use crate::error::EngineError;
 use crate::soft::SoftOptions;
 
@@ -70,16 +71,21 @@ pub struct Diagnosis {
     pub auto: Option<&'static str>,
     /// Every backend.
     pub hypervisors: Vec<ProbeReport>,
+    /// How the process of a machine is confined here.
+    pub confinement: Option<Report>,
 }
 
 /// Probes every backend: each runs a small guest.
 #[must_use]
 pub fn diagnose() -> Diagnosis {
+    // Before the probes' threads: it takes a process with one.
+    let confinement = confinement::probe().ok();
     let hypervisors: Vec<_> = Backend::ALL.into_iter().map(Backend::probe).collect();
     let usable = hypervisors.iter().find(|report| report.result.is_ok());
     Diagnosis {
         auto: usable.map(|report| report.backend),
         hypervisors,
+        confinement,
     }
 }
 

@@ -15,6 +15,7 @@ pub mod boot;
 mod builtin;
 pub mod check;
 pub mod command;
+pub mod confinement;
 pub mod dates;
 pub mod driver;
 mod error;

@@ -10,6 +10,7 @@ use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
 use skerry_machine::{Attachments, Machine, MachineConfig, MachineHandle, MachineState};
 
+use crate::confinement::Strictness;
 use crate::error::EngineError;
 use crate::hypervisor::{Backend, Choice, Selected, open, select};
 use crate::soft::SoftOptions;
@@ -33,6 +34,8 @@ pub struct MachineOptions {
     /// The longest that it may run.
     #[cfg_attr(feature = "schema", schema(value_type = Option<Object>))]
     pub time_limit: Option<Duration>,
+    /// How far the process that runs it is confined, where that process is its own.
+    pub confine: Strictness,
 }
 
 impl Default for MachineOptions {
@@ -44,6 +47,7 @@ impl Default for MachineOptions {
             soft: SoftOptions::default(),
             cpu_model: None,
             time_limit: None,
+            confine: Strictness::default(),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 pub use ipnet::IpNet;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
+use skerry_devices::virtio::net::NetConfig;
 use skerry_net::{Attached, NamePattern, address};
 pub use skerry_net::{
     Counters, Denial, DenialReason, Mapping, Network, NetworkMode, Options, Protocol, Published,
@@ -15,6 +16,9 @@ pub use skerry_net::{
 use crate::error::EngineError;
 use crate::networks;
 use crate::paths::Paths;
+
+/// The longest packets that a card may have: IPv6 asks for the least (RFC 8200, 5).
+pub(crate) const MTUS: std::ops::RangeInclusive<u16> = 1280..=address::MTU;
 
 /// The network that is asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +42,8 @@ pub struct NetworkSpec {
     pub join: Vec<String>,
     /// What others find it by there, besides its own names.
     pub aliases: Vec<String>,
+    /// The longest packet of its card; `None` is the longest there is.
+    pub mtu: Option<u16>,
     /// Its own names, once it has any.
     pub names: Vec<String>,
 }
@@ -109,9 +115,14 @@ impl NetworkReport {
 }
 
 impl NetworkSpec {
-    /// Whether a new machine has a card for it.
-    pub(crate) fn wants_card(&self) -> bool {
-        self.mode.unwrap_or_default() != NetworkMode::None || !self.join.is_empty()
+    /// The card that a new machine has for it.
+    pub(crate) fn card(&self) -> Option<NetConfig> {
+        let wanted = self.mode.unwrap_or_default() != NetworkMode::None || !self.join.is_empty();
+        let card = NetConfig {
+            mtu: self.mtu.unwrap_or(address::MTU),
+            ..address::CARD
+        };
+        wanted.then_some(card)
     }
 
     /// Others find a machine with this network by `names`.
@@ -141,7 +152,7 @@ impl NetworkSpec {
     pub(crate) fn make(
         &self,
         paths: &Paths,
-        card: bool,
+        card: Option<NetConfig>,
     ) -> Result<Option<Arc<Network>>, EngineError> {
         let Self {
             mode,
@@ -151,6 +162,7 @@ impl NetworkSpec {
             deny,
             join,
             aliases,
+            mtu,
             names,
         } = self;
         let off = *mode == Some(NetworkMode::None) && join.is_empty();
@@ -162,12 +174,23 @@ impl NetworkSpec {
         if off && detailed {
             return Err(EngineError::NetworkOff);
         }
-        if !card {
-            let wanted = mode.is_some() && !off || detailed;
+        let Some(card) = card else {
+            let wanted = mode.is_some() && !off || detailed || mtu.is_some();
             return match wanted {
                 true => Err(EngineError::NoCard),
                 false => Ok(None),
             };
+        };
+        if let Some(wanted) = *mtu {
+            if !MTUS.contains(&wanted) {
+                return Err(EngineError::BadMtu {
+                    least: *MTUS.start(),
+                    most: *MTUS.end(),
+                });
+            }
+            if wanted != card.mtu {
+                return Err(EngineError::OtherMtu { kept: card.mtu });
+            }
         }
         let options = Options {
             mode: mode.unwrap_or_default(),

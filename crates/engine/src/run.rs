@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::sync::mpsc::Receiver;
 
 use serde::{Deserialize, Serialize};
+use skerry_confine::Role;
 use skerry_oci::Image;
 use skerry_protocol::Transport;
 use skerry_protocol::host::{ExecHandle, ExecSession};
@@ -104,7 +105,7 @@ pub fn run(
         auto_remove: true,
         detached: false,
         launch: None,
-        program: None,
+        own_process: false,
         statistics: None,
     };
     host(paths, job, |_| Ok(io), |_| {}, note)
@@ -123,7 +124,10 @@ impl RunIo {
         if let Some(events) = self.events {
             let handle = session.handle();
             let thread = std::thread::Builder::new().name("run-events".to_owned());
-            thread.spawn(move || pass_events(&events, &handle))?;
+            thread.spawn(move || {
+                skerry_confine::enter(Role::Stream);
+                pass_events(&events, &handle);
+            })?;
         }
         Ok([self.stdout, self.stderr])
     }

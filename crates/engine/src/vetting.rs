@@ -15,6 +15,7 @@ use skerry_storage::{CLUSTER_SIZE, scratch};
 use crate::error::EngineError;
 use crate::frozen::{About, Base, Frozen};
 use crate::mounts;
+use crate::network::MTUS;
 use crate::vm::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// How many times the host's memory a machine may have: the host takes only what the guest touches,
@@ -121,7 +122,9 @@ impl About {
         require(machine.vsock == Some(GUEST_CID), || {
             format!("its socket device has not the context id {GUEST_CID}")
         })?;
-        let card = machine.network.is_none_or(|card| card == address::CARD);
+        let card = machine
+            .network
+            .is_none_or(|card| card.mac == address::CARD.mac && MTUS.contains(&card.mtu));
         require(card, || {
             "its network card is none that this build makes".to_owned()
         })?;

@@ -135,7 +135,10 @@ impl SoftHost {
         let host = Arc::downgrade(self);
         let thread = std::thread::Builder::new()
             .name("apic-timers".into())
-            .spawn(move || run_timers(&host))?;
+            .spawn(move || {
+                skerry_confine::enter(skerry_confine::Role::Timer);
+                run_timers(&host);
+            })?;
         Ok(TimerThread {
             host: self.clone(),
             thread: Some(thread),

@@ -50,6 +50,9 @@ pub struct MachineConfig {
     pub console: bool,
     /// Virtio entropy source.
     pub rng: bool,
+    /// Virtio balloon, by which free memory goes back to the host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub balloon: bool,
     /// Virtio socket device with this context id.
     pub vsock: Option<u64>,
     /// Virtio network card.
@@ -80,6 +83,7 @@ impl Default for MachineConfig {
             disks: Vec::new(),
             console: false,
             rng: false,
+            balloon: false,
             vsock: None,
             network: None,
             shares: Vec::new(),

@@ -47,4 +47,5 @@ pub use skerry_devices::virtio::console::PortHandle;
 pub use skerry_devices::virtio::net::{NetBackend, NetConfig};
 pub use state::{MACHINE_STATE_VERSION, MachineState};
 pub use statistics::{ProcessorStatistics, Sampler, TimeShares};
+pub use tracking::prepare_tracking;
 pub use virtio::VirtioSet;

@@ -327,7 +327,10 @@ impl<H: Hypervisor> Machine<H> {
 fn spawn<V: Vcpu>(thread: VcpuThread<V>) -> Result<JoinHandle<()>, MachineError> {
     std::thread::Builder::new()
         .name(format!("vcpu{}", thread.index))
-        .spawn(move || thread.run())
+        .spawn(move || {
+            skerry_confine::enter(skerry_confine::Role::Vcpu);
+            thread.run();
+        })
         .map_err(resource("processor thread"))
 }
 

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
 use skerry_boot::MemoryMap;
+use skerry_devices::virtio::balloon::MemorySink;
 use skerry_hypervisor::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
@@ -191,6 +192,28 @@ pub(crate) fn discard(region: &Region, range: Range<u64>) -> io::Result<()> {
         .bitmap()
         .mark_dirty(range.start as usize, len);
     Ok(())
+}
+
+/// Where the guest's free memory goes.
+#[derive(Debug)]
+pub(crate) struct FreeMemory(pub(crate) GuestRam);
+
+impl MemorySink for FreeMemory {
+    /// The pages are as if written by the host, with what they are read as from now on: their content
+    /// in the base, or zero. So the log of writes, diffs and decoded code know of it as of any write.
+    fn give_back(&self, address: u64, len: u64) {
+        let end = address.saturating_add(len);
+        for region in self.0.iter() {
+            let base = region.start_addr().0;
+            let (start, end) = (address.max(base), end.min(base + region.len()));
+            if start < end
+                && let Err(error) = discard(region, start - base..end - base)
+            {
+                // The host keeps the memory, and the guest may use it again all the same.
+                tracing::debug!(%error, "free memory stays with the guest");
+            }
+        }
+    }
 }
 
 fn reserve(len: usize, huge: bool) -> io::Result<RamRegion> {

@@ -84,6 +84,7 @@ impl Sampler {
             .name("statistics".to_owned())
             .stack_size(STACK)
             .spawn(move || {
+                skerry_confine::enter(skerry_confine::Role::Timer);
                 if let Some(statistics) = vm.statistics() {
                     shared.take(statistics);
                 }

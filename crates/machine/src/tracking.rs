@@ -8,9 +8,10 @@
 //! Nothing is logged, and nothing here costs anything, until it is asked for.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, MutexGuard};
 use skerry_hypervisor::{
@@ -222,18 +223,19 @@ impl TrackedMemory {
 
     /// The pages whose entries in the host's pagemap `counts`.
     fn resident(&self, counts: impl Fn(u64) -> bool) -> Result<PageSet, MachineError> {
-        let mut pagemap = File::open("/proc/self/pagemap").map_err(failed)?;
+        let pagemap = pagemap().map_err(failed)?;
         let mut set = PageSet::new(self.regions().map(|(_, region)| region.len() / PAGE).sum());
         let mut entries = vec![0; CHUNK];
         for (base, region) in self.regions() {
             let first = region.as_ptr() as u64 / PAGE;
-            pagemap.seek(SeekFrom::Start(first * 8)).map_err(failed)?;
+            let mut at = first * 8;
             let mut page = base / PAGE;
             let end = page + region.len() / PAGE;
             while page < end {
                 let count = (end - page).min(CHUNK as u64 / 8);
                 let entries = &mut entries[..count as usize * 8];
-                pagemap.read_exact(entries).map_err(failed)?;
+                pagemap.read_exact_at(entries, at).map_err(failed)?;
+                at += entries.len() as u64;
                 for (page, entry) in (page..).zip(entries.as_chunks::<8>().0) {
                     if counts(u64::from_le_bytes(*entry)) {
                         set.insert(page..page + 1);
@@ -367,6 +369,22 @@ impl TrackedMemory {
             Ok(())
         })
     }
+}
+
+/// Which pages of this process are in memory.
+fn pagemap() -> io::Result<&'static File> {
+    static PAGEMAP: OnceLock<File> = OnceLock::new();
+    if let Some(open) = PAGEMAP.get() {
+        return Ok(open);
+    }
+    let open = File::open("/proc/self/pagemap")?;
+    Ok(PAGEMAP.get_or_init(|| open))
+}
+
+/// Opens what the log of writes begins with: a process that is confined may not open it later.
+pub fn prepare_tracking() {
+    // Where it fails, so does what needs it, and says so.
+    let _ = pagemap();
 }
 
 fn set_logging(ram: &GuestRam) {

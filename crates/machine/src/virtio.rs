@@ -1,5 +1,5 @@
 //! The machine's virtio devices, in the order in which the guest finds them: disks, console,
-//! entropy, sockets, network, file systems.
+//! entropy, sockets, network, balloon, file systems.
 
 use std::io;
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use skerry_devices::bus::MmioBusBuilder;
 use skerry_devices::irq::InterruptRouter;
+use skerry_devices::virtio::balloon::BalloonDevice;
 use skerry_devices::virtio::block::{BlockConfig, BlockDevice};
 use skerry_devices::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
 use skerry_devices::virtio::fs::FsDevice;
@@ -21,6 +22,7 @@ use skerry_storage::Disk;
 use crate::MachineError;
 use crate::config::MachineConfig;
 use crate::layout;
+use crate::memory::FreeMemory;
 
 /// How long the last of what a guest sent may take: its rings may be such that they never end.
 const FINISH_PATIENCE: Duration = Duration::from_secs(1);
@@ -110,6 +112,7 @@ impl VirtioSet {
             config.rng,
             config.vsock.is_some(),
             config.network.is_some(),
+            config.balloon,
         ];
         let wanted = disks.len() + shares.len() + others.iter().filter(|present| **present).count();
         if wanted > layout::VIRTIO_SLOTS {
@@ -157,6 +160,10 @@ impl VirtioSet {
         }
         if let (Some(card), Some(backend)) = (config.network, network) {
             builder.add("network", NetDevice::new(card, backend))?;
+        }
+        if config.balloon {
+            let sink = Arc::new(FreeMemory(ram.clone()));
+            builder.add("balloon", BalloonDevice::new(sink))?;
         }
         for (share, named) in shares.into_iter().zip(&config.shares) {
             builder.add(&named.tag, FsDevice::new(&named.tag, share))?;

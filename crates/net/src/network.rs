@@ -136,7 +136,10 @@ impl Network {
         let thread = std::thread::Builder::new()
             .name("network".to_owned())
             .stack_size(512 << 10)
-            .spawn(move || run(&running))
+            .spawn(move || {
+                skerry_confine::enter(skerry_confine::Role::Network);
+                run(&running);
+            })
             .map_err(NetworkError::Resource)?;
         Ok(Arc::new(Self {
             shared,

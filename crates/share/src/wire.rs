@@ -19,7 +19,7 @@ macro_rules! opcodes {
     ($($name:ident = $number:literal,)*) => {
         /// What a request asks for (`enum fuse_opcode`).
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub(crate) enum Opcode { $($name,)* }
+        pub(crate) enum Opcode { $($name = $number,)* }
 
         impl Opcode {
             pub(crate) const fn of(number: u32) -> Option<Self> {

@@ -56,6 +56,11 @@ pub struct ReachArgs {
     /// Never reach these addresses, whatever allows them; may be given several times
     #[arg(help_heading = HEADING, long, value_name = "CIDR", value_parser = parse_network)]
     pub network_deny: Vec<IpNet>,
+
+    /// The longest packet of the network card, from 1280 bytes; fewer, longer packets are faster [default:
+    /// 65520]
+    #[arg(help_heading = HEADING, long, value_name = "BYTES")]
+    pub network_mtu: Option<u16>,
 }
 
 /// The network of one machine.

@@ -71,6 +71,7 @@ pub fn execute(args: BootArgs) -> Result<u8> {
         no_reboot,
         debug_exit,
         sampled: stats.stats.is_some(),
+        own_process: true,
     };
     let machine = boot(spec, &mut output::note)?;
     let _ = remote.set(machine.handle.remote().clone());

@@ -37,6 +37,13 @@ fn text(out: &mut impl Write, report: &Diagnosis) -> io::Result<()> {
             }
         }
     }
+    if let Some(confinement) = &report.confinement {
+        writeln!(out, "\nThe process of a machine is confined by")?;
+        for layer in &confinement.layers {
+            let word = if layer.holds { "yes" } else { "no " };
+            writeln!(out, "  {word} {:<18} {}", layer.layer.name(), layer.detail)?;
+        }
+    }
     match report.auto {
         Some(backend) => writeln!(out, "\n--hypervisor auto uses {backend}"),
         None => writeln!(out, "\nNo hypervisor can be used"),

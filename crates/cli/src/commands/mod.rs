@@ -22,10 +22,11 @@ pub mod usage;
 pub mod vms;
 pub mod volume;
 
+use skerry_engine::confinement::Strictness;
 use skerry_engine::hypervisor::{Backend, Choice};
 use skerry_engine::{MachineOptions, SoftMode, SoftOptions};
 
-use crate::args::{HypervisorArg, MachineArgs, SoftArgs, SoftModeArg};
+use crate::args::{ConfineArg, ConfineArgs, HypervisorArg, MachineArgs, SoftArgs, SoftModeArg};
 
 /// Digits of an ID that a table shows.
 const SHORT: usize = 12;
@@ -69,6 +70,15 @@ fn soft_options(args: &SoftArgs) -> SoftOptions {
     }
 }
 
+/// How far the machine's process is confined.
+fn strictness(args: &ConfineArgs) -> Strictness {
+    match args.confine {
+        ConfineArg::Auto => Strictness::Auto,
+        ConfineArg::Strict => Strictness::Strict,
+        ConfineArg::Off => Strictness::Off,
+    }
+}
+
 /// The machine that the options describe.
 fn machine_options(args: MachineArgs) -> MachineOptions {
     let MachineArgs {
@@ -78,6 +88,7 @@ fn machine_options(args: MachineArgs) -> MachineOptions {
         cpu_model,
         timeout,
         soft,
+        confine,
     } = args;
     MachineOptions {
         memory: memory.0,
@@ -86,5 +97,6 @@ fn machine_options(args: MachineArgs) -> MachineOptions {
         soft: soft_options(&soft),
         cpu_model,
         time_limit: timeout.map(|span| span.0),
+        confine: strictness(&confine),
     }
 }

@@ -15,10 +15,12 @@ pub fn reach(args: ReachArgs) -> Result<NetworkSpec> {
         network,
         network_allow,
         network_deny,
+        network_mtu,
     } = args;
     let mut spec = NetworkSpec {
         allow: network_allow,
         deny: network_deny,
+        mtu: network_mtu,
         ..NetworkSpec::default()
     };
     for arg in network {

@@ -12,10 +12,10 @@ use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::{self, Begin, Detached, Job, Launch, ReadyMark, RestartPolicy, Source};
 use skerry_engine::warm::WarmSpec;
-use skerry_engine::{Image, Paths, WinSize, hypervisor, images};
+use skerry_engine::{EngineError, Image, Paths, WinSize, confinement, hypervisor, images};
 
 use super::network::{network, reach};
-use super::{choice, machine_options, registry, soft_options, stats};
+use super::{choice, machine_options, registry, soft_options, stats, strictness};
 use crate::args::{CommandArgs, Format, RestoreArgs, RunArgs, WarmArgs};
 use crate::output;
 use crate::terminal::{self, Raw};
@@ -127,6 +127,7 @@ pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
     let mut spec = RunSpec::default();
     spec.vm.options.hypervisor = choice(args.hypervisor);
     spec.vm.options.soft = soft_options(&args.soft);
+    spec.vm.options.confine = strictness(&args.confine);
     spec.vm.sampled = args.stats.stats.is_some();
     spec.vm.options.time_limit = args.timeout.map(|span| span.0);
     spec.vm.hostname = args.hostname;
@@ -162,6 +163,7 @@ pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
         ready: args.ready,
         name: args.name,
     };
+    confinement::of_vm(&paths, &spec.vm, &[])?;
     let id = skerry_engine::warm::warm(&paths, &image, &args.image, &spec, &mut output::note)?;
     writeln!(io::stdout(), "{}", id.hex())?;
     Ok(0)
@@ -212,7 +214,6 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
             }
         }
     };
-    let program = std::env::current_exe().ok();
     let statistics = OnceLock::new();
     let job = Job {
         source,
@@ -221,12 +222,21 @@ fn start(begin: Begin, spec: RunSpec, how: How) -> Result<u8> {
         auto_remove: true,
         detached: false,
         launch: None,
-        program: program.as_deref(),
+        own_process: true,
         statistics: how.stats.is_some().then_some(&statistics),
     };
-    let attached = Attached::new(tty, interactive)?;
-    let outcome = vms::host(&paths, job, |_| Ok(attached.io), |_| {}, &mut output::note);
-    drop(attached.raw);
+    let mut raw = None;
+    // Called when the process is confined: its threads begin then.
+    let mut attach = || {
+        let attached = Attached::new(tty, interactive).map_err(|source| EngineError::Host {
+            what: "pass signals on",
+            source,
+        })?;
+        raw = attached.raw;
+        Ok(attached.io)
+    };
+    let outcome = vms::host(&paths, job, |_| attach(), |_| {}, &mut output::note);
+    drop(raw);
     let status = outcome.map(finish);
     if let (Some(format), Some(statistics)) = (how.stats, statistics.get()) {
         stats::print(statistics, format)?;
@@ -299,7 +309,7 @@ pub struct Attached {
 
 impl Attached {
     /// Takes stdin where the command is interactive.
-    pub fn new(tty: bool, interactive: bool) -> Result<Self> {
+    pub fn new(tty: bool, interactive: bool) -> io::Result<Self> {
         let raw = if tty && interactive {
             Raw::enter()
         } else {
@@ -337,7 +347,7 @@ fn variable(text: &str) -> Option<(String, String)> {
 }
 
 /// Signals and, with a terminal, its sizes, as they come.
-pub fn events(tty: bool) -> Result<Receiver<Event>> {
+pub fn events(tty: bool) -> io::Result<Receiver<Event>> {
     let (sender, receiver) = mpsc::channel();
     let mut wanted = PASSED.to_vec();
     if tty {

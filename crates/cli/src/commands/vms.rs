@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::io::{self, Write};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use skerry_engine::vms::{self, LogReader, Registry, Status, Stream, VmInfo};
 use skerry_engine::{EngineError, Paths, dates};
 
@@ -117,7 +117,9 @@ pub fn fork(args: &ForkArgs) -> Result<u8> {
         Some(name) if args.count == 1 => name.clone(),
         Some(name) => format!("{name}-{number}"),
     });
-    let forked = vms::fork(&registry()?, &args.vm, names.collect(), args.rm)?;
+    let names: Vec<_> = names.collect();
+    let program = std::env::current_exe().context("Can't tell where skerry itself is")?;
+    let forked = vms::fork(&registry()?, &program, &args.vm, &names, args.rm)?;
     let mut out = io::stdout().lock();
     match args.format {
         Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&forked)?)?,

@@ -57,7 +57,10 @@ impl OutputPump {
         let theirs = shared.clone();
         let thread = std::thread::Builder::new()
             .name("serial-out".into())
-            .spawn(move || theirs.run(sink, &on_room))?;
+            .spawn(move || {
+                skerry_confine::enter(skerry_confine::Role::Stream);
+                theirs.run(sink, &on_room);
+            })?;
         Ok(Self {
             shared,
             thread: Some(thread),

@@ -77,6 +77,11 @@ impl Chain {
         self.writable_len
     }
 
+    /// The buffers that the device may write, each of them in RAM.
+    pub fn writable(&self) -> &[Segment] {
+        &self.writable
+    }
+
     /// A cursor over the readable bytes.
     pub fn reader<'a>(&'a self, ram: &'a GuestRam) -> ChainCursor<'a> {
         ChainCursor::new(ram, &self.readable, self.readable_len)

@@ -134,9 +134,10 @@ impl QueueEngine {
         if slot.is_none() && !self.stop.load(Ordering::SeqCst) {
             let weak = self.this.clone();
             let name = format!("virtio-{:?}", self.device.kind()).to_lowercase();
-            let worker = std::thread::Builder::new()
-                .name(name)
-                .spawn(move || work(&weak))?;
+            let worker = std::thread::Builder::new().name(name).spawn(move || {
+                skerry_confine::enter(skerry_confine::Role::Storage);
+                work(&weak);
+            })?;
             let _ = self.worker_thread.set(worker.thread().clone());
             *slot = Some(worker);
         }

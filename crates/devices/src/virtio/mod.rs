@@ -12,6 +12,7 @@
 //! A device never holds a chain across two calls of `process`: stopping a queue (reset, snapshot) only
 //! waits for the call under way.
 
+pub mod balloon;
 pub mod block;
 mod chain;
 pub mod console;
@@ -68,6 +69,8 @@ pub enum DeviceKind {
     Console = 3,
     /// Entropy source.
     Rng = 4,
+    /// Memory balloon.
+    Balloon = 5,
     /// Socket device.
     Vsock = 19,
     /// File system.
@@ -149,6 +152,8 @@ pub enum DeviceState {
     Net(net::NetState),
     /// File system.
     Fs(fs::FsState),
+    /// Memory balloon.
+    Balloon(balloon::BalloonState),
 }
 
 /// Copies the part of `config` at `offset` into `data`; what lies beyond is zero.

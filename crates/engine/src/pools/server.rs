@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
+use skerry_confine::Role;
 use skerry_hypervisor::probe::chain;
 
 use super::place::{Place, PoolConfig, control};
 use super::{Clones, Lease, Pool, PoolOptions, PoolStats, VmPool};
 use crate::command::CommandSpec;
+use crate::confinement;
 use crate::error::EngineError;
 use crate::frozen::Frozen;
 use crate::hypervisor::Choice;
@@ -127,6 +129,8 @@ fn keep(launch: &PoolLaunch, maker: &UnixStream) -> Result<(), EngineError> {
         // Nobody may listen any more, and the pool is kept all the same.
         let _ = send(&mut &*maker, &told);
     };
+    let folder = paths.pools().join(&launch.name);
+    confinement::of_vm(&paths, &launch.vm, &[folder])?;
     let (clones, source) = clones(&paths, launch, &mut |text| {
         tell(Told::Note(text.to_owned()));
     })?;
@@ -150,6 +154,7 @@ fn keep(launch: &PoolLaunch, maker: &UnixStream) -> Result<(), EngineError> {
     });
     let serving = kept.clone();
     let accepting = move || {
+        skerry_confine::enter(Role::Control);
         while let Ok((stream, _)) = listener.accept() {
             let kept = serving.clone();
             let thread = std::thread::Builder::new().name("control".to_owned());

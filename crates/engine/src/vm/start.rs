@@ -85,7 +85,7 @@ impl Vm {
         let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
-        let network = spec.network.make(paths, config.network.is_some())?;
+        let network = spec.network.make(paths, config.network)?;
         // What the user's own kernel does when it is started is the user's to see; and a guest that goes
         // on from a kept start has in its memory what the disk was then.
         let taken_up = spec.kept.as_deref().is_some_and(Overlay::is_kept);
@@ -276,9 +276,7 @@ impl Place<'_> {
     fn network(&self, about: &About) -> Result<Option<Arc<Network>>, EngineError> {
         match self.network.take() {
             Some(made) => Ok(Some(made)),
-            None => self
-                .wanted
-                .make(self.paths, about.machine.network.is_some()),
+            None => self.wanted.make(self.paths, about.machine.network),
         }
     }
 
@@ -528,7 +526,7 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
     let mut command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
                         skerry.transport=vsock"
         .to_owned();
-    let network = spec.network.wants_card().then_some(address::CARD);
+    let network = spec.network.card();
     if network.is_some() {
         command_line.push(' ');
         command_line.push_str(&address::kernel_parameter());
@@ -544,6 +542,7 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
         command_line: Some(command_line),
         disks,
         rng: true,
+        balloon: true,
         vsock: Some(GUEST_CID),
         network,
         shares,

@@ -19,7 +19,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::EngineError;
+use crate::confinement::Report;
 use crate::network::NetworkReport;
+use crate::run::RunSpec;
 use crate::statistics::Statistics;
 
 /// The longest message.
@@ -56,15 +58,13 @@ pub enum Request {
         /// The image's root file system goes with it.
         with_image: bool,
     },
-    /// Make more machines that go on from where this one is.
-    Fork {
-        /// Their names; an empty one for any.
-        names: Vec<String>,
-        /// They are forgotten when they end.
-        auto_remove: bool,
-    },
+    /// Give the machine's state, for more machines that go on from where this one is. It follows the
+    /// reply.
+    Fork,
     /// Tell of its network.
     Network,
+    /// Tell how its process is confined.
+    Confinement,
     /// Tell what the processors do.
     Statistics {
         /// For how long to look at how they spend their time.
@@ -84,6 +84,17 @@ pub struct Snapshotted {
     pub freeze_us: u64,
 }
 
+/// A running machine's state, on its way to copies of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Parted {
+    /// The machine's name.
+    pub(super) parent: String,
+    /// What the copies run on, and their network.
+    pub(super) spec: Box<RunSpec>,
+    pub(super) pause_us: u64,
+    pub(super) freeze_us: u64,
+}
+
 /// Machines that were made from a running one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
@@ -97,7 +108,7 @@ pub struct Forked {
 }
 
 /// What a machine's process answers.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
     /// It is done.
@@ -106,10 +117,12 @@ pub enum Reply {
     Ended(u8),
     /// There is a snapshot.
     Snapshotted(Snapshotted),
-    /// There are more machines.
-    Forked(Forked),
+    /// The state of the machine follows.
+    Parted(Parted),
     /// Its network.
-    Network(NetworkReport),
+    Network(Box<NetworkReport>),
+    /// How its process is confined.
+    Confinement(Report),
     /// What the processors have done.
     Statistics(Statistics),
     /// It can't be done, for this reason.
@@ -234,10 +247,7 @@ mod tests {
                 difference: true,
                 with_image: false,
             },
-            Request::Fork {
-                names: vec![String::new(); 3],
-                auto_remove: true,
-            },
+            Request::Fork,
             Request::Statistics { sample_ms: 100 },
         ];
         for request in requests {

@@ -1,18 +1,25 @@
-//! Snapshots and forks of a machine that runs in this process.
+//! Snapshots and forks of machines that run.
+//!
+//! ```text
+//!  fork: client ── Fork ─► the machine's process: capture ── state, descriptors ─► client
+//!        client ── state, descriptors ─► skerry vm-host, one for each copy
+//! ```
 
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use skerry_snapshot::SnapshotStore;
 
-use super::control::{Forked, Snapshotted};
+use super::control::{Client, Forked, Parted, Reply, Request, Snapshotted};
 use super::host::Hosted;
 use super::launch::{self, Begin, Detached, Launch};
 use super::names;
 use crate::error::EngineError;
-use crate::frozen::Writing;
+use crate::frozen::{Frozen, Writing};
 use crate::network::NetworkSpec;
+use crate::parcel;
 use crate::paths::Paths;
 use crate::run::RunSpec;
 use crate::snapshots;
@@ -57,26 +64,15 @@ pub(super) fn snapshot(
     })
 }
 
-/// Makes more machines, each in a process of its own.
-pub(super) fn fork(
-    hosted: &Hosted,
-    wanted: &[String],
-    auto_remove: bool,
-) -> Result<Forked, EngineError> {
-    let Some(program) = &hosted.program else {
-        return Err(EngineError::CantFork);
-    };
-    if wanted.is_empty() || wanted.len() > MOST {
-        return Err(EngineError::ForkCount { most: MOST });
-    }
-    let named = wanted.iter().filter(|name| !name.is_empty());
-    named.clone().try_for_each(|name| names::check(name))?;
-    let parent = hosted.name();
+/// Catches the machine's state for copies of it, which the one who asks makes: this process starts no
+/// other.
+pub(super) fn hand_out(hosted: &Hosted) -> Result<(Frozen, Parted), EngineError> {
     let vm = &hosted.life()?.vm;
     let captured = vm.capture()?;
     let mut spec = RunSpec::default();
     spec.vm.options.hypervisor = captured.frozen.about.backend.into();
     spec.vm.options.soft = vm.soft().clone();
+    spec.vm.options.confine = hosted.confine;
     // Its ports stay the parent's.
     if let Some(network) = vm.network() {
         spec.vm.network = NetworkSpec::of_fork(network);
@@ -84,6 +80,34 @@ pub(super) fn fork(
     // What is in guest memory goes with it.
     let folders = vm.mounts().iter().filter(|mount| mount.is_bind());
     spec.vm.mounts = folders.cloned().collect();
+    let parted = Parted {
+        parent: hosted.name(),
+        spec: Box::new(spec),
+        pause_us: micros(captured.pause),
+        freeze_us: micros(captured.freeze),
+    };
+    Ok((captured.frozen, parted))
+}
+
+/// Makes more machines, each in a process `program vm-host` of its own, from the state that a machine
+/// sends over `client`.
+pub(super) fn fork(
+    client: Client,
+    program: &Path,
+    root: &Path,
+    wanted: &[String],
+    auto_remove: bool,
+) -> Result<Forked, EngineError> {
+    if wanted.is_empty() || wanted.len() > MOST {
+        return Err(EngineError::ForkCount { most: MOST });
+    }
+    let named = wanted.iter().filter(|name| !name.is_empty());
+    named.clone().try_for_each(|name| names::check(name))?;
+    let (reply, mut stream) = client.ask(&Request::Fork)?;
+    let Reply::Parted(parted) = reply else {
+        return Err(EngineError::CantFork);
+    };
+    let frozen = parcel::take_over(&mut stream)?;
     let next = AtomicUsize::new(0);
     let ids = Mutex::new(vec![String::new(); wanted.len()]);
     let failure = Mutex::new(None);
@@ -94,13 +118,13 @@ pub(super) fn fork(
                 return;
             };
             let launch = Launch {
-                root: hosted.paths.root().to_owned(),
-                begin: Begin::Machine(parent.clone()),
-                spec: spec.clone(),
+                root: root.to_owned(),
+                begin: Begin::Machine(parted.parent.clone()),
+                spec: (*parted.spec).clone(),
                 name: name.clone(),
                 auto_remove,
             };
-            let begun = launch::begin(program, &launch, Some(&captured.frozen), &mut |_| {});
+            let begun = launch::begin(program, &launch, Some(&frozen), &mut |_| {});
             match begun {
                 Ok(Detached::Runs(id)) => ids.lock()[number] = id,
                 Ok(Detached::NotStarted(why)) => {
@@ -127,8 +151,8 @@ pub(super) fn fork(
         }),
         None => Ok(Forked {
             ids,
-            pause_us: micros(captured.pause),
-            freeze_us: micros(captured.freeze),
+            pause_us: parted.pause_us,
+            freeze_us: parted.freeze_us,
         }),
     }
 }

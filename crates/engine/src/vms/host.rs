@@ -8,13 +8,14 @@
 //! ```
 
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use skerry_confine::Role;
 use skerry_machine::Outcome;
 use skerry_protocol::host::{ExecHandle, ExecSession, HostError};
 use skerry_protocol::message::{ExitStatus, WinSize};
@@ -28,6 +29,7 @@ use super::registry::{Entry, Registry, now};
 use super::restart::Pauses;
 use super::serve;
 use crate::command::Surroundings;
+use crate::confinement::{self, Strictness};
 use crate::error::EngineError;
 use crate::paths::Paths;
 use crate::run::{RunIo, RunOutcome};
@@ -41,7 +43,7 @@ const WRITING_BACK_AT_ONCE: Duration = Duration::from_secs(1);
 /// What the threads of a machine's process share.
 pub(super) struct Hosted {
     pub(super) paths: Paths,
-    pub(super) program: Option<PathBuf>,
+    pub(super) confine: Strictness,
     entry: Mutex<Option<Entry>>,
     progress: Mutex<Progress>,
     changed: Condvar,
@@ -103,7 +105,13 @@ pub(super) fn host_in(
     started: impl FnOnce(&VmConfig),
     note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
-    let listener = match listen(&entry) {
+    let listener = listen(&entry).and_then(|listener| {
+        if job.own_process {
+            confinement::of_vm(paths, &job.spec.vm, &[entry.folder()])?;
+        }
+        Ok(listener)
+    });
+    let listener = match listener {
         Ok(listener) => listener,
         Err(error) => {
             entry.discard(&error);
@@ -112,7 +120,7 @@ pub(super) fn host_in(
     };
     let hosted = Arc::new(Hosted {
         paths: paths.clone(),
-        program: job.program.map(Path::to_owned),
+        confine: job.spec.vm.options.confine,
         entry: Mutex::new(Some(entry)),
         progress: Mutex::default(),
         changed: Condvar::new(),
@@ -642,6 +650,9 @@ fn attach(
 ) -> Result<(), HostError> {
     let [mut stdout, mut stderr] = io.feed(&session).map_err(lost)?;
     let thread = std::thread::Builder::new().name("run-output".to_owned());
-    let thread = thread.spawn(move || ended(session.wait(&mut stdout, &mut stderr)));
+    let thread = thread.spawn(move || {
+        skerry_confine::enter(Role::Stream);
+        ended(session.wait(&mut stdout, &mut stderr));
+    });
     thread.map(drop).map_err(lost)
 }

@@ -1,6 +1,5 @@
 //! A virtual machine to be: what it begins with, its command, and what the registry is to have of it.
 
-use std::path::Path;
 use std::sync::OnceLock;
 
 use skerry_oci::Image;
@@ -52,8 +51,8 @@ pub struct Job<'a> {
     pub detached: bool,
     /// By what it can be started again; its disk is kept then.
     pub launch: Option<&'a Launch>,
-    /// What runs other machines, asked with `vm-host`; without one, this machine can't be forked.
-    pub program: Option<&'a Path>,
+    /// This process is the machine's own, and is confined to it for good.
+    pub own_process: bool,
     /// What its processors have done is put here when it has ended.
     pub statistics: Option<&'a OnceLock<Statistics>>,
 }

@@ -103,7 +103,7 @@ pub fn create(launch: &Launch, note: &mut dyn FnMut(&str)) -> Result<String, Eng
     let paths = Paths::at(&launch.root);
     let registry = Registry::open(&paths)?;
     let origin = Origin::of(&paths, &launch.begin, None, None, note)?;
-    let job = launch.job(origin.source(), None);
+    let job = launch.job(origin.source());
     let config = job::config(&job, &Plan::of(&job)?);
     Ok(registry.prepare(config, launch)?.id)
 }
@@ -247,7 +247,7 @@ impl Origin {
 
 impl Launch {
     /// What the machine's process has to do.
-    fn job<'a>(&'a self, source: Source<'a>, program: Option<&'a Path>) -> Job<'a> {
+    fn job<'a>(&'a self, source: Source<'a>) -> Job<'a> {
         // The state of a machine that it was made from is gone with it.
         let again = !self.auto_remove && !matches!(self.begin, Begin::Machine(_));
         Job {
@@ -257,7 +257,7 @@ impl Launch {
             auto_remove: self.auto_remove,
             detached: true,
             launch: again.then_some(self),
-            program,
+            own_process: true,
             statistics: None,
         }
     }
@@ -285,8 +285,7 @@ fn run(launch: &Launch, entry: Option<Entry>, maker: &mut UnixStream) -> Result<
             return Err(error);
         }
     };
-    let program = std::env::current_exe().ok();
-    let job = launch.job(origin.source(), program.as_deref());
+    let job = launch.job(origin.source());
     let started = |config: &super::VmConfig| {
         tell(Told::Started(config.id.clone()));
         let _ = maker.shutdown(std::net::Shutdown::Both);

@@ -9,6 +9,7 @@ use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::copies;
 use super::info::{Status, VmInfo};
 use super::launch::Detached;
 use super::names;
@@ -16,6 +17,7 @@ use super::output::LogReader;
 use super::registry::Registry;
 use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
+use crate::confinement::Report;
 use crate::network::NetworkReport;
 use crate::paths::Paths;
 use crate::run::{RunIo, RunOutcome};
@@ -276,18 +278,18 @@ pub fn snapshot(
     }
 }
 
-/// Makes more machines from a running one, with these names (an empty one for any).
+/// Makes more machines from a running one, with these names (an empty one for any): each in a process
+/// `program vm-host`, which this one starts.
 pub fn fork(
     registry: &Registry,
+    program: &Path,
     name: &str,
-    names: Vec<String>,
+    names: &[String],
     auto_remove: bool,
 ) -> Result<Forked, EngineError> {
     let info = registry.find(name)?;
-    match reach(registry, &info)?.ask(&Request::Fork { names, auto_remove })? {
-        (Reply::Forked(forked), _) => Ok(forked),
-        _ => Err(strange(&info)),
-    }
+    let client = reach(registry, &info)?;
+    copies::fork(client, program, registry.data(), names, auto_remove)
 }
 
 /// What a running machine's network is, and has done.
@@ -296,8 +298,18 @@ pub fn network(registry: &Registry, name: &str) -> Result<NetworkReport, EngineE
     let client = reach(registry, &info)?;
     client.limit(PATIENCE)?;
     match client.ask(&Request::Network)? {
-        (Reply::Network(report), _) => Ok(report),
+        (Reply::Network(report), _) => Ok(*report),
         _ => Err(strange(&info)),
+    }
+}
+
+/// How a running machine's process is confined.
+fn confinement(registry: &Registry, info: &VmInfo) -> Result<Report, EngineError> {
+    let client = reach(registry, info)?;
+    client.limit(PATIENCE)?;
+    match client.ask(&Request::Confinement)? {
+        (Reply::Confinement(report), _) => Ok(report),
+        _ => Err(strange(info)),
     }
 }
 
@@ -310,6 +322,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
             info,
             statistics: None,
             network: None,
+            confinement: None,
         });
     }
     let client = reach(registry, &info)?;
@@ -318,6 +331,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
     match client.ask(&Request::Statistics { sample_ms })? {
         (Reply::Statistics(statistics), _) => Ok(Inspected {
             network: Some(network(registry, &info.config.id)?),
+            confinement: Some(confinement(registry, &info)?),
             info,
             statistics: Some(statistics),
         }),
@@ -336,6 +350,8 @@ pub struct Inspected {
     pub statistics: Option<Statistics>,
     /// Its network, likewise.
     pub network: Option<NetworkReport>,
+    /// How its process is confined, likewise.
+    pub confinement: Option<Report>,
 }
 
 /// An answer to another question.

@@ -118,6 +118,11 @@ impl Registry {
         }
     }
 
+    /// The folder that this and everything else is in.
+    pub(crate) fn data(&self) -> &Path {
+        self.root.parent().unwrap_or(&self.root)
+    }
+
     fn folder(&self, id: &str) -> PathBuf {
         self.root.join(id)
     }
@@ -534,7 +539,7 @@ impl Entry {
         registry.give_name(&mut self.config, name)
     }
 
-    /// The folder for its writable disk.
+    /// All that it has of its own, its writable disk too.
     pub(crate) fn folder(&self) -> PathBuf {
         self.registry.folder(&self.config.id)
     }

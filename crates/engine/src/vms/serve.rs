@@ -16,7 +16,9 @@ use super::info::Status;
 use crate::error::EngineError;
 use crate::frozen::Writing;
 use crate::network::NetworkReport;
+use crate::parcel;
 use crate::vm::GuestStream;
+use skerry_confine::Role;
 use skerry_hypervisor::probe::chain;
 use skerry_protocol::Transport;
 
@@ -47,6 +49,7 @@ pub(super) fn start(listener: UnixListener, hosted: Arc<Hosted>) -> Result<Serve
     let failed = EngineError::host("serve a virtual machine's socket");
     let server = Server(listener.try_clone().map_err(&failed)?);
     let accepting = move || {
+        skerry_confine::enter(Role::Control);
         while let Ok((stream, _)) = listener.accept() {
             let hosted = hosted.clone();
             // Without a thread the connection is closed, and the client says so.
@@ -117,12 +120,24 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
             };
             copies::snapshot(hosted, name.as_deref(), writing).map(Reply::Snapshotted)
         }
-        Request::Fork { names, auto_remove } => {
-            copies::fork(hosted, &names, auto_remove).map(Reply::Forked)
-        }
+        Request::Fork => match copies::hand_out(hosted) {
+            Ok((frozen, parted)) => {
+                // Who asked may be gone, and the machine goes on all the same.
+                if control::send(&mut stream, &Reply::Parted(parted)).is_ok()
+                    && let Err(error) = parcel::hand_over(&mut stream, &frozen)
+                {
+                    tracing::warn!(%error, "nobody took the machine's state");
+                }
+                return;
+            }
+            Err(error) => Err(error),
+        },
         Request::Network => hosted
             .life()
-            .map(|life| Reply::Network(NetworkReport::of(life.vm.network()))),
+            .map(|life| Reply::Network(Box::new(NetworkReport::of(life.vm.network())))),
+        Request::Confinement => Ok(Reply::Confinement(
+            skerry_confine::active().cloned().unwrap_or_default(),
+        )),
         Request::Statistics { sample_ms } => {
             let span = Duration::from_millis(sample_ms).min(LONGEST_SAMPLE);
             let sampled = hosted.life().and_then(|life| life.vm.sample(span));

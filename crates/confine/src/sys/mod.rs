@@ -1,0 +1,5 @@
+//! The operating system's part.
+
+mod linux;
+
+pub(crate) use linux::{active, confine, enter, probe};

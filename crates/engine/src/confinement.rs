@@ -1,0 +1,76 @@
+//! What a process that runs guests keeps of the host: the folders of its machine, the store, its
+//! network.
+//!
+//! ```text
+//!  vms::host ─┐
+//!  pools ─────┼─ of_vm, of_pool, of_files ─► Plan ─► skerry_confine::confine ─► Report
+//!  boot, warm ┘
+//! ```
+
+use std::path::PathBuf;
+
+pub use skerry_confine::{Layer, LayerReport, Report, Strictness, probe};
+use skerry_confine::{Plan, confine};
+
+use crate::error::EngineError;
+use crate::paths::Paths;
+use crate::vm::VmSpec;
+
+/// The first port that anybody may listen at.
+const FIRST_FREE_PORT: u16 = 1024;
+
+/// Confines this process to one that runs the machine of `spec`, for good; `own` are the folders of
+/// its own. Its threads are to begin after this.
+pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), EngineError> {
+    let (scratch, snapshots, vms) = (paths.scratch(), paths.snapshots(), paths.vms());
+    for folder in [&scratch, &snapshots] {
+        Paths::ensure(folder)?;
+    }
+    let mut write = vec![scratch, snapshots];
+    write.extend_from_slice(own);
+    if spec.options.soft.perf_map {
+        write.push("/tmp".into());
+    }
+    let mut read = vec![paths.images()];
+    read.extend(spec.kernel.clone());
+    let low = |port: u16| (1..FIRST_FREE_PORT).contains(&port);
+    let plan = Plan {
+        strictness: spec.options.confine,
+        passing: &["probe", "probe-end"],
+        read,
+        write,
+        names: vec![vms.join("names"), vms],
+        network: spec.network.card().is_some(),
+        low_ports: spec
+            .network
+            .publish
+            .iter()
+            .any(|mapping| low(mapping.host.port())),
+        shares: false,
+    };
+    put_on(&plan)
+}
+
+/// Confines this process to one that boots a machine from these files, with disks that are open.
+pub(crate) fn of_files(strictness: Strictness, read: Vec<PathBuf>) -> Result<(), EngineError> {
+    put_on(&Plan {
+        strictness,
+        read,
+        ..Plan::default()
+    })
+}
+
+fn put_on(plan: &Plan) -> Result<(), EngineError> {
+    // Of a process that can't be looked into, only its superuser may open this.
+    skerry_machine::prepare_tracking();
+    let report = confine(plan)?;
+    for layer in &report.layers {
+        tracing::debug!(
+            layer = layer.layer.name(),
+            holds = layer.holds,
+            "{}",
+            layer.detail
+        );
+    }
+    Ok(())
+}
