@@ -605,7 +605,13 @@ pub(crate) async fn fork(
     Json(NewForks { names, auto_remove }): Json<NewForks>,
 ) -> Result<(StatusCode, Json<vms::Forked>), ApiError> {
     work(&app, move |app| {
-        let forked = vms::fork(&app.registry()?, &app.options.program, &vm, &names, auto_remove)?;
+        let forked = vms::fork(
+            &app.registry()?,
+            &app.options.program,
+            &vm,
+            &names,
+            auto_remove,
+        )?;
         Ok((StatusCode::CREATED, Json(forked)))
     })
     .await
