@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::eventually;
 use common::home::Home;
+use common::registry::{Demands, Registry};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -688,10 +689,20 @@ fn snapshots_travel_by_way_of_a_registry_with_what_they_differ_from() {
         return;
     };
     let (home, other) = (Home::new(), Home::empty());
-    home.start("counts", "n=0; while :; do n=$((n+1)); echo $n > /n; sleep 0.05; done");
+    home.start(
+        "counts",
+        "n=0; while :; do n=$((n+1)); echo $n > /n; sleep 0.05; done",
+    );
     let base = home.done(&["snapshot", "create", "--with-image", "counts", "base"]);
     home.sh("counts", "echo kept > /later");
-    let diff = home.done(&["snapshot", "create", "--diff", "--with-image", "counts", "diff"]);
+    let diff = home.done(&[
+        "snapshot",
+        "create",
+        "--diff",
+        "--with-image",
+        "counts",
+        "diff",
+    ]);
     let name = registry.name("snapshots/counts:v1");
     let pushed = home.done(&["snapshot", "push", "diff", &name]);
     assert!(pushed.starts_with("v1: digest: sha256:"), "{pushed}");
@@ -700,13 +711,21 @@ fn snapshots_travel_by_way_of_a_registry_with_what_they_differ_from() {
     home.refused(&["snapshot", "push", "nobody", &name], &["nobody"]);
 
     let pulled = other.done(&["snapshot", "pull", "--name", "there", &name]);
-    assert_eq!(pulled.trim_start_matches("sha256:"), diff.trim_start_matches("sha256:"));
+    assert_eq!(
+        pulled.trim_start_matches("sha256:"),
+        diff.trim_start_matches("sha256:")
+    );
     let listed = other.done(&["snapshot", "ls", "-q", "--format", "json"]);
-    assert!(listed.contains(base.trim_start_matches("sha256:")), "{listed}");
+    assert!(
+        listed.contains(base.trim_start_matches("sha256:")),
+        "{listed}"
+    );
     other.restore("there", "goes-on");
     assert_eq!(other.sh("goes-on", "cat /later"), "kept");
     let before = other.number("goes-on", "cat /n");
-    eventually("it counts on", || other.number("goes-on", "cat /n") > before);
+    eventually("it counts on", || {
+        other.number("goes-on", "cat /n") > before
+    });
 
     // An image is no snapshot, and a spoilt part is none either.
     let image = registry.name("demo:v1");

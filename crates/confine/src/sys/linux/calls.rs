@@ -50,7 +50,7 @@ const COMMON: Calls = &[
     SYS_sigaltstack,
 ];
 
-/// Reading, writing and waiting at descriptors that are open.
+/// Reading, writing and waiting at descriptors that are open, and what files are.
 const STREAMS: Calls = &[
     SYS_close,
     SYS_dup,
@@ -70,6 +70,7 @@ const STREAMS: Calls = &[
     SYS_sendmsg,
     SYS_sendto,
     SYS_shutdown,
+    SYS_statx,
     SYS_write,
     SYS_writev,
 ];
@@ -91,7 +92,6 @@ const CONTENT: Calls = &[
     SYS_pwritev2,
     SYS_sendfile,
     SYS_splice,
-    SYS_statx,
     SYS_sync_file_range,
 ];
 
