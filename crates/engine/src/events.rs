@@ -34,6 +34,7 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// A virtual machine.
@@ -55,6 +56,7 @@ impl Kind {
 
 /// Something that has happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Happened {
     /// When, in nanoseconds since 1970.
     pub time: u64,

@@ -48,12 +48,14 @@ const PREFIXES: std::ops::RangeInclusive<u8> = 16..=29;
 
 /// What a network is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct NetworkConfig {
     /// 32 hexadecimal digits.
     pub id: String,
     /// Its name, which no other has.
     pub name: String,
     /// Its addresses.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub subnet: Ipv4Net,
     /// What its owner says of it.
     pub labels: BTreeMap<String, String>,
@@ -63,8 +65,10 @@ pub struct NetworkConfig {
 
 /// A machine on a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct NetworkMember {
     /// Its address there.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub address: Ipv4Addr,
     /// What others find it by.
     pub names: Vec<String>,
@@ -74,6 +78,7 @@ pub struct NetworkMember {
 
 /// A network and who is on it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct NetworkInfo {
     /// What it is.
     #[serde(flatten)]

@@ -43,6 +43,7 @@ struct About {
 
 /// A volume.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Volume {
     /// Its name.
     pub name: String,
@@ -55,6 +56,7 @@ pub struct Volume {
     /// Nobody named it: it was made for one machine.
     pub anonymous: bool,
     /// Its disk.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub path: PathBuf,
     /// A machine has it.
     pub in_use: bool,

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use skerry_engine::command::CommandSpec;
 use skerry_engine::images::{self, PullPolicy};
+use skerry_engine::mounts::{MountKind, MountSpec};
 use skerry_engine::network::{Mapping, NetworkMode, NetworkSpec, Protocol};
 use skerry_engine::run::RunSpec;
 use skerry_engine::vm::VmSpec;
@@ -171,7 +172,8 @@ fn described(body: Value) -> Result<Described, ApiError> {
         restart: restart(host.take("RestartPolicy")?)?,
         vm: VmSpec {
             options: options(&mut host)?,
-            network: network(&mut host)?,
+            network: network(&mut host, config.take("NetworkingConfig")?)?,
+            mounts: mounts(&mut config, &mut host)?,
             read_only: host.take("ReadonlyRootfs")?,
             hostname: (!hostname.is_empty()).then_some(hostname),
             ..VmSpec::default()
@@ -195,23 +197,7 @@ fn described(body: Value) -> Result<Described, ApiError> {
         )));
     }
     log.end()?;
-    host.ignore(&[
-        "NetworkMode",
-        "ShmSize",
-        "CgroupnsMode",
-        "IpcMode",
-        "UTSMode",
-    ]);
-    let mut networking = Fields::of("NetworkingConfig.", config.take("NetworkingConfig")?)?;
-    let endpoints: Map<String, Value> = networking.take("EndpointsConfig")?;
-    for (name, endpoint) in endpoints {
-        if !["default", "bridge", "none"].contains(&name.as_str()) || !is_nothing(&endpoint) {
-            return Err(ApiError::invalid(format!(
-                "The network {name} can't be had through this server: use default or none"
-            )));
-        }
-    }
-    networking.end()?;
+    host.ignore(&["ShmSize", "CgroupnsMode", "IpcMode", "UTSMode"]);
     host.end()?;
     config.end()?;
     Ok(Described { image, spec })
@@ -294,17 +280,125 @@ fn options(host: &mut Fields) -> Result<MachineOptions, ApiError> {
     Ok(options)
 }
 
-fn network(host: &mut Fields) -> Result<NetworkSpec, ApiError> {
-    let mode: String = host.take("NetworkMode")?;
-    let mode = match mode.as_str() {
-        "" | "default" | "bridge" => None,
-        "none" => Some(NetworkMode::None),
-        other => {
+/// Folders, volumes and memory file systems.
+fn mounts(config: &mut Fields, host: &mut Fields) -> Result<Vec<MountSpec>, ApiError> {
+    let mut all = Vec::new();
+    for text in host.take::<Vec<String>>("Binds")? {
+        all.push(bind(&text)?);
+    }
+    for mount in host.take::<Vec<Value>>("Mounts")? {
+        let mut mount = Fields::of("HostConfig.Mounts.", mount)?;
+        let (kind, source): (String, String) = (mount.take("Type")?, mount.take("Source")?);
+        let kind = match kind.as_str() {
+            "bind" => MountKind::Bind {
+                source: source.into(),
+            },
+            "volume" | "" => MountKind::Volume {
+                name: (!source.is_empty()).then_some(source),
+                no_copy: false,
+            },
+            "tmpfs" => MEMORY,
+            other => {
+                return Err(ApiError::invalid(format!(
+                    "Nothing of type {other} can be mounted: use bind, volume or tmpfs"
+                )));
+            }
+        };
+        all.push(MountSpec {
+            kind,
+            target: mount.take("Target")?,
+            read_only: mount.take("ReadOnly")?,
+        });
+        mount.end()?;
+    }
+    let writable = |kind, target| MountSpec {
+        kind,
+        target,
+        read_only: false,
+    };
+    for (target, options) in host.take::<BTreeMap<String, String>>("Tmpfs")? {
+        if !options.is_empty() {
             return Err(ApiError::invalid(format!(
-                "The network {other} can't be had through this server: use bridge or none"
+                "The memory file system {target} can't have options through this server: {options}"
             )));
         }
+        all.push(writable(MEMORY, target));
+    }
+    // Those of `-v /folder` alone have a volume of their own.
+    for (target, _) in config.take::<Map<String, Value>>("Volumes")? {
+        let own = MountKind::Volume {
+            name: None,
+            no_copy: false,
+        };
+        all.push(writable(own, target));
+    }
+    Ok(all)
+}
+
+/// A memory file system as docker's client has it without more words.
+const MEMORY: MountKind = MountKind::Tmpfs {
+    size: None,
+    mode: None,
+};
+
+/// `HOST:GUEST[:ro]`, where what doesn't begin with a slash is a volume.
+fn bind(text: &str) -> Result<MountSpec, ApiError> {
+    let wrong = || ApiError::invalid(format!("{text:?} can't be mounted: write HOST:GUEST[:ro]"));
+    let parts: Vec<&str> = text.split(':').collect();
+    let (source, target, read_only) = match parts[..] {
+        [source, target] | [source, target, "rw"] => (source, target, false),
+        [source, target, "ro"] => (source, target, true),
+        _ => return Err(wrong()),
     };
+    let kind = match source.starts_with('/') {
+        true => MountKind::Bind {
+            source: source.into(),
+        },
+        false => MountKind::Volume {
+            name: Some(source.to_owned()),
+            no_copy: false,
+        },
+    };
+    Ok(MountSpec {
+        kind,
+        target: target.to_owned(),
+        read_only,
+    })
+}
+
+/// What a client says of one network.
+fn endpoint(endpoint: Value, aliases: &mut Vec<String>) -> Result<(), ApiError> {
+    let mut endpoint = Fields::of("NetworkingConfig.EndpointsConfig.", endpoint)?;
+    aliases.extend(endpoint.take::<Vec<String>>("Aliases")?);
+    endpoint.end()
+}
+
+fn network(host: &mut Fields, networking: Value) -> Result<NetworkSpec, ApiError> {
+    let name: String = host.take("NetworkMode")?;
+    let (mut mode, mut join, mut aliases) = (None, Vec::new(), Vec::new());
+    let mut add = |name: &str| match name {
+        "" | "default" | "bridge" => Ok(()),
+        "none" => {
+            mode = Some(NetworkMode::None);
+            Ok(())
+        }
+        "host" => Err(ApiError::invalid(
+            "A machine has a network of its own, and not the host's: use bridge, none or one's name",
+        )),
+        name => {
+            if !join.iter().any(|known| known == name) {
+                join.push(name.to_owned());
+            }
+            Ok(())
+        }
+    };
+    add(&name)?;
+    let mut networking = Fields::of("NetworkingConfig.", networking)?;
+    for (name, of_it) in networking.take::<Map<String, Value>>("EndpointsConfig")? {
+        add(&name)?;
+        endpoint(of_it, &mut aliases)?;
+    }
+    networking.end()?;
     let bindings: BTreeMap<String, Option<Vec<Binding>>> = host.take("PortBindings")?;
     let mut publish = Vec::new();
     for (port, bindings) in bindings {
@@ -323,6 +417,8 @@ fn network(host: &mut Fields) -> Result<NetworkSpec, ApiError> {
         mode,
         publish,
         dns: servers.iter().map(server).collect::<Result<_, _>>()?,
+        join,
+        aliases,
         ..NetworkSpec::default()
     })
 }
@@ -471,6 +567,25 @@ mod tests {
     }
 
     #[test]
+    fn folders_and_networks_are_taken() {
+        let mut body = body();
+        body["HostConfig"]["Binds"] = json!(["/srv:/data:ro", "disk:/var"]);
+        body["HostConfig"]["NetworkMode"] = json!("inner");
+        let inner = json!({ "inner": { "Aliases": ["db"] } });
+        body["NetworkingConfig"]["EndpointsConfig"] = inner;
+        let Described { spec, .. } = described(body).expect("it can be had");
+        let [folder, volume] = &spec.vm.mounts[..] else {
+            panic!("{:?}", spec.vm.mounts);
+        };
+        let is_srv = |kind: &MountKind| matches!(kind, MountKind::Bind { source } if source.as_os_str() == "/srv");
+        assert!(folder.read_only && is_srv(&folder.kind));
+        let is_disk = |kind: &MountKind| matches!(kind, MountKind::Volume { name: Some(name), .. } if name == "disk");
+        assert!(!volume.read_only && is_disk(&volume.kind));
+        assert_eq!(spec.vm.network.join, ["inner"]);
+        assert_eq!(spec.vm.network.aliases, ["db"]);
+    }
+
+    #[test]
     fn what_can_not_be_had_is_named() {
         let refused = |path: &str, value: Value| {
             let mut body = body();
@@ -482,6 +597,7 @@ mod tests {
         assert!(refused("/Domainname", json!("x")).contains("Domainname"));
         assert!(refused("/HostConfig/NanoCpus", json!(1_500_000_000)).contains("whole"));
         assert!(refused("/HostConfig/NetworkMode", json!("host")).contains("host"));
+        assert!(refused("/HostConfig/Binds", json!(["/a:/b:z"])).contains("/a:/b:z"));
         assert!(refused("/HostConfig/LogConfig/Type", json!("syslog")).contains("syslog"));
     }
 }

@@ -171,7 +171,7 @@ pub(crate) struct Step {
     error: Option<String>,
 }
 
-fn step(out: &BodySender, progress: Progress) {
+pub(crate) fn step(out: &BodySender, progress: Progress) {
     if let Progress::Transfer {
         digest,
         done,
@@ -189,7 +189,7 @@ fn step(out: &BodySender, progress: Progress) {
 }
 
 /// An answer of lines, written by what `act` does.
-fn steps(
+pub(crate) fn steps(
     app: &Shared,
     act: impl FnOnce(&App, &BodySender) -> Result<String, skerry_engine::EngineError> + Send + 'static,
 ) -> Response {

@@ -1,7 +1,9 @@
 //! Skerry's own API, below `/api/v1`: what the command does, with the JSON that it prints.
 
+mod events;
 mod images;
 mod pools;
+mod shared;
 mod snapshots;
 mod system;
 mod vms;
@@ -29,6 +31,8 @@ use crate::work::Shared;
         (name = "vms", description = "Virtual machines"),
         (name = "images", description = "Images"),
         (name = "snapshots", description = "Snapshots"),
+        (name = "volumes", description = "Disks that outlive machines"),
+        (name = "networks", description = "Networks between machines"),
         (name = "pools", description = "Pools of clean machines"),
         (name = "system", description = "The server and its host")
     ),
@@ -46,6 +50,8 @@ pub(crate) fn router() -> (axum::Router<Shared>, Document) {
                 .routes(routes!(system::doctor))
                 .routes(routes!(vms::list, vms::create))
                 .routes(routes!(vms::inspect, vms::remove))
+                .routes(routes!(vms::start))
+                .routes(routes!(vms::restart))
                 .routes(routes!(vms::stop))
                 .routes(routes!(vms::kill))
                 .routes(routes!(vms::pause))
@@ -58,6 +64,12 @@ pub(crate) fn router() -> (axum::Router<Shared>, Document) {
                 .routes(routes!(vms::fork))
                 .routes(routes!(vms::network))
                 .routes(routes!(vms::stats))
+                .routes(routes!(events::events))
+                .routes(routes!(shared::volumes, shared::create_volume))
+                .routes(routes!(shared::prune_volumes))
+                .routes(routes!(shared::inspect_volume, shared::remove_volume))
+                .routes(routes!(shared::networks, shared::create_network))
+                .routes(routes!(shared::inspect_network, shared::remove_network))
                 .routes(routes!(images::list, images::remove))
                 .routes(routes!(images::inspect))
                 .routes(routes!(images::pull))
@@ -67,6 +79,8 @@ pub(crate) fn router() -> (axum::Router<Shared>, Document) {
                 .routes(routes!(snapshots::list))
                 .routes(routes!(snapshots::inspect, snapshots::remove))
                 .routes(routes!(snapshots::prune))
+                .routes(routes!(snapshots::push))
+                .routes(routes!(snapshots::pull))
                 .routes(routes!(pools::list, pools::create))
                 .routes(routes!(pools::stats, pools::remove))
                 .routes(routes!(pools::exec))

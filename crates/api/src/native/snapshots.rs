@@ -1,11 +1,13 @@
 //! Snapshots of the store.
 
 use axum::Json;
-use axum::extract::{Path, State};
-use serde::Serialize;
+use axum::extract::{Path, Query, State};
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
 use skerry_engine::snapshots::{self, Removed, SnapshotDetails, SnapshotEntry};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
+use super::images::{Step, parse, step, steps};
 use crate::error::{ApiError, Problem, chain};
 use crate::work::{Shared, work};
 
@@ -83,4 +85,57 @@ pub(crate) async fn prune(State(app): State<Shared>) -> Result<Json<RemovedSnaps
         }))
     })
     .await
+}
+
+/// Where to.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Target {
+    /// As of an image: `registry.example/snapshots/web:v1`.
+    name: String,
+}
+
+/// Sends a snapshot, and what it is a difference to, to a registry. The last line says `digest` or `error`.
+#[utoipa::path(post, path = "/snapshots/{snapshot}/push", tag = "snapshots",
+    params(("snapshot" = String, Path, description = "Its name or ID"), Target),
+    responses((status = 200, body = Step, content_type = "application/x-ndjson"),
+              (status = "default", body = Problem)))]
+pub(crate) async fn push(
+    State(app): State<Shared>,
+    Path(snapshot): Path<String>,
+    Query(Target { name }): Query<Target>,
+) -> Result<Response, ApiError> {
+    let name = parse(&name)?;
+    Ok(steps(&app, move |app, out| {
+        let mut tell = |progress| step(out, progress);
+        let pushed = snapshots::push(app.paths(), &snapshot, &name, &mut tell)?;
+        Ok(pushed.digest.to_string())
+    }))
+}
+
+/// Where from.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Source {
+    /// As of an image: `registry.example/snapshots/web:v1`.
+    name: String,
+    /// What it is called in the store.
+    snapshot: Option<String>,
+}
+
+/// Gets a snapshot, and what it is a difference to, from a registry. The last line says `digest`, which is
+/// its ID, or `error`.
+#[utoipa::path(post, path = "/snapshots/pull", tag = "snapshots", params(Source),
+    responses((status = 200, body = Step, content_type = "application/x-ndjson"),
+              (status = "default", body = Problem)))]
+pub(crate) async fn pull(
+    State(app): State<Shared>,
+    Query(Source { name, snapshot }): Query<Source>,
+) -> Result<Response, ApiError> {
+    let name = parse(&name)?;
+    Ok(steps(&app, move |app, out| {
+        let mut tell = |progress| step(out, progress);
+        let id = snapshots::pull(app.paths(), &name, snapshot.as_deref(), &mut tell)?;
+        Ok(id.to_string())
+    }))
 }

@@ -62,6 +62,8 @@ pub(crate) struct NewVm {
     name: String,
     /// It is forgotten when it ends.
     auto_remove: bool,
+    /// It is only made, to be started later.
+    created: bool,
     /// When the image is pulled.
     pull: Pull,
     /// The machine and its command.
@@ -132,6 +134,10 @@ fn make(app: &App, new: NewVm) -> Result<Made, ApiError> {
     };
     let mut notes = Vec::new();
     let mut note = |text: &str| notes.push(text.to_owned());
+    if new.created {
+        let id = vms::create(&launch, &mut note)?;
+        return Ok(Made { id, notes });
+    }
     match vms::detach(&app.options.program, &launch, &mut note)? {
         Detached::Runs(id) => Ok(Made { id, notes }),
         Detached::NotStarted(failure) => Err(ApiError::invalid(failure.message)),
@@ -183,6 +189,50 @@ async fn simply(
         Ok(StatusCode::NO_CONTENT)
     })
     .await
+}
+
+/// Starts a machine that was made, or has ended, with the files that it has.
+#[utoipa::path(post, path = "/vms/{vm}/start", tag = "vms",
+    params(("vm" = String, Path, description = "Name, ID or the ID's first digits")),
+    responses((status = 200, body = Made), (status = "default", body = Problem)))]
+pub(crate) async fn start(
+    State(app): State<Shared>,
+    Path(vm): Path<String>,
+) -> Result<Json<Made>, ApiError> {
+    work(&app, move |app| {
+        let mut notes = Vec::new();
+        let mut note = |text: &str| notes.push(text.to_owned());
+        let started = vms::start(app.paths(), &app.options.program, &vm, &mut note)?;
+        runs(started, notes)
+    })
+    .await
+}
+
+/// Stops a machine and starts it again.
+#[utoipa::path(post, path = "/vms/{vm}/restart", tag = "vms",
+    params(("vm" = String, Path, description = "Name, ID or the ID's first digits"), Grace),
+    responses((status = 200, body = Made), (status = "default", body = Problem)))]
+pub(crate) async fn restart(
+    State(app): State<Shared>,
+    Path(vm): Path<String>,
+    Query(Grace { grace }): Query<Grace>,
+) -> Result<Json<Made>, ApiError> {
+    work(&app, move |app| {
+        let mut notes = Vec::new();
+        let mut note = |text: &str| notes.push(text.to_owned());
+        let grace = Duration::from_secs(grace.into());
+        let program = &app.options.program;
+        let started = vms::restart(app.paths(), program, &vm, grace, &mut note)?;
+        runs(started, notes)
+    })
+    .await
+}
+
+fn runs(started: Detached, notes: Vec<String>) -> Result<Json<Made>, ApiError> {
+    match started {
+        Detached::Runs(id) => Ok(Json(Made { id, notes })),
+        Detached::NotStarted(failure) => Err(ApiError::invalid(failure.message)),
+    }
 }
 
 /// How long a command is given.
