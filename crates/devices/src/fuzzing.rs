@@ -541,6 +541,7 @@ mod tests {
     #[test]
     fn rng_survives() {
         run(virtio_rng, 300);
+        run(virtio_balloon, 300);
     }
 
     #[test]

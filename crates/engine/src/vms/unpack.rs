@@ -38,7 +38,7 @@ pub(super) fn unpack(source: impl Skip, folder: &Path, how: &How) -> io::Result<
     let mut left_out = Vec::new();
     // A folder that can't be written would take nothing: their modes come last.
     let mut folders = Vec::new();
-    while let Some(entry) = reader.next().map_err(io::Error::other)? {
+    while let Some(entry) = reader.next_entry().map_err(io::Error::other)? {
         let path = how.place(&entry.path)?;
         if path.as_os_str().is_empty() {
             continue;

@@ -71,7 +71,7 @@ impl<R: Skip> TarReader<R> {
         }
     }
 
-    /// Where the next unread byte is: after [`TarReader::next`], the data of the entry.
+    /// Where the next unread byte is: after [`TarReader::next_entry`], the data of the entry.
     pub fn position(&self) -> u64 {
         self.position
     }
@@ -87,7 +87,7 @@ impl<R: Skip> TarReader<R> {
     }
 
     /// Passes over what is left of the current entry and reads the next.
-    pub fn next(&mut self) -> Result<Option<Entry>, TarError> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extensions = Extensions::default();
         let mut extended = false;
         loop {

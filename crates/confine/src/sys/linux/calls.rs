@@ -54,7 +54,7 @@ const COMMON: Calls = &[
     SYS_sigaltstack,
 ];
 
-/// Reading, writing and waiting at descriptors that are open.
+/// Reading, writing and waiting at descriptors that are open, and what files are.
 const STREAMS: Calls = &[
     SYS_close,
     SYS_dup,
@@ -74,6 +74,7 @@ const STREAMS: Calls = &[
     SYS_sendmsg,
     SYS_sendto,
     SYS_shutdown,
+    SYS_statx,
     SYS_write,
     SYS_writev,
 ];
@@ -95,7 +96,6 @@ const CONTENT: Calls = &[
     SYS_pwritev2,
     SYS_sendfile,
     SYS_splice,
-    SYS_statx,
     SYS_sync_file_range,
 ];
 
