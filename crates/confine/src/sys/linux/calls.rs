@@ -24,8 +24,12 @@ const PR_GET_AUXV: c_int = 0x4155_5856;
 type Calls = &'static [c_long];
 
 /// What Rust's and C's libraries do on every thread: memory, locks, time, its end.
+///
+/// A thread gives up its capabilities before it is narrowed; one that a narrowed thread starts does so
+/// again, with that one's filter on, and has none to win.
 const COMMON: Calls = &[
     SYS_brk,
+    SYS_capset,
     SYS_clock_gettime,
     SYS_clock_nanosleep,
     SYS_exit,
