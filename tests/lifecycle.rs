@@ -66,7 +66,7 @@ fn what_a_machine_writes_is_there_when_it_is_started_again() {
     assert_eq!(home.sh("site", "cat /kept"), "kept");
     assert_eq!(home.sh("site", "dmesg | grep -c 'recovery complete'"), "1");
     // A snapshot freezes the disk, which goes on in another file.
-    home.done(&["snapshot", "create", "site", "--name", "s"]);
+    home.done(&["snapshot", "create", "site", "s"]);
     home.sh("site", "echo after >/kept");
     home.done(&["stop", "-t", "0.2", "site"]);
     home.done(&["start", "site"]);

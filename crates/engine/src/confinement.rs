@@ -25,10 +25,11 @@ const FIRST_FREE_PORT: u16 = 1024;
 /// its own. Its threads are to begin after this.
 pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), EngineError> {
     let (scratch, snapshots, vms) = (paths.scratch(), paths.snapshots(), paths.vms());
-    for folder in [&scratch, &snapshots] {
+    let events = paths.events();
+    for folder in [&scratch, &snapshots, &events] {
         Paths::ensure(folder)?;
     }
-    let mut write = vec![scratch, snapshots];
+    let mut write = vec![scratch, snapshots, events];
     write.extend_from_slice(own);
     if spec.options.soft.perf_map {
         write.push("/tmp".into());

@@ -1,10 +1,10 @@
 //! What happens to machines and images, noted by whoever does it, and read by whoever wants to know.
 //!
 //! ```text
-//!  any process ─► note ─► events       a JSON object a line, appended in one write
+//!  any process ─► note ─► events/log      a JSON object a line, appended in one write
 //!                            │ of 4 MiB: renamed
 //!                            ▼
-//!                         events.1     the older half
+//!                         events/older    the older half
 //!  Reader ◄─ both, then what is written from now on
 //! ```
 //! A line is written under a shared lock and the renaming done under the same lock taken alone: a reader
@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,9 +24,9 @@ use crate::error::EngineError;
 use crate::paths::Paths;
 use crate::vms::{VmConfig, Watch, now};
 
-const FILE: &str = "events";
-const OLDER: &str = "events.1";
-const LOCK: &str = "events.lock";
+const FILE: &str = "log";
+const OLDER: &str = "older";
+const LOCK: &str = "lock";
 /// Bytes of a file after which the next one is begun.
 const LONGEST: u64 = 4 << 20;
 /// How often it is looked for new events where the host tells of none.
@@ -73,7 +73,7 @@ pub struct Happened {
 }
 
 /// Notes that something has happened to a machine.
-pub(crate) fn machine(root: &Path, config: &VmConfig, action: &str, more: &[(&str, String)]) {
+pub(crate) fn machine(paths: &Paths, config: &VmConfig, action: &str, more: &[(&str, String)]) {
     let mut attributes = config.labels.clone();
     attributes.insert("name".to_owned(), config.name.clone());
     attributes.insert("image".to_owned(), config.image.clone());
@@ -81,16 +81,16 @@ pub(crate) fn machine(root: &Path, config: &VmConfig, action: &str, more: &[(&st
         more.iter()
             .map(|(key, value)| ((*key).to_owned(), value.clone())),
     );
-    note(root, Kind::Machine, action, &config.id, attributes);
+    note(paths, Kind::Machine, action, &config.id, attributes);
 }
 
 /// Notes that something has happened to an image.
 pub(crate) fn image(paths: &Paths, action: &str, id: &str) {
     let attributes = BTreeMap::from([("name".to_owned(), id.to_owned())]);
-    note(paths.root(), Kind::Image, action, id, attributes);
+    note(paths, Kind::Image, action, id, attributes);
 }
 
-fn note(root: &Path, kind: Kind, action: &str, id: &str, attributes: BTreeMap<String, String>) {
+fn note(paths: &Paths, kind: Kind, action: &str, id: &str, attributes: BTreeMap<String, String>) {
     let event = Happened {
         time: now(),
         kind,
@@ -99,17 +99,23 @@ fn note(root: &Path, kind: Kind, action: &str, id: &str, attributes: BTreeMap<St
         attributes,
     };
     // What is done is done, whether or not it can be noted.
-    if let Err(error) = append(root, &event) {
+    if let Err(error) = append(&paths.events(), &event) {
         tracing::debug!(%error, action, "an event is not noted");
     }
 }
 
-fn append(root: &Path, event: &Happened) -> io::Result<()> {
+fn append(folder: &Path, event: &Happened) -> io::Result<()> {
     let mut line = serde_json::to_vec(event)?;
     line.push(b'\n');
-    let lock = private().write(true).create(true).open(root.join(LOCK))?;
+    if !folder.exists() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)?;
+    }
+    let lock = private().write(true).create(true).open(folder.join(LOCK))?;
     rustix::fs::flock(&lock, FlockOperation::LockShared)?;
-    let path = root.join(FILE);
+    let path = folder.join(FILE);
     let mut file = private().append(true).create(true).open(&path)?;
     file.write_all(&line)?;
     if file.metadata()?.len() < LONGEST {
@@ -118,7 +124,7 @@ fn append(root: &Path, event: &Happened) -> io::Result<()> {
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
     // Another may have done it before it was this one's turn.
     if fs::metadata(&path)?.len() >= LONGEST {
-        fs::rename(&path, root.join(OLDER))?;
+        fs::rename(&path, folder.join(OLDER))?;
     }
     Ok(())
 }
@@ -143,17 +149,18 @@ pub struct Reader {
 impl Reader {
     /// Begins with the oldest that is known.
     pub fn open(paths: &Paths) -> Result<Self, EngineError> {
-        Paths::ensure(paths.root())?;
-        let older = File::open(paths.root().join(OLDER)).ok();
+        let folder = paths.events();
+        Paths::ensure(&folder)?;
+        let older = File::open(folder.join(OLDER)).ok();
         let mut reader = Self {
-            path: paths.root().join(FILE),
+            path: folder.join(FILE),
             older: older.is_some(),
             file: older.map(BufReader::new),
             partial: Vec::new(),
             watch: Watch::new(),
         };
         // That there is one more file shows in the folder.
-        reader.watch.add_folder(paths.root());
+        reader.watch.add_folder(&folder);
         Ok(reader)
     }
 
@@ -250,13 +257,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for number in 0..COUNT {
-                    note(
-                        paths.root(),
-                        Kind::Machine,
-                        "test",
-                        "id",
-                        event(number, &long),
-                    );
+                    note(&paths, Kind::Machine, "test", "id", event(number, &long));
                 }
             });
             for number in 0..COUNT {
@@ -265,7 +266,7 @@ mod tests {
                 assert_eq!(event.attributes["n"], number.to_string());
             }
         });
-        assert!(folder.path().join(OLDER).exists());
+        assert!(paths.events().join(OLDER).exists());
         assert_eq!(
             early.next(Some(Duration::from_millis(10))).expect("none"),
             None
@@ -282,8 +283,9 @@ mod tests {
     fn what_is_no_event_is_passed_over() {
         let folder = tempfile::tempdir().expect("folder");
         let paths = Paths::at(folder.path());
-        fs::write(folder.path().join(FILE), "half of a li\n{}\n\n").expect("file");
-        note(paths.root(), Kind::Image, "pull", "id", BTreeMap::new());
+        fs::create_dir(paths.events()).expect("folder");
+        fs::write(paths.events().join(FILE), "half of a li\n{}\n\n").expect("file");
+        note(&paths, Kind::Image, "pull", "id", BTreeMap::new());
         let mut reader = Reader::open(&paths).expect("reader");
         let event = reader.written().expect("read").expect("one");
         assert_eq!((event.kind, event.action.as_str()), (Kind::Image, "pull"));

@@ -65,6 +65,11 @@ impl Paths {
         self.root.join("volumes")
     }
 
+    /// What has happened: see [`crate::events`].
+    pub fn events(&self) -> PathBuf {
+        self.root.join("events")
+    }
+
     /// The folder that everything is in.
     pub fn root(&self) -> &Path {
         &self.root

@@ -360,7 +360,7 @@ impl Hosted {
         io: RunIo,
         started: &mut dyn FnMut(&VmConfig),
     ) -> Result<RunOutcome, EngineError> {
-        let io = ready::watch(self, life, mark, io);
+        let io = ready::watch(self, life, mark, io)?;
         let surroundings = plan.surroundings.clone();
         let (sender, receiver) = mpsc::channel();
         let watched = life.vm.clone();

@@ -7,6 +7,7 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,7 @@ use skerry_protocol::message::ExitStatus;
 
 use super::host::{Hosted, Life};
 use crate::command::{self, CommandSpec, Surroundings};
+use crate::error::EngineError;
 use crate::run::RunIo;
 
 /// How long after a probe that failed the next one begins.
@@ -78,8 +80,7 @@ impl Finder {
 struct Watched {
     inner: Box<dyn Write + Send>,
     finder: Option<Finder>,
-    hosted: Arc<Hosted>,
-    life: Arc<Life>,
+    found: Sender<()>,
 }
 
 impl Write for Watched {
@@ -94,7 +95,8 @@ impl Write for Watched {
             self.finder = None;
             // Whoever is told looks at the output next.
             let _ = self.inner.flush();
-            self.hosted.become_ready(&self.life);
+            // It may have been found in the other stream before.
+            let _ = self.found.send(());
         }
         Ok(written)
     }
@@ -104,29 +106,39 @@ impl Write for Watched {
     }
 }
 
-/// Has the streams looked through, if it is a text that says when the machine is ready.
+/// Has the streams looked through, if it is a text that says when the machine is ready. A thread of its
+/// own writes that down: those that pass streams on open no files.
 pub(super) fn watch(
     hosted: &Arc<Hosted>,
     life: &Arc<Life>,
     mark: Option<&ReadyMark>,
     io: RunIo,
-) -> RunIo {
+) -> Result<RunIo, EngineError> {
     let Some(ReadyMark::Text(text)) = mark else {
-        return io;
+        return Ok(io);
     };
+    let (found, told) = mpsc::channel();
+    let (hosted, life) = (hosted.clone(), life.clone());
+    let thread = std::thread::Builder::new().name("run-ready".to_owned());
+    let noting = thread.spawn(move || {
+        // It ends with the streams, at the latest.
+        if told.recv().is_ok() {
+            hosted.become_ready(&life);
+        }
+    });
+    noting.map_err(EngineError::host("start a thread"))?;
     let watched = |inner| {
         Box::new(Watched {
             inner,
             finder: Some(Finder::new(text.as_bytes())),
-            hosted: hosted.clone(),
-            life: life.clone(),
+            found: found.clone(),
         })
     };
-    RunIo {
+    Ok(RunIo {
         stdout: watched(io.stdout),
         stderr: watched(io.stderr),
         ..io
-    }
+    })
 }
 
 /// Runs the probe until it succeeds, or there is nothing to ask any more.

@@ -114,7 +114,7 @@ impl Registry {
     /// Notes what has happened to a machine.
     pub(crate) fn note(&self, config: &VmConfig, action: &str, more: &[(&str, String)]) {
         if let Some(root) = self.root.parent() {
-            events::machine(root, config, action, more);
+            events::machine(&Paths::at(root), config, action, more);
         }
     }
 
