@@ -113,15 +113,21 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
             exchangeable: false,
         });
     }
+    let asked = spec.network.mode.is_some() || !spec.network.join.is_empty();
+    let card = spec.network.card().filter(|_| asked);
+    let paths = match card {
+        Some(_) => Paths::of_user()?,
+        // Nothing is looked for there: who has no home boots kernels too.
+        None => Paths::at(PathBuf::new()),
+    };
     if spec.own_process {
         let files = spec.kernel.iter().chain(&spec.initrd).cloned();
-        confinement::of_files(spec.options.confine, files.collect())?;
+        let network = card.map(|_| (&paths, &spec.network));
+        confinement::of_files(spec.options.confine, files.collect(), network)?;
     }
     let SerialPort { output, input } = spec.serial;
     attachments.serial[0] = output;
-    let asked = spec.network.mode.is_some() || !spec.network.join.is_empty();
-    let card = spec.network.card().filter(|_| asked);
-    let network = spec.network.make(&Paths::of_user()?, card)?;
+    let network = spec.network.make(&paths, card)?;
     attachments.network = network.map(|network| network as Arc<dyn NetBackend>);
     let config = MachineConfig {
         memory: spec.options.memory,

@@ -14,6 +14,7 @@ use skerry_confine::{Plan, confine};
 
 use crate::error::EngineError;
 use crate::mounts::{MountKind, MountSpec};
+use crate::network::NetworkSpec;
 use crate::paths::Paths;
 use crate::vm::VmSpec;
 use crate::volumes::Volumes;
@@ -31,13 +32,13 @@ pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), Engine
     }
     let mut write = vec![scratch, snapshots, events];
     write.extend_from_slice(own);
+    write.extend(shared_networks(paths, &spec.network));
     if spec.options.soft.perf_map {
         write.push("/tmp".into());
     }
     let mut read = vec![paths.images()];
     read.extend(spec.kernel.clone());
     let shares = shared(paths, spec, &mut read, &mut write)?;
-    let low = |port: u16| (1..FIRST_FREE_PORT).contains(&port);
     let plan = Plan {
         strictness: spec.options.confine,
         passing: &["probe", "probe-end"],
@@ -45,14 +46,23 @@ pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), Engine
         write,
         names: vec![vms.join("names"), vms],
         network: spec.network.card().is_some(),
-        low_ports: spec
-            .network
-            .publish
-            .iter()
-            .any(|mapping| low(mapping.host.port())),
+        low_ports: has_low_ports(&spec.network),
         shares,
     };
     put_on(&plan)
+}
+
+/// Whether ports are published that not anybody may listen at.
+fn has_low_ports(network: &NetworkSpec) -> bool {
+    let low = |port: u16| (1..FIRST_FREE_PORT).contains(&port);
+    let mut published = network.publish.iter();
+    published.any(|mapping| low(mapping.host.port()))
+}
+
+/// The folders of the networks that a machine shares.
+fn shared_networks(paths: &Paths, network: &NetworkSpec) -> impl Iterator<Item = PathBuf> {
+    let all = paths.networks();
+    network.join.iter().map(move |name| all.join(name))
 }
 
 /// Adds the folders and volumes of a machine; tells whether there are folders. Volumes that aren't
@@ -81,10 +91,19 @@ fn shared(
 }
 
 /// Confines this process to one that boots a machine from these files, with disks that are open.
-pub(crate) fn of_files(strictness: Strictness, read: Vec<PathBuf>) -> Result<(), EngineError> {
+pub(crate) fn of_files(
+    strictness: Strictness,
+    read: Vec<PathBuf>,
+    network: Option<(&Paths, &NetworkSpec)>,
+) -> Result<(), EngineError> {
+    let spec = network.map(|(_, spec)| spec);
+    let shared = network.map(|(paths, spec)| shared_networks(paths, spec).collect());
     put_on(&Plan {
         strictness,
         read,
+        write: shared.unwrap_or_default(),
+        network: network.is_some(),
+        low_ports: spec.is_some_and(has_low_ports),
         ..Plan::default()
     })
 }

@@ -238,8 +238,15 @@ fn lists(role: Role) -> Vec<Calls> {
 
 /// What serves a processor's devices and its compiled code.
 const MACHINE: Calls = &[SYS_memfd_create, SYS_timerfd_settime, SYS_getrusage];
-/// The host's resolver and its configuration.
-const RESOLVER: Calls = &[SYS_openat, SYS_epoll_create1, SYS_getdents64];
+/// The host's resolver and its configuration; leases of shared networks.
+const RESOLVER: Calls = &[
+    SYS_epoll_create1,
+    SYS_flock,
+    SYS_getdents64,
+    SYS_openat,
+    SYS_unlink,
+    SYS_unlinkat,
+];
 
 /// An argument, how it is compared, and with what.
 type Condition = (u8, Op, u64);
@@ -345,9 +352,14 @@ fn by_argument(role: Role) -> Result<Vec<(c_long, Vec<SeccompRule>)>, String> {
 /// The kind of a socket, without its flags.
 const KIND: u64 = 0xf;
 
-/// Sockets of the internet's protocols that need no right.
+/// Sockets of the internet's protocols that need no right, and those between machines that share a
+/// network.
 fn sockets() -> Result<Vec<SeccompRule>, String> {
-    let mut rules = Vec::new();
+    let neighbours = SOCK_SEQPACKET as u64;
+    let mut rules = vec![rule(&[
+        (0, Op::Eq, AF_UNIX as u64),
+        (1, Op::MaskedEq(KIND), neighbours),
+    ])?];
     for family in [AF_INET, AF_INET6] {
         for kind in [SOCK_STREAM, SOCK_DGRAM] {
             rules.push(rule(&[
