@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::eventually;
 use common::home::Home;
+use common::registry::{Demands, Registry};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -680,4 +681,63 @@ fn no_two_clones_are_alike() {
             );
         }
     }
+}
+
+#[test]
+fn snapshots_travel_by_way_of_a_registry_with_what_they_differ_from() {
+    let Some(registry) = Registry::start(Demands::default()) else {
+        return;
+    };
+    let (home, other) = (Home::new(), Home::empty());
+    home.start(
+        "counts",
+        "n=0; while :; do n=$((n+1)); echo $n > /n; sleep 0.05; done",
+    );
+    let base = home.done(&["snapshot", "create", "--with-image", "counts", "base"]);
+    home.sh("counts", "echo kept > /later");
+    let diff = home.done(&[
+        "snapshot",
+        "create",
+        "--diff",
+        "--with-image",
+        "counts",
+        "diff",
+    ]);
+    let name = registry.name("snapshots/counts:v1");
+    let pushed = home.done(&["snapshot", "push", "diff", &name]);
+    assert!(pushed.starts_with("v1: digest: sha256:"), "{pushed}");
+    // What is there isn't sent again, and a name that means nothing is an error.
+    home.done(&["snapshot", "push", "-q", "diff", &name]);
+    home.refused(&["snapshot", "push", "nobody", &name], &["nobody"]);
+
+    let pulled = other.done(&["snapshot", "pull", "--name", "there", &name]);
+    assert_eq!(
+        pulled.trim_start_matches("sha256:"),
+        diff.trim_start_matches("sha256:")
+    );
+    let listed = other.done(&["snapshot", "ls", "-q", "--format", "json"]);
+    assert!(
+        listed.contains(base.trim_start_matches("sha256:")),
+        "{listed}"
+    );
+    other.restore("there", "goes-on");
+    assert_eq!(other.sh("goes-on", "cat /later"), "kept");
+    let before = other.number("goes-on", "cat /n");
+    eventually("it counts on", || {
+        other.number("goes-on", "cat /n") > before
+    });
+
+    // An image is no snapshot, and a spoilt part is none either.
+    let image = registry.name("demo:v1");
+    home.done(&["tag", "demo", &image]);
+    home.done(&["push", "-q", &image]);
+    let empty = Home::empty();
+    empty.refused(&["snapshot", "pull", &image], &["vnd.skerry.snapshot"]);
+    let blob = registry.blob(&registry.largest_blob());
+    let mut content = std::fs::read(&blob).expect("a blob");
+    let middle = content.len() / 2;
+    content[middle] ^= 1;
+    std::fs::write(&blob, content).expect("spoilt");
+    assert_eq!(empty.run(&["snapshot", "pull", &name]).status, 125);
+    assert_eq!(empty.done(&["snapshot", "ls", "-q"]), "");
 }

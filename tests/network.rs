@@ -337,13 +337,135 @@ fn a_public_network_is_not_the_hosts() {
     });
 }
 
+/// What a machine was denied: for each what it was, as JSON.
+fn denials(home: &Home, name: &str) -> Vec<Value> {
+    let text = home.done(&["inspect", "--sample", "1ms", name]);
+    let inspected: Value = serde_json::from_str(&text).expect("JSON");
+    let denied = inspected["network"]["denied"].as_array();
+    denied.expect("denials").clone()
+}
+
+#[test]
+fn rules_allow_names_and_what_they_lead_to() {
+    let home = Home::new();
+    let (own, other) = (serve("127.0.0.1", page), serve("127.0.0.1", page));
+    let (server, asked) = name_server();
+    let (server, rule) = (server.to_string(), format!("*.test:{own}"));
+    let options = [
+        "--network",
+        "full",
+        "--dns",
+        &server,
+        "--network-allow",
+        &rule,
+    ];
+    home.start_with("vm", &options, &["sleep", "1000"]);
+    let gets = |name: &str, port: u16| {
+        let url = format!("http://{name}:{port}/");
+        let ran = home.exec("vm", &["timeout", "20", "wget", "-qO-", &url]);
+        ran.status == 0 && ran.stdout == b"hello\n"
+    };
+    // The address alone is not what the rule names, until the name has led to it.
+    assert!(!gets("10.0.2.2", own));
+    assert!(gets("gateway.test", own));
+    assert!(gets("10.0.2.2", own));
+    assert!(!gets("gateway.test", other));
+    // A name that no rule allows is not even asked for.
+    assert!(!gets("gateway.example", own));
+    assert!(asked.try_iter().all(|name| name == "gateway.test"));
+    assert!(count(&home, "vm", "denied_names") >= 1);
+    assert_eq!(count(&home, "vm", "denied_unlisted"), 2);
+    let denied = denials(&home, "vm");
+    let name = denied.iter().find(|denial| denial["reason"] == "name");
+    assert_eq!(name.expect("a name")["name"], "gateway.example");
+    let to = format!("10.0.2.2:{other}");
+    let found = denied.iter().find(|denial| denial["address"] == *to);
+    let found = found.expect("an address");
+    assert_eq!(found["name"], "gateway.test");
+    assert_eq!(found["reason"], "unlisted");
+    // A fork may do no more.
+    home.done(&["fork", "--name", "child", "vm"]);
+    let url = format!("http://10.0.2.2:{other}/");
+    let ran = home.exec("child", &["timeout", "20", "wget", "-qO-", &url]);
+    assert_ne!(ran.status, 0);
+}
+
+#[test]
+fn rules_name_private_addresses_and_names_do_not() {
+    let home = Home::new();
+    let (own, other) = (serve("127.0.0.1", page), serve("127.0.0.1", page));
+    let (server, _asked) = name_server();
+    let (server, rule) = (server.to_string(), format!("127.0.0.1:{own}"));
+    let allow = ["--network-allow", &rule, "--network-allow", "metadata.test"];
+    let options = [&["--dns", &server], &allow[..]].concat();
+    home.start_with("vm", &options, &["sleep", "1000"]);
+    let status = |vm: &str, url: &str| {
+        let ran = home.exec(vm, &["timeout", "20", "wget", "-qO-", url]);
+        ran.status
+    };
+    assert_eq!(status("vm", &format!("http://10.0.2.2:{own}/")), 0);
+    assert_ne!(status("vm", &format!("http://10.0.2.2:{other}/")), 0);
+    assert_ne!(status("vm", "http://metadata.test/"), 0);
+    assert_eq!(count(&home, "vm", "denied_rebinding"), 1);
+    let denied = denials(&home, "vm");
+    let found = denied.iter().find(|denial| denial["reason"] == "rebinding");
+    let found = found.expect("a denial");
+    assert_eq!(found["address"], "169.254.169.254:80");
+    assert_eq!(found["name"], "metadata.test");
+    // What a rule denies is denied, whatever else allows it.
+    let options = ["--network", "full", "--network-deny", "127.0.0.0/8"];
+    home.start_with("deny", &options, &["sleep", "1000"]);
+    assert_ne!(status("deny", &format!("http://10.0.2.2:{own}/")), 0);
+    assert_eq!(count(&home, "deny", "denied_by_rule"), 1);
+    let bad = home.run(&["run", "--network-allow", "1.2.3.4/99", "demo", "true"]);
+    assert_eq!(bad.status, 125);
+    assert!(bad.stderr.contains("names no addresses"), "{}", bad.stderr);
+}
+
+#[test]
+fn packets_are_as_long_as_is_said() {
+    let home = Home::new();
+    let web = serve("127.0.0.1", page);
+    let options = ["--network", "full", "--network-mtu", "1400"];
+    home.start_with("vm", &options, &["sleep", "1000"]);
+    assert_eq!(home.sh("vm", "cat /sys/class/net/eth0/mtu"), "1400");
+    assert_eq!(
+        home.sh("vm", &format!("wget -qO- http://10.0.2.2:{web}/")),
+        "hello"
+    );
+    home.done(&["snapshot", "create", "vm", "kept"]);
+    let restore = [
+        "restore",
+        "--hypervisor",
+        "soft",
+        "--network-mtu",
+        "9000",
+        "kept",
+    ];
+    home.refused(&restore, &["1400", "--network-mtu"]);
+    let bad = [
+        "run",
+        "--hypervisor",
+        "soft",
+        "--network-mtu",
+        "1000",
+        "demo",
+        "true",
+    ];
+    home.refused(&bad, &["1280"]);
+}
+
 #[test]
 fn without_a_network_there_is_no_card() {
     let home = Home::new();
     let run = ["run", "--hypervisor", "soft", "--network", "none"];
     let ran = home.done(&[&run[..], &["demo", "ls", "/sys/class/net"]].concat());
     assert!(ran.contains("lo") && !ran.contains("eth0"), "{ran}");
-    for option in [["-p", "80:80"], ["--dns", "9.9.9.9"]] {
+    for option in [
+        ["-p", "80:80"],
+        ["--dns", "9.9.9.9"],
+        ["--network-allow", "9.9.9.9"],
+    ] {
         let args = [&run[..], &option, &["demo", "true"]].concat();
         home.refused(&args, &["--network none"]);
     }

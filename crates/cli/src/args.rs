@@ -3,7 +3,9 @@
 mod confine;
 mod images;
 mod lifecycle;
+mod mounts;
 mod network;
+mod networks;
 mod pool;
 mod serve;
 mod snapshot;
@@ -18,7 +20,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use confine::*;
 pub use images::*;
 pub use lifecycle::*;
+pub use mounts::*;
 pub use network::*;
+pub use networks::*;
 pub use pool::*;
 pub use serve::*;
 pub use snapshot::*;
@@ -45,7 +49,7 @@ pub struct Cli {
     pub command: Command,
 
     /// More notes on stderr; twice for the devices' and processors' own.
-    #[arg(short = 'v', long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
+    #[arg(long, global = true, action = clap::ArgAction::Count, display_order = 1000)]
     pub verbose: u8,
 }
 
@@ -59,6 +63,10 @@ pub enum Command {
     Create(RunArgs),
     /// Start virtual machines that were created, or have ended
     Start(StartArgs),
+    /// Be connected to the command of a machine that runs in the background
+    Attach(AttachArgs),
+    /// Stop virtual machines and start them again
+    Restart(RestartArgs),
     /// Boot an image, warm it up, and have later runs start from there
     Warm(WarmArgs),
     /// Let a virtual machine go on from a snapshot of it
@@ -75,6 +83,12 @@ pub enum Command {
     Stats(UsageArgs),
     /// Print what the command of a detached virtual machine wrote
     Logs(LogsArgs),
+    /// List the processes in a virtual machine
+    Top(TopArgs),
+    /// Copy files into a virtual machine or out of it
+    Cp(CpArgs),
+    /// Print what happens to machines and images as it happens
+    Events(EventsArgs),
     /// Print the published ports of a virtual machine, and where the host listens for them
     Port(PortArgs),
     /// Have virtual machines stand still
@@ -92,8 +106,12 @@ pub enum Command {
     Rename(RenameArgs),
     /// Remove virtual machines that have ended
     Rm(RmArgs),
+    /// Remove all virtual machines that have ended
+    Prune(PruneArgs),
     /// Keep clean virtual machines ready
     Pool(PoolArgs),
+    /// Networks that virtual machines share
+    Network(NetworksArgs),
     /// Boot a kernel
     Boot(BootArgs),
     /// Get images from their registries
@@ -112,6 +130,8 @@ pub enum Command {
     Load(LoadArgs),
     /// Look into images, and remove those without a name
     Image(ImageArgs),
+    /// Make volumes, look at them, remove them
+    Volume(VolumeArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
     /// Answer at a socket: the same over HTTP, for programs and for docker's client
@@ -252,7 +272,7 @@ pub struct RunArgs {
     pub io: CommandArgs,
 
     /// Run it in the background and print its ID
-    #[arg(short = 'd', long, conflicts_with_all = ["interactive", "stats"])]
+    #[arg(short = 'd', long, conflicts_with = "stats")]
     pub detach: bool,
 
     /// Name of the virtual machine [default: one is made up]
@@ -297,6 +317,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "CMD", conflicts_with = "ready", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub ready_cmd: Option<String>,
 
+    /// The machine is ready when a connection to this TCP port of it is accepted
+    #[arg(long, value_name = "PORT", conflicts_with_all = ["ready", "ready_cmd"], value_parser = clap::value_parser!(u16).range(1..))]
+    pub ready_tcp: Option<u16>,
+
     /// Labels, restarts
     #[command(flatten)]
     pub lifecycle: LifecycleArgs,
@@ -312,6 +336,10 @@ pub struct RunArgs {
     /// Its network
     #[command(flatten)]
     pub network: NetworkArgs,
+
+    /// Its folders and volumes
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// Kernel to boot instead of the built-in one
     #[arg(long, value_name = "FILE")]
@@ -419,6 +447,10 @@ pub struct RestoreArgs {
     #[command(flatten)]
     pub network: NetworkArgs,
 
+    /// Its folders: those that it had, by the places where it has them
+    #[command(flatten)]
+    pub mounts: MountArgs,
+
     /// How the software processor runs code
     #[command(flatten)]
     pub soft: SoftArgs,
@@ -487,6 +519,10 @@ pub struct PsArgs {
     /// Whole IDs and commands
     #[arg(long)]
     pub no_trunc: bool,
+    /// Only some, of all: status=, name=, id=, image=, exited= or label=KEY[=VALUE]; with one key several
+    /// times, any of the values will do
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub filter: Vec<Filter>,
 }
 
 /// `skerry inspect`.
@@ -626,6 +662,10 @@ pub struct BootArgs {
     /// End when the guest resets, instead of booting it again
     #[arg(long)]
     pub no_reboot: bool,
+
+    /// The network: without --network there is no card; a DHCP client in the guest sets it up
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// Port of a debug-exit device: a guest that writes V there ends skerry with (V << 1) | 1
     #[arg(long, value_name = "PORT", value_parser = parse_port)]

@@ -38,6 +38,12 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run::execute(args, cli.verbose),
         Command::Create(args) => commands::run::create(args, cli.verbose),
         Command::Start(args) => commands::lifecycle::start(&args),
+        Command::Attach(args) => commands::lifecycle::attach(&args),
+        Command::Restart(args) => commands::lifecycle::restart(&args),
+        Command::Top(args) => commands::files::top(&args),
+        Command::Cp(args) => commands::files::copy(&args),
+        Command::Events(args) => commands::events::execute(&args),
+        Command::Prune(args) => commands::lifecycle::prune(&args),
         Command::Warm(args) => commands::run::warm(args, cli.verbose),
         Command::Restore(args) => commands::run::restore(args, cli.verbose),
         Command::Fork(args) => commands::vms::fork(&args),
@@ -55,6 +61,7 @@ fn main() -> ExitCode {
         Command::Rename(args) => commands::vms::rename(&args),
         Command::Rm(args) => commands::vms::remove(&args),
         Command::Pool(args) => commands::pool::execute(args, cli.verbose),
+        Command::Network(args) => commands::networks::execute(args),
         Command::PoolHost => commands::pool::host(),
         Command::VmHost => commands::vms::host(),
         Command::Boot(args) => commands::boot::execute(args),
@@ -66,6 +73,7 @@ fn main() -> ExitCode {
         Command::Save(args) => commands::archives::save(&args),
         Command::Load(args) => commands::archives::load(&args),
         Command::Image(args) => commands::images::execute(&args),
+        Command::Volume(args) => commands::volume::volume(args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
         Command::Serve(args) => commands::serve::execute(&args),
         Command::System(args) => commands::system::execute(&args),
@@ -83,7 +91,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Events of the library go to stderr: warnings, with -v what is done, with -vv all.
+/// Events of the library go to stderr: warnings, with --verbose what is done, given twice all.
 fn start_log(verbose: u8) {
     let level = match verbose {
         0 => "warn",

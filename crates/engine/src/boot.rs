@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use skerry_machine::{
-    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, Sampler,
+    Attachments, DiskConfig, MachineConfig, MachineHandle, MachineRemote, NetBackend, Sampler,
 };
 use skerry_storage::{Access, Disk, RawDisk};
 
@@ -17,6 +17,8 @@ use crate::confinement;
 use crate::error::EngineError;
 use crate::hypervisor::Selected;
 use crate::machine::{MachineOptions, prepare, start};
+use crate::network::NetworkSpec;
+use crate::paths::Paths;
 use crate::statistics::{Statistics, sampler};
 
 /// A disk of the host for the guest.
@@ -61,6 +63,8 @@ pub struct BootSpec {
     pub disks: Vec<DiskSpec>,
     /// COM1.
     pub serial: SerialPort,
+    /// The network; there is a card only where a reach is named.
+    pub network: NetworkSpec,
     /// A reset ends the run.
     pub no_reboot: bool,
     /// Port of the debug-exit device.
@@ -106,6 +110,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
         disks.push(DiskConfig {
             name: disk.path.display().to_string(),
             read_only: disk.read_only,
+            exchangeable: false,
         });
     }
     if spec.own_process {
@@ -114,6 +119,10 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
     }
     let SerialPort { output, input } = spec.serial;
     attachments.serial[0] = output;
+    let asked = spec.network.mode.is_some() || !spec.network.join.is_empty();
+    let card = spec.network.card().filter(|_| asked);
+    let network = spec.network.make(&Paths::of_user()?, card)?;
+    attachments.network = network.map(|network| network as Arc<dyn NetBackend>);
     let config = MachineConfig {
         memory: spec.options.memory,
         cpus: spec.options.cpus,
@@ -122,6 +131,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
         command_line: spec.command_line,
         disks,
         rng: true,
+        network: card,
         no_reboot: spec.no_reboot,
         debug_exit: spec.debug_exit,
         ..MachineConfig::default()

@@ -13,8 +13,10 @@ pub use skerry_confine::{Layer, LayerReport, Report, Strictness, probe};
 use skerry_confine::{Plan, confine};
 
 use crate::error::EngineError;
+use crate::mounts::{MountKind, MountSpec};
 use crate::paths::Paths;
 use crate::vm::VmSpec;
+use crate::volumes::Volumes;
 
 /// The first port that anybody may listen at.
 const FIRST_FREE_PORT: u16 = 1024;
@@ -33,6 +35,7 @@ pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), Engine
     }
     let mut read = vec![paths.images()];
     read.extend(spec.kernel.clone());
+    let shares = shared(paths, spec, &mut read, &mut write)?;
     let low = |port: u16| (1..FIRST_FREE_PORT).contains(&port);
     let plan = Plan {
         strictness: spec.options.confine,
@@ -40,15 +43,40 @@ pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), Engine
         read,
         write,
         names: vec![vms.join("names"), vms],
-        network: spec.network.wants_card(),
+        network: spec.network.card().is_some(),
         low_ports: spec
             .network
             .publish
             .iter()
             .any(|mapping| low(mapping.host.port())),
-        shares: false,
+        shares,
     };
     put_on(&plan)
+}
+
+/// Adds the folders and volumes of a machine; tells whether there are folders. Volumes that aren't
+/// there are made now, so that the process needs no others.
+fn shared(
+    paths: &Paths,
+    spec: &VmSpec,
+    read: &mut Vec<PathBuf>,
+    write: &mut Vec<PathBuf>,
+) -> Result<bool, EngineError> {
+    for mount in &spec.mounts {
+        match &mount.kind {
+            MountKind::Bind { source } if mount.read_only => read.push(source.clone()),
+            MountKind::Bind { source } => write.push(source.clone()),
+            MountKind::Volume { name, .. } => {
+                let volumes = Volumes::open(paths)?;
+                write.push(match name {
+                    Some(name) => volumes.provide(name)?,
+                    None => paths.volumes(),
+                });
+            }
+            MountKind::Tmpfs { .. } => {}
+        }
+    }
+    Ok(spec.mounts.iter().any(MountSpec::is_bind))
 }
 
 /// Confines this process to one that boots a machine from these files, with disks that are open.

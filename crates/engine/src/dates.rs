@@ -20,6 +20,54 @@ pub fn rfc3339(time: SystemTime) -> String {
     )
 }
 
+/// A point in time of RFC 3339: `2026-01-31T12:00:00Z`, with fractions of a second and an offset where
+/// there are some.
+pub fn parse(text: &str) -> Option<SystemTime> {
+    let number = |from: usize, to: usize| -> Option<u64> {
+        let digits = text.get(from..to)?;
+        let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+        plain.then(|| digits.parse().ok()).flatten()
+    };
+    let marks = [(4, "-"), (7, "-"), (13, ":"), (16, ":")];
+    let separated = marks
+        .iter()
+        .all(|(at, mark)| text.get(*at..at + 1) == Some(*mark));
+    if !separated || !matches!(text.get(10..11), Some("T" | "t" | " ")) {
+        return None;
+    }
+    let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
+    let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
+    let rest = text.get(19..)?;
+    let zone = rest.find(['Z', 'z', '+', '-'])?;
+    let (fraction, zone) = rest.split_at(zone);
+    let nanoseconds = match fraction.strip_prefix('.') {
+        None => fraction.is_empty().then_some(0)?,
+        Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) && !digits.is_empty() => {
+            format!("{digits:0<9}").get(..9)?.parse().ok()?
+        }
+        Some(_) => return None,
+    };
+    let offset = match zone {
+        "Z" | "z" => 0,
+        _ => {
+            let (hours, minutes) = zone.get(1..)?.split_once(':')?;
+            let seconds = hours.parse::<i64>().ok()? * 3600 + minutes.parse::<i64>().ok()? * 60;
+            if zone.starts_with('-') {
+                -seconds
+            } else {
+                seconds
+            }
+        }
+    };
+    // The day's number by looking: a calendar that is right one way is right the other.
+    let guess = year.checked_sub(1970)? * 365;
+    let days = (guess..guess + 600).find(|days| civil(*days) == (year, month, day))?;
+    let within = hour < 24 && minute < 60 && second < 60;
+    let seconds = within.then_some(days * DAY + hour * 3600 + minute * 60 + second)?;
+    let seconds = u64::try_from(i64::try_from(seconds).ok()? - offset).ok()?;
+    Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds))
+}
+
 /// Year, month and day of the Gregorian calendar, so many days after 1970-01-01.
 ///
 /// Years begin in March here: then the leap day is the last of its year, and the months' lengths
@@ -62,6 +110,25 @@ pub fn ago(age: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        for seconds in [0, 951_782_399, 951_782_400, 1_700_000_000, 4_107_542_400] {
+            let time = SystemTime::UNIX_EPOCH + Duration::from_millis(seconds * 1000 + 7);
+            assert_eq!(parse(&rfc3339(time)), Some(time));
+        }
+        let noon = parse("2026-01-31T12:00:00Z");
+        assert_eq!(parse("2026-01-31T13:30:00.0+01:30"), noon);
+        for text in [
+            "",
+            "2026-01-31",
+            "2026-02-30T00:00:00Z",
+            "2026-01-31T25:00:00Z",
+            "2026-01-31T12:00:00",
+        ] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
 
     fn at(seconds: u64) -> String {
         rfc3339(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))

@@ -39,17 +39,192 @@ pub enum EngineError {
         /// What the probe found.
         source: Unusable,
     },
+    /// A folder can't be shared.
+    #[error(transparent)]
+    Share(#[from] skerry_share::ShareError),
+    /// What is to be mounted isn't there.
+    #[error("Can't mount {}: name a folder or a file of this host that you may read", path.display())]
+    MountSource {
+        /// The folder or file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It is neither a folder nor a file.
+    #[error("{} is neither a folder nor a regular file: a guest gets no others", .0.display())]
+    MountSpecial(PathBuf),
+    /// Nothing can be mounted there.
+    #[error("{0:?} is no place for a mount: write an absolute path other than /, without ..")]
+    MountTarget(String),
+    /// Two mounts in one place.
+    #[error("Two mounts are to be at {0}: leave one out")]
+    MountTwice(String),
+    /// More mounts than devices.
+    #[error("A machine has at most {most} folders and {most} volumes: leave some out")]
+    TooManyMounts {
+        /// How many there can be.
+        most: usize,
+    },
+    /// A kept machine was made for other mounts.
+    #[error(
+        "The machine was kept with {shares} folders and {volumes} volumes, and can't be given others: name as many with -v"
+    )]
+    OtherMounts {
+        /// Folders.
+        shares: usize,
+        /// Volumes.
+        volumes: usize,
+    },
+    /// A folder that was mounted in a kept machine is not named.
+    #[error(
+        "The machine was kept with a folder of its host at {0}: say which it is to be with -v HOST:{0}"
+    )]
+    MountMissing(String),
+    /// A mount that a kept machine doesn't have.
+    #[error("The machine was kept without a mount at {0}, and can't be given one: leave it out")]
+    MountNew(String),
+    /// The state of a machine with a volume would be of no use.
+    #[error(
+        "The machine has a volume, whose content is not part of a machine's state: run it without one to take snapshots or fork it"
+    )]
+    VolumeInState,
+    /// A volume can't have this name.
+    #[error(
+        "{0:?} can't be the name of a volume: use letters, digits, '_', '.' and '-', the first a letter or digit; a folder of this host begins with / or ./"
+    )]
+    VolumeName(String),
+    /// A volume can't have this size.
+    #[error("A volume has between {least} MiB and {most} TiB")]
+    VolumeSize {
+        /// In MiB.
+        least: u64,
+        /// In TiB.
+        most: u64,
+    },
+    /// There is a volume of this name.
+    #[error("There is a volume {0} already: choose another name")]
+    VolumeExists(String),
+    /// There is none.
+    #[error("There is no volume {0}: see skerry volume ls")]
+    NoVolume(String),
+    /// A machine has it.
+    #[error("The volume {name} is in use by {}: stop it first, or mount it read-only in all of them",
+        match holder { Some(pid) => format!("the process {pid}"), None => "another process".to_owned() })]
+    VolumeInUse {
+        /// The volume.
+        name: String,
+        /// The process that has it.
+        holder: Option<u32>,
+    },
+    /// A volume's files.
+    #[error("Can't {what} the volume {name}")]
+    Volume {
+        /// The volume.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
     /// A network can't be made.
     #[error(transparent)]
     Network(#[from] skerry_net::NetworkError),
     /// Ports or name servers of a network that isn't wanted.
     #[error(
-        "Without a network no port is published and no name server asked: leave --publish and --dns out, or --network none"
+        "Without a network no port is published, no name server asked and nothing allowed or denied: leave --publish, --dns, --network-allow and --network-deny out, or --network none"
     )]
     NetworkOff,
+    /// A longest packet that no card can have.
+    #[error(
+        "No network card has packets of that length: --network-mtu goes from {least} to {most}"
+    )]
+    BadMtu {
+        /// The shortest.
+        least: u16,
+        /// The longest.
+        most: u16,
+    },
+    /// The machine was kept with another card.
+    #[error(
+        "The machine was kept with packets of up to {kept} bytes, which can't be changed: leave --network-mtu out"
+    )]
+    OtherMtu {
+        /// Its card's.
+        kept: u16,
+    },
+    /// A further name on no network.
+    #[error(
+        "Only networks that machines share have names for them: leave --network-alias out, or name a network with --network"
+    )]
+    AliasOfNothing,
+    /// A further name that can't be asked for.
+    #[error("{alias:?} can't be asked for as a name: write letters, digits and hyphens")]
+    BadAlias {
+        /// What was asked for.
+        alias: String,
+    },
+    /// A network's name that can't be one.
+    #[error(
+        "{name:?} can't be a network's name: write a letter or digit, then letters, digits, \"_\", \".\" and \"-\"; none, public and full are no networks but reaches"
+    )]
+    BadNetworkName {
+        /// What was asked for.
+        name: String,
+    },
+    /// There is no such network.
+    #[error(
+        "There is no network {name}: see skerry network ls, or make it with skerry network create {name}"
+    )]
+    NoSuchNetwork {
+        /// What was asked for.
+        name: String,
+    },
+    /// There is one.
+    #[error(
+        "There is a network {name} already: choose another name, or remove it with skerry network rm {name}"
+    )]
+    NetworkExists {
+        /// The name.
+        name: String,
+    },
+    /// Machines are on it.
+    #[error(
+        "The network {name} has {count} machine(s): stop them first, see skerry network inspect {name}"
+    )]
+    NetworkInUse {
+        /// Its name.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+    /// All its addresses are taken.
+    #[error(
+        "The network {name} has no address left in {subnet}: make a larger one with skerry network create --subnet"
+    )]
+    NetworkFull {
+        /// Its name.
+        name: String,
+        /// Its addresses.
+        subnet: ipnet::Ipv4Net,
+    },
+    /// Addresses that no network can have.
+    #[error(
+        "No network can have the addresses {subnet}, since {reason}: choose others, or leave --subnet out"
+    )]
+    BadSubnet {
+        /// What was asked for.
+        subnet: ipnet::Ipv4Net,
+        /// Why not.
+        reason: String,
+    },
+    /// All addresses for networks are taken.
+    #[error(
+        "No addresses are left for another network: name some with --subnet, or remove networks with skerry network prune"
+    )]
+    NoSubnet,
     /// A network for a machine that was kept without a card.
     #[error(
-        "The machine was kept without a network card, and can't be given one: leave --network, --publish and --dns out"
+        "The machine was kept without a network card, and can't be given one: leave --network and the other options on its network out"
     )]
     NoCard,
     /// An option of the software processor, for a machine that has none.
@@ -367,6 +542,28 @@ pub enum EngineError {
     /// Its command has ended, and is started again in a moment.
     #[error("The machine waits to be started again, as its restart policy has it: try it later")]
     VmRests,
+    /// Only a guest reads its own disk.
+    #[error("{name} doesn't run, and only its guest can read its files: start it first")]
+    CopyStopped {
+        /// The machine.
+        name: String,
+    },
+    /// Files can't be copied so.
+    #[error("{path} {problem}")]
+    Copy {
+        /// What was named.
+        path: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The agent's program in a guest failed.
+    #[error("It can't be done in the guest of {name}: {reason}")]
+    InGuest {
+        /// The machine.
+        name: String,
+        /// In the guest's words.
+        reason: String,
+    },
     /// Its output goes elsewhere.
     #[error("The virtual machine {name} keeps no log: its output goes to where it was run")]
     NoLog {

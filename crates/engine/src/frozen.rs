@@ -28,6 +28,7 @@ use crate::command::Surroundings;
 use crate::error::EngineError;
 use crate::hypervisor::{Backend, Selected};
 use crate::images;
+use crate::mounts::MountAbout;
 use crate::paths::Paths;
 
 /// Raised with every change of [`About`] or of what a guest is set up with.
@@ -78,6 +79,9 @@ pub struct About {
     pub read_only: bool,
     /// Its command, where one was running.
     pub command: Option<CommandAbout>,
+    /// Folders of its host that it has mounted: of the next host, whoever starts it says which.
+    #[serde(default)]
+    pub mounts: Vec<MountAbout>,
     /// What further commands in it find.
     pub surroundings: Surroundings,
 }

@@ -12,6 +12,7 @@ use skerry_oci::{
 use crate::builtin;
 use crate::dates;
 use crate::error::EngineError;
+use crate::events;
 use crate::paths::Paths;
 use crate::warm;
 
@@ -80,7 +81,9 @@ pub fn pull(
     name: &Name,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Pulled, EngineError> {
-    Ok(open(paths)?.pull(name, &settings()?, progress)?)
+    let pulled = open(paths)?.pull(name, &settings()?, progress)?;
+    events::image(paths, "pull", &name.to_string());
+    Ok(pulled)
 }
 
 /// Sends an image of the store to the registry of its name.
@@ -89,7 +92,9 @@ pub fn push(
     name: &Name,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Pushed, EngineError> {
-    Ok(open(paths)?.push(name, &settings()?, progress)?)
+    let pushed = open(paths)?.push(name, &settings()?, progress)?;
+    events::image(paths, "push", &name.to_string());
+    Ok(pushed)
 }
 
 /// Gives an image, which is imported first where that has not been done, a further name.
@@ -98,7 +103,9 @@ pub fn tag(paths: &Paths, image: &str, name: &Name) -> Result<(), EngineError> {
         return Err(EngineError::TagWithDigest(name.to_string()));
     }
     let image = resolve(paths, image, &mut |_| ())?;
-    Ok(open(paths)?.tag(&image.digest.to_string(), &name.to_string())?)
+    open(paths)?.tag(&image.digest.to_string(), &name.to_string())?;
+    events::image(paths, "tag", &name.to_string());
+    Ok(())
 }
 
 /// The name under which what `image` means has to be pulled before it can be used; nothing where
@@ -131,7 +138,9 @@ pub fn to_pull(
 /// Removes a name of an image; with its last name the image and what was kept of its starts.
 pub fn remove(paths: &Paths, name: &str) -> Result<Removed, EngineError> {
     let removed = open(paths)?.remove(name)?;
+    events::image(paths, "untag", name);
     if let Removed::Image(digest) = &removed {
+        events::image(paths, "delete", &digest.to_string());
         warm::forget_image(paths, digest)?;
     }
     Ok(removed)
@@ -141,6 +150,7 @@ pub fn remove(paths: &Paths, name: &str) -> Result<Removed, EngineError> {
 pub fn prune(paths: &Paths) -> Result<Vec<Digest>, EngineError> {
     let removed = open(paths)?.prune()?;
     for digest in &removed {
+        events::image(paths, "delete", &digest.to_string());
         warm::forget_image(paths, digest)?;
     }
     Ok(removed)

@@ -50,9 +50,19 @@ impl Paths {
         self.root.join("vms")
     }
 
+    /// A folder for each network that machines share.
+    pub fn networks(&self) -> PathBuf {
+        self.root.join("networks")
+    }
+
     /// A folder for each pool.
     pub fn pools(&self) -> PathBuf {
         self.root.join("pools")
+    }
+
+    /// A folder for each named volume.
+    pub fn volumes(&self) -> PathBuf {
+        self.root.join("volumes")
     }
 
     /// The folder that everything is in.

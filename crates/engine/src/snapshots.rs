@@ -9,11 +9,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Serialize;
-use skerry_snapshot::{Form, PAGE_SIZE, PageImage, SnapshotStore, Trust};
+use skerry_oci::{Name, Outgoing, Progress, Pushed};
+use skerry_snapshot::{ARTIFACT_TYPE, Form, PAGE_SIZE, PageImage, SnapshotStore, Trust};
 pub use skerry_snapshot::{Listing, SnapshotId, SnapshotInfo};
 
 use crate::dates;
 use crate::error::EngineError;
+use crate::images;
 use crate::paths::Paths;
 
 /// Names with this in front are those of kept starts of images; nothing else is named so.
@@ -253,6 +255,58 @@ pub fn import(paths: &Paths, source: &Path, name: Option<&str>) -> Result<Snapsh
     }
     let store = open(paths)?;
     let id = store.import(source)?;
+    if let Some(name) = name {
+        store.tag(&id, name)?;
+    }
+    Ok(id)
+}
+
+/// Sends a snapshot, and all that it is a difference to, to the registry of `target`, as OCI artifacts.
+/// Everything is verified first.
+pub fn push(
+    paths: &Paths,
+    name: &str,
+    target: &Name,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Pushed, EngineError> {
+    let store = open(paths)?;
+    let chain = store.open_chain(&store.resolve(name)?, Trust::Nothing)?;
+    let artifact = |snapshot: &skerry_snapshot::Snapshot| Outgoing {
+        folder: snapshot.path().to_owned(),
+        manifest: snapshot.id(),
+    };
+    let artifacts: Vec<_> = chain.iter().rev().map(artifact).collect();
+    let images = images::open(paths)?;
+    Ok(images.push_artifacts(target, &artifacts, &images::settings()?, progress)?)
+}
+
+/// Brings a snapshot from its registry into the store, with what it is a difference to unless that is
+/// there, and calls it `name` if that is given. Nothing is to be seen of it before all is verified.
+pub fn pull(
+    paths: &Paths,
+    source: &Name,
+    name: Option<&str>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<SnapshotId, EngineError> {
+    if let Some(name) = name {
+        check_name(name)?;
+    }
+    let store = open(paths)?;
+    store.sweep()?;
+    let folder = store.receive()?;
+    let mut next =
+        |config: &[u8]| skerry_snapshot::parent_of(config).filter(|parent| !store.contains(parent));
+    let settings = images::settings()?;
+    let received = images::open(paths)?.pull_artifacts(
+        source,
+        ARTIFACT_TYPE,
+        folder.path(),
+        &settings,
+        &mut next,
+        progress,
+    )?;
+    let manifests = received.iter().map(|found| (found.manifest, found.size));
+    let id = folder.import(manifests)?;
     if let Some(name) = name {
         store.tag(&id, name)?;
     }

@@ -14,6 +14,8 @@ use skerry_storage::{CLUSTER_SIZE, scratch};
 
 use crate::error::EngineError;
 use crate::frozen::{About, Base, Frozen};
+use crate::mounts;
+use crate::network::MTUS;
 use crate::vm::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// How many times the host's memory a machine may have: the host takes only what the guest touches,
@@ -80,6 +82,7 @@ impl About {
             read_only,
             command: _,
             surroundings: _,
+            mounts,
         } = self;
         require(cpuid.len() == machine.cpus as usize, || {
             let tables = cpuid.len();
@@ -99,16 +102,29 @@ impl About {
         let disk = |name: &str, read_only| DiskConfig {
             name: name.to_owned(),
             read_only,
+            exchangeable: false,
         };
         let mut disks = vec![disk(ROOT_DISK, true)];
         disks.extend((!read_only).then(|| disk(SCRATCH_DISK, false)));
-        require(machine.disks == disks, || {
+        let own = machine.disks.get(..disks.len()).unwrap_or_default();
+        require(own == disks, || {
             "its disks are not a root disk and, where it can be written, a scratch disk".to_owned()
+        })?;
+        require(mounts::are_plausible(machine, disks.len()), || {
+            "its further disks and file systems are none that this build makes".to_owned()
+        })?;
+        // A state with a volume in use is not taken.
+        let fits = mounts.is_empty()
+            || mounts.len() == machine.shares.len() && machine.disks.len() == disks.len();
+        require(fits, || {
+            "it has other folders mounted than it has file systems".to_owned()
         })?;
         require(machine.vsock == Some(GUEST_CID), || {
             format!("its socket device has not the context id {GUEST_CID}")
         })?;
-        let card = machine.network.is_none_or(|card| card == address::CARD);
+        let card = machine
+            .network
+            .is_none_or(|card| card.mac == address::CARD.mac && MTUS.contains(&card.mtu));
         require(card, || {
             "its network card is none that this build makes".to_owned()
         })?;

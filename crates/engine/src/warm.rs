@@ -185,6 +185,8 @@ impl Warm {
     }
 
     fn write(&self, paths: &Paths, vm: &Vm, writing: Writing) -> Result<SnapshotId, EngineError> {
+        // A machine whose disk is kept elsewhere has had no use for it.
+        Paths::ensure(&paths.scratch())?;
         let frozen = vm.capture()?.frozen;
         frozen.write(&self.store, &paths.scratch(), writing)
     }

@@ -75,6 +75,7 @@ fn start<H: Hypervisor>(options: Options) -> Result<MachineHandle, Box<dyn Error
         config.disks.push(DiskConfig {
             name: path,
             read_only: false,
+            exchangeable: false,
         });
     }
     let cpus = config.cpus;

@@ -13,6 +13,18 @@ pub struct DiskConfig {
     pub name: String,
     /// The guest may not write.
     pub read_only: bool,
+    /// A saved machine goes on with any other disk: it was not in use.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exchangeable: bool,
+}
+
+/// A folder that is shared with the guest. Which one is told by
+/// [`Attachments::shares`](crate::Attachments::shares).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// What the guest mounts it by.
+    pub tag: String,
 }
 
 /// A machine.
@@ -46,6 +58,9 @@ pub struct MachineConfig {
     /// Virtio network card.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetConfig>,
+    /// Virtio file systems.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareConfig>,
     /// A VM generation id, which [`MachineRemote::new_generation`](crate::MachineRemote::new_generation)
     /// changes.
     #[serde(default)]
@@ -71,6 +86,7 @@ impl Default for MachineConfig {
             balloon: false,
             vsock: None,
             network: None,
+            shares: Vec::new(),
             generation_id: false,
             no_reboot: false,
             debug_exit: None,

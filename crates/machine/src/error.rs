@@ -109,6 +109,16 @@ pub enum MachineError {
         /// Attached.
         attached: usize,
     },
+    /// The same of shared folders.
+    #[error(
+        "The machine's configuration names {configured} shared folders, and {attached} were opened"
+    )]
+    ShareCount {
+        /// In the configuration.
+        configured: usize,
+        /// Attached.
+        attached: usize,
+    },
     /// The state is of another machine or another build.
     #[error(
         "The saved state has version {version} and {cpus} CPUs, which is not what this machine has: use the build and the configuration that it was saved with"

@@ -35,7 +35,7 @@ mod vcpu;
 mod virtio;
 
 pub use chipset::{ChipsetState, SerialSink};
-pub use config::{DiskConfig, MachineConfig};
+pub use config::{DiskConfig, MachineConfig, ShareConfig};
 pub use error::MachineError;
 pub use handle::{MachineHandle, MachineRemote, Rewound};
 pub use machine::{Attachments, Machine};

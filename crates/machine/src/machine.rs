@@ -40,6 +40,8 @@ pub struct Attachments {
     pub disks: Vec<Arc<dyn skerry_storage::Disk>>,
     /// What the network card is plugged into, if the configuration has one.
     pub network: Option<Arc<dyn NetBackend>>,
+    /// Folders, one for each of the configuration's shares.
+    pub shares: Vec<Arc<skerry_share::Share>>,
     /// What memory holds from the start: for [`Machine::restore`].
     pub memory: Option<SavedMemory>,
     /// Writes to memory are logged from the start, as
@@ -204,6 +206,7 @@ impl<H: Hypervisor> Machine<H> {
             router: &chipset.router,
             disks: attachments.disks,
             network: attachments.network,
+            shares: attachments.shares,
         };
         let virtio = VirtioSet::new(parts, &mut mmio)?;
         let vcpus: Vec<_> = (0..config.cpus)

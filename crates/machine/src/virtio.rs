@@ -1,5 +1,5 @@
 //! The machine's virtio devices, in the order in which the guest finds them: disks, console,
-//! entropy, sockets, network, balloon.
+//! entropy, sockets, network, balloon, file systems.
 
 use std::io;
 use std::sync::Arc;
@@ -10,11 +10,13 @@ use skerry_devices::irq::InterruptRouter;
 use skerry_devices::virtio::balloon::BalloonDevice;
 use skerry_devices::virtio::block::{BlockConfig, BlockDevice};
 use skerry_devices::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
+use skerry_devices::virtio::fs::FsDevice;
 use skerry_devices::virtio::net::{NetBackend, NetDevice};
 use skerry_devices::virtio::rng::RngDevice;
 use skerry_devices::virtio::vsock::{VsockDevice, VsockHost};
 use skerry_devices::virtio::{QueueRunner, VirtioDevice, VirtioMmio, VirtioMmioState};
 use skerry_hypervisor::GuestRam;
+use skerry_share::Share;
 use skerry_storage::Disk;
 
 use crate::MachineError;
@@ -32,6 +34,7 @@ pub(crate) struct VirtioParts<'a> {
     pub(crate) router: &'a Arc<InterruptRouter>,
     pub(crate) disks: Vec<Arc<dyn Disk>>,
     pub(crate) network: Option<Arc<dyn NetBackend>>,
+    pub(crate) shares: Vec<Arc<Share>>,
 }
 
 /// All virtio devices of one machine, and the host's ends of those that talk.
@@ -85,6 +88,7 @@ impl VirtioSet {
             router,
             disks,
             network,
+            shares,
         } = parts;
         if disks.len() != config.disks.len() {
             return Err(MachineError::DiskCount {
@@ -97,6 +101,12 @@ impl VirtioSet {
                 configured: config.network.is_some(),
             });
         }
+        if config.shares.len() != shares.len() {
+            return Err(MachineError::ShareCount {
+                configured: config.shares.len(),
+                attached: shares.len(),
+            });
+        }
         let others = [
             config.console,
             config.rng,
@@ -104,7 +114,7 @@ impl VirtioSet {
             config.network.is_some(),
             config.balloon,
         ];
-        let wanted = disks.len() + others.iter().filter(|present| **present).count();
+        let wanted = disks.len() + shares.len() + others.iter().filter(|present| **present).count();
         if wanted > layout::VIRTIO_SLOTS {
             return Err(MachineError::TooManyDevices { wanted });
         }
@@ -123,6 +133,7 @@ impl VirtioSet {
         for (n, (disk, named)) in disks.into_iter().zip(&config.disks).enumerate() {
             let block = BlockConfig {
                 serial: named.name.clone(),
+                exchangeable: named.exchangeable,
                 ..BlockConfig::default()
             };
             let device = BlockDevice::new(disk, &block);
@@ -153,6 +164,9 @@ impl VirtioSet {
         if config.balloon {
             let sink = Arc::new(FreeMemory(ram.clone()));
             builder.add("balloon", BalloonDevice::new(sink))?;
+        }
+        for (share, named) in shares.into_iter().zip(&config.shares) {
+            builder.add(&named.tag, FsDevice::new(&named.tag, share))?;
         }
         Ok(Self {
             transports: builder.transports,

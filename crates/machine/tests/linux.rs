@@ -116,6 +116,7 @@ fn it_goes_back_while_it_boots() {
         disks: vec![DiskConfig {
             name: "disk".into(),
             read_only: false,
+            exchangeable: false,
         }],
         ..config(MEMORY, None)
     };

@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 use smoltcp::time::Instant;
 
 use crate::outlet::{Outlet, Unreachable};
+use crate::stack::Heard;
 use crate::wire::{self, Packet};
 
 /// How long a flow lives without a packet (RFC 4787 asks for two minutes at least).
@@ -20,7 +21,7 @@ const SHORT: Duration = Duration::from_secs(20);
 /// A name server that takes longer is not asked again.
 const DNS_PATIENCE: Duration = Duration::from_secs(1);
 /// Questions of one flow that are asked anew when a server turns out to be none.
-const QUESTIONS: usize = 4;
+const QUESTIONS: usize = 16;
 /// Bytes of a packet that are kept for an error's sake.
 const QUOTED: usize = 64;
 
@@ -193,7 +194,12 @@ impl Datagram {
     }
 
     /// Passes on what has come for the guest; `false` if there may be more, for which there is no room.
-    pub(crate) fn receive(&mut self, buffer: &mut [u8], outlet: &Outlet, now: Instant) -> bool {
+    pub(crate) fn receive(
+        &mut self,
+        buffer: &mut [u8],
+        outlet: &Outlet,
+        heard: &mut Heard<'_>,
+    ) -> bool {
         while self.readable {
             if !outlet.has_room() {
                 return false;
@@ -209,8 +215,14 @@ impl Datagram {
             match received {
                 Ok(len) => {
                     let data = buffer.get(..len).unwrap_or_default();
-                    self.pass(data, outlet);
-                    self.expires = self.expires.max(now + SHORT.into());
+                    let known = match &self.kind {
+                        Kind::Dns(dns) => heard.answer(&dns.questions, data),
+                        _ => true,
+                    };
+                    if known {
+                        self.pass(data, outlet);
+                    }
+                    self.expires = self.expires.max(heard.now + SHORT.into());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 // It has told of an error that came back; what comes next may be data.

@@ -17,14 +17,18 @@ const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const ADVERTISEMENT_FLAGS: u8 = 0xe0;
 const TARGET_LINK_ADDRESS: u8 = 2;
 
-/// Answers a request for the gateway's or the name server's link address.
-pub(crate) fn arp(request: &[u8], outlet: &Outlet) {
+/// Answers a request for the gateway's or the name server's link address, or for that of an address
+/// that is `shared` with other machines: the gateway takes what is sent there.
+pub(crate) fn arp(request: &[u8], outlet: &Outlet, shared: impl Fn(Ipv4Addr) -> bool) {
     let Some(request) = request.get(..ARP_LEN) else {
         return;
     };
     let ethernet_ipv4 = [0, 1, 8, 0, 6, 4];
     let target = Ipv4Addr::new(request[24], request[25], request[26], request[27]);
-    let ours = matches!(place(target.into()), Place::Gateway | Place::Dns);
+    // Who looks for others with its own address has none yet (RFC 5227, 2.1).
+    let has_address = request[14..18] != [0; 4];
+    let ours = matches!(place(target.into()), Place::Gateway | Place::Dns)
+        || has_address && shared(target);
     if request[..6] != ethernet_ipv4 || request[6..8] != ARP_REQUEST || !ours {
         return;
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, epoll};
@@ -16,8 +17,10 @@ use rustix::time::Timespec;
 use skerry_devices::virtio::net::{Connection, NetBackend, NetPort};
 
 use crate::counters::Counters;
-use crate::policy::NetworkMode;
+use crate::policy::{Denial, NetworkMode};
 use crate::publish::{Listener, Mapping, Published};
+use crate::rules::Rule;
+use crate::segment::{Attached, Segment};
 use crate::stack::{Stack, WAKE};
 
 /// Events that are taken at a time.
@@ -32,6 +35,10 @@ pub struct Options {
     pub publish: Vec<Mapping>,
     /// Name servers in place of the host's.
     pub dns: Vec<SocketAddr>,
+    /// What it may reach, if not everything that its mode lets it.
+    pub allow: Vec<Rule>,
+    /// What it may not reach, whatever else says so.
+    pub deny: Vec<IpNet>,
 }
 
 /// Why a network can't be made.
@@ -78,11 +85,13 @@ struct Shared {
 /// The network of one machine. It ends when it is dropped, or its card is.
 pub struct Network {
     shared: Arc<Shared>,
-    mode: NetworkMode,
-    dns: Vec<SocketAddr>,
+    options: Options,
     /// Until a card is plugged in.
     listeners: Mutex<Vec<Listener>>,
     published: Vec<Published>,
+    /// Likewise until then.
+    segments: Mutex<Vec<Segment>>,
+    attached: Vec<Attached>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -100,8 +109,9 @@ fn raise_limit() {
 }
 
 impl Network {
-    /// Makes a network and listens at the ports that are published.
-    pub fn new(options: &Options) -> Result<Arc<Self>, NetworkError> {
+    /// Makes a network and listens at the ports that are published; it is part of the shared ones that
+    /// `segments` are places on.
+    pub fn new(options: &Options, segments: Vec<Segment>) -> Result<Arc<Self>, NetworkError> {
         raise_limit();
         let open = |mapping: &Mapping| {
             Listener::open(*mapping).map_err(|error| NetworkError::Listen(*mapping, error))
@@ -133,8 +143,9 @@ impl Network {
             .map_err(NetworkError::Resource)?;
         Ok(Arc::new(Self {
             shared,
-            mode: options.mode,
-            dns: options.dns.clone(),
+            options: options.clone(),
+            attached: segments.iter().map(Segment::attached).collect(),
+            segments: Mutex::new(segments),
             published: listeners
                 .iter()
                 .map(|listener| listener.published)
@@ -147,13 +158,26 @@ impl Network {
     /// How far it reaches.
     #[must_use]
     pub fn mode(&self) -> NetworkMode {
-        self.mode
+        self.options.mode
     }
 
-    /// Name servers that were given in place of the host's.
+    /// What it was made with.
     #[must_use]
-    pub fn dns(&self) -> &[SocketAddr] {
-        &self.dns
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Its places on shared networks.
+    #[must_use]
+    pub fn attached(&self) -> &[Attached] {
+        &self.attached
+    }
+
+    /// What the guest was denied last.
+    #[must_use]
+    pub fn denials(&self) -> Vec<Denial> {
+        let stack = self.shared.stack.lock();
+        stack.as_ref().map(Stack::denials).unwrap_or_default()
     }
 
     /// The ports that the host listens at.
@@ -188,8 +212,9 @@ impl NetBackend for Network {
         let stack = Stack::new(
             port,
             self.shared.epoll.clone(),
-            (self.mode, &self.dns),
+            &self.options,
             listeners,
+            std::mem::take(&mut *self.segments.lock()),
         );
         *self.shared.stack.lock() = Some(stack);
         self.wake();
@@ -225,7 +250,7 @@ impl Drop for Network {
 impl fmt::Debug for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Network")
-            .field("mode", &self.mode)
+            .field("mode", &self.options.mode)
             .field("published", &self.published)
             .finish_non_exhaustive()
     }

@@ -1,11 +1,13 @@
 //! All flows of one guest: which packet belongs to which, and who is served when.
 
 mod doors;
+mod neighbours;
+mod reach;
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,16 +20,20 @@ use skerry_devices::virtio::net::{Connection, MAX_CONNECTIONS, NetPort};
 use smoltcp::time::Instant;
 
 use doors::Ports;
+use neighbours::{is_of_neighbour, segment_base, segment_of};
+pub(crate) use reach::Heard;
 
 use crate::address::{GUEST_MAC, Place, place};
 use crate::counters::Counters;
 use crate::datagram::Datagram;
 use crate::dhcp;
 use crate::local;
+use crate::network::Options;
 use crate::outlet::{Outlet, Unreachable};
-use crate::policy::NetworkMode;
+use crate::policy::{Denial, Policy};
 use crate::publish::{Door, Listener};
 use crate::resolvers::Resolvers;
+use crate::segment::{Segment, Watch};
 use crate::tcp::{Fate, Tcp, buffer_len};
 use crate::wire::{self, Frame, Packet};
 
@@ -35,6 +41,9 @@ use crate::wire::{self, Frame, Packet};
 pub(crate) const WAKE: u64 = 0;
 /// Listeners come next, then flows.
 const FIRST_FLOW: u64 = 1 << 32;
+/// Links of shared networks are last: a bit, the number of the network, the number of the link.
+const SEGMENTS: u64 = 1 << 63;
+const SEGMENT_SHIFT: u32 = 32;
 /// The most TCP connections; as many as a saved state has room for.
 const MOST_TCP: usize = MAX_CONNECTIONS;
 /// The most flows of datagrams.
@@ -74,7 +83,7 @@ struct Entry {
 }
 
 pub(crate) struct Stack {
-    mode: NetworkMode,
+    policy: Policy,
     resolvers: Resolvers,
     /// Which name server answered last.
     resolver: usize,
@@ -92,6 +101,7 @@ pub(crate) struct Stack {
     due: Vec<u64>,
     blocked: Vec<u64>,
     listeners: Vec<Listener>,
+    segments: Vec<Segment>,
     /// Connections that the guest has from an earlier life, which are to break.
     lost: Vec<Connection>,
     counters: Counters,
@@ -105,8 +115,9 @@ impl Stack {
     pub(crate) fn new(
         port: NetPort,
         epoll: Arc<OwnedFd>,
-        (mode, dns): (NetworkMode, &[SocketAddr]),
+        options: &Options,
         listeners: Vec<Listener>,
+        segments: Vec<Segment>,
     ) -> Self {
         for (number, listener) in (1_u64..).zip(&listeners) {
             let door = match &listener.door {
@@ -119,9 +130,15 @@ impl Stack {
                 tracing::warn!(%error, port = %listener.published, "A published port is slow");
             }
         }
+        for (number, segment) in segments.iter().enumerate() {
+            segment.start(&Watch {
+                epoll: &epoll,
+                base: segment_base(number),
+            });
+        }
         Self {
-            mode,
-            resolvers: Resolvers::new(dns),
+            policy: Policy::new(options.mode, &options.allow, &options.deny),
+            resolvers: Resolvers::new(&options.dns),
             resolver: 0,
             outlet: Outlet::new(port, GUEST_MAC),
             epoll,
@@ -136,6 +153,7 @@ impl Stack {
             due: Vec::new(),
             blocked: Vec::new(),
             listeners,
+            segments,
             lost: Vec::new(),
             counters: Counters::default(),
             seed: RandomState::new(),
@@ -154,6 +172,10 @@ impl Stack {
             frames_to_guest: self.outlet.frames(),
             ..self.counters
         }
+    }
+
+    pub(crate) fn denials(&self) -> Vec<Denial> {
+        self.policy.denials()
     }
 
     pub(crate) fn connections(&self) -> Vec<Connection> {
@@ -181,6 +203,7 @@ impl Stack {
         self.due.clear();
         self.blocked.clear();
         self.connections = 0;
+        self.policy.forget();
         self.lost = connections;
     }
 
@@ -208,6 +231,7 @@ impl Stack {
         self.fire_timers();
         self.break_lost();
         busy |= self.accept();
+        busy |= self.serve_segments();
         self.serve_due();
         self.outlet.port().flush();
         for _ in 0..ROUNDS {
@@ -250,6 +274,9 @@ impl Stack {
     }
 
     fn note(&mut self, token: u64, flags: EventFlags) {
+        if token & SEGMENTS != 0 {
+            return self.note_segment(token, flags);
+        }
         if token < FIRST_FLOW {
             let listener = usize::try_from(token - 1).ok();
             if let Some(listener) = listener.and_then(|number| self.listeners.get_mut(number)) {
@@ -296,7 +323,8 @@ impl Stack {
                 Flow::Tcp(tcp) => tcp.serve(&self.outlet, now),
                 Flow::Datagram(datagram) => {
                     let refused = datagram.is_refused();
-                    let blocked = !datagram.receive(&mut self.buffer, &self.outlet, now);
+                    let mut heard = Heard::new(&mut self.policy, now);
+                    let blocked = !datagram.receive(&mut self.buffer, &self.outlet, &mut heard);
                     let expires = datagram.expires;
                     if refused {
                         self.ask_another(token, now);
@@ -407,7 +435,11 @@ impl Stack {
             };
             self.outlet.guest = frame.source;
             match frame.kind {
-                wire::ARP => local::arp(frame.body, &self.outlet),
+                wire::ARP => {
+                    let segments = &self.segments;
+                    let shared = |address| is_of_neighbour(segments, address);
+                    local::arp(frame.body, &self.outlet, shared);
+                }
                 wire::IPV4 | wire::IPV6 => match Packet::parse(frame.body) {
                     Some(packet) => self.packet(&packet),
                     None => self.counters.dropped += 1,
@@ -418,6 +450,11 @@ impl Stack {
     }
 
     fn packet(&mut self, packet: &Packet<'_>) {
+        if let IpAddr::V4(target) = packet.target
+            && let Some(number) = segment_of(&self.segments, target)
+        {
+            return self.pass_to_neighbour(number, packet);
+        }
         match (packet.protocol, packet.target) {
             (wire::TCP, _) => self.tcp(packet),
             (wire::UDP, _) => self.udp(packet),
@@ -427,31 +464,6 @@ impl Stack {
                 }
             }
             _ => self.counters.dropped += 1,
-        }
-    }
-
-    /// Where a packet to `peer` goes; an error is why it goes nowhere.
-    fn target(&mut self, peer: SocketAddr) -> Result<SocketAddr, Unreachable> {
-        match place(peer.ip()) {
-            Place::Dns if self.mode == NetworkMode::None => Err(Unreachable::Prohibited),
-            Place::Dns if peer.port() == DNS_PORT => {
-                let servers = self.resolvers.servers();
-                let server = servers.get(self.resolver % servers.len().max(1));
-                server.copied().ok_or(Unreachable::Host)
-            }
-            Place::Dns => Err(Unreachable::Port),
-            Place::Gateway if self.mode == NetworkMode::Full => {
-                let address: IpAddr = match peer.ip() {
-                    IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-                    IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-                };
-                Ok(SocketAddr::new(address, peer.port()))
-            }
-            Place::Remote if self.mode.allows(peer.ip()) => Ok(peer),
-            Place::Gateway | Place::Remote => {
-                tracing::debug!(%peer, mode = self.mode.name(), "The guest may not go there");
-                Err(Unreachable::Prohibited)
-            }
         }
     }
 
@@ -481,13 +493,10 @@ impl Stack {
             // Of another life of the guest's, or of none.
             return self.outlet.reset(packet);
         }
-        let target = match self.target(peer) {
+        let target = match self.target(wire::TCP, peer) {
             Ok(target) => target,
             Err(Unreachable::Port) => return self.outlet.reset(packet),
-            Err(why) => {
-                self.counters.denied_tcp += u64::from(why == Unreachable::Prohibited);
-                return self.outlet.refuse(packet, why);
-            }
+            Err(why) => return self.outlet.refuse(packet, why),
         };
         if self.connections >= MOST_TCP {
             self.counters.refused += 1;
@@ -591,7 +600,12 @@ impl Stack {
             peer,
         };
         let dns = place(peer.ip()) == Place::Dns;
-        self.counters.dns_queries += u64::from(dns && peer.port() == DNS_PORT);
+        if dns && peer.port() == DNS_PORT {
+            self.counters.dns_queries += 1;
+            if let Some(answer) = self.own_answer(packet.datagram().unwrap_or_default()) {
+                return self.outlet.udp(peer, guest, &answer);
+            }
+        }
         if self.tokens.contains_key(&key) {
             return self.send(key, packet);
         }
@@ -603,12 +617,9 @@ impl Stack {
             self.counters.dropped += 1;
             return;
         }
-        let target = match self.target(peer) {
+        let target = match self.target(wire::UDP, peer) {
             Ok(target) => target,
-            Err(why) => {
-                self.counters.denied_udp += u64::from(why == Unreachable::Prohibited);
-                return self.outlet.unreachable(packet, why);
-            }
+            Err(why) => return self.outlet.unreachable(packet, why),
         };
         let (ends, now) = ((guest, peer), self.now());
         let made = match dns {
@@ -631,8 +642,15 @@ impl Stack {
         if self.tokens.contains_key(&key) {
             return self.send(key, packet);
         }
-        if is_for_many(packet.target) || !self.mode.allows(packet.target) {
-            self.counters.denied_icmp += 1;
+        if is_for_many(packet.target) {
+            self.counters.dropped += 1;
+            return;
+        }
+        if let Err(reason) = self
+            .policy
+            .check((packet.target, packet.target), None, self.now())
+        {
+            self.deny(packet.protocol, SocketAddr::new(packet.target, 0), reason);
             return self.outlet.unreachable(packet, Unreachable::Prohibited);
         }
         let made = Datagram::echo((key.guest, key.peer), packet.target, self.now());

@@ -1,5 +1,10 @@
 //! A guest that is a few lines: what its frames are answered with.
 
+#[path = "stack/many.rs"]
+mod many;
+#[path = "stack/segments.rs"]
+mod segments;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -26,11 +31,17 @@ struct Guest {
     network: Arc<Network>,
     /// What the device may write into, by head.
     buffers: Vec<(u16, Buffer)>,
+    /// Frames that the device has not given back.
+    sent: usize,
 }
 
 impl Guest {
     fn new(options: &Options) -> Self {
-        let network = Network::new(options).expect("a network");
+        Self::with(options, Vec::new())
+    }
+
+    fn with(options: &Options, segments: Vec<skerry_net::Segment>) -> Self {
+        let network = Network::new(options, segments).expect("a network");
         let device = NetDevice::new(address::CARD, network.clone());
         let mut card = FakeGuest::start(device, u64::MAX, QueueRunner::Inline);
         let mut buffers = Vec::new();
@@ -43,6 +54,7 @@ impl Guest {
             card,
             network,
             buffers,
+            sent: 0,
         }
     }
 
@@ -54,7 +66,17 @@ impl Guest {
     }
 
     fn send(&mut self, frame: &[u8]) {
-        while self.card.used(TRANSMIT).is_some() {}
+        // As a driver does, it waits while its ring is full.
+        loop {
+            while self.card.used(TRANSMIT).is_some() {
+                self.sent -= 1;
+            }
+            if self.sent < 128 {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        self.sent += 1;
         let bytes = [&[0; HEADER][..], frame].concat();
         let buffer = self.card.readable(&bytes);
         self.card.add(TRANSMIT, &[buffer]);
@@ -326,7 +348,7 @@ fn clients_of_published_ports_are_told_apart() {
             "127.0.0.1::53/udp".parse().expect("a mapping"),
             "127.0.0.1::80".parse().expect("a mapping"),
         ],
-        dns: Vec::new(),
+        ..Options::default()
     };
     let mut guest = Guest::new(&options);
     let [udp, tcp] = guest.network.published() else {

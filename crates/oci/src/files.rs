@@ -133,7 +133,7 @@ fn index(bytes: &Bytes) -> Result<HashMap<String, Member>, TarError> {
         Limits::default(),
     );
     let mut members = HashMap::new();
-    while let Some(entry) = reader.next()? {
+    while let Some(entry) = reader.next_entry()? {
         let name = normal(&entry.path);
         let member = match entry.kind {
             EntryKind::File if entry.extents.is_some() => {

@@ -190,7 +190,7 @@ impl Unpacker {
             .saturating_add(1 << 30);
         let hashing = HashingReader::new(layer.take(most));
         let mut reader = TarReader::new(Streaming(hashing), TarLimits::default());
-        while let Some(entry) = reader.next()? {
+        while let Some(entry) = reader.next_entry()? {
             self.count(&entry)?;
             self.entry(&mut reader, entry)?;
         }

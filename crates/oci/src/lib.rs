@@ -43,7 +43,7 @@ mod registry;
 mod source;
 mod spool;
 mod store;
-mod tar;
+pub mod tar;
 #[cfg(test)]
 mod testing;
 mod tree;
@@ -57,7 +57,7 @@ pub use error::Error;
 pub use export::Loaded;
 pub use layer::{LayerError, Limits};
 pub use reference::{ImageRef, RefError};
-pub use registry::{Name, NameError, Pulled, Pushed, RegistryError, Settings};
+pub use registry::{Incoming, Name, NameError, Outgoing, Pulled, Pushed, RegistryError, Settings};
 pub use store::{Image, Listing, Progress, Removed, Store};
 pub use tar::TarError;
 pub use tree::TreeError;

@@ -42,13 +42,19 @@ pub const EXEC_PORT: u32 = 1024;
 pub const CONTROL_PORT: u32 = 1025;
 
 /// Newest protocol version that this crate speaks.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 4;
 
 /// Oldest protocol version that this crate speaks.
 pub const OLDEST_VERSION: u16 = 1;
 
 /// First version with kept sessions, freeze and thaw, sync and compact.
 pub const SNAPSHOT_VERSION: u16 = 2;
+
+/// First version with further addresses.
+pub const ADDRESS_VERSION: u16 = 3;
+
+/// First version with mounts.
+pub const MOUNT_VERSION: u16 = 4;
 
 /// Bytes of standard input that the host may send before the agent grants more with
 /// [`message::ExecEvent::StdinCredit`].

@@ -135,6 +135,52 @@ pub enum ControlRequest {
     /// Sync, drop what the kernel keeps only to be faster, and tell the disks which blocks are free: what a
     /// snapshot has to hold gets smaller.
     Compact,
+    /// Give the network card these addresses, `ADDRESS/PREFIX`, besides its own, and take those from it that
+    /// an earlier request gave it. A guest that is restored has none of them.
+    Addresses(Vec<String>),
+    /// Mount these, in this order.
+    Mount(Vec<Mount>),
+    /// Write the volumes back to their disks.
+    SyncVolumes,
+}
+
+/// A file system for the guest, besides its root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// What is mounted.
+    pub source: MountSource,
+    /// Where; made where it is missing.
+    pub target: GuestString,
+    /// Nothing may be written.
+    pub read_only: bool,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountSource {
+    /// A folder of the host's (virtio 1.3 §5.11).
+    Share {
+        /// The device's tag.
+        tag: String,
+        /// Only the file of this name in it.
+        file: Option<GuestString>,
+    },
+    /// An ext4 disk, grown to the disk's size.
+    Volume {
+        /// Which.
+        device: BlockDevice,
+        /// The disk's size in bytes, which the guest may still have to learn.
+        size: u64,
+        /// Where the volume is empty, it gets what the image has in its place.
+        fill: bool,
+    },
+    /// Guest memory.
+    Tmpfs {
+        /// The most bytes; 0: the kernel's default, half of memory.
+        size: u64,
+        /// Permissions of its root.
+        mode: u32,
+    },
 }
 
 /// Host to agent on the control connection.

@@ -37,13 +37,14 @@ mod working_set;
 mod writer;
 
 pub use error::{Error, PagesError, WorkingSetError};
+pub use manifest::{ARTIFACT_TYPE, parent_of};
 pub use merge::{Merged, merged_disks, merged_memory};
 pub use packing::{Packed, PageWriter};
 pub use pages::{Content, PAGE_SIZE, PageImage, Run};
 pub use skerry_oci::Digest;
 pub use snapshot::{Extra, Snapshot, Trust};
 pub use store::{CHAIN_MAX, Listing, SnapshotInfo, SnapshotStore};
-pub use transfer::Form;
+pub use transfer::{Form, Receiving};
 pub use working_set::WorkingSet;
 pub use writer::{SnapshotWriter, WriteOptions};
 

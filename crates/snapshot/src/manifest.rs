@@ -11,7 +11,8 @@ use crate::{CHAIN_MAX, Digest, Error};
 pub(crate) const VERSION: u32 = 1;
 pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
-pub(crate) const ARTIFACT_TYPE: &str = "application/vnd.skerry.snapshot.v1+json";
+/// What the manifest of a snapshot says that it is (`artifactType`).
+pub const ARTIFACT_TYPE: &str = "application/vnd.skerry.snapshot.v1+json";
 pub(crate) const CONFIG_TYPE: &str = "application/vnd.skerry.snapshot.config.v1+json";
 pub(crate) const STATE_TYPE: &str = "application/vnd.skerry.machine-state.v1+json";
 pub(crate) const MEMORY_TYPE: &str = "application/vnd.skerry.memory.v1";
@@ -120,6 +121,14 @@ pub(crate) struct Envelope<C> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) parent: Option<Digest>,
     pub(crate) config: C,
+}
+
+/// What a snapshot with this configuration is a difference to; `None` too where it is no configuration,
+/// which opening the snapshot says.
+#[must_use]
+pub fn parent_of(config: &[u8]) -> Option<Digest> {
+    let envelope: Envelope<serde::de::IgnoredAny> = serde_json::from_slice(config).ok()?;
+    envelope.parent
 }
 
 fn parse<T: DeserializeOwned>(

@@ -169,6 +169,11 @@ impl SnapshotStore {
         Parcel::of(chain.iter().rev())?.write(to, form)
     }
 
+    /// A folder for the blobs of a snapshot that are being received.
+    pub fn receive(&self) -> Result<Receiving, Error> {
+        Staging::create(self.root()).map(Receiving)
+    }
+
     /// Takes a snapshot from a directory or archive into the store, verifying everything before any
     /// of it is to be seen. A difference needs its parents: with it, or in the store before it.
     pub fn import(&self, from: &Path) -> Result<SnapshotId, Error> {
@@ -198,6 +203,33 @@ impl SnapshotStore {
             .first()
             .map(|manifest| manifest.digest)
             .ok_or_else(|| Error::io("read", from, io::ErrorKind::UnexpectedEof))
+    }
+}
+
+/// A folder for the blobs of an OCI image layout. It goes when this is dropped; what a killed process
+/// leaves is [swept](SnapshotStore::sweep).
+#[derive(Debug)]
+pub struct Receiving(Staging);
+
+impl Receiving {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Takes the snapshot, and what it is a difference to, into the store: by digests and sizes of the
+    /// manifests, the wanted one first.
+    pub fn import(
+        self,
+        manifests: impl Iterator<Item = (Digest, u64)>,
+    ) -> Result<SnapshotId, Error> {
+        let index = manifest::index(manifests)?;
+        for (name, bytes) in [("oci-layout", manifest::LAYOUT), ("index.json", &index)] {
+            let path = self.path().join(name);
+            std::fs::write(&path, bytes).map_err(|error| Error::io("write", &path, error))?;
+        }
+        SnapshotStore::open(self.0.root())?.import(self.path())
     }
 }
 

@@ -39,3 +39,4 @@ pub use iobuf::{IoBuf, IoBufMut, MarkDirty};
 pub use layer::{CLUSTER_SIZE, Layer, LayerRun, Part, flatten};
 pub use overlay::{OVERLAY_MAX, Overlay};
 pub use raw::{Access, RawDisk};
+pub use transfer::{read_file, write_file};

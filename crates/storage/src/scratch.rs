@@ -1,5 +1,6 @@
 //! Scratch disks: an empty ext4 for what one virtual machine writes, gone when it ends; or kept in its
-//! folder, with a journal then, so that it is whole after whatever end the machine had.
+//! folder, with a journal then, so that it is whole after whatever end the machine had. And volumes,
+//! which begin with an empty ext4 as well, and stay.
 //!
 //! The host may have no `mkfs`, and making a file system takes longer than starting a guest, so an
 //! empty one ships inside this crate: the few blocks of it that aren't zero (`template/`).
@@ -16,11 +17,23 @@ use crate::{Access, CLUSTER_SIZE, DiskError, Layer, LayerRun, Overlay, RawDisk, 
 const TEMPLATE: &[u8] = include_bytes!("../template/ext4.z");
 /// The same with a journal.
 const JOURNAL_TEMPLATE: &[u8] = include_bytes!("../template/ext4-journal.z");
+/// A small one that is grown to its volume's size.
+const VOLUME_TEMPLATE: &[u8] = include_bytes!("../template/volume.z");
 const MAGIC: &[u8; 8] = b"skscr01\n";
 
 /// The size of every scratch disk. It is what the guest may address, not what the host spends: the
 /// file is sparse.
 pub const SIZE: u64 = 64 << 30;
+
+/// The least size of a volume: that of the file system that it begins with.
+pub const MIN_VOLUME: u64 = 256 << 20;
+
+/// Makes an empty file the disk of a volume, of `size` bytes: a sparse ext4, with a journal, which its
+/// first guest grows to that size.
+pub fn make_volume(file: &File, size: u64) -> io::Result<()> {
+    unpack_to_file(VOLUME_TEMPLATE, file)?;
+    file.set_len(size.max(MIN_VOLUME))
+}
 
 /// Makes a scratch disk whose changes go to a file without a name in `folder`. The empty ext4 that
 /// it begins with is shared by all scratch disks of the process.
@@ -251,6 +264,21 @@ mod tests {
             assert!(unpack_to_file(damaged, &file).is_err());
             assert!(unpack_to_memory(damaged).is_err());
         }
+    }
+
+    #[test]
+    fn a_volume_has_a_journal_and_takes_little() {
+        use std::os::unix::fs::MetadataExt;
+        let file = tempfile::tempfile().unwrap();
+        make_volume(&file, 64 << 30).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 64 << 30);
+        assert!(file.metadata().unwrap().blocks() * 512 < 2 << 20);
+        let mut superblock = [0; 1024];
+        file.read_exact_at(&mut superblock, 1024).unwrap();
+        assert_eq!(superblock[0x38..0x3a], [0x53, 0xef]);
+        assert_eq!(le32(&superblock, 0x5c) & 4, 4, "a journal");
+        make_volume(&file, 0).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), MIN_VOLUME);
     }
 
     /// The judge is e2fsprogs itself, where the machine has it.

@@ -160,3 +160,48 @@ impl Cursor<'_, IoBuf<'_>> {
 
 /// Zeros to copy from.
 pub(crate) static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Fills buffers from a file, from `offset` on; returns how many bytes, fewer than there is room for
+/// only at the end of the file.
+pub fn read_file(file: &File, bufs: &[IoBufMut<'_>], offset: u64) -> io::Result<usize> {
+    let read = until(bufs, offset, |vecs, offset| sys::preadv(file, vecs, offset));
+    let mut left = *read.as_ref().unwrap_or(&0);
+    for buf in bufs {
+        let filled = left.min(buf.len());
+        buf.mark_dirty(0, filled);
+        left -= filled;
+    }
+    read
+}
+
+/// Writes buffers to a file, from `offset` on; returns how many bytes, all unless the file system
+/// takes no more.
+pub fn write_file(file: &File, bufs: &[IoBuf<'_>], offset: u64) -> io::Result<usize> {
+    until(bufs, offset, |vecs, offset| {
+        sys::pwritev(file, vecs, offset)
+    })
+}
+
+/// Moves bytes until there are no more; an error counts only where nothing was moved.
+fn until<B: Buffer>(
+    bufs: &[B],
+    offset: u64,
+    call: impl Fn(&IoVecs, u64) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut cursor = Cursor::new(bufs);
+    let (len, mut done) = (total(bufs), 0);
+    while done < len {
+        match call(&cursor.batch(len - done), offset.saturating_add(done)) {
+            Ok(0) => break,
+            Ok(n) => {
+                cursor.advance(n);
+                done += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) if done > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    // No more than the buffers hold.
+    Ok(done as usize)
+}

@@ -14,7 +14,7 @@ use skerry_protocol::message::{ControlRequest, FromAgent, Hello, Setup, Shutdown
 
 use crate::cgroup::Cgroup;
 use crate::clone_event::{self, CloneEvents};
-use crate::{files, log, sys};
+use crate::{files, log, sys, volumes};
 
 /// A control connection.
 #[derive(Debug)]
@@ -100,6 +100,11 @@ impl Control {
                 Ok(())
             }
             ControlRequest::Compact => guest.compact(),
+            ControlRequest::Addresses(addresses) => share_networks(&addresses),
+            ControlRequest::Mount(mounts) => {
+                volumes::mount_all(&mounts).map(|mounted| guest.volumes = mounted)
+            }
+            ControlRequest::SyncVolumes => guest.sync_volumes(),
         };
         let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
         frame::write(&mut self.stream, &reply)
@@ -115,6 +120,8 @@ pub struct Guest {
     pub clones: Option<CloneEvents>,
     /// The file system that takes the root's writes, where it is on a disk.
     pub disk: Option<OwnedFd>,
+    /// The volumes that can be written.
+    pub volumes: Vec<OwnedFd>,
 }
 
 impl Guest {
@@ -136,6 +143,8 @@ impl Guest {
     /// for another guest's.
     fn become_clone(&mut self, setup: &Setup) -> io::Result<()> {
         refresh(setup);
+        // Those that the state has are another guest's.
+        crate::network::set_addresses(&[])?;
         files::become_clone(setup);
         if let Some(clones) = &mut self.clones
             && let Err(error) = clones.record()
@@ -148,6 +157,13 @@ impl Guest {
         }
     }
 
+    /// Writes the volumes back.
+    fn sync_volumes(&self) -> io::Result<()> {
+        self.volumes
+            .iter()
+            .try_for_each(|volume| Ok(rustix::fs::syncfs(volume)?))
+    }
+
     /// Gives up what a snapshot need not hold.
     fn compact(&self) -> io::Result<()> {
         rustix::fs::sync();
@@ -157,6 +173,14 @@ impl Guest {
             None => Ok(()),
         }
     }
+}
+
+/// Takes these addresses on networks that machines share.
+fn share_networks(addresses: &[String]) -> io::Result<()> {
+    crate::network::set_addresses(addresses)?;
+    let uname = rustix::system::uname();
+    files::set_addresses(&uname.nodename().to_string_lossy(), addresses);
+    Ok(())
 }
 
 /// Takes clock and entropy from a set-up.

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use skerry_protocol::message::Setup;
 
@@ -25,7 +26,7 @@ const SETTINGS: [(&str, &str); 4] = [
 pub fn write(root: &Path, setup: &Setup) {
     let attempts = [
         ("/etc/hostname", hostname(root, setup)),
-        ("/etc/hosts", hosts(root, setup)),
+        ("/etc/hosts", hosts(root, &setup.hostname, &[])),
         ("/etc/resolv.conf", resolv_conf(root, setup)),
         ("/tmp", tmp(root)),
     ];
@@ -67,6 +68,7 @@ pub fn become_clone(setup: &Setup) {
         }
         write(Path::new("/"), setup);
     }
+    set_addresses(&setup.hostname, &[]);
     if let Err(error) = machine_id() {
         log::error(format_args!("/etc/machine-id: {error}"));
     }
@@ -93,16 +95,43 @@ fn hostname(root: &Path, setup: &Setup) -> io::Result<()> {
     replace(&root.join("etc/hostname"), &format!("{}\n", setup.hostname))
 }
 
-/// Images made by container tools have an empty file in this place.
-fn hosts(root: &Path, setup: &Setup) -> io::Result<()> {
+/// What was written to `/etc/hosts` last.
+static HOSTS: Mutex<String> = Mutex::new(String::new());
+
+/// Has a name of the guest's own stand for the addresses at which others reach it, if there are any.
+pub fn set_addresses(hostname: &str, addresses: &[String]) {
+    if let Err(error) = hosts(Path::new("/"), hostname, addresses) {
+        log::error(format_args!("/etc/hosts: {error}"));
+    }
+}
+
+/// Images made by container tools have an empty file in this place; one with anything in it that isn't
+/// from here is left alone.
+fn hosts(root: &Path, hostname: &str, addresses: &[String]) -> io::Result<()> {
     let path = root.join("etc/hosts");
-    if fs::metadata(&path).is_ok_and(|metadata| metadata.len() > 0) {
+    let text = hosts_text(hostname, addresses);
+    let mut last = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let current = fs::read(&path).unwrap_or_default();
+    if current == text.as_bytes() || !current.is_empty() && current != last.as_bytes() {
         return Ok(());
     }
-    let name = &setup.hostname;
-    let text =
-        format!("127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback {name}\n");
-    replace(&path, &text)
+    replace(&path, &text)?;
+    *last = text;
+    Ok(())
+}
+
+fn hosts_text(hostname: &str, addresses: &[String]) -> String {
+    let loopback = match addresses {
+        [] => format!(" {hostname}"),
+        _ => String::new(),
+    };
+    let mut text = format!(
+        "127.0.0.1\tlocalhost{loopback}\n::1\tlocalhost ip6-localhost ip6-loopback{loopback}\n"
+    );
+    for address in addresses.iter().filter_map(|text| text.split('/').next()) {
+        text.push_str(&format!("{address}\t{hostname}\n"));
+    }
+    text
 }
 
 fn resolv_conf(root: &Path, setup: &Setup) -> io::Result<()> {
@@ -178,6 +207,13 @@ mod tests {
         assert_eq!(fs::read_to_string(etc.join("hosts")).unwrap(), "mine\n");
         let text = fs::read_to_string(etc.join("resolv.conf")).unwrap();
         assert!(text.starts_with("nameserver 10.0.2.3"));
+    }
+
+    #[test]
+    fn a_shared_address_is_the_guests_own() {
+        let text = hosts_text("db", &["10.89.0.2/24".to_owned()]);
+        assert!(text.starts_with("127.0.0.1\tlocalhost\n"), "{text}");
+        assert!(text.ends_with("\n10.89.0.2\tdb\n"), "{text}");
     }
 
     #[test]

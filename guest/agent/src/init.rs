@@ -131,6 +131,7 @@ fn set_up(setup: &Setup, command_line: &str, transport: &'static Transport) -> i
         cgroup: worth_a_note("cgroup", Cgroup::set_up()).map(Arc::new),
         clones: worth_a_note(clone_event::PATH, CloneEvents::set_up()),
         disk,
+        volumes: Vec::new(),
     };
     root::seal(&setup.root)?;
     let (current, maximum) = OPEN_FILES;

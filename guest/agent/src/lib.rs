@@ -31,4 +31,6 @@ pub mod mounts;
 pub mod network;
 pub mod root;
 pub mod sys;
+pub mod tools;
 pub mod transport;
+pub mod volumes;

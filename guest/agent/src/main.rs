@@ -11,6 +11,10 @@
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
     if !rustix::process::getpid().is_init() {
+        let words: Vec<String> = std::env::args().skip(1).collect();
+        if let Some(status) = skerry_agent::tools::run(&words) {
+            return status;
+        }
         eprintln!("skerry-agent runs as PID 1 of a Skerry guest and does nothing elsewhere");
         return 125;
     }

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fd::OwnedFd;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
@@ -19,6 +20,7 @@ const PARAMETER: &str = "skerry.network=";
 // rtnetlink(7) and netlink(7).
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
@@ -64,7 +66,7 @@ pub fn bring_up_card(command_line: &str) -> io::Result<()> {
     netlink.bring_up(card)?;
     for address in addresses {
         let result = netlink
-            .add_address(card, &address)
+            .add_address(card, (address.address, address.prefix))
             .and_then(|()| netlink.add_default_route(card, &address));
         match result {
             Err(error) if address.address.is_ipv6() => {
@@ -73,6 +75,38 @@ pub fn bring_up_card(command_line: &str) -> io::Result<()> {
             }
             result => result?,
         }
+    }
+    Ok(())
+}
+
+/// Addresses that set-ups named, and that the card has.
+static ADDED: Mutex<Vec<(IpAddr, u8)>> = Mutex::new(Vec::new());
+
+/// Gives the card these addresses (`ADDRESS/PREFIX`) besides its own, and takes those from it that an
+/// earlier call gave it.
+pub fn set_addresses(addresses: &[String]) -> io::Result<()> {
+    let unclear = |text: &str| io::Error::other(format!("{text:?} is no address with a prefix"));
+    let one = |text: &String| {
+        let (address, prefix) = text.split_once('/').ok_or_else(|| unclear(text))?;
+        match (address.parse(), prefix.parse()) {
+            (Ok(address), Ok(prefix)) => Ok((address, prefix)),
+            _ => Err(unclear(text)),
+        }
+    };
+    let wanted: Vec<(IpAddr, u8)> = addresses.iter().map(one).collect::<io::Result<_>>()?;
+    let mut added = ADDED.lock().unwrap_or_else(PoisonError::into_inner);
+    if *added == wanted {
+        return Ok(());
+    }
+    let netlink = Netlink::open()?;
+    let card = rustix::net::netdevice::name_to_index(&netlink.0, CARD)?;
+    for (address, prefix) in added.drain(..) {
+        // Somebody in the guest may have taken it away.
+        let _ = netlink.change_address(RTM_DELADDR, 0, card, (address, prefix));
+    }
+    for address in wanted {
+        netlink.add_address(card, address)?;
+        added.push(address);
     }
     Ok(())
 }
@@ -167,13 +201,23 @@ impl Netlink {
         self.ask(Message::new(RTM_NEWLINK, 0, &body))
     }
 
-    fn add_address(&self, index: u32, address: &Address) -> io::Result<()> {
+    fn add_address(&self, index: u32, address: (IpAddr, u8)) -> io::Result<()> {
+        self.change_address(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, address)
+    }
+
+    fn change_address(
+        &self,
+        kind: u16,
+        flags: u16,
+        index: u32,
+        (address, prefix): (IpAddr, u8),
+    ) -> io::Result<()> {
         // struct ifaddrmsg: family, prefix length, flags, scope, index.
-        let mut body = vec![family(address.address), address.prefix, IFA_F_NODAD, 0];
+        let mut body = vec![family(address), prefix, IFA_F_NODAD, 0];
         body.extend_from_slice(&index.to_ne_bytes());
-        let octets = octets(address.address);
+        let octets = octets(address);
         self.ask(
-            Message::new(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &body)
+            Message::new(kind, flags, &body)
                 .attribute(IFA_LOCAL, &octets)
                 .attribute(IFA_ADDRESS, &octets),
         )

@@ -140,7 +140,7 @@ fn copy_owner(from: &fs::Metadata, to: &Path) -> io::Result<()> {
 }
 
 /// Device node of a block device, as soon as there is one.
-fn find(device: &BlockDevice) -> io::Result<PathBuf> {
+pub fn find(device: &BlockDevice) -> io::Result<PathBuf> {
     let started = Instant::now();
     loop {
         let found = match device {

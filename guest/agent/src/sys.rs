@@ -258,6 +258,20 @@ pub fn trim(file_system: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets an ext4 that is mounted have all of its disk, which has `size` bytes.
+pub fn grow(file_system: &OwnedFd, size: u64) -> io::Result<()> {
+    // _IOW('f', 16, __u64) of Linux's `fs/ext4/ext4.h`: EXT4_IOC_RESIZE_FS.
+    const RESIZE_FS: libc::c_ulong = 0x4008_6610;
+    let stat = rustix::fs::fstatfs(file_system)?;
+    // The size of a block is a small number.
+    let blocks = size / stat.f_bsize as u64;
+    // SAFETY: the request reads one 64-bit number.
+    if unsafe { libc::ioctl(file_system.as_raw_fd(), RESIZE_FS, &raw const blocks) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Sends a signal to every process but this one.
 pub fn signal_everyone(signal: Signal) {
     // SAFETY: kill has no memory effects. It fails when there is nobody, which is fine.

@@ -3,32 +3,64 @@
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-use clap::{Args, ValueEnum};
-use skerry_engine::network::Mapping;
+use clap::Args;
+use skerry_engine::network::{IpNet, Mapping, NetworkMode, Rule, parse_network};
+use skerry_engine::networks;
 
 use super::Format;
 
 /// Where help texts have the options.
 const HEADING: &str = "Network";
 
-/// How far a machine's network reaches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// What a machine's network is: how far it reaches, or one that it shares with other machines.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NetworkArg {
-    /// Nowhere: the machine has no network card
-    None,
-    /// The internet, but nothing that is private, the host's own, or a cloud's metadata
-    Public,
-    /// Wherever the host gets; its loopback interface is 10.0.2.2
-    Full,
+    /// How far it reaches.
+    Reach(NetworkMode),
+    /// A network of `skerry network create`.
+    Named(String),
+}
+
+impl FromStr for NetworkArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::Reach(NetworkMode::None)),
+            "public" => Ok(Self::Reach(NetworkMode::Public)),
+            "full" => Ok(Self::Reach(NetworkMode::Full)),
+            name => {
+                networks::check_name(name).map_err(|error| error.to_string())?;
+                Ok(Self::Named(name.to_owned()))
+            }
+        }
+    }
 }
 
 /// The network of machines of which there may be several.
-#[derive(Clone, Copy, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct ReachArgs {
-    /// How far the network reaches [default: public, or of a machine that was kept without a network
-    /// card: none]
-    #[arg(help_heading = HEADING, long, value_enum, value_name = "REACH")]
-    pub network: Option<NetworkArg>,
+    /// How far the network reaches: none (there is no network card), public (the internet, but nothing
+    /// that is private, the host's own, or a cloud's metadata) or full (wherever the host gets; its
+    /// loopback interface is 10.0.2.2); or the NAME of a network that the machine shares with others, as
+    /// often as there are such [default: public, or of a machine that was kept without a network card:
+    /// none]
+    #[arg(help_heading = HEADING, long, value_name = "REACH|NAME")]
+    pub network: Vec<NetworkArg>,
+
+    /// Reach only this: addresses, or what the name server answers for a name (*.example.org is every name
+    /// below it), all ports or some; may be given several times
+    #[arg(help_heading = HEADING, long, value_name = "CIDR|HOST[:PORT[-PORT]]")]
+    pub network_allow: Vec<Rule>,
+
+    /// Never reach these addresses, whatever allows them; may be given several times
+    #[arg(help_heading = HEADING, long, value_name = "CIDR", value_parser = parse_network)]
+    pub network_deny: Vec<IpNet>,
+
+    /// The longest packet of the network card, from 1280 bytes; fewer, longer packets are faster [default:
+    /// 65520]
+    #[arg(help_heading = HEADING, long, value_name = "BYTES")]
+    pub network_mtu: Option<u16>,
 }
 
 /// The network of one machine.
@@ -47,6 +79,10 @@ pub struct NetworkArgs {
     /// asked when one doesn't answer
     #[arg(help_heading = HEADING, long, value_name = "IP[:PORT]")]
     pub dns: Vec<ServerArg>,
+
+    /// One more name by which others find the machine in the networks that it shares with them
+    #[arg(help_heading = HEADING, long, value_name = "NAME")]
+    pub network_alias: Vec<String>,
 }
 
 /// A name server.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Subcommand};
+use skerry_engine::Name;
 
 use super::Format;
 
@@ -31,6 +32,10 @@ pub enum SnapshotVerb {
     Export(SnapshotExportArgs),
     /// Verify a snapshot and take it into the store
     Import(SnapshotImportArgs),
+    /// Send a snapshot, and what it is a difference to, to a registry
+    Push(SnapshotPushArgs),
+    /// Get a snapshot, and what it is a difference to, from a registry
+    Pull(SnapshotPullArgs),
     /// Remove the kept starts of images, which the next run makes again, and what killed processes
     /// left
     Prune,
@@ -54,6 +59,34 @@ pub struct SnapshotCreateArgs {
     /// Name it, taking the name from another that has it
     #[arg(value_name = "NAME")]
     pub name: Option<String>,
+}
+
+/// `skerry snapshot push`.
+#[derive(Debug, Args)]
+pub struct SnapshotPushArgs {
+    /// Show no progress
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// The snapshot
+    #[arg(value_name = "SNAPSHOT")]
+    pub name: String,
+    /// Where to, as of an image: `registry.example/snapshots/web:v1`
+    #[arg(value_name = "NAME")]
+    pub target: Name,
+}
+
+/// `skerry snapshot pull`.
+#[derive(Debug, Args)]
+pub struct SnapshotPullArgs {
+    /// Show no progress
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Name it so in the store, taking the name from another that has it
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub name: Option<String>,
+    /// Where from, as of an image: `registry.example/snapshots/web:v1`
+    #[arg(value_name = "NAME")]
+    pub source: Name,
 }
 
 /// `skerry snapshot ls`.

@@ -29,6 +29,7 @@ pub fn execute(args: BootArgs) -> Result<u8> {
         serial,
         no_reboot,
         debug_exit,
+        network,
         stats,
         machine,
     } = args;
@@ -66,6 +67,7 @@ pub fn execute(args: BootArgs) -> Result<u8> {
             })
             .collect(),
         serial,
+        network: super::network::network(network)?,
         no_reboot,
         debug_exit,
         sampled: stats.stats.is_some(),

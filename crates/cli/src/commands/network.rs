@@ -4,31 +4,45 @@ use std::io::{self, Write};
 
 use anyhow::{Result, bail};
 use skerry_engine::Paths;
-use skerry_engine::network::{Mapping, NetworkMode, NetworkSpec, Published};
+use skerry_engine::network::{Mapping, NetworkSpec, Published};
 use skerry_engine::vms::{self, Registry};
 
 use crate::args::{Format, NetworkArg, NetworkArgs, PortArgs, ReachArgs};
 
 /// A network that reaches so far, as the engine has it.
-pub fn reach(args: ReachArgs) -> NetworkSpec {
-    let mode = args.network.map(|mode| match mode {
-        NetworkArg::None => NetworkMode::None,
-        NetworkArg::Public => NetworkMode::Public,
-        NetworkArg::Full => NetworkMode::Full,
-    });
-    NetworkSpec {
-        mode,
+pub fn reach(args: ReachArgs) -> Result<NetworkSpec> {
+    let ReachArgs {
+        network,
+        network_allow,
+        network_deny,
+        network_mtu,
+    } = args;
+    let mut spec = NetworkSpec {
+        allow: network_allow,
+        deny: network_deny,
+        mtu: network_mtu,
         ..NetworkSpec::default()
+    };
+    for arg in network {
+        match arg {
+            NetworkArg::Reach(mode) if spec.mode.is_none() => spec.mode = Some(mode),
+            NetworkArg::Reach(_) => {
+                bail!("A network reaches one far: name none, public or full once")
+            }
+            NetworkArg::Named(name) => spec.join.push(name),
+        }
     }
+    Ok(spec)
 }
 
 /// A network, as the engine has it.
-pub fn network(args: NetworkArgs) -> NetworkSpec {
-    NetworkSpec {
+pub fn network(args: NetworkArgs) -> Result<NetworkSpec> {
+    Ok(NetworkSpec {
         publish: args.publish,
         dns: args.dns.iter().map(|server| server.0).collect(),
-        ..reach(args.reach)
-    }
+        aliases: args.network_alias,
+        ..reach(args.reach)?
+    })
 }
 
 /// Prints the published ports of a machine.

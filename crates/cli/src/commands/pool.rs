@@ -63,7 +63,7 @@ fn create(paths: &Paths, args: PoolCreateArgs, verbose: u8) -> Result<u8> {
         vm: VmSpec {
             options: machine_options(args.machine),
             read_only: args.read_only,
-            network: reach(args.reach),
+            network: reach(args.reach)?,
             show_console: verbose > 0,
             ..VmSpec::default()
         },

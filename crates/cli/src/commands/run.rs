@@ -88,7 +88,8 @@ fn plan(args: RunArgs, verbose: u8) -> Result<(Begin, RunSpec)> {
             read_only: args.read_only,
             fresh: args.fresh,
             hostname: args.hostname,
-            network: network(args.network),
+            network: network(args.network)?,
+            mounts: args.mounts.specs(),
             show_console: verbose > 0,
             sampled: args.stats.stats.is_some(),
             kept: None,
@@ -96,7 +97,9 @@ fn plan(args: RunArgs, verbose: u8) -> Result<(Begin, RunSpec)> {
         command,
         ready: match (args.ready, args.ready_cmd) {
             (Some(text), _) => Some(ReadyMark::Text(text)),
-            (None, shell) => shell.map(ReadyMark::Shell),
+            (None, shell) => shell
+                .map(ReadyMark::Shell)
+                .or(args.ready_tcp.map(ReadyMark::Tcp)),
         },
         labels: args
             .lifecycle
@@ -128,7 +131,8 @@ pub fn restore(args: RestoreArgs, verbose: u8) -> Result<u8> {
     spec.vm.sampled = args.stats.stats.is_some();
     spec.vm.options.time_limit = args.timeout.map(|span| span.0);
     spec.vm.hostname = args.hostname;
-    spec.vm.network = network(args.network);
+    spec.vm.network = network(args.network)?;
+    spec.vm.mounts = args.mounts.specs();
     spec.vm.show_console = verbose > 0;
     let how = How {
         detach: args.detach,
@@ -148,7 +152,7 @@ pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
         vm: VmSpec {
             options: machine_options(args.machine),
             read_only: args.read_only,
-            network: reach(args.reach),
+            network: reach(args.reach)?,
             show_console: verbose > 0,
             ..VmSpec::default()
         },
@@ -343,7 +347,7 @@ fn variable(text: &str) -> Option<(String, String)> {
 }
 
 /// Signals and, with a terminal, its sizes, as they come.
-fn events(tty: bool) -> io::Result<Receiver<Event>> {
+pub fn events(tty: bool) -> io::Result<Receiver<Event>> {
     let (sender, receiver) = mpsc::channel();
     let mut wanted = PASSED.to_vec();
     if tty {

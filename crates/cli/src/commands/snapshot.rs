@@ -13,8 +13,10 @@ use skerry_engine::{Paths, dates};
 use super::{SHORT, mib, short};
 use crate::args::{
     Format, SnapshotArgs, SnapshotCreateArgs, SnapshotExportArgs, SnapshotImportArgs,
-    SnapshotInspectArgs, SnapshotLsArgs, SnapshotRmArgs, SnapshotVerb,
+    SnapshotInspectArgs, SnapshotLsArgs, SnapshotPullArgs, SnapshotPushArgs, SnapshotRmArgs,
+    SnapshotVerb,
 };
+use crate::progress::Bars;
 use crate::{output, status};
 
 /// Does what the verb says.
@@ -27,6 +29,8 @@ pub fn execute(args: &SnapshotArgs) -> Result<u8> {
         SnapshotVerb::Rm(args) => remove(&paths, args),
         SnapshotVerb::Export(args) => export(&paths, args),
         SnapshotVerb::Import(args) => import(&paths, args),
+        SnapshotVerb::Push(args) => push(&paths, args),
+        SnapshotVerb::Pull(args) => pull(&paths, args),
         SnapshotVerb::Prune => prune(&paths),
     }
 }
@@ -136,6 +140,34 @@ fn export(paths: &Paths, args: &SnapshotExportArgs) -> Result<u8> {
 
 fn import(paths: &Paths, args: &SnapshotImportArgs) -> Result<u8> {
     let id = snapshots::import(paths, &args.source, args.name.as_deref())?;
+    writeln!(io::stdout(), "{id}")?;
+    Ok(0)
+}
+
+fn push(paths: &Paths, args: &SnapshotPushArgs) -> Result<u8> {
+    let target = &args.target;
+    let mut bars = Bars::new(args.quiet);
+    let mut show = |progress| bars.show(target, progress);
+    let pushed = snapshots::push(paths, &args.name, target, &mut show)?;
+    drop(bars);
+    let (tag, digest) = (target.tag().unwrap_or_default(), pushed.digest);
+    match args.quiet {
+        true => writeln!(io::stdout(), "{target}")?,
+        false => writeln!(
+            io::stdout(),
+            "{tag}: digest: {digest} size: {}",
+            pushed.size
+        )?,
+    }
+    Ok(0)
+}
+
+fn pull(paths: &Paths, args: &SnapshotPullArgs) -> Result<u8> {
+    let source = &args.source;
+    let mut bars = Bars::new(args.quiet);
+    let mut show = |progress| bars.show(source, progress);
+    let id = snapshots::pull(paths, source, args.name.as_deref(), &mut show)?;
+    drop(bars);
     writeln!(io::stdout(), "{id}")?;
     Ok(0)
 }

@@ -11,7 +11,7 @@ use skerry_engine::{EngineError, Paths, dates};
 use super::run::{Attached, command, finish};
 use super::{short, table};
 use crate::args::{
-    ExecArgs, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RenameArgs, RmArgs,
+    ExecArgs, Filter, ForkArgs, Format, KillArgs, LogsArgs, NamesArgs, PsArgs, RenameArgs, RmArgs,
     StopArgs, WaitArgs,
 };
 use crate::{output, status};
@@ -19,7 +19,7 @@ use crate::{output, status};
 /// How often a log is looked at while it is followed.
 const FOLLOW: Duration = Duration::from_millis(50);
 
-fn registry() -> Result<Registry> {
+pub fn registry() -> Result<Registry> {
     Ok(Registry::open(&Paths::of_user()?)?)
 }
 
@@ -144,8 +144,18 @@ pub fn remove(args: &RmArgs) -> Result<u8> {
 
 /// Lists machines.
 pub fn list(args: &PsArgs) -> Result<u8> {
+    for filter in &args.filter {
+        let known = ["status", "name", "id", "image", "exited", "label"];
+        if !known.contains(&filter.key.as_str()) {
+            let key = &filter.key;
+            bail!("There is no filter {key}: ps knows status, name, id, image, exited and label");
+        }
+    }
     let mut infos = registry()?.list()?;
-    infos.retain(|info| args.all || info.state.status.is_alive());
+    // As docker has it: who asks for a status wants those that have ended, too.
+    let asks = |filter: &Filter| ["status", "exited"].contains(&filter.key.as_str());
+    let all = args.all || args.filter.iter().any(asks);
+    infos.retain(|info| (all || info.state.status.is_alive()) && wanted(info, &args.filter));
     let mut out = io::stdout().lock();
     if args.quiet {
         for info in &infos {
@@ -158,6 +168,46 @@ pub fn list(args: &PsArgs) -> Result<u8> {
         Format::Text => rows(&mut out, &infos, args.no_trunc)?,
     }
     Ok(0)
+}
+
+/// Whether a machine passes: of several values for one key, one has to fit.
+fn wanted(info: &VmInfo, filters: &[Filter]) -> bool {
+    let fits = |filter: &Filter| {
+        let value = filter.value.as_str();
+        let status = info.state.status;
+        match filter.key.as_str() {
+            "status" => {
+                // Docker's words for them are understood, too.
+                status.name() == value
+                    || value == "exited" && matches!(status, Status::Stopped | Status::Failed)
+                    || value == "running" && status == Status::Ready
+            }
+            "name" => info.config.name.contains(value.trim_start_matches('/')),
+            "id" => info.config.id.starts_with(value),
+            "image" => info.config.image == value,
+            "exited" => {
+                !status.is_alive()
+                    && info
+                        .state
+                        .exit_code
+                        .is_some_and(|code| code.to_string() == value)
+            }
+            _ => label_matches(info, value),
+        }
+    };
+    filters.iter().all(|filter| {
+        let mut same = filters.iter().filter(|other| other.key == filter.key);
+        same.any(fits)
+    })
+}
+
+/// Whether a machine has a label: `KEY`, or `KEY=VALUE`.
+pub fn label_matches(info: &VmInfo, wanted: &str) -> bool {
+    let labels = &info.config.labels;
+    match wanted.split_once('=') {
+        Some((key, value)) => labels.get(key).is_some_and(|own| own == value),
+        None => labels.contains_key(wanted),
+    }
 }
 
 /// A count of nanoseconds since 1970.
@@ -175,7 +225,9 @@ fn id(info: &VmInfo, whole: bool) -> &str {
 
 /// A row a machine, columns as wide as what is in them.
 fn rows(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> {
-    let header = ["ID", "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS"];
+    let header = [
+        "ID", "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS",
+    ];
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(infos.iter().map(|info| {
         let config = &info.config;
@@ -190,6 +242,7 @@ fn rows(out: &mut impl Write, infos: &[VmInfo], whole: bool) -> io::Result<()> {
                     .unwrap_or_default(),
             ),
             status_text(info),
+            ports_text(info),
         ]
     }));
     table::write(out, &rows)
@@ -209,6 +262,12 @@ fn command_text(command: &[String], whole: bool) -> String {
     }
 }
 
+/// The published ports of a machine, as they were asked for.
+fn ports_text(info: &VmInfo) -> String {
+    let ports: Vec<String> = info.config.ports.iter().map(ToString::to_string).collect();
+    ports.join(", ")
+}
+
 fn status_text(info: &VmInfo) -> String {
     let state = &info.state;
     let code = state.exit_code.unwrap_or_default();
@@ -219,6 +278,10 @@ fn status_text(info: &VmInfo) -> String {
             let why = why.lines().next().unwrap_or_default();
             format!("failed ({code}): {why}")
         }
+        Status::Created => match &state.error {
+            Some(why) => format!("created: {}", why.lines().next().unwrap_or_default()),
+            None => "created".to_owned(),
+        },
         alive => alive.name().to_owned(),
     }
 }

@@ -4,16 +4,16 @@
 //! vectors of the disk's read or write.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 use skerry_hypervisor::memory::GuestRam;
 use skerry_storage::{Disk, DiskError, IoBuf, IoBufMut, SECTOR_SIZE};
 
 use super::{
-    Chain, ChainCursor, DeviceKind, DeviceState, Queue, QueueError, Served, VirtioDevice,
-    read_config_bytes,
+    Chain, ChainCursor, DeviceKind, DeviceState, EngineLink, Queue, QueueEngine, QueueError,
+    Served, VirtioDevice, read_config_bytes,
 };
 use crate::state::{StateError, require};
 
@@ -59,6 +59,9 @@ pub struct BlockConfig {
     pub serial: String,
     /// Number of request queues, 1 to 16.
     pub queues: u16,
+    /// A saved state goes with a disk of any size: the guest has not used the one that it was saved
+    /// with, and is told of the change.
+    pub exchangeable: bool,
 }
 
 impl Default for BlockConfig {
@@ -66,6 +69,7 @@ impl Default for BlockConfig {
         Self {
             serial: String::new(),
             queues: 1,
+            exchangeable: false,
         }
     }
 }
@@ -122,6 +126,10 @@ pub struct BlockDevice {
     features: u64,
     /// The driver didn't negotiate FLUSH, so a write is done when it is durable (5.2.5.2).
     write_through: AtomicBool,
+    exchangeable: bool,
+    /// The disk has another size than the guest was told.
+    changed: AtomicBool,
+    link: EngineLink,
 }
 
 impl BlockDevice {
@@ -150,6 +158,9 @@ impl BlockDevice {
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
             features,
             write_through: AtomicBool::new(false),
+            exchangeable: config.exchangeable,
+            changed: AtomicBool::new(false),
+            link: EngineLink::default(),
         })
     }
 
@@ -369,6 +380,18 @@ impl VirtioDevice for BlockDevice {
         read_config_bytes(&self.config, offset, data);
     }
 
+    fn attach(&self, engine: Weak<QueueEngine>) {
+        self.link.set(engine);
+    }
+
+    fn resumed(&self) {
+        if self.changed.swap(false, Ordering::SeqCst)
+            && let Some(engine) = self.link.get()
+        {
+            engine.config_changed();
+        }
+    }
+
     fn activate(&self, features: u64) {
         self.write_through
             .store(features & F_FLUSH == 0, Ordering::Relaxed);
@@ -402,11 +425,10 @@ impl VirtioDevice for BlockDevice {
                 "it belongs to another kind of device",
             ));
         };
-        require(
-            size == self.disk.size(),
-            "virtio-blk",
-            "the disk has another size",
-        )?;
+        let same = size == self.disk.size();
+        let problem = "the disk has another size";
+        require(same || self.exchangeable, "virtio-blk", problem)?;
+        self.changed.store(!same, Ordering::SeqCst);
         let same = read_only == self.disk.is_read_only();
         require(
             same,

@@ -6,6 +6,7 @@ use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use skerry_confine::Role;
 use skerry_hypervisor::memory::GuestRam;
 
 use super::queue::Stop;
@@ -122,7 +123,7 @@ impl QueueEngine {
             config_generation: AtomicU32::new(0),
         });
         engine.device.attach(Arc::downgrade(&engine));
-        if runner == QueueRunner::Thread {
+        if runner == QueueRunner::Thread || engine.device.worker_role().is_some() {
             engine.start_worker()?;
         }
         Ok(engine)
@@ -133,9 +134,10 @@ impl QueueEngine {
         let mut slot = self.worker.lock();
         if slot.is_none() && !self.stop.load(Ordering::SeqCst) {
             let weak = self.this.clone();
+            let role = self.device.worker_role().unwrap_or(Role::Storage);
             let name = format!("virtio-{:?}", self.device.kind()).to_lowercase();
             let worker = std::thread::Builder::new().name(name).spawn(move || {
-                skerry_confine::enter(skerry_confine::Role::Storage);
+                skerry_confine::enter(role);
                 work(&weak);
             })?;
             let _ = self.worker_thread.set(worker.thread().clone());
@@ -313,6 +315,7 @@ impl QueueEngine {
     pub fn resume(&self) {
         self.paused.set_patience(RESUME_PATIENCE);
         self.paused.set(false);
+        self.device.resumed();
         self.kick_all();
         if self.paused.end_patience() {
             for index in 0..self.slots.len() {

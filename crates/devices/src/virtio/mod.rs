@@ -17,6 +17,7 @@ pub mod block;
 mod chain;
 pub mod console;
 mod engine;
+pub mod fs;
 mod mmio;
 pub mod net;
 mod queue;
@@ -30,6 +31,7 @@ pub mod testing;
 mod tests;
 
 use serde::{Deserialize, Serialize};
+use skerry_confine::Role;
 
 pub use chain::{Chain, ChainCursor, RamSlice, Segment};
 pub use engine::{QueueEngine, QueueRunner};
@@ -72,6 +74,8 @@ pub enum DeviceKind {
     Balloon = 5,
     /// Socket device.
     Vsock = 19,
+    /// File system.
+    Fs = 26,
 }
 
 /// What `process` left in the queue.
@@ -118,6 +122,15 @@ pub trait VirtioDevice: Send + Sync {
     /// The driver reset the device; its queues are gone.
     fn reset(&self) {}
 
+    /// What the device's own thread may do of the host, where requests need more than a processor's
+    /// may: such a thread is there from the start. `None`: one is started when it is first needed.
+    fn worker_role(&self) -> Option<Role> {
+        None
+    }
+
+    /// The queues are served again, after a pause or a restore.
+    fn resumed(&self) {}
+
     /// The machine is over: host threads that wait for the guest get what is left, then an end.
     fn close(&self) {}
 
@@ -144,6 +157,8 @@ pub enum DeviceState {
     Vsock(vsock::VsockState),
     /// Network card.
     Net(net::NetState),
+    /// File system.
+    Fs(fs::FsState),
     /// Memory balloon.
     Balloon(balloon::BalloonState),
 }

@@ -66,6 +66,7 @@ impl Clones {
             time_limit: None,
             hostname: spec.hostname.clone(),
             network: spec.network.clone(),
+            mounts: spec.mounts.clone(),
             show_console: spec.show_console,
             rewindable: true,
             sampled: false,

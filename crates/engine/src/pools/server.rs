@@ -203,6 +203,7 @@ fn clones(
                 time_limit: None,
                 hostname: launch.vm.hostname.clone(),
                 network: launch.vm.network.clone(),
+                mounts: launch.vm.mounts.clone(),
                 show_console: false,
                 rewindable: true,
                 sampled: false,

@@ -48,6 +48,7 @@ fn about() -> About {
             session: 1,
         }),
         surroundings: Surroundings::default(),
+        mounts: Vec::new(),
     }
 }
 

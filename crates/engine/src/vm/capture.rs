@@ -22,6 +22,7 @@ use skerry_storage::{Disk, Layer, LayerRun};
 use super::{Base, Vm};
 use crate::error::EngineError;
 use crate::frozen::{About, Frozen};
+use crate::mounts::MountAbout;
 use crate::paths::Paths;
 
 /// Pages that are copied in no more time than anybody notices: 2 MiB.
@@ -98,6 +99,7 @@ impl Vm {
     pub fn capture(&self) -> Result<Captured, EngineError> {
         let mut books = self.shared.books.lock();
         let machine = self.machine();
+        let mounts = self.mounts_about()?;
         if machine.is_paused() {
             return Err(EngineError::CapturePaused);
         }
@@ -127,7 +129,7 @@ impl Vm {
         let taken = machine
             .pause()
             .map_err(EngineError::from)
-            .and_then(|()| self.take(&mut books, copy, written));
+            .and_then(|()| self.take(&mut books, copy, written, mounts));
         machine.resume();
         let pause = paused.elapsed();
         self.thaw()?;
@@ -146,6 +148,7 @@ impl Vm {
         books: &mut super::Books,
         mut copy: Copy,
         mut written: PageSet,
+        mounts: Vec<MountAbout>,
     ) -> Result<(Frozen, u64), EngineError> {
         let machine = self.machine();
         // Until memory, disk and state belong together again.
@@ -171,6 +174,7 @@ impl Vm {
             about: About {
                 command: self.shared.command.lock().clone(),
                 surroundings: self.shared.surroundings.lock().clone(),
+                mounts,
                 ..self.shared.about.clone()
             },
             state,

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -31,6 +32,7 @@ use crate::frozen::{About, Base, CommandAbout, Frozen};
 use crate::hypervisor::Selected;
 use crate::log::ConsoleLog;
 use crate::machine::MachineOptions;
+use crate::mounts::{MountAbout, MountSpec, Opened};
 use crate::network::{Network, NetworkSpec, nameservers};
 use crate::soft::SoftOptions;
 use crate::statistics::Statistics;
@@ -44,6 +46,9 @@ pub(crate) use start::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// How long processors that run get to show what they have counted.
 const SETTLING: Duration = Duration::from_millis(5);
+
+/// How long a guest may take to write its volumes back.
+const SETTLE: Duration = Duration::from_secs(30);
 
 /// What a virtual machine is made with, its image apart.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -61,6 +66,8 @@ pub struct VmSpec {
     pub hostname: Option<String>,
     /// Its network.
     pub network: NetworkSpec,
+    /// Folders, volumes and memory file systems.
+    pub mounts: Vec<MountSpec>,
     /// The guest's console goes to stderr.
     pub show_console: bool,
     /// Boot, whether or not a start of the image was kept, and keep none.
@@ -95,6 +102,9 @@ struct Shared {
     about: About,
     hostname: Option<String>,
     network: Option<Arc<Network>>,
+    mounts: Opened,
+    /// The guest has them.
+    mounted: AtomicBool,
     timing: Timing,
     born: Instant,
     /// The command that goes on where the machine does.
@@ -173,6 +183,40 @@ impl Vm {
     #[must_use]
     pub fn network(&self) -> Option<&Network> {
         self.shared.network.as_deref()
+    }
+
+    /// The folders, volumes and memory file systems that it was given.
+    #[must_use]
+    pub fn mounts(&self) -> &[MountSpec] {
+        self.shared.mounts.specs()
+    }
+
+    /// What its state says of the folders that it has; with a volume there is none.
+    fn mounts_about(&self) -> Result<Vec<MountAbout>, EngineError> {
+        let Shared {
+            mounts, mounted, ..
+        } = &*self.shared;
+        match mounted.load(Ordering::SeqCst) {
+            false => Ok(Vec::new()),
+            true if mounts.has_volumes() => Err(EngineError::VolumeInState),
+            true => Ok(mounts.about()),
+        }
+    }
+
+    /// Has what the guest wrote to volumes put on their disks, before it is ended.
+    pub(crate) fn settle(&self) {
+        if !self.shared.mounts.has_volumes() || self.machine().is_ending() {
+            return;
+        }
+        let mut agent = self.shared.agent.lock();
+        // A guest that doesn't answer is ended all the same, as by a loss of power.
+        let patience = agent
+            .stream()
+            .and_then(|stream| stream.0.set_read_timeout(Some(SETTLE)));
+        let settled = patience.map_err(lost).and_then(|()| agent.sync_volumes());
+        if let Err(error) = settled {
+            tracing::warn!(%error, "What was written to volumes last may be lost");
+        }
     }
 
     /// How long it took to come to life.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::start::{greet_again, new_generation};
+use super::start::{give_addresses, greet_again, new_generation};
 use super::{Shared, Vm, setup};
 use crate::error::EngineError;
 
@@ -40,7 +40,10 @@ impl Vm {
         let Shared {
             vsock, listener, ..
         } = &*self.shared;
-        let met = greet_again(vsock, listener, &setup);
+        let met = greet_again(vsock, listener, &setup).and_then(|mut met| {
+            give_addresses(&mut met, self.network())?;
+            Ok(met)
+        });
         *agent = met.map_err(|error| self.explain(error))?;
         *self.shared.command.lock() = None;
         Ok(Rewound {

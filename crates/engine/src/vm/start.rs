@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -29,7 +30,8 @@ use crate::frozen::{About, Frozen, ImageAbout};
 use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
-use crate::network::{Network, NetworkSpec};
+use crate::mounts::{self, MountSpec, Opened};
+use crate::network::{Network, NetworkSpec, addresses};
 use crate::paths::Paths;
 use crate::random::random;
 use crate::soft::SoftOptions;
@@ -61,6 +63,8 @@ pub struct ResumeSpec {
     pub show_console: bool,
     /// Its network; one without a card has none.
     pub network: NetworkSpec,
+    /// The folders and volumes that it had, by the places where it has them mounted.
+    pub mounts: Vec<MountSpec>,
     /// It is to be taken back to where it began again and again: what it writes is noted from the
     /// start.
     pub rewindable: bool,
@@ -81,7 +85,7 @@ impl Vm {
         let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
-        let network = spec.network.make(config.network.is_some())?;
+        let network = spec.network.make(paths, config.network)?;
         // What the user's own kernel does when it is started is the user's to see; and a guest that goes
         // on from a kept start has in its memory what the disk was then.
         let taken_up = spec.kept.as_deref().is_some_and(Overlay::is_kept);
@@ -102,12 +106,17 @@ impl Vm {
             kept: spec.kept.as_deref(),
             wanted: &spec.network,
             network: Cell::new(network),
+            mounts: Opened::new(paths, &spec.mounts)?,
             begun,
         };
         if let Some(kept) = &warm {
             let found = kept.find(paths, image);
             match found.and_then(|found| found.map(|found| place.paused(&found)).transpose()) {
-                Ok(Some(paused)) => return place.go_on(paused),
+                Ok(Some(paused)) => {
+                    let vm = place.go_on(paused)?;
+                    vm.mount()?;
+                    return Ok(vm);
+                }
                 Ok(None) => {}
                 Err(error) => {
                     let why = chain(&error);
@@ -130,6 +139,7 @@ impl Vm {
             read_only: spec.read_only,
             command: None,
             surroundings: Surroundings::of(&image.config),
+            mounts: Vec::new(),
         };
         let vm = place.boot(image, spec, about)?;
         if let Some(warm) = warm {
@@ -141,7 +151,21 @@ impl Vm {
                 ));
             }
         }
+        vm.mount()?;
         Ok(vm)
+    }
+
+    /// Has the agent mount what the machine was given besides its root. After its state was kept, so
+    /// that another machine can go on from there with other folders.
+    fn mount(&self) -> Result<(), EngineError> {
+        let mounts = &self.shared.mounts;
+        if mounts.requests().is_empty() {
+            return Ok(());
+        }
+        let asked = self.shared.agent.lock().mount(mounts.requests().to_vec());
+        asked.map_err(|error| self.explain(error))?;
+        self.shared.mounted.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Has the guest run programs once, so that what the first ones take longer for is behind it when
@@ -188,13 +212,21 @@ impl Vm {
             kept: None,
             wanted: &spec.network,
             network: Cell::new(None),
+            mounts: Opened::again(
+                paths,
+                &spec.mounts,
+                &frozen.about.mounts,
+                &frozen.about.machine,
+            )?,
             begun,
         };
         frozen
             .check(&prepared.selected)?
             .iter()
             .for_each(|text| note(text));
-        place.go_on(place.paused(frozen)?)
+        let vm = place.go_on(place.paused(frozen)?)?;
+        vm.mount()?;
+        Ok(vm)
     }
 }
 
@@ -215,6 +247,8 @@ struct Place<'a> {
     wanted: &'a NetworkSpec,
     /// The same, made and not yet plugged into a machine.
     network: Cell<Option<Arc<Network>>>,
+    /// Folders and volumes.
+    mounts: Opened,
     /// When it was asked for.
     begun: Instant,
 }
@@ -242,7 +276,7 @@ impl Place<'_> {
     fn network(&self, about: &About) -> Result<Option<Arc<Network>>, EngineError> {
         match self.network.take() {
             Some(made) => Ok(Some(made)),
-            None => self.wanted.make(about.machine.network.is_some()),
+            None => self.wanted.make(self.paths, about.machine.network),
         }
     }
 
@@ -262,6 +296,8 @@ impl Place<'_> {
         if let Some(disk) = scratch {
             attachments.disks.push(disk.clone());
         }
+        attachments.disks.extend(self.mounts.disks());
+        attachments.shares = self.mounts.shares.clone();
         attachments.network = network.map(|network| network.clone() as Arc<dyn NetBackend>);
         attachments.serial[0] = Some(Box::new(self.console.clone()));
         Ok(attachments)
@@ -365,6 +401,10 @@ impl Place<'_> {
             let stream = listener.accept().map_err(lost);
             met = stream.and_then(|stream| greet(stream, &setup));
         }
+        let met = met.and_then(|mut agent| {
+            give_addresses(&mut agent, network.as_deref())?;
+            Ok(agent)
+        });
         let agent = match met {
             Ok(agent) => agent,
             Err(_) if handle.remote().is_ending() => {
@@ -385,6 +425,8 @@ impl Place<'_> {
             about,
             hostname: self.hostname.map(str::to_owned),
             network,
+            mounted: AtomicBool::new(self.mounts.is_mounted()),
+            mounts: self.mounts.clone(),
             born: self.begun,
             timing: Timing {
                 running,
@@ -407,6 +449,18 @@ pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(
         return Ok(());
     }
     Ok(machine.new_generation(&random()?)?)
+}
+
+/// Has the guest take its addresses on the networks that it shares.
+pub(super) fn give_addresses(
+    agent: &mut Control<GuestStream>,
+    network: Option<&Network>,
+) -> Result<(), HostError> {
+    match addresses(network) {
+        // A guest has none by itself.
+        none if none.is_empty() => Ok(()),
+        addresses => agent.set_addresses(addresses),
+    }
 }
 
 /// Waits for the agent of a guest that boots, for as long as that takes.
@@ -457,18 +511,22 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
     let mut disks = vec![DiskConfig {
         name: ROOT_DISK.to_owned(),
         read_only: true,
+        exchangeable: false,
     }];
     if !spec.read_only {
         disks.push(DiskConfig {
             name: SCRATCH_DISK.to_owned(),
             read_only: false,
+            exchangeable: false,
         });
     }
+    let (volumes, shares) = mounts::devices(&spec.mounts);
+    disks.extend(volumes);
     // The kernel finds the virtio devices in the DSDT.
     let mut command_line = "console=ttyS0 quiet loglevel=4 panic=-1 dummy.numdummies=0 \
                         skerry.transport=vsock"
         .to_owned();
-    let network = spec.network.wants_card().then_some(address::CARD);
+    let network = spec.network.card();
     if network.is_some() {
         command_line.push(' ');
         command_line.push_str(&address::kernel_parameter());
@@ -487,6 +545,7 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
         balloon: true,
         vsock: Some(GUEST_CID),
         network,
+        shares,
         generation_id: true,
         no_reboot: true,
         ..MachineConfig::default()

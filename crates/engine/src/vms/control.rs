@@ -120,7 +120,7 @@ pub enum Reply {
     /// The state of the machine follows.
     Parted(Parted),
     /// Its network.
-    Network(NetworkReport),
+    Network(Box<NetworkReport>),
     /// How its process is confined.
     Confinement(Report),
     /// What the processors have done.

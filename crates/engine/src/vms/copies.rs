@@ -18,6 +18,7 @@ use super::launch::{self, Begin, Detached, Launch};
 use super::names;
 use crate::error::EngineError;
 use crate::frozen::{Frozen, Writing};
+use crate::network::NetworkSpec;
 use crate::parcel;
 use crate::paths::Paths;
 use crate::run::RunSpec;
@@ -74,9 +75,11 @@ pub(super) fn hand_out(hosted: &Hosted) -> Result<(Frozen, Parted), EngineError>
     spec.vm.options.confine = hosted.confine;
     // Its ports stay the parent's.
     if let Some(network) = vm.network() {
-        spec.vm.network.mode = Some(network.mode());
-        spec.vm.network.dns = network.dns().to_vec();
+        spec.vm.network = NetworkSpec::of_fork(network);
     }
+    // What is in guest memory goes with it.
+    let folders = vm.mounts().iter().filter(|mount| mount.is_bind());
+    spec.vm.mounts = folders.cloned().collect();
     let parted = Parted {
         parent: hosted.name(),
         spec: Box::new(spec),

@@ -162,10 +162,14 @@ pub(super) fn host_in(
 fn begin(
     paths: &Paths,
     job: &Job<'_>,
+    names: &[String],
     kept: Option<PathBuf>,
     note: &mut dyn FnMut(&str),
 ) -> Result<Vm, EngineError> {
-    let spec = &job.spec.vm;
+    let spec = &mut job.spec.vm.clone();
+    let hostname = spec.hostname.clone();
+    let names = names.iter().map(String::as_str);
+    spec.network.known_as(names.chain(hostname.as_deref()));
     match job.source {
         Source::Image { image, name } => {
             let spec = VmSpec {
@@ -181,6 +185,7 @@ fn begin(
                 time_limit: spec.options.time_limit,
                 hostname: spec.hostname.clone(),
                 network: spec.network.clone(),
+                mounts: spec.mounts.clone(),
                 show_console: spec.show_console,
                 rewindable: false,
                 sampled: spec.sampled,
@@ -215,6 +220,7 @@ impl Life {
         if self.kept && !self.vm.machine().is_paused() && !self.vm.machine().is_ending() {
             self.write_back(WRITING_BACK_AT_ONCE);
         }
+        self.vm.settle();
         self.vm.kill();
     }
 
@@ -301,7 +307,16 @@ impl Hosted {
             })?;
         }
         let is_kept = kept.is_some() && matches!(job.source, Source::Image { .. });
-        let vm = begin(&self.paths, job, kept, note)?;
+        // What others on its networks find it by.
+        let mut names = Vec::new();
+        self.update(|entry| {
+            const SHORT: usize = 12;
+            let config = &entry.config;
+            names.push(config.name.clone());
+            names.extend(config.id.get(..SHORT).map(str::to_owned));
+            Ok(())
+        })?;
+        let vm = begin(&self.paths, job, &names, kept, note)?;
         let mut streams = None;
         self.update(|entry| {
             streams = Some(io(entry)?);
@@ -364,6 +379,7 @@ impl Hosted {
                         state.exit_code = None;
                         state.error = None;
                     })?;
+                    entry.note("start", &[]);
                     started(&entry.config);
                     Ok(())
                 })
@@ -398,12 +414,12 @@ impl Hosted {
         mark: Option<&ReadyMark>,
         surroundings: Surroundings,
     ) -> Result<(), EngineError> {
-        let Some(ReadyMark::Shell(shell)) = mark.cloned() else {
+        let Some(argv) = mark.and_then(ReadyMark::probe) else {
             return Ok(());
         };
         let (hosted, life) = (self.clone(), life.clone());
         spawn("run-ready", move || {
-            ready::probe(&hosted, &life, &shell, &surroundings);
+            ready::probe(&hosted, &life, argv, &surroundings);
         })
     }
 
@@ -415,6 +431,7 @@ impl Hosted {
         pause: Duration,
     ) -> bool {
         let code = code(result);
+        self.note("die", &[("exit_code", code.to_string())]);
         let ending = |progress: &Progress| progress.ending || progress.killed;
         if ending(&self.progress.lock()) {
             return false;
@@ -576,12 +593,21 @@ impl Hosted {
         }
         self.progress.lock().ready = true;
         self.changed.notify_all();
+        self.note("ready", &[]);
+    }
+
+    /// Notes what has happened to the machine.
+    pub(super) fn note(&self, action: &str, more: &[(&str, String)]) {
+        if let Some(entry) = &*self.entry.lock() {
+            entry.note(action, more);
+        }
     }
 
     /// Sends a signal to the command. One that has it end is the user's word that the machine is to
     /// end for good.
     pub(super) fn signal(&self, signal: u8) -> Result<(), EngineError> {
         const SIGTERM: u8 = 15;
+        self.note("kill", &[("signal", signal.to_string())]);
         if signal == SIGTERM {
             let mut progress = self.progress.lock();
             progress.ending = true;
@@ -598,6 +624,8 @@ impl Hosted {
 
     /// Ends the machine at once, as SIGKILL does, and for good.
     pub(super) fn kill(&self) {
+        const SIGKILL: u8 = 9;
+        self.note("kill", &[("signal", SIGKILL.to_string())]);
         let mut progress = self.progress.lock();
         progress.killed = true;
         self.changed.notify_all();

@@ -11,6 +11,7 @@ mod attach;
 pub(crate) mod children;
 mod control;
 mod copies;
+mod copy;
 mod host;
 mod info;
 mod input;
@@ -24,6 +25,8 @@ mod ready;
 mod registry;
 mod restart;
 mod serve;
+mod tools;
+mod unpack;
 mod usage;
 mod watch;
 
@@ -31,6 +34,7 @@ pub use attach::{AttachEnd, Attachment, DetachKeys, Follower, Since, attach, log
 pub use control::{Client, Reply, Request};
 pub use control::{Forked, Snapshotted};
 pub(crate) use control::{connect, listen, receive, send};
+pub use copy::{CopyOptions, archive_in, archive_out, copy_in, copy_out};
 pub use host::host;
 pub use info::{KILLED, Status, VmConfig, VmInfo, VmState};
 pub use job::{Job, Source};
@@ -38,8 +42,8 @@ pub use launch::{Begin, Detached, Launch, create, detach, run_detached, start, t
 pub(crate) use names::check as check_name;
 pub(crate) use operations::command_over;
 pub use operations::{
-    Inspected, exec, fork, inspect, kill, log, network, pause, remove, rename, signal, snapshot,
-    stop, unpause, wait, wait_ready,
+    Inspected, exec, fork, inspect, kill, log, network, pause, remove, rename, restart, signal,
+    snapshot, stop, unpause, wait, wait_ready,
 };
 pub use output::{Line, LogReader, Stream};
 pub(crate) use ready::Finder;
@@ -47,4 +51,6 @@ pub use ready::ReadyMark;
 pub use registry::{Registry, new_id, now};
 pub use restart::RestartPolicy;
 pub(crate) use serve::bridge;
+pub use tools::{Process, processes};
 pub use usage::{Usage, usage};
+pub(crate) use watch::Watch;

@@ -11,6 +11,7 @@ use skerry_protocol::host::{ExecSession, HostError};
 use super::control::{Client, Forked, Reply, Request, Snapshotted};
 use super::copies;
 use super::info::{Status, VmInfo};
+use super::launch::Detached;
 use super::names;
 use super::output::LogReader;
 use super::registry::Registry;
@@ -18,6 +19,7 @@ use crate::EngineError;
 use crate::command::{self, CommandSpec, Surroundings};
 use crate::confinement::Report;
 use crate::network::NetworkReport;
+use crate::paths::Paths;
 use crate::run::{RunIo, RunOutcome};
 use crate::statistics::Statistics;
 
@@ -50,13 +52,35 @@ pub fn exec(
     io: RunIo,
 ) -> Result<RunOutcome, EngineError> {
     let info = registry.find(name)?;
+    let id = super::registry::new_id()?;
+    let note = |action: &str, more: &[(&str, String)]| {
+        let mut all = vec![("exec_id", id.clone()), ("command", spec.command.join(" "))];
+        all.extend_from_slice(more);
+        registry.note(&info.config, action, &all);
+    };
+    note("exec_create", &[]);
+    note("exec_start", &[]);
+    let result = run_in(registry, &info, spec, io);
+    if let Ok(outcome) = &result {
+        note("exec_die", &[("exit_code", outcome.code().to_string())]);
+    }
+    result
+}
+
+/// The same without a word about it.
+pub(super) fn run_in(
+    registry: &Registry,
+    info: &VmInfo,
+    spec: &CommandSpec,
+    io: RunIo,
+) -> Result<RunOutcome, EngineError> {
     if info.state.status == Status::Paused {
-        let name = info.config.name;
+        let name = info.config.name.clone();
         return Err(EngineError::VmPaused { name });
     }
-    let (_, stream) = reach(registry, &info)?.ask(&Request::Exec)?;
+    let (_, stream) = reach(registry, info)?.ask(&Request::Exec)?;
     let surroundings = &info.config.surroundings;
-    command_over(stream, surroundings, spec, io, || !ends(registry, &info))
+    command_over(stream, surroundings, spec, io, || !ends(registry, info))
 }
 
 /// Runs a command over a connection that has become one to a guest's agent. `alive` tells whether the
@@ -205,11 +229,33 @@ pub fn stop(registry: &Registry, name: &str, grace: Duration) -> Result<u8, Engi
     let ended = asked
         .and_then(|()| ask(registry, &info, &Request::Signal(SIGTERM)))
         .and_then(|()| wait_for(registry, &info, Some(grace)));
-    match ended {
-        Ok(Some(code)) => Ok(code),
-        Ok(None) | Err(_) if is_alive(registry, &info) => kill(registry, &info.config.id),
-        Ok(None) | Err(_) => final_code(registry, &info),
+    let code = match ended {
+        Ok(Some(code)) => code,
+        Ok(None) | Err(_) if is_alive(registry, &info) => kill(registry, &info.config.id)?,
+        Ok(None) | Err(_) => final_code(registry, &info)?,
+    };
+    registry.note(&info.config, "stop", &[]);
+    Ok(code)
+}
+
+/// Stops a machine, if it runs, and starts it again: see [`stop`] and [`start`](super::start).
+pub fn restart(
+    paths: &Paths,
+    program: &Path,
+    name: &str,
+    grace: Duration,
+    note: &mut dyn FnMut(&str),
+) -> Result<Detached, EngineError> {
+    let registry = Registry::open(paths)?;
+    let info = registry.find(name)?;
+    if info.state.status.is_alive() {
+        stop(&registry, &info.config.id, grace)?;
+        // Its process is about to let go of its place.
+        ends(&registry, &info);
     }
+    let started = super::start(paths, program, &info.config.id, note)?;
+    registry.note(&info.config, "restart", &[]);
+    Ok(started)
 }
 
 /// Writes a snapshot of a machine to the store; it goes on meanwhile.
@@ -252,7 +298,7 @@ pub fn network(registry: &Registry, name: &str) -> Result<NetworkReport, EngineE
     let client = reach(registry, &info)?;
     client.limit(PATIENCE)?;
     match client.ask(&Request::Network)? {
-        (Reply::Network(report), _) => Ok(report),
+        (Reply::Network(report), _) => Ok(*report),
         _ => Err(strange(&info)),
     }
 }

@@ -28,6 +28,20 @@ pub enum ReadyMark {
     Text(String),
     /// This, given to the guest's shell, succeeds.
     Shell(String),
+    /// A connection to this TCP port of the guest is accepted.
+    Tcp(u16),
+}
+
+impl ReadyMark {
+    /// The command that tells whether the machine is ready, where one does.
+    pub(super) fn probe(&self) -> Option<Vec<String>> {
+        let words = |words: [&str; 3]| Some(words.map(str::to_owned).to_vec());
+        match self {
+            Self::Text(_) => None,
+            Self::Shell(shell) => words(["/bin/sh", "-c", shell]),
+            Self::Tcp(port) => words(["/proc/1/exe", "connect", &port.to_string()]),
+        }
+    }
 }
 
 /// Looks for a text in what comes piece by piece.
@@ -116,8 +130,12 @@ pub(super) fn watch(
 }
 
 /// Runs the probe until it succeeds, or there is nothing to ask any more.
-pub(super) fn probe(hosted: &Hosted, life: &Arc<Life>, shell: &str, surroundings: &Surroundings) {
-    let argv = ["/bin/sh", "-c", shell].map(str::to_owned).to_vec();
+pub(super) fn probe(
+    hosted: &Hosted,
+    life: &Arc<Life>,
+    argv: Vec<String>,
+    surroundings: &Surroundings,
+) {
     let request = command::request(argv, surroundings, &CommandSpec::default());
     while !life.vm.machine().is_ending() {
         let session = life.vm.exec(request.clone());

@@ -24,6 +24,7 @@ use super::launch::Launch;
 use super::names;
 use super::places::{self, read_json, write_json};
 use crate::EngineError;
+use crate::events;
 use crate::paths::Paths;
 use crate::random::random;
 
@@ -70,6 +71,19 @@ pub fn new_id() -> Result<String, EngineError> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// Waits for the right to change the state of a machine whose process has gone.
+fn turn(folder: &Path) -> io::Result<File> {
+    let folder = File::open(folder)?;
+    rustix::fs::flock(&folder, FlockOperation::LockExclusive)?;
+    Ok(folder)
+}
+
+/// Replaces the state in a folder.
+fn write_state(folder: &Path, state: &VmState) -> io::Result<()> {
+    let staged = folder.join("state.new");
+    write_json(&staged, state).and_then(|()| fs::rename(&staged, folder.join(STATE)))
+}
+
 fn is_id(name: &str) -> bool {
     name.len() == 32 && name.bytes().all(|b| b.is_ascii_hexdigit())
 }
@@ -95,6 +109,13 @@ impl Registry {
         let root = paths.vms();
         Paths::ensure(&root.join(NAMES))?;
         Ok(Self { root })
+    }
+
+    /// Notes what has happened to a machine.
+    pub(crate) fn note(&self, config: &VmConfig, action: &str, more: &[(&str, String)]) {
+        if let Some(root) = self.root.parent() {
+            events::machine(root, config, action, more);
+        }
     }
 
     /// The folder that this and everything else is in.
@@ -159,6 +180,7 @@ impl Registry {
             let _ = fs::remove_dir_all(&staged);
             return Err(error);
         }
+        self.note(&config, "create", &[]);
         Ok(Entry {
             registry: self.clone(),
             config,
@@ -174,9 +196,11 @@ impl Registry {
             name: id.to_owned(),
         };
         let folder = self.folder(id);
+        let _turn = turn(&folder).map_err(|_| gone())?;
         let lock = self.hold(&folder, id)?;
         let config: VmConfig = read_json(&folder.join(CONFIG)).map_err(|_| gone())?;
-        let info = self.judged(config, false).ok_or_else(gone)?;
+        let state: VmState = read_json(&folder.join(STATE)).map_err(|_| gone())?;
+        let info = VmInfo { config, state };
         let mut entry = Entry {
             registry: self.clone(),
             config: info.config,
@@ -343,13 +367,39 @@ impl Registry {
         // Before the state: a machine that ends in between has written its last state by then.
         let alive = is_held(&folder);
         let config: VmConfig = read_json(&folder.join(CONFIG)).ok()?;
-        self.judged(config, alive)
+        let info = self.judged(config, alive)?;
+        if info.state.status == Status::Failed && !alive {
+            self.bury(&info);
+        }
+        Some(info)
+    }
+
+    /// Writes down that a machine's process was killed, and tells it, once: whoever finds it so first.
+    /// Without the machine's lock, which would make it look alive.
+    fn bury(&self, info: &VmInfo) {
+        let folder = self.folder(&info.config.id);
+        let unburied = || {
+            let state = read_json(&folder.join(STATE));
+            !is_held(&folder) && state.is_ok_and(|state: VmState| state.status.is_alive())
+        };
+        if !unburied() {
+            return;
+        }
+        let Ok(_turn) = turn(&folder) else {
+            return;
+        };
+        if unburied() && write_state(&folder, &info.state).is_ok() {
+            let code = ("exit_code", KILLED.to_string());
+            self.note(&info.config, "die", &[code]);
+        }
     }
 
     /// How a machine is whose lock is held or not.
     fn judged(&self, config: VmConfig, alive: bool) -> Option<VmInfo> {
         let folder = self.folder(&config.id);
         let mut state: VmState = read_json(&folder.join(STATE)).ok()?;
+        // A process may have begun it since; it took the lock before it wrote.
+        let alive = alive || state.status.is_alive() && is_held(&folder);
         if !alive && state.status.is_alive() {
             if config.auto_remove {
                 self.forget(&config);
@@ -358,6 +408,7 @@ impl Registry {
             state.status = Status::Failed;
             state.exit_code = Some(KILLED);
             state.error = Some("its process was killed".to_owned());
+            state.finished = Some(now());
         }
         Some(VmInfo { config, state })
     }
@@ -408,6 +459,7 @@ impl Registry {
         let gone = self.root.join(format!("{GONE}{}", config.id));
         if fs::rename(self.folder(&config.id), &gone).is_ok() {
             self.release_name(config);
+            self.note(config, "destroy", &[]);
             clear(&gone);
         }
     }
@@ -441,6 +493,7 @@ impl Registry {
             return Err(error);
         }
         self.release_name(&old);
+        self.note(config, "rename", &[("old_name", old.name)]);
         Ok(())
     }
 
@@ -476,9 +529,7 @@ impl Entry {
     pub fn update(&mut self, change: impl FnOnce(&mut VmState)) -> Result<(), EngineError> {
         change(&mut self.state);
         let folder = self.registry.folder(&self.config.id);
-        let staged = folder.join("state.new");
-        write_json(&staged, &self.state)
-            .and_then(|()| fs::rename(&staged, folder.join(STATE)))
+        write_state(&folder, &self.state)
             .map_err(self.registry.failed("note the state of a virtual machine"))
     }
 
@@ -491,6 +542,11 @@ impl Entry {
     /// All that it has of its own, its writable disk too.
     pub(crate) fn folder(&self) -> PathBuf {
         self.registry.folder(&self.config.id)
+    }
+
+    /// Notes what has happened to the machine.
+    pub(crate) fn note(&self, action: &str, more: &[(&str, String)]) {
+        self.registry.note(&self.config, action, more);
     }
 
     /// The end of what never became a machine; one that was there before is as it was, and says why it

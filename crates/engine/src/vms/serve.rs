@@ -134,7 +134,7 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
         },
         Request::Network => hosted
             .life()
-            .map(|life| Reply::Network(NetworkReport::of(life.vm.network()))),
+            .map(|life| Reply::Network(Box::new(NetworkReport::of(life.vm.network())))),
         Request::Confinement => Ok(Reply::Confinement(
             skerry_confine::active().cloned().unwrap_or_default(),
         )),
@@ -158,12 +158,16 @@ fn connect(hosted: &Hosted) -> Result<GuestStream, EngineError> {
 
 fn pause(hosted: &Hosted) -> Result<(), EngineError> {
     hosted.life()?.vm.pause()?;
-    hosted.update(|entry| entry.update(|state| state.status = Status::Paused))
+    hosted.update(|entry| entry.update(|state| state.status = Status::Paused))?;
+    hosted.note("pause", &[]);
+    Ok(())
 }
 
 fn unpause(hosted: &Hosted) -> Result<(), EngineError> {
     hosted.life()?.vm.unpause();
-    hosted.update(|entry| entry.update(|state| state.status = state.under_way()))
+    hosted.update(|entry| entry.update(|state| state.status = state.under_way()))?;
+    hosted.note("unpause", &[]);
+    Ok(())
 }
 
 /// Makes one connection of two, until both ends have closed.

@@ -9,19 +9,28 @@ use rustix::fs::inotify;
 
 /// Looks at files; where the host gives no means to, time has to do.
 #[derive(Debug)]
-pub(super) struct Watch(Option<OwnedFd>);
+pub(crate) struct Watch(Option<OwnedFd>);
 
 impl Watch {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
         Self(inotify::init(flags).ok())
     }
 
     /// A further file to look at.
-    pub(super) fn add(&mut self, path: &Path) {
+    pub(crate) fn add(&mut self, path: &Path) {
         let flags = inotify::WatchFlags::MODIFY
             | inotify::WatchFlags::MOVE_SELF
             | inotify::WatchFlags::DELETE_SELF;
+        self.look_at(path, flags);
+    }
+
+    /// A folder to look at for files that are new in it.
+    pub(crate) fn add_folder(&mut self, path: &Path) {
+        self.look_at(path, inotify::WatchFlags::CREATE);
+    }
+
+    fn look_at(&mut self, path: &Path, flags: inotify::WatchFlags) {
         let added = self
             .0
             .as_ref()
@@ -32,7 +41,7 @@ impl Watch {
     }
 
     /// Waits until a file changes, for so long at most.
-    pub(super) fn wait(&self, limit: Duration) {
+    pub(crate) fn wait(&self, limit: Duration) {
         /// So that a host without inotify isn't kept busy, and its user not waiting.
         const LOOK: Duration = Duration::from_millis(20);
         let Some(watch) = &self.0 else {

@@ -92,6 +92,7 @@ fn config() -> MachineConfig {
     let disk = |name: &str, read_only| DiskConfig {
         name: name.to_owned(),
         read_only,
+        exchangeable: false,
     };
     MachineConfig {
         memory: MEMORY,

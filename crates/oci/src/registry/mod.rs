@@ -9,6 +9,7 @@
 //! ```
 //! The network is spoken to by `oci-client` on a runtime that lives as long as one call.
 
+mod artifact;
 mod credentials;
 mod download;
 mod error;
@@ -33,6 +34,7 @@ use crate::manifest::{DOCUMENT_MAX, INDEX_DEPTH, Part, blob, part, resolve_oci};
 use crate::store::DOWNLOADS;
 use crate::{Error, Image, Progress, Store};
 
+pub use artifact::{Incoming, Outgoing};
 use download::{Downloads, Reporter};
 pub use error::RegistryError;
 pub use name::{Name, NameError};

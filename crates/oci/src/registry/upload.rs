@@ -89,7 +89,7 @@ impl Store {
 }
 
 /// Sends a part, unless the registry has it.
-async fn send(
+pub(super) async fn send(
     session: &Session,
     reporter: &Reporter<'_>,
     digest: Digest,

@@ -9,7 +9,7 @@ mod reader;
 mod sparse;
 mod writer;
 
-pub(crate) use reader::{Skip, Streaming, TarReader};
+pub use reader::{Skip, Streaming, TarReader};
 pub(crate) use writer::TarWriter;
 
 /// The size of headers and the unit of padding.
@@ -17,7 +17,7 @@ pub(crate) const BLOCK: usize = 512;
 
 /// What an archive may cost.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
+pub struct Limits {
     /// Bytes of one extended header or long name.
     pub extended: u64,
     /// Data areas of one sparse file.
@@ -36,42 +36,61 @@ impl Default for Limits {
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum EntryKind {
+pub enum EntryKind {
+    /// A file with content.
     File,
+    /// One more name of a file that came before.
     HardLink,
+    /// A symbolic link.
     Symlink,
+    /// A device of characters.
     CharDevice,
+    /// A device of blocks.
     BlockDevice,
+    /// A folder.
     Directory,
+    /// A named pipe.
     Fifo,
 }
 
 /// A time as tar and file systems keep it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
-pub(crate) struct Time {
+pub struct Time {
+    /// Seconds since 1970.
     pub seconds: i64,
+    /// And so many nanoseconds.
     pub nanoseconds: u32,
 }
 
 /// A part of a sparse file that holds data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Extent {
+pub struct Extent {
+    /// Where in the file.
     pub offset: u64,
+    /// How many bytes.
     pub len: u64,
 }
 
 /// One member of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub struct Entry {
+    /// Its name, as the archive has it: it may be absolute, or lead elsewhere.
     pub path: Vec<u8>,
+    /// What a link points to.
     pub link: Vec<u8>,
+    /// What it is.
     pub kind: EntryKind,
     /// Permission bits, set-id and sticky.
     pub mode: u16,
+    /// Owner.
     pub uid: u32,
+    /// Group.
     pub gid: u32,
+    /// When its content changed.
     pub mtime: Time,
+    /// Major number of a device.
     pub major: u32,
+    /// Minor number of a device.
     pub minor: u32,
     /// The size of the file once unpacked.
     pub size: u64,

@@ -8,13 +8,14 @@ use super::sparse::{self, MapReader};
 use super::{BLOCK, Entry, EntryKind, Extent, Limits, TarError, Time, printable};
 
 /// A reader that can pass over bytes.
-pub(crate) trait Skip: Read {
+pub trait Skip: Read {
     /// Passes over `n` bytes; [`io::ErrorKind::UnexpectedEof`] when there are fewer.
     fn skip(&mut self, n: u64) -> io::Result<()>;
 }
 
 /// A reader that passes over bytes by reading them.
-pub(crate) struct Streaming<R>(pub R);
+#[derive(Debug)]
+pub struct Streaming<R>(pub R);
 
 impl<R: Read> Read for Streaming<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
@@ -32,7 +33,8 @@ impl<R: Read> Skip for Streaming<R> {
 }
 
 /// Reads the entries of an archive.
-pub(crate) struct TarReader<R> {
+#[derive(Debug)]
+pub struct TarReader<R> {
     source: R,
     limits: Limits,
     /// Bytes read or passed over so far.
@@ -57,7 +59,8 @@ fn padding_of(size: u64) -> u64 {
 }
 
 impl<R: Skip> TarReader<R> {
-    pub(crate) fn new(source: R, limits: Limits) -> Self {
+    /// Reads from `source`.
+    pub fn new(source: R, limits: Limits) -> Self {
         TarReader {
             source,
             limits,
@@ -68,23 +71,23 @@ impl<R: Skip> TarReader<R> {
         }
     }
 
-    /// Where the next unread byte is: after [`TarReader::next`], the data of the entry.
-    pub(crate) fn position(&self) -> u64 {
+    /// Where the next unread byte is: after [`TarReader::next_entry`], the data of the entry.
+    pub fn position(&self) -> u64 {
         self.position
     }
 
     /// How many bytes of data the archive stores for the current entry, not yet read.
-    pub(crate) fn remaining(&self) -> u64 {
+    pub fn remaining(&self) -> u64 {
         self.remaining
     }
 
     /// The source, wherever it stands.
-    pub(crate) fn into_inner(self) -> R {
+    pub fn into_inner(self) -> R {
         self.source
     }
 
     /// Passes over what is left of the current entry and reads the next.
-    pub(crate) fn next(&mut self) -> Result<Option<Entry>, TarError> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extensions = Extensions::default();
         let mut extended = false;
         loop {

@@ -1,9 +1,9 @@
 //! The control connection.
 
-use crate::SNAPSHOT_VERSION;
 use crate::frame::{self, FrameDecoder};
-use crate::message::{ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent};
+use crate::message::{ControlRequest, FromAgent, Hello, Mount, Setup, ShutdownMode, ToAgent};
 use crate::transport::Transport;
+use crate::{ADDRESS_VERSION, MOUNT_VERSION, SNAPSHOT_VERSION};
 
 use super::HostError;
 
@@ -122,6 +122,27 @@ impl<T: Transport> Control<T> {
     /// Has the guest give up what a snapshot need not hold: clean caches, freed blocks.
     pub fn compact(&mut self) -> Result<(), HostError> {
         self.newer_request(ControlRequest::Compact, "give up caches and free blocks")
+    }
+
+    /// Gives the network card addresses besides its own.
+    pub fn set_addresses(&mut self, addresses: Vec<String>) -> Result<(), HostError> {
+        const ASKED: &str = "take part in shared networks";
+        self.require(ADDRESS_VERSION, ASKED)?;
+        self.request(ControlRequest::Addresses(addresses), ASKED)
+    }
+
+    /// Has file systems mounted, besides the root.
+    pub fn mount(&mut self, mounts: Vec<Mount>) -> Result<(), HostError> {
+        const ASKED: &str = "mount folders and volumes";
+        self.require(MOUNT_VERSION, ASKED)?;
+        self.request(ControlRequest::Mount(mounts), ASKED)
+    }
+
+    /// Has the volumes written back to their disks.
+    pub fn sync_volumes(&mut self) -> Result<(), HostError> {
+        const ASKED: &str = "write its volumes back";
+        self.require(MOUNT_VERSION, ASKED)?;
+        self.request(ControlRequest::SyncVolumes, ASKED)
     }
 
     /// A second handle of the stream, to shut it down from another thread.

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 /// Direct dependencies of the agent and of the protocol that are part of the program (and not only
 /// of tests, which the lock file doesn't tell apart).
-const DIRECT: [&str; 5] = ["libc", "postcard", "rustix", "serde", "thiserror"];
+const DIRECT: [&str; 6] = ["libc", "postcard", "rustix", "serde", "tar", "thiserror"];
 
 /// The repository.
 pub fn repository() -> PathBuf {

@@ -1,0 +1,6 @@
+//! Any bytes as the saved session of a shared folder.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| skerry_share::fuzz::share_state(bytes));
