@@ -13,6 +13,7 @@ pub use skerry_confine::{Layer, LayerReport, Report, Strictness, probe};
 use skerry_confine::{Plan, confine};
 
 use crate::error::EngineError;
+use crate::events;
 use crate::mounts::{MountKind, MountSpec};
 use crate::paths::Paths;
 use crate::vm::VmSpec;
@@ -25,10 +26,13 @@ const FIRST_FREE_PORT: u16 = 1024;
 /// its own. Its threads are to begin after this.
 pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), EngineError> {
     let (scratch, snapshots, vms) = (paths.scratch(), paths.snapshots(), paths.vms());
-    for folder in [&scratch, &snapshots] {
+    let events = events::folder(paths);
+    for folder in [&scratch, &snapshots, &events] {
         Paths::ensure(folder)?;
     }
-    let mut write = vec![scratch, snapshots];
+    let mut write = vec![scratch, snapshots, events];
+    let joined = spec.network.join.iter();
+    write.extend(joined.map(|name| paths.networks().join(name)));
     write.extend_from_slice(own);
     if spec.options.soft.perf_map {
         write.push("/tmp".into());

@@ -24,9 +24,11 @@ use crate::error::EngineError;
 use crate::paths::Paths;
 use crate::vms::{VmConfig, Watch, now};
 
-const FILE: &str = "events";
-const OLDER: &str = "events.1";
-const LOCK: &str = "events.lock";
+/// A folder of their own: the process of a machine may write in few others.
+const FOLDER: &str = "log";
+const FILE: &str = "log/events";
+const OLDER: &str = "log/events.1";
+const LOCK: &str = "log/events.lock";
 /// Bytes of a file after which the next one is begun.
 const LONGEST: u64 = 4 << 20;
 /// How often it is looked for new events where the host tells of none.
@@ -105,6 +107,9 @@ fn note(root: &Path, kind: Kind, action: &str, id: &str, attributes: BTreeMap<St
 fn append(root: &Path, event: &Happened) -> io::Result<()> {
     let mut line = serde_json::to_vec(event)?;
     line.push(b'\n');
+    if !root.join(FOLDER).exists() {
+        fs::create_dir_all(root.join(FOLDER))?;
+    }
     let lock = private().write(true).create(true).open(root.join(LOCK))?;
     rustix::fs::flock(&lock, FlockOperation::LockShared)?;
     let path = root.join(FILE);
@@ -119,6 +124,11 @@ fn append(root: &Path, event: &Happened) -> io::Result<()> {
         fs::rename(&path, root.join(OLDER))?;
     }
     Ok(())
+}
+
+/// The folder that events are in.
+pub(crate) fn folder(paths: &Paths) -> PathBuf {
+    paths.root().join(FOLDER)
 }
 
 fn private() -> fs::OpenOptions {
@@ -141,7 +151,7 @@ pub struct Reader {
 impl Reader {
     /// Begins with the oldest that is known.
     pub fn open(paths: &Paths) -> Result<Self, EngineError> {
-        Paths::ensure(paths.root())?;
+        Paths::ensure(&folder(paths))?;
         let older = File::open(paths.root().join(OLDER)).ok();
         let mut reader = Self {
             path: paths.root().join(FILE),
@@ -151,7 +161,7 @@ impl Reader {
             watch: Watch::new(),
         };
         // That there is one more file shows in the folder.
-        reader.watch.add_folder(paths.root());
+        reader.watch.add_folder(&folder(paths));
         Ok(reader)
     }
 
@@ -280,6 +290,7 @@ mod tests {
     fn what_is_no_event_is_passed_over() {
         let folder = tempfile::tempdir().expect("folder");
         let paths = Paths::at(folder.path());
+        fs::create_dir(folder.path().join(FOLDER)).expect("folder");
         fs::write(folder.path().join(FILE), "half of a li\n{}\n\n").expect("file");
         note(paths.root(), Kind::Image, "pull", "id", BTreeMap::new());
         let mut reader = Reader::open(&paths).expect("reader");

@@ -341,7 +341,7 @@ fn by_argument(role: Role) -> Result<Vec<(c_long, Vec<SeccompRule>)>, String> {
 /// The kind of a socket, without its flags.
 const KIND: u64 = 0xf;
 
-/// Sockets of the internet's protocols that need no right.
+/// Sockets of the internet's protocols that need no right, and of machines' own networks.
 fn sockets() -> Result<Vec<SeccompRule>, String> {
     let mut rules = Vec::new();
     for family in [AF_INET, AF_INET6] {
@@ -352,6 +352,11 @@ fn sockets() -> Result<Vec<SeccompRule>, String> {
             ])?);
         }
     }
+    // To machines on the same network. Those of processes' control sockets are streams.
+    rules.push(rule(&[
+        (0, Op::Eq, AF_UNIX as u64),
+        (1, Op::MaskedEq(KIND), SOCK_SEQPACKET as u64),
+    ])?);
     Ok(rules)
 }
 
