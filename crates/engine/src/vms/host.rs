@@ -651,7 +651,8 @@ fn attach(
     let [mut stdout, mut stderr] = io.feed(&session).map_err(lost)?;
     let thread = std::thread::Builder::new().name("run-output".to_owned());
     let thread = thread.spawn(move || {
-        skerry_confine::enter(Role::Stream);
+        // Its output may show that the machine is ready, which is noted in a file.
+        skerry_confine::enter(Role::Control);
         ended(session.wait(&mut stdout, &mut stderr));
     });
     thread.map(drop).map_err(lost)
