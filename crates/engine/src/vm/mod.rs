@@ -205,7 +205,9 @@ impl Vm {
 
     /// Has what the guest wrote to volumes put on their disks, before it is ended.
     pub(crate) fn settle(&self) {
-        if !self.shared.mounts.has_volumes() || self.machine().is_ending() {
+        let machine = self.machine();
+        let idle = machine.is_ending() || machine.is_paused();
+        if !self.shared.mounts.has_volumes() || idle {
             return;
         }
         let mut agent = self.shared.agent.lock();

@@ -394,6 +394,7 @@ impl Hosted {
         if life.kept && !life.vm.machine().is_ending() {
             life.write_back(WRITING_BACK);
         }
+        life.vm.settle();
         life.vm.kill();
         if let Some(input) = &life.input {
             input.end();
