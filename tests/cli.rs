@@ -77,7 +77,6 @@ fn error_lines() {
             "true",
         ],
         &["run"],
-        &["run", "-d", "-i", "demo"],
         &["run", "-d", "--stats", "demo"],
         &["run", "--soft-mode", "fast", "demo"],
         &[

@@ -223,12 +223,14 @@ fn who_is_attached_and_gone_holds_nothing_up() {
         "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; sleep 1000",
     );
     // One that never reads, and one that is killed.
-    let _stuck = home.spawn(&["attach", "--no-stdin", "noisy"]);
+    let mut stuck = home.spawn(&["attach", "--no-stdin", "noisy"]);
     let mut killed = home.spawn(&["attach", "--no-stdin", "noisy"]);
     killed.kill().expect("killed");
     killed.wait().expect("end");
     eventually("the last line", || last(&home, "noisy") == "line 19999");
     assert_eq!(home.exec("noisy", &["true"]).status, 0);
+    stuck.kill().expect("killed");
+    stuck.wait().expect("end");
 }
 
 #[test]
@@ -236,7 +238,7 @@ fn what_runs_in_a_machine_is_listed() {
     let home = Home::new();
     home.start("vm", "sleep 500 & sleep 600 & wait");
     eventually("both", || {
-        home.done(&["top", "vm"]).matches("sleep ").count() == 3
+        home.done(&["top", "vm"]).matches("sleep ").count() == 4
     });
     let text = home.done(&["top", "--format", "json", "vm"]);
     let listed: serde_json::Value = serde_json::from_str(&text).expect("JSON");

@@ -66,13 +66,18 @@ impl Guest {
     }
 
     fn send(&mut self, frame: &[u8]) {
-        // As a driver does, it waits while its ring is full.
+        // As a driver does, it waits while its ring is full, and asks again where that takes long.
+        let mut asked = Instant::now();
         loop {
             while self.card.used(TRANSMIT).is_some() {
                 self.sent -= 1;
             }
             if self.sent < 128 {
                 break;
+            }
+            if asked.elapsed() > Duration::from_secs(1) {
+                self.card.kick(TRANSMIT);
+                asked = Instant::now();
             }
             std::thread::sleep(Duration::from_micros(50));
         }

@@ -125,6 +125,11 @@ fn make(app: &App, new: NewVm) -> Result<Made, ApiError> {
             images::pull(app.paths(), &name, &mut |_| ())?;
         }
     }
+    // Another process finds out for good; its error is but a text.
+    let taken = app.registry()?.find(&new.name);
+    if taken.is_ok_and(|info| info.config.name == new.name) {
+        return Err(skerry_engine::EngineError::NameTaken { name: new.name }.into());
+    }
     let launch = Launch {
         root: app.paths().root().to_owned(),
         begin,

@@ -140,7 +140,7 @@ mod tests {
         ) {
             let limit = 10_000;
             let mut ring = ByteRing::new(limit);
-            let mut model = VecDeque::new();
+            let mut model = VecDeque::<u8>::new();
             let mut next = 0u8;
             for (push, len) in ops {
                 if push {

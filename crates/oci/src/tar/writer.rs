@@ -88,13 +88,13 @@ mod tests {
         assert_eq!(bytes.len() % BLOCK, 0);
         let mut reader = TarReader::new(Streaming(&bytes[..]), Limits::default());
         for (name, data) in &files {
-            let entry = reader.next().unwrap().unwrap();
+            let entry = reader.next_entry().unwrap().unwrap();
             assert_eq!(entry.path, name.as_bytes());
             let mut found = Vec::new();
             reader.read_to_end(&mut found).unwrap();
             assert_eq!(found, *data);
         }
-        assert!(reader.next().unwrap().is_none());
+        assert!(reader.next_entry().unwrap().is_none());
     }
 
     #[test]

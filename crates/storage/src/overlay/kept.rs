@@ -345,7 +345,8 @@ mod tests {
         let disk = Overlay::keep(SIZE, vec![base(dir.path())], dir.path()).unwrap();
         assert!(Overlay::is_kept(dir.path()) && disk.written().is_empty());
         disk.write_at(&[7; 512], 9 * C).unwrap();
-        assert_eq!(disk.written(), [9 * C..10 * C]);
+        let changed = 9 * C..10 * C;
+        assert_eq!(disk.written(), std::slice::from_ref(&changed));
         assert!(disk.rewind().is_err());
     }
 

@@ -117,6 +117,7 @@ fn start(disk: Arc<MemoryDisk>, mask: u64) -> FakeGuest {
     let config = BlockConfig {
         serial: "skerry-root".into(),
         queues: 1,
+        exchangeable: false,
     };
     FakeGuest::start(BlockDevice::new(disk, &config), mask, QueueRunner::Inline)
 }
