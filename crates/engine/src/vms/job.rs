@@ -40,7 +40,7 @@ pub enum Source<'a> {
 pub struct Job<'a> {
     /// What it begins with.
     pub source: Source<'a>,
-    /// The machine and its command; of one that goes on, only what [`ResumeSpec`] has. Without a
+    /// The machine and its command; of one that goes on, only what [`ResumeSpec`](crate::vm::ResumeSpec) has. Without a
     /// command, that goes on which was running.
     pub spec: &'a RunSpec,
     /// Its name; empty for any.
