@@ -5,6 +5,7 @@ mod many;
 #[path = "stack/segments.rs"]
 mod segments;
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -33,6 +34,8 @@ struct Guest {
     buffers: Vec<(u16, Buffer)>,
     /// Frames that the device has not given back.
     sent: usize,
+    /// Frames that came while it could not send.
+    taken: VecDeque<Vec<u8>>,
 }
 
 impl Guest {
@@ -55,6 +58,7 @@ impl Guest {
             network,
             buffers,
             sent: 0,
+            taken: VecDeque::new(),
         }
     }
 
@@ -66,8 +70,8 @@ impl Guest {
     }
 
     fn send(&mut self, frame: &[u8]) {
-        // As a driver does, it waits while its ring is full, and asks again where that takes long.
-        let mut asked = Instant::now();
+        // As a driver does, it waits while its ring is full; what comes meanwhile is taken nevertheless, or
+        // the other side would have no room for answers, and take nothing either.
         loop {
             while self.card.used(TRANSMIT).is_some() {
                 self.sent -= 1;
@@ -75,9 +79,8 @@ impl Guest {
             if self.sent < 128 {
                 break;
             }
-            if asked.elapsed() > Duration::from_secs(1) {
-                self.card.kick(TRANSMIT);
-                asked = Instant::now();
+            while let Some(frame) = self.take() {
+                self.taken.push_back(frame);
             }
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -88,18 +91,25 @@ impl Guest {
         self.card.kick(TRANSMIT);
     }
 
+    /// A frame that has come.
+    fn take(&mut self) -> Option<Vec<u8>> {
+        let (head, len) = self.card.used(RECEIVE)?;
+        let at = self.buffers.iter().position(|(added, _)| *added == head);
+        let (_, buffer) = self.buffers.remove(at.expect("a buffer of ours"));
+        let bytes = self.card.bytes(buffer)[HEADER..len as usize].to_vec();
+        self.buffers
+            .push((self.card.add(RECEIVE, &[buffer]), buffer));
+        self.card.kick(RECEIVE);
+        Some(bytes)
+    }
+
     /// The next frame that comes in time.
     fn receive_in(&mut self, patience: Duration) -> Option<Vec<u8>> {
         let deadline = Instant::now() + patience;
         loop {
-            if let Some((head, len)) = self.card.used(RECEIVE) {
-                let at = self.buffers.iter().position(|(added, _)| *added == head);
-                let (_, buffer) = self.buffers.remove(at.expect("a buffer of ours"));
-                let bytes = self.card.bytes(buffer)[HEADER..len as usize].to_vec();
-                self.buffers
-                    .push((self.card.add(RECEIVE, &[buffer]), buffer));
-                self.card.kick(RECEIVE);
-                return Some(bytes);
+            let waiting = self.taken.pop_front();
+            if let Some(frame) = waiting.or_else(|| self.take()) {
+                return Some(frame);
             }
             if Instant::now() > deadline {
                 return None;
