@@ -13,6 +13,7 @@ use skerry_hypervisor_soft::Soft;
 
 use crate::confinement::{self, Report};
 use crate::error::EngineError;
+use crate::resources::{self, Limit};
 use crate::soft::SoftOptions;
 
 /// The backends of this build, best first.
@@ -73,6 +74,8 @@ pub struct Diagnosis {
     pub hypervisors: Vec<ProbeReport>,
     /// How the process of a machine is confined here.
     pub confinement: Option<Report>,
+    /// What bounds of a machine's resources hold here, and by what.
+    pub resources: Vec<Limit>,
 }
 
 /// Probes every backend: each runs a small guest.
@@ -86,6 +89,7 @@ pub fn diagnose() -> Diagnosis {
         auto: usable.map(|report| report.backend),
         hypervisors,
         confinement,
+        resources: resources::probe(),
     }
 }
 

@@ -24,6 +24,7 @@ pub(crate) struct Outlet {
     /// Where the guest's last frame came from.
     pub(crate) guest: [u8; 6],
     frames: Cell<u64>,
+    bytes: Cell<u64>,
 }
 
 impl Outlet {
@@ -32,6 +33,7 @@ impl Outlet {
             port,
             guest,
             frames: Cell::new(0),
+            bytes: Cell::new(0),
         }
     }
 
@@ -41,6 +43,11 @@ impl Outlet {
 
     pub(crate) fn frames(&self) -> u64 {
         self.frames.get()
+    }
+
+    /// Bytes of the frames.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.get()
     }
 
     pub(crate) fn has_room(&self) -> bool {
@@ -53,7 +60,9 @@ impl Outlet {
             header[6..12].copy_from_slice(&GATEWAY_MAC);
             header[12..].copy_from_slice(&kind.to_be_bytes());
         }
+        let length = buffer.len().saturating_sub(HEADER_LEN) as u64;
         self.frames.set(self.frames.get() + 1);
+        self.bytes.set(self.bytes.get() + length);
         self.port.push(buffer, checksum);
     }
 

@@ -142,6 +142,8 @@ pub enum ControlRequest {
     Mount(Vec<Mount>),
     /// Write the volumes back to their disks.
     SyncVolumes,
+    /// Let all that execs start have so many processes and threads at most; `None`: as many as there can be.
+    LimitProcesses(Option<u32>),
 }
 
 /// A file system for the guest, besides its root.

@@ -4,7 +4,7 @@
 //! vectors of the disk's read or write.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -129,6 +129,8 @@ pub struct BlockDevice {
     exchangeable: bool,
     /// The disk has another size than the guest was told.
     changed: AtomicBool,
+    read: AtomicU64,
+    written: AtomicU64,
     link: EngineLink,
 }
 
@@ -160,8 +162,16 @@ impl BlockDevice {
             write_through: AtomicBool::new(false),
             exchangeable: config.exchangeable,
             changed: AtomicBool::new(false),
+            read: AtomicU64::new(0),
+            written: AtomicU64::new(0),
             link: EngineLink::default(),
         })
+    }
+
+    /// Bytes that the guest has read and written, since the device was made.
+    pub fn transferred(&self) -> (u64, u64) {
+        let read = self.read.load(Ordering::Relaxed);
+        (read, self.written.load(Ordering::Relaxed))
     }
 
     /// The configuration layout of 5.2.4.
@@ -255,11 +265,12 @@ impl BlockDevice {
         let mut slices = Vec::with_capacity(8);
         writer.take_slices(len as usize, &mut slices)?;
         let bufs: Vec<_> = slices.iter().map(IoBufMut::from_volatile).collect();
+        let status = self.outcome("read", self.disk.read_vectored_at(&bufs, offset));
+        if status == Status::Ok {
+            self.read.fetch_add(len.into(), Ordering::Relaxed);
+        }
         // What a failed read left in the buffers is of no use to the guest, but is written.
-        Ok((
-            self.outcome("read", self.disk.read_vectored_at(&bufs, offset)),
-            len,
-        ))
+        Ok((status, len))
     }
 
     fn write(
@@ -278,6 +289,9 @@ impl BlockDevice {
         reader.take_slices(len as usize, &mut slices)?;
         let bufs: Vec<_> = slices.iter().map(IoBuf::from_volatile).collect();
         let mut status = self.outcome("write", self.disk.write_vectored_at(&bufs, offset));
+        if status == Status::Ok {
+            self.written.fetch_add(len.into(), Ordering::Relaxed);
+        }
         if status == Status::Ok && self.write_through.load(Ordering::Relaxed) {
             status = self.outcome("flush", self.disk.flush());
         }

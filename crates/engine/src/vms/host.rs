@@ -31,7 +31,9 @@ use super::serve;
 use crate::command::Surroundings;
 use crate::confinement::{self, Strictness};
 use crate::error::EngineError;
+use crate::mounts;
 use crate::paths::Paths;
+use crate::resources;
 use crate::run::{RunIo, RunOutcome};
 use crate::vm::{GuestStream, ResumeSpec, Vm, VmSpec, lost};
 
@@ -44,6 +46,8 @@ const WRITING_BACK_AT_ONCE: Duration = Duration::from_secs(1);
 pub(super) struct Hosted {
     pub(super) paths: Paths,
     pub(super) confine: Strictness,
+    /// How much of the host's processors it may take.
+    pub(super) nano_cpus: Option<u64>,
     entry: Mutex<Option<Entry>>,
     progress: Mutex<Progress>,
     changed: Condvar,
@@ -105,8 +109,15 @@ pub(super) fn host_in(
     started: impl FnOnce(&VmConfig),
     note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
-    let listener = listen(&entry).and_then(|listener| {
+    let mut spec = job.spec.clone();
+    let named = mounts::name_volumes(paths, &mut spec.vm.mounts, &entry.config.id);
+    let job = Job { spec: &spec, ..job };
+    let listener = named.and_then(|()| listen(&entry)).and_then(|listener| {
         if job.own_process {
+            if job.detached {
+                skerry_confine::last_words(entry.last_words()?);
+            }
+            job.spec.vm.options.bound_process()?;
             confinement::of_vm(paths, &job.spec.vm, &[entry.folder()])?;
         }
         Ok(listener)
@@ -121,6 +132,7 @@ pub(super) fn host_in(
     let hosted = Arc::new(Hosted {
         paths: paths.clone(),
         confine: job.spec.vm.options.confine,
+        nano_cpus: job.spec.vm.options.nano_cpus,
         entry: Mutex::new(Some(entry)),
         progress: Mutex::default(),
         changed: Condvar::new(),
@@ -179,7 +191,8 @@ fn begin(
             Vm::start(paths, image, name, &spec, note)
         }
         Source::Frozen { frozen, .. } => {
-            let spec = ResumeSpec {
+            resources::check(spec, None)?;
+            let resume = ResumeSpec {
                 hypervisor: spec.options.hypervisor,
                 soft: spec.options.soft.clone(),
                 time_limit: spec.options.time_limit,
@@ -189,8 +202,10 @@ fn begin(
                 show_console: spec.show_console,
                 rewindable: false,
                 sampled: spec.sampled,
+                nano_cpus: spec.options.nano_cpus,
+                pids_limit: spec.pids_limit,
             };
-            Vm::resume(paths, frozen, &spec, note)
+            Vm::resume(paths, frozen, &resume, note)
         }
     }
 }
@@ -317,6 +332,9 @@ impl Hosted {
             Ok(())
         })?;
         let vm = begin(&self.paths, job, &names, kept, note)?;
+        if let Some(name) = names.first() {
+            vm.note_name(name);
+        }
         let mut streams = None;
         self.update(|entry| {
             streams = Some(io(entry)?);
@@ -491,6 +509,13 @@ impl Hosted {
             .as_ref()
             .map(|entry| entry.config.name.clone())
             .unwrap_or_default()
+    }
+
+    /// Notes the machine's new name.
+    pub(super) fn renamed(&self, name: &str) {
+        if let Some(life) = &self.progress.lock().life {
+            life.vm.note_name(name);
+        }
     }
 
     /// Changes the entry, unless the end has been noted.

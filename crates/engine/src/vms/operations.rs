@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
-use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::control::{Client, Forked, Reply, Request, Snapshotted, Traffic};
 use super::copies;
 use super::info::{Status, VmInfo};
 use super::launch::Detached;
@@ -25,6 +25,8 @@ use crate::statistics::Statistics;
 
 /// How long a machine's process may take to answer what takes it no time.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The same for what others don't wait for.
+const BRIEF: Duration = Duration::from_millis(500);
 const SIGTERM: u8 = 15;
 const SIGKILL: u8 = 9;
 
@@ -300,6 +302,16 @@ pub fn network(registry: &Registry, name: &str) -> Result<NetworkReport, EngineE
     match client.ask(&Request::Network)? {
         (Reply::Network(report), _) => Ok(*report),
         _ => Err(strange(&info)),
+    }
+}
+
+/// What a running machine has moved; it is not waited for long, as it may be busy with its start.
+pub(super) fn traffic(registry: &Registry, info: &VmInfo) -> Result<Traffic, EngineError> {
+    let client = reach(registry, info)?;
+    client.limit(BRIEF)?;
+    match client.ask(&Request::Traffic)? {
+        (Reply::Traffic(traffic), _) => Ok(traffic),
+        _ => Err(strange(info)),
     }
 }
 

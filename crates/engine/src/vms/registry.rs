@@ -12,7 +12,8 @@
 //! process ids are never trusted for that. A folder appears whole, by a rename, with its lock held.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -37,6 +38,10 @@ const STATE: &str = "state";
 const CONTROL: &str = "control";
 const LOG: &str = "log";
 const LAUNCH: &str = "launch";
+/// What a process says of its violent end.
+const LAST_WORDS: &str = "last-words";
+/// The longest that it may be.
+const LONGEST_WORDS: u64 = 1024;
 
 /// All virtual machines of a user.
 #[derive(Clone, Debug)]
@@ -407,7 +412,10 @@ impl Registry {
             }
             state.status = Status::Failed;
             state.exit_code = Some(KILLED);
-            state.error = Some("its process was killed".to_owned());
+            state.error = Some(match last_words(&folder) {
+                Some(line) => format!("its process was ended: {line}"),
+                None => "its process was killed".to_owned(),
+            });
             state.finished = Some(now());
         }
         Some(VmInfo { config, state })
@@ -506,6 +514,15 @@ impl Registry {
     }
 }
 
+/// The line that a process left which broke its confinement.
+fn last_words(folder: &Path) -> Option<String> {
+    let mut text = String::new();
+    let file = File::open(folder.join(LAST_WORDS)).ok()?;
+    file.take(LONGEST_WORDS).read_to_string(&mut text).ok()?;
+    let line = text.lines().next()?;
+    Some(line.strip_prefix("skerry: ").unwrap_or(line).to_owned())
+}
+
 impl Entry {
     /// How the machine is.
     #[must_use]
@@ -517,6 +534,14 @@ impl Entry {
     #[must_use]
     pub fn control(&self) -> PathBuf {
         self.registry.control(&self.config.id)
+    }
+
+    /// A file for what the process says of its own violent end, empty.
+    pub(crate) fn last_words(&self) -> Result<OwnedFd, EngineError> {
+        let made = fs::File::create(self.folder().join(LAST_WORDS));
+        Ok(made
+            .map_err(EngineError::host("make a file for last words"))?
+            .into())
     }
 
     /// The file for the command's output.
