@@ -200,6 +200,11 @@ impl VirtioSet {
         all.fold((0, 0), |sum, disk| (sum.0 + disk.0, sum.1 + disk.1))
     }
 
+    /// Why a disk first failed a request of the guest's, if one has.
+    pub fn disk_failure(&self) -> Option<&str> {
+        self.disks.iter().find_map(|disk| disk.failure())
+    }
+
     /// The host's end of the virtio console.
     pub fn console(&self) -> Option<PortHandle> {
         self.console.as_ref().map(|(_, handle)| handle.clone())

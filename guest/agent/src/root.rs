@@ -14,6 +14,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use skerry_protocol::message::{BlockDevice, RootSpec, Upper};
 
@@ -26,6 +28,12 @@ const ROOT: &str = "/skerry/root";
 
 /// What the space of a disk is counted in by Linux.
 const SECTOR: u64 = 512;
+
+/// A file beside the overlay's directories, which takes room on the disk that it needs to be mounted the next
+/// time: without, a full disk's root could not be written, and nothing removed from it.
+const RESERVE: &str = "reserve";
+/// Its size at most and at least.
+const RESERVED: std::ops::RangeInclusive<u64> = 4096..=65536;
 
 /// How long a block device may take to appear.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
@@ -56,6 +64,10 @@ pub fn switch(spec: &RootSpec) -> io::Result<Option<OwnedFd>> {
             let flags = MountFlags::NOATIME;
             mount(&disk, WRITABLE, "ext4", flags, "noinit_itable")?;
             grow(&disk).map_err(|error| named(disk.display(), &error))?;
+            match fs::remove_file(Path::new(WRITABLE).join(RESERVE)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
     }
     for directory in ["upper", "work"] {
@@ -78,6 +90,20 @@ pub fn switch(spec: &RootSpec) -> io::Result<Option<OwnedFd>> {
     };
     enter(Path::new(ROOT))?;
     Ok(disk)
+}
+
+/// Takes room for the next start, as far as there is some, on the file system that takes writes.
+pub fn reserve(disk: &OwnedFd) -> io::Result<()> {
+    let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(disk, RESERVE, flags, Mode::from_raw_mode(0o600))?;
+    let mut size = *RESERVED.end();
+    while size >= *RESERVED.start() {
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size) {
+            Err(Errno::NOSPC) => size /= 2,
+            result => return Ok(result?),
+        }
+    }
+    Ok(())
 }
 
 /// Has the file system at [`WRITABLE`] take the whole of its disk, which may be larger.

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use serde::{Deserialize, Serialize};
 use skerry_hypervisor::memory::GuestRam;
@@ -131,6 +131,8 @@ pub struct BlockDevice {
     changed: AtomicBool,
     read: AtomicU64,
     written: AtomicU64,
+    /// The first request that its disk failed.
+    failure: OnceLock<String>,
     link: EngineLink,
 }
 
@@ -164,8 +166,14 @@ impl BlockDevice {
             changed: AtomicBool::new(false),
             read: AtomicU64::new(0),
             written: AtomicU64::new(0),
+            failure: OnceLock::new(),
             link: EngineLink::default(),
         })
+    }
+
+    /// Why its disk first failed a request, if it has.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
     }
 
     /// Bytes that the guest has read and written, since the device was made.
@@ -240,7 +248,16 @@ impl BlockDevice {
         match result {
             Ok(()) => Status::Ok,
             Err(error) => {
-                tracing::warn!(disk = self.disk.name(), what, %error, "A guest's request failed");
+                // A guest that goes on and on fills no log.
+                if self.failure.set(error.to_string()).is_ok() {
+                    tracing::warn!(
+                        disk = self.disk.name(),
+                        what,
+                        "A guest's request failed: {error}"
+                    );
+                } else {
+                    tracing::debug!(disk = self.disk.name(), what, %error, "A guest's request failed");
+                }
                 Status::IoError
             }
         }

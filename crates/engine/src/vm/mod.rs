@@ -236,12 +236,14 @@ impl Vm {
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         let counters = self.network().map(Network::counters).unwrap_or_default();
-        let (block_read, block_written) = self.machine().virtio().disk_traffic();
+        let virtio = self.machine().virtio();
+        let (block_read, block_written) = virtio.disk_traffic();
         Traffic {
             network_received: counters.bytes_to_guest,
             network_sent: counters.bytes_from_guest,
             block_read,
             block_written,
+            disk_failure: virtio.disk_failure().map(str::to_owned),
         }
     }
 

@@ -87,7 +87,7 @@ pub struct Snapshotted {
 }
 
 /// What a machine has moved since it was started, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Traffic {
     /// Of the frames that its network card received.
@@ -98,6 +98,8 @@ pub struct Traffic {
     pub block_read: u64,
     /// Written to them.
     pub block_written: u64,
+    /// Why a disk first failed a request of the guest's, if one has.
+    pub disk_failure: Option<String>,
 }
 
 /// A running machine's state, on its way to copies of it.

@@ -75,6 +75,8 @@ struct Progress {
     /// Somebody had it end at once while there was no machine to be ended.
     killed: bool,
     ready: bool,
+    /// Why a disk of the machine's failed a request.
+    disk_failure: Option<String>,
     code: Option<u8>,
     /// Those who wait to be told.
     waiting: usize,
@@ -414,6 +416,9 @@ impl Hosted {
         }
         life.vm.settle();
         life.vm.kill();
+        if let Some(failure) = life.vm.machine().virtio().disk_failure() {
+            self.progress.lock().disk_failure = Some(failure.to_owned());
+        }
         if let Some(input) = &life.input {
             input.end();
         }
@@ -539,6 +544,7 @@ impl Hosted {
     fn finish(&self, result: Result<RunOutcome, EngineError>) -> Result<RunOutcome, EngineError> {
         let code = code(&result);
         let error = result.as_ref().err().map(ToString::to_string);
+        let failure = self.progress.lock().disk_failure.clone();
         let noted = match self.entry.lock().take() {
             Some(entry) => entry.finish(|state| {
                 state.status = match error {
@@ -546,7 +552,7 @@ impl Hosted {
                     None => Status::Stopped,
                 };
                 state.exit_code = Some(code);
-                state.error = error;
+                state.error = error.or(failure);
             }),
             None => Ok(()),
         };

@@ -335,6 +335,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
             statistics: None,
             network: None,
             confinement: None,
+            traffic: None,
         });
     }
     let client = reach(registry, &info)?;
@@ -344,6 +345,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
         (Reply::Statistics(statistics), _) => Ok(Inspected {
             network: Some(network(registry, &info.config.id)?),
             confinement: Some(confinement(registry, &info)?),
+            traffic: Some(traffic(registry, &info)?),
             info,
             statistics: Some(statistics),
         }),
@@ -364,6 +366,8 @@ pub struct Inspected {
     pub network: Option<NetworkReport>,
     /// How its process is confined, likewise.
     pub confinement: Option<Report>,
+    /// What it has moved, likewise.
+    pub traffic: Option<Traffic>,
 }
 
 /// An answer to another question.

@@ -40,7 +40,10 @@ const LOG: &str = "log";
 const LAUNCH: &str = "launch";
 /// What a process says of its violent end.
 const LAST_WORDS: &str = "last-words";
-/// The longest that it may be.
+/// Takes room for the state that a machine ends with.
+const RESERVE: &str = "reserve";
+const RESERVED: usize = 16 << 10;
+/// The longest that they may be.
 const LONGEST_WORDS: u64 = 1024;
 
 /// All virtual machines of a user.
@@ -86,7 +89,22 @@ fn turn(folder: &Path) -> io::Result<File> {
 /// Replaces the state in a folder.
 fn write_state(folder: &Path, state: &VmState) -> io::Result<()> {
     let staged = folder.join("state.new");
-    write_json(&staged, state).and_then(|()| fs::rename(&staged, folder.join(STATE)))
+    let write =
+        || write_json(&staged, state).and_then(|()| fs::rename(&staged, folder.join(STATE)));
+    match write() {
+        // What is kept for this makes room.
+        Err(error) if places::is_full(&error) => {
+            fs::remove_file(folder.join(RESERVE))?;
+            write()
+        }
+        result => result,
+    }
+}
+
+/// Takes room on the host's disk for the last state of a machine in `folder`: its guest may have written until
+/// there was no more.
+fn reserve(folder: &Path) -> io::Result<()> {
+    fs::write(folder.join(RESERVE), [0; RESERVED])
 }
 
 fn is_id(name: &str) -> bool {
@@ -176,6 +194,9 @@ impl Registry {
             .stage(&staged, &state)
             .and_then(|lock| {
                 launch.map_or(Ok(()), |launch| write_json(&staged.join(LAUNCH), launch))?;
+                if !config.auto_remove {
+                    reserve(&staged)?;
+                }
                 Ok(lock)
             })
             .map_err(self.failed("make a place for a virtual machine"))?;
@@ -215,6 +236,7 @@ impl Registry {
         };
         // Left by a process that was killed.
         let _ = fs::remove_file(entry.control());
+        reserve(&folder).map_err(self.failed("make room for the state of a virtual machine"))?;
         entry.update(|state| *state = VmState::new(Status::Starting, std::process::id()))?;
         Ok(entry)
     }
