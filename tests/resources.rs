@@ -228,7 +228,9 @@ fn a_machine_is_put_where_it_is_to_be() {
         .expect("bytes");
     assert_eq!(most, 512 << 20);
     home.done(&["rm", "-f", "held"]);
-    common::eventually("the process's end", || !Path::new(&format!("/proc/{pid}")).exists());
+    common::eventually("the process's end", || {
+        !Path::new(&format!("/proc/{pid}")).exists()
+    });
     // The next one removes what it left, and so do we.
     home.done(&[
         "run",

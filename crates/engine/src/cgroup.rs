@@ -166,7 +166,11 @@ fn here(controller: Controller) -> io::Result<Vec<Hierarchy>> {
 
 impl Hierarchy {
     /// The cgroups in which one may be made, the best first.
-    fn parents(&self, wanted: Option<&str>) -> Vec<PathBuf> {
+    fn parents(&self, wanted: Option<&str>, inside: Option<&Path>) -> Vec<PathBuf> {
+        let inside = inside.filter(|cgroup| self.unified && cgroup.starts_with(&self.mount));
+        if let Some(parent) = inside.and_then(Path::parent) {
+            return vec![parent.to_owned()];
+        }
         if let Some(wanted) = wanted {
             let below = wanted.trim_start_matches('/');
             return vec![self.mount.join(below)];
@@ -230,9 +234,10 @@ fn sweep(parent: &Path) {
     }
 }
 
-/// Makes a cgroup for one controller in the first place that lets us, and puts this process into it.
-fn enter(controller: Controller, bounds: &Bounds) -> io::Result<PathBuf> {
-    place(controller, bounds, |cgroup| {
+/// Makes a cgroup for one controller in the first place that lets us, and puts this process into it. In
+/// version 2 that is the one of all controllers, which it may be in by now.
+fn enter(controller: Controller, bounds: &Bounds, inside: Option<&Path>) -> io::Result<PathBuf> {
+    place(controller, bounds, inside, |cgroup| {
         fs::write(cgroup.join("cgroup.procs"), "0")
     })
 }
@@ -240,12 +245,13 @@ fn enter(controller: Controller, bounds: &Bounds) -> io::Result<PathBuf> {
 fn place(
     controller: Controller,
     bounds: &Bounds,
+    inside: Option<&Path>,
     act: impl Fn(&Path) -> io::Result<()>,
 ) -> io::Result<PathBuf> {
     let name = controller.name();
     let mut refusal = io::Error::other(format!("this host has no {name} controller of cgroups"));
     for hierarchy in here(controller)? {
-        for parent in hierarchy.parents(bounds.parent.as_deref()) {
+        for parent in hierarchy.parents(bounds.parent.as_deref(), inside) {
             for _ in 0..ATTEMPTS {
                 let made = hierarchy.make(&parent, controller, bounds);
                 match made.and_then(|cgroup| act(&cgroup).map(|()| cgroup)) {
@@ -275,7 +281,7 @@ pub(crate) fn confine(bounds: &Bounds) -> Result<(), EngineError> {
             return Err(EngineError::CgroupParent(parent.clone()));
         }
     }
-    let mut held = Held::default();
+    let (mut held, mut first) = (Held::default(), None);
     for (controller, place, wanted) in [
         (Controller::Cpu, &mut held.cpu, bounds.nano_cpus.is_some()),
         (
@@ -287,8 +293,11 @@ pub(crate) fn confine(bounds: &Bounds) -> Result<(), EngineError> {
         if !wanted {
             continue;
         }
-        match enter(controller, bounds) {
-            Ok(cgroup) => *place = Some(cgroup),
+        match enter(controller, bounds, first.as_deref()) {
+            Ok(cgroup) => {
+                first.get_or_insert_with(|| cgroup.clone());
+                *place = Some(cgroup);
+            }
             Err(source) if bounds.parent.is_some() => {
                 let parent = bounds.parent.clone().unwrap_or_default();
                 return Err(EngineError::Cgroup { parent, source });
@@ -309,7 +318,8 @@ pub(crate) fn probe() -> [Result<PathBuf, String>; 2] {
         parent: None,
     };
     [Controller::Cpu, Controller::Memory].map(|controller| {
-        let made = place(controller, &bounds, |_| Ok(())).map_err(|error| error.to_string())?;
+        let made =
+            place(controller, &bounds, None, |_| Ok(())).map_err(|error| error.to_string())?;
         // Another process may have taken it for a forgotten one.
         let _ = fs::remove_dir(&made);
         Ok(made.parent().unwrap_or(&made).to_owned())
@@ -380,6 +390,60 @@ mod tests {
             [("memory.max", most)]
         );
         assert_eq!(Controller::Memory.settings(true, &Bounds::default()), []);
+    }
+
+    /// A folder that looks like a hierarchy of version 2.
+    fn unified(mount: &Path) -> Hierarchy {
+        let own = mount.join("user/session");
+        fs::create_dir_all(&own).expect("folder");
+        for folder in [mount, &mount.join("user"), &own] {
+            fs::write(folder.join("cgroup.subtree_control"), "cpu memory\n").expect("file");
+            fs::write(folder.join("cpu.max"), "max 100000\n").expect("file");
+        }
+        Hierarchy {
+            mount: mount.to_owned(),
+            own,
+            unified: true,
+        }
+    }
+
+    #[test]
+    fn version_two_has_one_cgroup_for_all_bounds() {
+        let folder = tempfile::tempdir().expect("folder");
+        let hierarchy = unified(folder.path());
+        let bounds = Bounds {
+            nano_cpus: Some(500_000_000),
+            memory: Some(256 << 20),
+            parent: None,
+        };
+        let [own, beside] = &hierarchy.parents(None, None)[..] else {
+            panic!("not two places");
+        };
+        assert_eq!((own, beside), (&hierarchy.own, &folder.path().join("user")));
+        let cpu = hierarchy
+            .make(beside, Controller::Cpu, &bounds)
+            .expect("cgroup");
+        // The process is in it now, and is not put below it.
+        let again = hierarchy.parents(None, Some(&cpu));
+        assert_eq!(again, [beside.clone()]);
+        let memory = hierarchy
+            .make(&again[0], Controller::Memory, &bounds)
+            .expect("cgroup");
+        assert_eq!(cpu, memory);
+        let read = |file: &str| fs::read_to_string(cpu.join(file)).expect("a bound");
+        assert_eq!(read("cpu.max"), "50000 100000");
+        assert_eq!(read("memory.max"), (512u64 << 20).to_string());
+    }
+
+    #[test]
+    fn nobody_gets_out_of_a_bound() {
+        let folder = tempfile::tempdir().expect("folder");
+        let hierarchy = unified(folder.path());
+        fs::write(hierarchy.own.join("cpu.max"), "50000 100000\n").expect("file");
+        assert_eq!(hierarchy.parents(None, None), [hierarchy.own.clone()]);
+        // Where the user names a place, it is that one.
+        let named = hierarchy.parents(Some("/some/place"), None);
+        assert_eq!(named, [folder.path().join("some/place")]);
     }
 
     #[test]

@@ -29,6 +29,8 @@ const ROOT: &str = "/skerry/root";
 /// What the space of a disk is counted in by Linux.
 const SECTOR: u64 = 512;
 
+/// Blocks that ext4 holds back for changes that may not fail (Linux, filesystems/ext4: `reserved_clusters`).
+const HELD_BACK: &str = "512";
 /// A file beside the overlay's directories, which takes room on the disk that it needs to be mounted the next
 /// time: without, a full disk's root could not be written, and nothing removed from it.
 const RESERVE: &str = "reserve";
@@ -109,6 +111,12 @@ pub fn reserve(disk: &OwnedFd) -> io::Result<()> {
 /// Has the file system at [`WRITABLE`] take the whole of its disk, which may be larger.
 fn grow(disk: &Path) -> io::Result<()> {
     let name = disk.file_name().unwrap_or_default();
+    // What the kernel holds back is a part of the size that it finds when it mounts: less before the
+    // growth than at the next start, which would eat up our reserve on a full disk.
+    let held_back = Path::new("/sys/fs/ext4")
+        .join(name)
+        .join("reserved_clusters");
+    fs::write(held_back, HELD_BACK)?;
     let size = Path::new("/sys/class/block").join(name).join("size");
     let sectors = fs::read_to_string(size)?.trim_end().parse::<u64>();
     let size = sectors.map_err(io::Error::other)?.saturating_mul(SECTOR);

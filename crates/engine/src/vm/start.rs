@@ -140,20 +140,7 @@ impl Vm {
                 }
             }
         }
-        let about = About {
-            backend: prepared.selected.backend,
-            machine: config,
-            cpuid: prepared.tables.clone(),
-            image: ImageAbout {
-                name: name.to_owned(),
-                digest: image.digest.to_string(),
-                rootfs: image.rootfs_digest().hex(),
-            },
-            read_only: spec.read_only,
-            command: None,
-            surroundings: Surroundings::of(&image.config),
-            mounts: Vec::new(),
-        };
+        let about = about(&prepared, config, (image, name), spec.read_only);
         let vm = place.boot(image, spec, about)?;
         if let Some(warm) = warm {
             let kept = vm.run_first_programs().and_then(|()| warm.keep(paths, &vm));
@@ -253,6 +240,29 @@ impl Vm {
         let vm = place.go_on(place.paused(frozen)?)?;
         vm.finish(spec.pids_limit)?;
         Ok(vm)
+    }
+}
+
+/// What a new machine says of itself.
+fn about(
+    prepared: &Prepared,
+    machine: MachineConfig,
+    (image, name): (&Image, &str),
+    read_only: bool,
+) -> About {
+    About {
+        backend: prepared.selected.backend,
+        machine,
+        cpuid: prepared.tables.clone(),
+        image: ImageAbout {
+            name: name.to_owned(),
+            digest: image.digest.to_string(),
+            rootfs: image.rootfs_digest().hex(),
+        },
+        read_only,
+        command: None,
+        surroundings: Surroundings::of(&image.config),
+        mounts: Vec::new(),
     }
 }
 
