@@ -14,7 +14,7 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter,
 };
 
-use super::violation;
+use super::{tree, violation};
 use crate::Role;
 
 /// Asks for the vector that the kernel gave the program, for page sizes and the like (`linux/prctl.h`).
@@ -417,7 +417,7 @@ fn programs(role: Role) -> Result<Vec<BpfProgram>, String> {
     };
     let every = |calls: Calls| calls.iter().map(|call| (*call, Vec::new()));
     let mut programs = Vec::new();
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::from([(SYS_clone3, Vec::new())]);
+    let mut allowed = vec![SYS_clone3];
     if let Some((calls, error)) = refusals(role) {
         let refused = SeccompAction::Errno(error.unsigned_abs());
         programs.push(build(
@@ -426,13 +426,15 @@ fn programs(role: Role) -> Result<Vec<BpfProgram>, String> {
             refused,
         )?);
         // An error yields to a trap.
-        rules.extend(every(calls));
+        allowed.extend_from_slice(calls);
     }
     for calls in lists(role) {
-        rules.extend(every(calls));
+        allowed.extend_from_slice(calls);
     }
-    rules.extend(by_argument(role)?);
-    programs.push(build(rules, SeccompAction::Trap, SeccompAction::Allow)?);
+    let rules: BTreeMap<_, _> = by_argument(role)?.into_iter().collect();
+    let open: Vec<c_long> = rules.keys().copied().collect();
+    let filter = build(rules, SeccompAction::Trap, SeccompAction::Allow)?;
+    programs.push(tree::before(&allowed, &open, &filter));
     Ok(programs)
 }
 

@@ -90,7 +90,7 @@ impl NetPort {
     /// woken for the next.
     pub fn receive(&self) -> Vec<Vec<u8>> {
         let _ = self.0.receiver.set(std::thread::current().id());
-        self.0.link.serve(TRANSMIT);
+        self.0.link.serve_in_turn(TRANSMIT);
         self.take()
     }
 

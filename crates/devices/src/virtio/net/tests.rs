@@ -356,3 +356,40 @@ proptest! {
         }
     }
 }
+
+/// The thread that takes the guest's frames, and the processor that says that there are some, once were
+/// at the queue in turn, each sending the other round again.
+#[test]
+fn a_notification_wakes_the_thread_once() {
+    const ROUNDS: usize = 300;
+    let (mut guest, plug) = guest(u64::MAX);
+    let buffer = guest.readable(&[1; HEADER_LEN + 60]);
+    plug.woken();
+    let stop = AtomicBool::new(false);
+    let (mut sent, mut taken) = (0, 0);
+    let woken = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let (mut taken, mut woken) = (0, 0);
+            while !stop.load(Ordering::SeqCst) || plug.woken.load(Ordering::SeqCst) > 0 {
+                let wakes = plug.woken();
+                woken += wakes;
+                if wakes > 0 {
+                    taken += plug.port().receive().len();
+                }
+            }
+            (taken + plug.port().receive().len(), woken)
+        });
+        for _ in 0..ROUNDS {
+            guest.add(TRANSMIT, &[buffer]);
+            guest.kick(TRANSMIT);
+            sent += 1;
+            guest.wait_used(TRANSMIT);
+        }
+        stop.store(true, Ordering::SeqCst);
+        let woken;
+        (taken, woken) = thread.join().expect("the thread");
+        woken
+    });
+    assert_eq!(taken, sent);
+    assert!(woken <= ROUNDS, "woken {woken} times for {ROUNDS}");
+}
