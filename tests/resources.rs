@@ -238,6 +238,8 @@ fn a_machine_is_put_where_it_is_to_be() {
         "soft",
         "--cgroup-parent",
         &name,
+        "--cpus",
+        "0.5",
         "demo",
         "true",
     ]);
