@@ -425,7 +425,7 @@ mod tests {
             .expect("cgroup");
         // The process is in it now, and is not put below it.
         let again = hierarchy.parents(None, Some(&cpu));
-        assert_eq!(again, [beside.clone()]);
+        assert_eq!(again, std::slice::from_ref(beside));
         let memory = hierarchy
             .make(&again[0], Controller::Memory, &bounds)
             .expect("cgroup");
@@ -440,7 +440,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let hierarchy = unified(folder.path());
         fs::write(hierarchy.own.join("cpu.max"), "50000 100000\n").expect("file");
-        assert_eq!(hierarchy.parents(None, None), [hierarchy.own.clone()]);
+        let parents = hierarchy.parents(None, None);
+        assert_eq!(parents, std::slice::from_ref(&hierarchy.own));
         // Where the user names a place, it is that one.
         let named = hierarchy.parents(Some("/some/place"), None);
         assert_eq!(named, [folder.path().join("some/place")]);

@@ -88,7 +88,7 @@ pub fn disk_size(size: u64) -> u64 {
 /// Whether a disk of a machine can have this size.
 pub(crate) fn is_disk_size(size: u64) -> bool {
     size == scratch::SIZE
-        || ((scratch::MIN_VOLUME..=MOST_DISK).contains(&size) && size % GRAIN == 0)
+        || ((scratch::MIN_VOLUME..=MOST_DISK).contains(&size) && size.is_multiple_of(GRAIN))
 }
 
 /// Refuses what no machine of `image` can have.
