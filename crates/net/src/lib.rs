@@ -9,6 +9,8 @@
 //!                            ├─ shared networks: the processes of other machines     (segment)
 //!                            └─ published ports: listeners of the host's ─► the guest   (publish)
 //! ```
+//! In place of all that, a network can be the host's, by a TAP device of its ([`Tap`]).
+//!
 //! [`Rule`]s narrow down where the guest may go, by address and by name; names are those that its name server
 //! was asked for (dns).
 //!
@@ -17,8 +19,6 @@
 //! with one connection as with thousands. All buffers are bounded: who can't get rid of data takes none.
 //!
 //! Called by `engine`, which plugs a [`Network`] into the machine's network card.
-
-#![forbid(unsafe_code)]
 
 pub mod address;
 mod counters;
@@ -36,6 +36,7 @@ mod resolvers;
 mod rules;
 mod segment;
 mod stack;
+mod tap;
 mod tcp;
 mod wire;
 
@@ -43,5 +44,7 @@ pub use counters::Counters;
 pub use network::{Network, NetworkError, Options};
 pub use policy::{Denial, DenialReason, NetworkMode};
 pub use publish::{Mapping, Protocol, Published};
+pub use resolvers::of_host as resolvers_of_host;
 pub use rules::{Destination, NamePattern, Rule, RuleError, parse_network};
 pub use segment::{Attached, Lease, Member, Segment, members};
+pub use tap::{OnTap, Tap, TapError, TapProbe, probe_taps};

@@ -31,7 +31,7 @@ use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
 use crate::mounts::{self, MountSpec, Opened};
-use crate::network::{Network, NetworkSpec, addresses};
+use crate::network::{Network, NetworkSpec, addresses, card_of};
 use crate::paths::Paths;
 use crate::random::random;
 use crate::soft::SoftOptions;
@@ -451,11 +451,14 @@ pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(
     Ok(machine.new_generation(&random()?)?)
 }
 
-/// Has the guest take its addresses on the networks that it shares.
+/// Has the guest take its addresses on the networks that it shares, or on the host's.
 pub(super) fn give_addresses(
     agent: &mut Control<GuestStream>,
     network: Option<&Network>,
 ) -> Result<(), HostError> {
+    if let Some(card) = card_of(network) {
+        return agent.set_card(card);
+    }
     match addresses(network) {
         // A guest has none by itself.
         none if none.is_empty() => Ok(()),
@@ -527,7 +530,8 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
                         skerry.transport=vsock"
         .to_owned();
     let network = spec.network.card();
-    if network.is_some() {
+    // On a network of the host's, the guest's addresses are not those of every machine.
+    if network.is_some_and(|card| !card.offload) {
         command_line.push(' ');
         command_line.push_str(&address::kernel_parameter());
     }
