@@ -155,7 +155,7 @@ pub enum EngineError {
     },
     /// Options of the user-mode network beside a TAP device.
     #[error(
-        "A TAP device is the machine's whole network, and the host's rules are what holds there: leave          --publish, --network-allow, --network-deny, --network-alias and other --network out"
+        "A TAP device is the machine's whole network, and the host's rules are what holds there: leave --publish, --network-allow, --network-deny, --network-alias and other --network out"
     )]
     TapAlone,
     /// A machine of several on one TAP device.
@@ -269,9 +269,17 @@ pub enum EngineError {
     )]
     BadSubnet {
         /// What was asked for.
-        subnet: ipnet::Ipv4Net,
+        subnet: ipnet::IpNet,
         /// Why not.
         reason: String,
+    },
+    /// A gateway that is not on its network.
+    #[error("The gateway {gateway} is not the address of one machine in {subnet}: choose one that is, or leave --gateway out")]
+    BadGateway {
+        /// What was asked for.
+        gateway: std::net::Ipv4Addr,
+        /// The network's addresses.
+        subnet: ipnet::Ipv4Net,
     },
     /// All addresses for networks are taken.
     #[error(

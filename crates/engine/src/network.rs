@@ -1,6 +1,6 @@
 //! What network a machine is given.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 pub use ipnet::IpNet;
@@ -64,6 +64,10 @@ pub struct Place {
     /// The network's addresses.
     #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub subnet: Ipv4Net,
+    /// The machine's IPv6 address there, where the network has such.
+    #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
+    pub address6: Option<Ipv6Addr>,
 }
 
 /// A machine's network, as it is while the machine runs.
@@ -207,8 +211,14 @@ impl NetworkSpec {
             return Err(EngineError::NeedsTap);
         }
         self.check_mtu(card)?;
+        let mode = match mode {
+            Some(mode) => *mode,
+            // Its walls are those of its networks.
+            None if networks::are_internal(paths, join)? => NetworkMode::None,
+            None => NetworkMode::default(),
+        };
         let options = Options {
-            mode: mode.unwrap_or_default(),
+            mode,
             publish: publish.clone(),
             dns: dns.clone(),
             allow: allow.clone(),
@@ -287,7 +297,8 @@ fn shared(network: &Network) -> Vec<Place> {
     let place = |attached: &Attached| Place {
         network: attached.network.clone(),
         address: attached.address,
-        subnet: attached.subnet,
+        subnet: attached.subnets.v4,
+        address6: attached.address6,
     };
     attached.map(place).collect()
 }
@@ -295,8 +306,14 @@ fn shared(network: &Network) -> Vec<Place> {
 /// The addresses that a guest with this network has besides its own, with their prefixes' lengths.
 pub(crate) fn addresses(network: Option<&Network>) -> Vec<String> {
     let attached = network.map(Network::attached).unwrap_or_default();
-    let address = |one: &Attached| format!("{}/{}", one.address, one.subnet.prefix_len());
-    attached.iter().map(address).collect()
+    let mut addresses = Vec::new();
+    for one in attached {
+        addresses.push(format!("{}/{}", one.address, one.subnets.v4.prefix_len()));
+        if let (Some(address), Some(net)) = (one.address6, one.subnets.v6) {
+            addresses.push(format!("{address}/{}", net.prefix_len()));
+        }
+    }
+    addresses
 }
 
 /// What a guest's card is to be, on a network of the host's.

@@ -6,6 +6,7 @@
 //!                            ├─ ARP, neighbour discovery, DHCP, echo: answered here      (wire, local)
 //!                            ├─ TCP ─ Policy ─► a smoltcp socket ◄─splice─► a host socket     (tcp)
 //!                            ├─ UDP, DNS, echo ─ Policy ─► a connected host socket     (datagram)
+//!                            ├─ what comes in parts is put together first              (fragments)
 //!                            ├─ shared networks: the processes of other machines     (segment)
 //!                            └─ published ports: listeners of the host's ─► the guest   (publish)
 //! ```
@@ -25,6 +26,7 @@ mod counters;
 mod datagram;
 mod dhcp;
 mod dns;
+mod fragments;
 #[doc(hidden)]
 pub mod fuzz;
 mod local;
@@ -46,5 +48,5 @@ pub use policy::{Denial, DenialReason, NetworkMode};
 pub use publish::{Mapping, Protocol, Published};
 pub use resolvers::of_host as resolvers_of_host;
 pub use rules::{Destination, NamePattern, Rule, RuleError, parse_network};
-pub use segment::{Attached, Lease, Member, Segment, members};
+pub use segment::{Attached, Lease, Member, Segment, Subnets, members};
 pub use tap::{OnTap, Tap, TapError, TapProbe, probe_taps};

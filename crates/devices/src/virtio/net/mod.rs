@@ -131,6 +131,7 @@ struct FromGuest {
 
 /// What the device and its port share.
 struct Wire {
+    mtu: u16,
     link: EngineLink,
     to_guest: Mutex<ToGuest>,
     from_guest: Mutex<FromGuest>,
@@ -163,6 +164,7 @@ impl NetDevice {
     /// A card that is plugged into `backend`.
     pub fn new(config: NetConfig, backend: Arc<dyn NetBackend>) -> Arc<Self> {
         let wire = Arc::new(Wire {
+            mtu: config.mtu,
             link: EngineLink::default(),
             to_guest: Mutex::default(),
             from_guest: Mutex::default(),

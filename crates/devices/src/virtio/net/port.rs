@@ -187,6 +187,11 @@ impl NetPort {
         }
     }
 
+    /// The longest packet of the card, without the Ethernet header.
+    pub fn mtu(&self) -> u16 {
+        self.0.mtu
+    }
+
     /// Whether the guest has a driver for the card.
     pub fn is_live(&self) -> bool {
         self.0.live.load(Ordering::SeqCst)
