@@ -660,7 +660,11 @@ impl EngineError {
     #[must_use]
     pub fn is_missing(&self) -> bool {
         match self {
-            Self::NoSuchVm { .. } | Self::NoSuchPool { .. } | Self::NoSuchLease { .. } => true,
+            Self::NoSuchVm { .. }
+            | Self::NoSuchPool { .. }
+            | Self::NoSuchLease { .. }
+            | Self::NoSuchNetwork { .. }
+            | Self::NoVolume(_) => true,
             Self::Image(skerry_oci::Error::NoSuchImage { .. })
             | Self::Snapshot(skerry_snapshot::Error::NoSuchSnapshot { .. }) => true,
             Self::Image(skerry_oci::Error::Registry(error)) => {
