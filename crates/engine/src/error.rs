@@ -88,6 +88,21 @@ pub enum EngineError {
         "The machine has a volume, whose content is not part of a machine's state: run it without one to take snapshots or fork it"
     )]
     VolumeInState,
+    /// A command that would see folders that a start can't keep.
+    #[error(
+        "A kept start has room for folders and volumes, and none mounted, since each run has its own: leave --exec out, or -v, --mount and --tmpfs"
+    )]
+    WarmMounts,
+    /// A port for several machines.
+    #[error(
+        "A port of the host's leads to one machine, and a pool has several: leave --publish out, or run machines by themselves"
+    )]
+    PoolPorts,
+    /// A volume for several machines.
+    #[error(
+        "The machines of a pool are copies of one, and a volume has one machine that writes it: mount a folder, or give the volume to a machine by itself"
+    )]
+    PoolVolume,
     /// A volume can't have this name.
     #[error(
         "{0:?} can't be the name of a volume: use letters, digits, '_', '.' and '-', the first a letter or digit; a folder of this host begins with / or ./"
@@ -274,7 +289,9 @@ pub enum EngineError {
         reason: String,
     },
     /// A gateway that is not on its network.
-    #[error("The gateway {gateway} is not the address of one machine in {subnet}: choose one that is, or leave --gateway out")]
+    #[error(
+        "The gateway {gateway} is not the address of one machine in {subnet}: choose one that is, or leave --gateway out"
+    )]
     BadGateway {
         /// What was asked for.
         gateway: std::net::Ipv4Addr,

@@ -114,6 +114,12 @@ impl NetworkConfig {
         gateway.unwrap_or(self.subnet.network())
     }
 
+    /// The gateway's IPv6 address, which has the same place in its network.
+    #[must_use]
+    pub fn gateway6(&self) -> Option<Ipv6Addr> {
+        self.subnets().v6_of(self.gateway())
+    }
+
     pub(crate) fn subnets(&self) -> Subnets {
         Subnets {
             v4: self.subnet,
@@ -241,15 +247,22 @@ fn subnet6(
         reason,
     };
     if !wanted.network().is_unique_local() {
-        return Err(unusable("its addresses are not unique local ones (RFC 4193)".to_owned()));
+        return Err(unusable(
+            "its addresses are not unique local ones (RFC 4193)".to_owned(),
+        ));
     }
     if !PREFIXES_V6.contains(&wanted.prefix_len()) {
         let (from, to) = (PREFIXES_V6.start(), PREFIXES_V6.end());
-        return Err(unusable(format!("its prefix is not from {from} to {to} bits long")));
+        return Err(unusable(format!(
+            "its prefix is not from {from} to {to} bits long"
+        )));
     }
-    let clash = |other: Ipv6Net| other.contains(&wanted.network()) || wanted.contains(&other.network());
+    let clash =
+        |other: Ipv6Net| other.contains(&wanted.network()) || wanted.contains(&other.network());
     if clash(of_guests) {
-        return Err(unusable("it overlaps every machine's own network".to_owned()));
+        return Err(unusable(
+            "it overlaps every machine's own network".to_owned(),
+        ));
     }
     let mut others = others.iter();
     match others.find(|other| other.subnet6.is_some_and(clash)) {
@@ -469,7 +482,10 @@ mod tests {
         let again = create(&paths, "one", NetworkPlan::default());
         assert!(matches!(again, Err(EngineError::NetworkExists { .. })));
         for bad in ["none", "full", "a/b", "", ".x", "tap"] {
-            assert!(create(&paths, bad, NetworkPlan::default()).is_err(), "{bad}");
+            assert!(
+                create(&paths, bad, NetworkPlan::default()).is_err(),
+                "{bad}"
+            );
         }
         let segment = join(&paths, "one", &["db".to_owned()]).unwrap();
         let found = inspect(&paths, "one").unwrap();
@@ -499,9 +515,7 @@ mod tests {
     fn subnets_are_private_and_apart() {
         let folder = tempfile::tempdir().unwrap();
         let paths = Paths::at(folder.path());
-        let make = |name: &str, subnet: &str| {
-            create(&paths, name, plan(subnet))
-        };
+        let make = |name: &str, subnet: &str| create(&paths, name, plan(subnet));
         make("a", "192.168.7.0/24").unwrap();
         for bad in [
             "192.168.0.0/16",
@@ -541,15 +555,26 @@ mod tests {
             ..plan("10.70.0.0/29")
         };
         let old = create(&paths, "old", old).unwrap();
-        assert_eq!((old.subnet6, old.gateway()), (None, Ipv4Addr::new(10, 70, 0, 2)));
+        assert_eq!(
+            (old.subnet6, old.gateway()),
+            (None, Ipv4Addr::new(10, 70, 0, 2))
+        );
         // The gateway's address is nobody's.
         let places: Vec<Segment> = (0..5).map(|_| join(&paths, "old", &[]).unwrap()).collect();
         let members = inspect(&paths, "old").unwrap().members;
         let last: Vec<u8> = members.iter().map(|one| one.address.octets()[3]).collect();
         assert_eq!(last, [1, 3, 4, 5, 6]);
-        assert!(matches!(join(&paths, "old", &[]), Err(EngineError::NetworkFull { .. })));
+        assert!(matches!(
+            join(&paths, "old", &[]),
+            Err(EngineError::NetworkFull { .. })
+        ));
         drop(places);
-        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let names = |names: &[&str]| {
+            names
+                .iter()
+                .map(|&name| name.to_owned())
+                .collect::<Vec<_>>()
+        };
         assert!(are_internal(&paths, &names(&["old"])).unwrap());
         assert!(!are_internal(&paths, &names(&["old", "own"])).unwrap());
         assert!(!are_internal(&paths, &[]).unwrap());
@@ -564,7 +589,10 @@ mod tests {
             "fd05::/64 fd06::/64",
         ] {
             let refused = make(plan(bad));
-            assert!(matches!(refused, Err(EngineError::BadSubnet { .. })), "{bad}");
+            assert!(
+                matches!(refused, Err(EngineError::BadSubnet { .. })),
+                "{bad}"
+            );
         }
         let mut without = plan("fd05::/64");
         without.ipv6 = false;
@@ -572,7 +600,10 @@ mod tests {
         for gateway in ["10.71.0.0", "10.71.0.255", "10.72.0.1"] {
             let mut outside = plan("10.71.0.0/24");
             outside.gateway = Some(gateway.parse().unwrap());
-            assert!(matches!(make(outside), Err(EngineError::BadGateway { .. })), "{gateway}");
+            assert!(
+                matches!(make(outside), Err(EngineError::BadGateway { .. })),
+                "{gateway}"
+            );
         }
     }
 }

@@ -342,8 +342,11 @@ pub(crate) fn any_fragments(bytes: &[u8]) {
             && let Ok(Some(whole)) = reassembly.take(&fragment, now)
         {
             assert!(whole.len() <= LONGEST + IPV6_LEN);
-            assert!(Fragment::parse(&whole).is_none() || fragment.key.protocol == FRAGMENT
-                || matches!(fragment.key.protocol, HOP_BY_HOP | ROUTING | DESTINATION));
+            assert!(
+                Fragment::parse(&whole).is_none()
+                    || fragment.key.protocol == FRAGMENT
+                    || matches!(fragment.key.protocol, HOP_BY_HOP | ROUTING | DESTINATION)
+            );
         }
         assert!(reassembly.partial.len() <= MOST && reassembly.bytes <= MOST_BYTES);
         let kept: usize = reassembly.partial.values().map(Partial::keeps).sum();
@@ -373,7 +376,11 @@ mod tests {
         parts
     }
 
-    fn take(reassembly: &mut Reassembly, part: &[u8], now: Instant) -> Result<Option<Vec<u8>>, u64> {
+    fn take(
+        reassembly: &mut Reassembly,
+        part: &[u8],
+        now: Instant,
+    ) -> Result<Option<Vec<u8>>, u64> {
         reassembly.take(&Fragment::parse(part).expect("a fragment"), now)
     }
 

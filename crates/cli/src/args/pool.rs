@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{CommandArgs, CommandLine, Format, MachineArgs, ReachArgs, Span};
+use super::{CommandArgs, CommandLine, Format, MachineArgs, MountArgs, NetworkArgs, Span};
 
 /// `skerry pool`.
 #[derive(Debug, Args)]
@@ -71,7 +71,11 @@ pub struct PoolCreateArgs {
 
     /// The network of each
     #[command(flatten)]
-    pub reach: ReachArgs,
+    pub network: NetworkArgs,
+
+    /// Folders and file systems in memory of each
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// The machines
     #[command(flatten)]

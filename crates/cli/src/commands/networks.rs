@@ -67,7 +67,10 @@ fn list(paths: &Paths, args: &NetworkListArgs) -> Result<u8> {
             short(&network.config.id).to_owned(),
             network.config.name.clone(),
             network.config.subnet.to_string(),
-            network.config.subnet6.map_or_else(|| "-".to_owned(), |net| net.to_string()),
+            network
+                .config
+                .subnet6
+                .map_or_else(|| "-".to_owned(), |net| net.to_string()),
             network.members.len().to_string(),
         ]
     };

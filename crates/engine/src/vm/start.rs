@@ -82,6 +82,19 @@ impl Vm {
         spec: &VmSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
+        let vm = Self::start_unmounted(paths, image, name, spec, note)?;
+        vm.mount()?;
+        Ok(vm)
+    }
+
+    /// The same, with its folders and volumes attached and not mounted.
+    pub(crate) fn start_unmounted(
+        paths: &Paths,
+        image: &Image,
+        name: &str,
+        spec: &VmSpec,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, EngineError> {
         let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
@@ -112,11 +125,7 @@ impl Vm {
         if let Some(kept) = &warm {
             let found = kept.find(paths, image);
             match found.and_then(|found| found.map(|found| place.paused(&found)).transpose()) {
-                Ok(Some(paused)) => {
-                    let vm = place.go_on(paused)?;
-                    vm.mount()?;
-                    return Ok(vm);
-                }
+                Ok(Some(paused)) => return place.go_on(paused),
                 Ok(None) => {}
                 Err(error) => {
                     let why = chain(&error);
@@ -151,7 +160,6 @@ impl Vm {
                 ));
             }
         }
-        vm.mount()?;
         Ok(vm)
     }
 

@@ -13,14 +13,19 @@ fn guest(options: &Options) -> Guest {
 }
 
 fn noise(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at as u8).wrapping_mul(31) ^ (at >> 8) as u8).collect()
+    (0..len)
+        .map(|at| (at as u8).wrapping_mul(31) ^ (at >> 8) as u8)
+        .collect()
 }
 
 /// The sum of RFC 1071.
 fn sum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0_u64;
     for pair in parts.concat().chunks(2) {
-        sum += u64::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        sum += u64::from(u16::from_be_bytes([
+            pair[0],
+            pair.get(1).copied().unwrap_or(0),
+        ]));
     }
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
@@ -40,8 +45,18 @@ impl Guest {
         payload.extend([0, 0]);
         payload.extend(data);
         let step = usize::from(MTU - 20) / 8 * 8;
-        for (number, part) in payload.chunks(step).enumerate().collect::<Vec<_>>().iter().rev() {
-            let more = if (number + 1) * step < payload.len() { 0x2000 } else { 0 };
+        for (number, part) in payload
+            .chunks(step)
+            .enumerate()
+            .collect::<Vec<_>>()
+            .iter()
+            .rev()
+        {
+            let more = if (number + 1) * step < payload.len() {
+                0x2000
+            } else {
+                0
+            };
             let place = (number * step / 8) as u16 | more;
             let mut frame = [&address::GATEWAY_MAC[..], &address::GUEST_MAC, &[8, 0]].concat();
             frame.extend([0x45, 0]);
@@ -138,10 +153,15 @@ fn neighbours_with_shorter_packets_get_them_in_parts() {
         gateway: Ipv4Addr::new(10, 89, 5, 1),
     };
     let join = |mtu: u16| {
-        let lease = Lease::take(folder.path(), subnets, &[]).expect("leases").expect("free");
+        let lease = Lease::take(folder.path(), subnets, &[])
+            .expect("leases")
+            .expect("free");
         let address = lease.address();
         let segment = Segment::open("lab", subnets, lease).expect("a segment");
-        (Guest::with_packets(&Options::default(), vec![segment], mtu), address)
+        (
+            Guest::with_packets(&Options::default(), vec![segment], mtu),
+            address,
+        )
     };
     let (mut one, first) = join(MTU);
     let (mut two, second) = join(MTU);

@@ -133,7 +133,12 @@ fn a_connection_is_held_to_the_address_of_its_process() {
 
 /// An IPv6 packet from the guest's card.
 fn packet6(from: Ipv6Addr, to: Ipv6Addr, protocol: u8, payload: &[u8]) -> Vec<u8> {
-    let mut frame = [&address::GATEWAY_MAC[..], &address::GUEST_MAC, &[0x86, 0xdd]].concat();
+    let mut frame = [
+        &address::GATEWAY_MAC[..],
+        &address::GUEST_MAC,
+        &[0x86, 0xdd],
+    ]
+    .concat();
     let [high, low] = (payload.len() as u16).to_be_bytes();
     frame.extend([0x60, 0, 0, 0, high, low, protocol, 255]);
     frame.extend(from.octets());
@@ -169,7 +174,11 @@ fn neighbours_have_ipv6_addresses_beside_the_others() {
             assert_eq!(answer[80..86], address::GATEWAY_MAC);
         }
     }
-    assert_eq!(two.network.counters().from_neighbours, 0, "nobody else is asked");
+    assert_eq!(
+        two.network.counters().from_neighbours,
+        0,
+        "nobody else is asked"
+    );
     one.send(&packet6(six(first), six(second), 17, &datagram(b"hello")));
     let frame = two.receive();
     assert_eq!(frame[22..38], six(first).octets());
@@ -202,10 +211,18 @@ fn a_networks_gateway_answers_echoes() {
     let folder = tempfile::tempdir().expect("a folder");
     let (mut one, first) = neighbour(folder.path(), "one");
     let gateway = Ipv4Addr::new(10, 89, 5, 1);
-    one.send(&packet6(six(first), six(gateway), 58, &[128, 0, 0, 0, 1, 2, 3, 4, 5]));
+    one.send(&packet6(
+        six(first),
+        six(gateway),
+        58,
+        &[128, 0, 0, 0, 1, 2, 3, 4, 5],
+    ));
     let answer = one.receive();
     assert_eq!((answer[54], &answer[58..]), (129, &[1, 2, 3, 4, 5][..]));
     one.send_ip(1, gateway, &[8, 0, 0, 0, 1, 2, 3, 4, 5]);
     let answer = one.receive();
-    assert_eq!((answer[26..30].to_vec(), answer[34]), (gateway.octets().to_vec(), 0));
+    assert_eq!(
+        (answer[26..30].to_vec(), answer[34]),
+        (gateway.octets().to_vec(), 0)
+    );
 }
