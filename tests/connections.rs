@@ -7,9 +7,7 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::Path;
-use std::process::Command;
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,12 +16,10 @@ use common::{eventually, noise};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const ROUNDS: usize = 2;
-/// The guest's memory, by which its mapping is known.
-const MEMORY: u64 = 1 << 30;
 /// What a connection may take of the process, whatever its guest takes: buffers, sockets, tables.
 const EACH: u64 = 40 << 10;
 /// What the process may take besides.
-const BASE: u64 = 96 << 20;
+const BASE: u64 = 48 << 20;
 const PATIENCE: Duration = Duration::from_secs(300);
 
 fn count() -> usize {
@@ -44,48 +40,24 @@ fn raise_limit() {
     assert!(enough, "this user may have {limit:?} files open");
 }
 
-/// The guest's program, in a folder to be mounted.
-fn program(home: &Home) -> String {
-    let folder = home.path("program");
-    std::fs::create_dir(&folder).expect("a folder");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests/connections.rs");
-    let status = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
-        .args([
-            "-O",
-            "--edition",
-            "2024",
-            "-C",
-            "target-feature=+crt-static",
-        ])
-        .args(["-C", "relocation-model=static", "-o"])
-        .arg(folder.join("connections"))
-        .arg(source)
-        .status();
-    assert!(status.expect("a compiler").success());
-    format!("{}:/program:ro", folder.display())
-}
-
 /// Bytes of a machine's process in memory, those of its guest's memory apart.
 fn own_memory(home: &Home, name: &str) -> Option<u64> {
-    let info: serde_json::Value =
-        serde_json::from_str(&home.done(&["ps", "-a", "--format", "json"])).expect("JSON");
-    let all = info.as_array().expect("machines");
-    let one = all
-        .iter()
-        .find(|one| one["name"] == name || one["config"]["name"] == name)?;
-    let pid = one["pid"]
-        .as_u64()
-        .or_else(|| one["state"]["pid"].as_u64())?;
+    let pid = home.info(name)?["pid"].as_u64()?;
     // Only an administrator looks into a process that is confined.
     let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
     let (mut own, mut guest) = (0, false);
     for line in maps.lines() {
-        let kilobytes = |line: &str| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok();
-        if let Some(size) = line.strip_prefix("Size:") {
-            guest = size.trim().trim_end_matches(" kB").parse() == Ok(MEMORY >> 10);
-        }
-        if line.starts_with("Rss:") && !guest {
-            own += kilobytes(line)? << 10;
+        // A line for each mapping, then its numbers.
+        if line
+            .split(' ')
+            .next()
+            .is_some_and(|first| first.contains('-'))
+        {
+            guest = line.contains("/snapshots/");
+        } else if let Some(kib) = line.strip_prefix("Private_Dirty:")
+            && !guest
+        {
+            own += kib.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10;
         }
     }
     Some(own)
@@ -106,12 +78,16 @@ fn check_memory(home: &Home, name: &str, what: &str) {
 
 fn start(home: &Home, name: &str, options: &[&str], verb: &str) {
     let script = format!(
-        "ulimit -n 20000; exec /program/connections {verb} {}",
+        "ulimit -n 20000; exec /programs/connections {verb} {}",
         count()
     );
-    let volume = program(home);
+    let volume = home.guest_program("connections");
     let own = ["--memory", "1G", "-v", &volume];
-    home.start_with(name, &[&own[..], options].concat(), &["sh", "-c", &script]);
+    let options = [&own[..], options].concat();
+    // The next one goes on from this one's start: its memory is a mapping of that, and known by it.
+    home.start_with("before", &options, &["true"]);
+    home.done(&["wait", "before"]);
+    home.start_with(name, &options, &["sh", "-c", &script]);
 }
 
 /// Waits for a line of a machine's log.
@@ -215,17 +191,22 @@ fn either_end_closes_its_side_and_still_hears_the_other() {
         second.read_to_end(&mut heard).expect("behind it");
         (asked, heard)
     });
-    home.start_with("ends", &["--network", "full"], &["sleep", "1000"]);
-    // nc ends its side with its input, and waits for the other's.
-    let script = format!("printf hello | nc 10.0.2.2 {port} | md5sum");
-    let first = home.sh("ends", &script);
-    let script = format!(
-        "mkfifo /tmp/way; nc 10.0.2.2 {port} </tmp/way >/tmp/got & exec 3>/tmp/way; \
-        for n in $(seq 100); do [ $(stat -c %s /tmp/got) = 300000 ] && break; sleep 0.1; done; \
-        printf after >&3; exec 3>&-; wait; md5sum </tmp/got"
+    let program = home.guest_program("connections");
+    home.start_with(
+        "ends",
+        &["--network", "full", "-v", &program],
+        &["sleep", "1000"],
     );
-    let second = home.sh("ends", &script);
-    assert_eq!(first, second);
+    let hash = sent.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    });
+    for verb in ["first", "last"] {
+        let told = home.sh(
+            "ends",
+            &format!("/programs/connections {verb} 10.0.2.2:{port}"),
+        );
+        assert_eq!(told, format!("heard 300000 {hash:016x}"), "{verb}");
+    }
     let (asked, heard) = server.join().expect("the server");
     assert_eq!((asked, heard), (b"hello".to_vec(), b"after".to_vec()));
 }
@@ -265,4 +246,51 @@ fn a_reader_that_waits_holds_the_writer_up() {
         rest += len;
     }
     assert_eq!(rest + 1, ALL);
+}
+
+/// Datagrams of eight and sixty kilobytes over a card whose packets have 1500 bytes: to servers on the host's
+/// loopback interface, and through published ports.
+#[test]
+fn long_datagrams_pass_in_fragments() {
+    let home = Home::new();
+    let program = home.guest_program("connections");
+    let options = ["-v", &program, "--network", "full", "--network-mtu", "1500"];
+    let port = ["-p", "127.0.0.1::7001/udp"];
+    let command = ["/programs/connections", "echo", "7001"];
+    home.start_with("small", &[&options[..], &port].concat(), &command);
+    says(&home, "small", "listening");
+    let server = UdpSocket::bind("127.0.0.1:0").expect("bind");
+    let port = server.local_addr().expect("an address").port();
+    thread::spawn(move || {
+        let mut data = vec![0; 1 << 16];
+        while let Ok((len, from)) = server.recv_from(&mut data) {
+            let _ = server.send_to(&data[..len], from);
+        }
+    });
+    let client = UdpSocket::bind("127.0.0.1:0").expect("bind");
+    client
+        .connect(home.done(&["port", "small", "7001/udp"]))
+        .expect("connect");
+    client
+        .set_read_timeout(Some(Duration::from_secs(2)))
+        .expect("a timeout");
+    for len in [1472, 1473, 8 << 10, 60 << 10] {
+        let asked = home.sh(
+            "small",
+            &format!("/programs/connections ask 10.0.2.2:{port} {len}"),
+        );
+        assert_eq!(asked, format!("same {len}"));
+        let data = noise(len, 9);
+        let mut answer = vec![0; 1 << 16];
+        eventually("the datagram back", || {
+            client.send(&data).expect("send");
+            client
+                .recv(&mut answer)
+                .is_ok_and(|got| answer[..got] == data)
+        });
+    }
+    let text = home.done(&["inspect", "--sample", "1ms", "small"]);
+    let inspected: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let reassembled = &inspected["network"]["counters"]["reassembled"];
+    assert!(reassembled.as_u64() >= Some(6), "{reassembled}");
 }
