@@ -8,6 +8,7 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,9 @@ fn count() -> usize {
     let given = std::env::var("SKERRY_TEST_CONNECTIONS").ok();
     given.map_or(500, |text| text.parse().expect("a number of connections"))
 }
+
+/// A user may have so many files open: one of the tests that have very many runs at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
@@ -111,6 +115,7 @@ fn says(home: &Home, name: &str, line: &str) {
 
 #[test]
 fn a_guest_has_many_connections_to_the_host_at_once() {
+    let _alone = ALONE.lock();
     raise_limit();
     let home = Home::new();
     let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
@@ -140,6 +145,7 @@ fn a_guest_has_many_connections_to_the_host_at_once() {
 
 #[test]
 fn a_guest_takes_many_connections_from_the_host_at_once() {
+    let _alone = ALONE.lock();
     raise_limit();
     let home = Home::new();
     start(&home, "many", &["-p", "127.0.0.1::7000"], "serve 7000");

@@ -398,7 +398,7 @@ mod tests {
             let body: Vec<u8> = (0..len).map(|at| (at as u8).wrapping_mul(31) ^ seed).collect();
             let whole = packet(v6, &body);
             let mut parts = parts(&whole, mtu, 7);
-            prop_assert!(parts.len() >= 1 && parts.iter().all(|part| part.len() <= mtu));
+            prop_assert!(!parts.is_empty() && parts.iter().all(|part| part.len() <= mtu));
             if parts.len() < 2 {
                 return Ok(());
             }

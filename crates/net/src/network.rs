@@ -80,7 +80,7 @@ impl Waker {
 /// Who is at the other end of the card.
 enum End {
     Stack(Box<Stack>),
-    Bridge(Bridge),
+    Bridge(Box<Bridge>),
 }
 
 impl End {
@@ -255,7 +255,7 @@ impl Network {
 impl NetBackend for Network {
     fn attach(&self, port: NetPort) {
         let end = match &self.options.tap {
-            Some(tap) => End::Bridge(Bridge::new(port, tap.device.clone())),
+            Some(tap) => End::Bridge(Box::new(Bridge::new(port, tap.device.clone()))),
             None => End::Stack(Box::new(Stack::new(
                 port,
                 self.shared.epoll.clone(),

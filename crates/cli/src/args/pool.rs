@@ -17,7 +17,7 @@ pub struct PoolArgs {
 #[derive(Debug, Subcommand)]
 pub enum PoolVerb {
     /// Make a pool; it lives in the background until it is removed
-    Create(PoolCreateArgs),
+    Create(Box<PoolCreateArgs>),
     /// Run a command in a clean machine, which is given back when the command ends
     Exec(PoolExecArgs),
     /// Take a clean machine for several commands, and print its number

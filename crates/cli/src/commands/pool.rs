@@ -27,7 +27,7 @@ pub fn host() -> Result<u8> {
 pub fn execute(args: PoolArgs, verbose: u8) -> Result<u8> {
     let paths = Paths::of_user()?;
     match args.verb {
-        PoolVerb::Create(args) => create(&paths, args, verbose),
+        PoolVerb::Create(args) => create(&paths, *args, verbose),
         PoolVerb::Exec(args) => exec(&paths, args),
         PoolVerb::Acquire(args) => {
             let number = pools::acquire(&paths, &args.name)?;

@@ -16,6 +16,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rustix::event::epoll::{self, EventFlags};
@@ -35,6 +36,8 @@ const TURN: usize = 256;
 const ROUNDS: usize = 16;
 /// Frames that are read before the guest gets them.
 const BATCH: usize = 32;
+/// How long a device may be another's that is about to end.
+const HANDOVER: Duration = Duration::from_secs(2);
 /// IPv6 takes no shorter packets (RFC 8200, 5).
 const LEAST_MTU: u32 = 1280;
 
@@ -198,17 +201,15 @@ impl Tap {
         Self::check_name(name)?;
         let own = || name.to_owned();
         let interface = device::look(name).map_err(|error| missing(name, error))?;
-        let door = open_door()?;
-        let frames =
-            device::attach(door, name).map_err(|source| match Errno::from_io_error(&source) {
-                Some(Errno::PERM | Errno::ACCESS) => TapError::NotOwned(own()),
-                Some(Errno::BUSY) => TapError::InUse(own()),
-                Some(Errno::INVAL) => TapError::NotTap(own()),
-                _ => TapError::Failed {
-                    name: own(),
-                    source,
-                },
-            })?;
+        let frames = attach(name)?.map_err(|source| match Errno::from_io_error(&source) {
+            Some(Errno::PERM | Errno::ACCESS) => TapError::NotOwned(own()),
+            Some(Errno::BUSY) => TapError::InUse(own()),
+            Some(Errno::INVAL) => TapError::NotTap(own()),
+            _ => TapError::Failed {
+                name: own(),
+                source,
+            },
+        })?;
         if !interface.is_up {
             return Err(TapError::Down(own()));
         }
@@ -267,6 +268,19 @@ impl Tap {
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.frames.as_fd()
+    }
+}
+
+/// Opens a device. One whose machine has just ended is free in a moment.
+fn attach(name: &str) -> Result<io::Result<OwnedFd>, TapError> {
+    let until = Instant::now() + HANDOVER;
+    loop {
+        let attached = device::attach(open_door()?, name);
+        let busy = |error: &io::Error| Errno::from_io_error(error) == Some(Errno::BUSY);
+        if !attached.as_ref().is_err_and(busy) || Instant::now() >= until {
+            return Ok(attached);
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -123,7 +123,7 @@ fn a_backend_that_wants_headers_gets_them_and_gives_them() {
     // A header alone is no frame.
     let buffer = guest.readable(&header);
     guest.add(TRANSMIT, &[buffer]);
-    assert_eq!(port.receive(), [sent.clone()]);
+    assert_eq!(port.receive(), std::slice::from_ref(&sent));
     let buffer = guest.buffer(200, true);
     guest.add(RECEIVE, &[buffer]);
     port.push_whole(header.clone());
