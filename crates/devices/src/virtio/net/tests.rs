@@ -10,6 +10,7 @@ use crate::virtio::{F_EVENT_IDX, F_VERSION_1, QueueRunner};
 const CARD: NetConfig = NetConfig {
     mac: [2, 0, 0, 0, 0, 1],
     mtu: 1500,
+    offload: false,
 };
 
 /// A network of a test's: it counts how often it is woken.
@@ -92,6 +93,52 @@ fn frames_from_the_guest_arrive_when_the_thread_takes_them() {
     assert!(plug.port().receive().is_empty());
     assert!(guest.must_kick(TRANSMIT) || guest.features & F_EVENT_IDX != 0);
     assert_eq!(plug.woken(), 0, "it took them itself");
+}
+
+/// A guest with a card whose frames leave the process.
+fn offloading(mask: u64) -> (FakeGuest, Arc<Plug>) {
+    let plug = Arc::new(Plug::default());
+    let card = NetConfig {
+        offload: true,
+        ..CARD
+    };
+    let device = NetDevice::new(card, plug.clone());
+    plug.port().keep_headers();
+    (FakeGuest::start(device, mask, QueueRunner::Inline), plug)
+}
+
+#[test]
+fn a_backend_that_wants_headers_gets_them_and_gives_them() {
+    let (mut guest, plug) = offloading(u64::MAX);
+    let port = plug.port();
+    let all = Offloads {
+        checksums: true,
+        tcp4: true,
+        tcp6: true,
+    };
+    assert_eq!(port.offloads(), all);
+    let header: Vec<u8> = (1..=HEADER_LEN as u8).collect();
+    let sent = [&header[..], &[7; 60]].concat();
+    let buffer = guest.readable(&sent);
+    guest.add(TRANSMIT, &[buffer]);
+    // A header alone is no frame.
+    let buffer = guest.readable(&header);
+    guest.add(TRANSMIT, &[buffer]);
+    assert_eq!(port.receive(), std::slice::from_ref(&sent));
+    let buffer = guest.buffer(200, true);
+    guest.add(RECEIVE, &[buffer]);
+    port.push_whole(header.clone());
+    port.push_whole(sent.clone());
+    port.flush();
+    guest.wait_used(RECEIVE);
+    let got = guest.bytes(buffer);
+    assert_eq!(got[..NUM_BUFFERS], sent[..NUM_BUFFERS]);
+    assert_eq!(got[NUM_BUFFERS..HEADER_LEN], [1, 0]);
+    assert_eq!(got[HEADER_LEN..sent.len()], sent[HEADER_LEN..]);
+    guest.mmio.reset();
+    assert_eq!(port.offloads(), Offloads::default());
+    let (_, plug) = offloading(!F_GUEST_CSUM);
+    assert_eq!(plug.port().offloads(), Offloads::default());
 }
 
 #[test]
