@@ -10,6 +10,7 @@ use skerry_hypervisor::probe::ProbeReport;
 use skerry_hypervisor::{Capabilities, Hypervisor, Unusable};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
+use skerry_net::{TapProbe, probe_taps};
 
 use crate::confinement::{self, Report};
 use crate::error::EngineError;
@@ -76,6 +77,8 @@ pub struct Diagnosis {
     pub confinement: Option<Report>,
     /// What bounds of a machine's resources hold here, and by what.
     pub resources: Vec<Limit>,
+    /// Whether a machine can be on a network of the host's.
+    pub tap: TapProbe,
 }
 
 /// Probes every backend: each runs a small guest.
@@ -90,6 +93,7 @@ pub fn diagnose() -> Diagnosis {
         hypervisors,
         confinement,
         resources: resources::probe(),
+        tap: probe_taps(),
     }
 }
 

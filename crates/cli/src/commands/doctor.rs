@@ -49,6 +49,9 @@ fn text(out: &mut impl Write, report: &Diagnosis) -> io::Result<()> {
         let word = if limit.holds { "yes" } else { "no " };
         writeln!(out, "  {word} {:<18} {}", limit.name, limit.detail)?;
     }
+    let word = if report.tap.usable { "yes" } else { "no " };
+    writeln!(out, "\nA machine's network can be behind")?;
+    writeln!(out, "  {word} {}", report.tap.detail)?;
     match report.auto {
         Some(backend) => writeln!(out, "\n--hypervisor auto uses {backend}"),
         None => writeln!(out, "\nNo hypervisor can be used"),

@@ -228,8 +228,7 @@ fn lists(role: Role) -> Vec<Calls> {
         Role::Vcpu => &[STREAMS, CONTENT, MACHINE],
         Role::Network => &[STREAMS, NETWORK, RESOLVER],
         Role::Control => &[STREAMS, CONTENT, NAMES, SERVER],
-        Role::Stream => &[STREAMS],
-        Role::Timer => &[STREAMS],
+        Role::Stream | Role::Timer | Role::Tap => &[STREAMS],
         Role::Storage => &[STREAMS, CONTENT, NAMES],
         Role::Share => &[STREAMS, CONTENT, NAMES, SHARES],
     });
@@ -381,7 +380,7 @@ fn controls(role: Role) -> Result<Vec<SeccompRule>, String> {
         ];
         rules.extend(one_of(1, &terminal.map(|control| control as i64))?);
     }
-    if !matches!(role, Role::Stream | Role::Timer | Role::Network) {
+    if !matches!(role, Role::Stream | Role::Timer | Role::Network | Role::Tap) {
         rules.extend(one_of(1, &[FICLONE as i64, FICLONERANGE as i64])?);
     }
     if matches!(
@@ -391,10 +390,10 @@ fn controls(role: Role) -> Result<Vec<SeccompRule>, String> {
         const KVM: u64 = 0xae00;
         rules.push(rule(&[(1, Op::MaskedEq(0xff00), KVM)])?);
     }
-    if role == Role::Process {
-        // TUNSETIFF and its kin.
-        const TUN: u64 = 0x5400 | 0xc0;
-        rules.push(rule(&[(1, Op::MaskedEq(0xffc0), TUN)])?);
+    if matches!(role, Role::Process | Role::Tap) {
+        // Of the device that was opened before: how frames come, and not which device it is.
+        const TUNSETOFFLOAD: i64 = 0x4004_54d0;
+        rules.extend(one_of(1, &[TUNSETOFFLOAD])?);
     }
     Ok(rules)
 }
@@ -404,7 +403,9 @@ fn refusals(role: Role) -> Option<(Calls, c_int)> {
     match role {
         // Not what its flags say can be looked into.
         Role::Process => Some((&[SYS_clone3], ENOSYS)),
-        Role::Vcpu | Role::Stream | Role::Timer => Some((&[SYS_open, SYS_openat], EACCES)),
+        Role::Vcpu | Role::Stream | Role::Timer | Role::Tap => {
+            Some((&[SYS_open, SYS_openat], EACCES))
+        }
         Role::Network | Role::Control | Role::Storage | Role::Share => None,
     }
 }
