@@ -342,6 +342,248 @@ fn docker_run_in_the_foreground_has_streams_and_statuses() {
 }
 
 #[test]
+fn docker_copies_files_and_watches_machines() {
+    if !has_docker() {
+        return;
+    }
+    let home = Home::new();
+    let server = Server::start(&home);
+    let docker = |args: &[&str]| server.docker(args, b"");
+    let began = std::time::SystemTime::now();
+    let began = began
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("a time")
+        .as_secs();
+    let script = "exec -a worker sleep 1000";
+    let ran = docker(&[
+        "run",
+        "-d",
+        "--name",
+        "web",
+        "-p",
+        "127.0.0.1::80",
+        "demo",
+        "sh",
+        "-c",
+        script,
+    ]);
+    assert_eq!(ran.status, 0, "{}", ran.stderr);
+    // Files and folders both ways, and to and from archives.
+    let folder = home.path("folder");
+    std::fs::create_dir_all(folder.join("below")).expect("folders");
+    let noise = common::noise(3 << 20, 11);
+    std::fs::write(folder.join("below/noise"), &noise).expect("a file");
+    let text = |path: &std::path::Path| path.to_str().expect("a path").to_owned();
+    let from = text(&folder);
+    let ran = docker(&["cp", &from, "web:/tmp"]);
+    assert_eq!(ran.status, 0, "{}", ran.stderr);
+    docker(&["exec", "web", "stat", "-c", "%s", "/tmp/folder/below/noise"]).expect(0, "3145728\n");
+    let back = text(&home.path("back"));
+    let ran = docker(&["cp", "web:/tmp/folder", &back]);
+    assert_eq!(ran.status, 0, "{}", ran.stderr);
+    assert!(std::fs::read(home.path("back/below/noise")).expect("it came back") == noise);
+    let file = text(&home.path("passwd"));
+    docker(&["cp", "web:/etc/passwd", &file]);
+    let passwd = std::fs::read_to_string(&file).expect("a file");
+    docker(&["exec", "web", "cat", "/etc/passwd"]).expect(0, &passwd);
+    let tar = docker(&["cp", "web:/etc/passwd", "-"]);
+    assert!(tar.status == 0 && tar.stdout.starts_with(b"passwd\0"));
+    let ran = server.docker(&["cp", "-", "web:/tmp"], &tar.stdout);
+    assert_eq!(ran.status, 0, "{}", ran.stderr);
+    docker(&["exec", "web", "cat", "/tmp/passwd"]).expect(0, &passwd);
+    let ran = docker(&["cp", "web:/no/such", &back]);
+    assert!(
+        ran.status == 1 && ran.stderr.contains("/no/such"),
+        "{}",
+        ran.stderr
+    );
+    // What runs in it, what it takes, what it is reached by.
+    let ran = docker(&["top", "web"]);
+    assert!(
+        ran.text().contains("PID") && ran.text().contains("1000"),
+        "{}",
+        ran.text()
+    );
+    let ran = docker(&[
+        "stats",
+        "--no-stream",
+        "--format",
+        "{{.Name}} {{.MemUsage}} {{.CPUPerc}}",
+        "web",
+    ]);
+    assert!(
+        ran.text().starts_with("web ") && ran.text().contains("MiB"),
+        "{}",
+        ran.text()
+    );
+    assert!(
+        docker(&["port", "web"])
+            .text()
+            .starts_with("80/tcp -> 127.0.0.1:")
+    );
+    docker(&["restart", "-t", "1", "web"]).expect(0, "web\n");
+    docker(&["kill", "web"]).expect(0, "web\n");
+    docker(&["wait", "web"]).expect(0, "137\n");
+    docker(&["container", "prune", "-f"]);
+    assert_eq!(home.names(&["-a"]), [] as [&str; 0]);
+    let (since, until) = (began.to_string(), (began + 3600).to_string());
+    let events = [
+        "events",
+        "--since",
+        &since,
+        "--format",
+        "{{.Type}} {{.Action}} {{.Actor.Attributes.name}}",
+    ];
+    let now = std::time::SystemTime::now();
+    let now = now
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("a time")
+        .as_secs()
+        + 1;
+    let (_, now) = (until, now.to_string());
+    let filter = [
+        "--until",
+        &now,
+        "--filter",
+        "container=web",
+        "--filter",
+        "type=container",
+    ];
+    let ran = docker(&[&events[..], &filter[..]].concat());
+    for action in ["create", "start", "kill", "die", "destroy"] {
+        let line = format!("container {action} web");
+        assert!(
+            ran.text().lines().any(|found| found == line),
+            "{action}: {}",
+            ran.text()
+        );
+    }
+    let ran = docker(&[
+        "events", "--since", &since, "--until", &now, "--filter", "daemon=x",
+    ]);
+    assert!(
+        ran.status == 1 && ran.stderr.contains("daemon"),
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn docker_keeps_networks_and_volumes() {
+    if !has_docker() {
+        return;
+    }
+    let home = Home::new();
+    let server = Server::start(&home);
+    let docker = |args: &[&str]| server.docker(args, b"");
+    let good = |args: &[&str]| {
+        let ran = docker(args);
+        assert_eq!(ran.status, 0, "{args:?}: {}", ran.stderr);
+        ran.text().trim_end().to_owned()
+    };
+    let id = good(&[
+        "network",
+        "create",
+        "--subnet",
+        "10.90.0.0/24",
+        "--gateway",
+        "10.90.0.9",
+        "--internal",
+        "--label",
+        "a=b",
+        "lab",
+    ]);
+    assert_eq!(
+        good(&["network", "ls", "--no-trunc", "-q", "--filter", "label=a=b"]),
+        id
+    );
+    let format = "{{(index .IPAM.Config 0).Gateway}} {{.Internal}} {{len .Containers}}";
+    assert_eq!(
+        good(&["network", "inspect", "--format", format, &id[..12]]),
+        "10.90.0.9 true 0"
+    );
+    for name in ["one", "two"] {
+        good(&[
+            "run",
+            "-d",
+            "--name",
+            name,
+            "--network",
+            "lab",
+            "-v",
+            &format!("{name}:/data"),
+            "demo",
+            "sleep",
+            "1000",
+        ]);
+    }
+    good(&["exec", "one", "ping", "-c", "1", "-w", "20", "two"]);
+    // Its walls: nothing else is reached.
+    let ran = docker(&["exec", "one", "wget", "-qO-", "http://192.0.2.1/"]);
+    assert_ne!(ran.status, 0);
+    assert_eq!(
+        good(&["network", "inspect", "--format", format, "lab"]),
+        "10.90.0.9 true 2"
+    );
+    for refused in [
+        ["network", "connect", "lab", "one"],
+        ["network", "disconnect", "lab", "one"],
+    ] {
+        let ran = docker(&refused);
+        assert!(
+            ran.status == 1 && ran.stderr.contains("--network lab"),
+            "{}",
+            ran.stderr
+        );
+    }
+    let ran = docker(&["network", "rm", "lab"]);
+    assert!(
+        ran.status == 1 && ran.stderr.contains("2 machine"),
+        "{}",
+        ran.stderr
+    );
+    let ran = docker(&["network", "create", "-d", "overlay", "far"]);
+    assert!(
+        ran.status == 1 && ran.stderr.contains("overlay"),
+        "{}",
+        ran.stderr
+    );
+    // Volumes that were made with machines, and by themselves.
+    assert_eq!(good(&["volume", "ls", "-q"]), "one\ntwo");
+    assert_eq!(
+        good(&["volume", "create", "-o", "size=128m", "kept"]),
+        "kept"
+    );
+    assert_eq!(
+        good(&["volume", "inspect", "--format", "{{.Options.size}}", "kept"]),
+        "134217728"
+    );
+    let ran = docker(&["volume", "rm", "one"]);
+    assert!(
+        ran.status == 1 && ran.stderr.contains("in use"),
+        "{}",
+        ran.stderr
+    );
+    let ran = docker(&["volume", "create", "-d", "nfs", "far"]);
+    assert!(
+        ran.status == 1 && ran.stderr.contains("nfs"),
+        "{}",
+        ran.stderr
+    );
+    let usage = good(&["system", "df", "--format", "{{.Type}} {{.TotalCount}}"]);
+    for line in ["Images 1", "Containers 2", "Local Volumes 3"] {
+        assert!(usage.lines().any(|found| found == line), "{usage}");
+    }
+    good(&["rm", "-f", "one", "two"]);
+    good(&["network", "rm", "lab"]);
+    assert_eq!(good(&["volume", "rm", "kept"]), "kept");
+    let pruned = good(&["volume", "prune", "-a", "-f"]);
+    assert!(pruned.contains("one") && pruned.contains("two"), "{pruned}");
+    assert_eq!(good(&["volume", "ls", "-q"]), "");
+    assert!(good(&["info", "--format", "{{.OperatingSystem}}"]).contains("Skerry"));
+}
+
+#[test]
 fn the_store_is_checked() {
     let home = Home::new();
     home.start("one", "sleep 1000");

@@ -149,3 +149,95 @@ fn copies_of_a_machine_have_addresses_of_their_own_or_none() {
     let alias = [&soft[..], &["--network-alias", "x", "demo", "true"]].concat();
     home.refused(&alias, &["--network-alias"]);
 }
+
+#[test]
+fn machines_on_a_network_meet_over_ipv6() {
+    let home = Home::new();
+    home.done(&["network", "create", "--subnet", "fd01:2:3::/64", "six"]);
+    home.done(&["network", "create", "--ipv6=false", "four"]);
+    home.start_with("web", &["--network", "six"], &["sh", "-c", WEB6]);
+    home.start_with(
+        "client",
+        &["--network", "six", "--network", "four"],
+        &["sleep", "1000"],
+    );
+    let info: Value =
+        serde_json::from_str(&home.done(&["network", "inspect", "six"])).expect("JSON");
+    let members = info[0]["members"].as_array().expect("members");
+    let web = members
+        .iter()
+        .find(|one| one["names"].to_string().contains("\"web\""));
+    let there = web.expect("a member")["address6"]
+        .as_str()
+        .expect("an address")
+        .to_owned();
+    assert_eq!(there, "fd01:2:3::2");
+    let told = home.sh("client", "nslookup -type=aaaa web");
+    assert!(told.contains(&there), "{told}");
+    let ping = home.sh("client", &format!("ping -c 2 -w 20 {there}"));
+    assert!(ping.contains("2 packets received"), "{ping}");
+    let url = format!("http://[{there}]:81/large");
+    home.sh("web", "head -c 3000000 /dev/urandom >/tmp/large");
+    let script = format!("wget -qO- '{url}' | sha256sum");
+    eventually("the server", || {
+        home.exec("client", &["wget", "-qO-", &url]).status == 0
+    });
+    assert_eq!(
+        home.sh("client", &script),
+        home.sh("web", "sha256sum </tmp/large")
+    );
+    // One that was made without has no such address.
+    let four: Value =
+        serde_json::from_str(&home.done(&["network", "inspect", "four"])).expect("JSON");
+    assert_eq!(four[0]["members"][0]["address6"], Value::Null);
+    assert_eq!(four[0]["subnet6"], Value::Null);
+    // The network's gateway answers, and an address that nobody has is unreachable at once.
+    home.sh("client", "ping -c 1 -w 20 fd01:2:3::1");
+    assert_ne!(
+        home.exec("client", &["ping", "-c", "1", "-w", "5", "fd01:2:3::77"])
+            .status,
+        0
+    );
+}
+
+const WEB6: &str = "httpd -p '[::]:81' -h /tmp; sleep 1000";
+
+#[test]
+fn networks_have_walls_and_gateways_of_their_own() {
+    let home = Home::new();
+    let options = [
+        "--subnet",
+        "10.70.0.0/29",
+        "--gateway",
+        "10.70.0.5",
+        "--internal",
+    ];
+    home.done(&[&["network", "create"], &options[..], &["closed"]].concat());
+    home.start_with("in", &["--network", "closed"], &["sleep", "1000"]);
+    assert_eq!(address(&home, "in", "closed"), "10.70.0.1");
+    assert_eq!(network(&home, "in")["mode"], "none");
+    home.sh("in", "ping -c 1 -w 20 10.70.0.5");
+    assert!(!gets(&home, "in", "http://192.0.2.1/"));
+    assert!(counter(&home, "in", "denied_by_reach") >= 1);
+    // Who names a reach has it.
+    home.start_with(
+        "both",
+        &["--network", "closed", "--network", "public"],
+        &["sleep", "1000"],
+    );
+    assert_eq!(network(&home, "both")["mode"], "public");
+    for (bad, why) in [
+        (
+            &["--subnet", "10.71.0.0/24", "--gateway", "10.72.0.1"][..],
+            "10.72.0.1",
+        ),
+        (&["--subnet", "2001:db8::/64"], "unique local"),
+        (&["--subnet", "fd05::/64", "--ipv6=false"], "no IPv6"),
+        (
+            &["--subnet", "10.71.0.0/24", "--subnet", "10.73.0.0/24"],
+            "second of its family",
+        ),
+    ] {
+        home.refused(&[&["network", "create"], bad, &["bad"]].concat(), &[why]);
+    }
+}

@@ -163,6 +163,85 @@ fn an_acquired_machine_is_ones_own_until_it_is_released() {
 }
 
 #[test]
+fn a_pools_machines_have_folders_and_no_volumes() {
+    let home = Home::new();
+    let folder = home.path("folder");
+    std::fs::create_dir(&folder).expect("a folder");
+    std::fs::write(folder.join("given"), "given\n").expect("a file");
+    let volume = format!("{}:/shared", folder.display());
+    let create = [
+        "pool",
+        "create",
+        "--hypervisor",
+        "soft",
+        "--min",
+        "2",
+        "--max",
+        "2",
+    ];
+    let mounts = [
+        "-v",
+        &volume,
+        "--tmpfs",
+        "/scratch:size=8M",
+        "--dns",
+        "127.0.0.1:5353",
+    ];
+    home.done(&[&create[..], &mounts, &["fast", "demo"]].concat());
+    // Each of them, again and again: what is in memory is gone, what is in the folder stays.
+    for number in 0..6 {
+        let script = format!(
+            "cat /shared/given; ls /scratch | wc -l; touch /scratch/mine; echo {number} >>/shared/log; \
+             wc -l </shared/log"
+        );
+        let ran = home.done(&["pool", "exec", "fast", "sh", "-c", &script]);
+        assert_eq!(ran, format!("given\n0\n{}", number + 1));
+    }
+    let log = std::fs::read_to_string(folder.join("log")).expect("a log");
+    assert_eq!(log.lines().count(), 6);
+    home.done(&["pool", "rm", "fast"]);
+    for (option, value, why) in [
+        ("-v", "data:/data", "volume"),
+        ("--mount", "type=volume,source=data,target=/data", "volume"),
+        ("-p", "8080:80", "--publish"),
+    ] {
+        home.refused(
+            &[&create[..], &[option, value, "bad", "demo"]].concat(),
+            &[why],
+        );
+    }
+    // A start is kept for runs with a folder, whichever it is.
+    home.done(&["warm", "--hypervisor", "soft", "-v", &volume, "demo"]);
+    let other = home.path("other");
+    std::fs::create_dir(&other).expect("a folder");
+    std::fs::write(other.join("given"), "other\n").expect("a file");
+    let other = format!("{}:/elsewhere", other.display());
+    let run = [
+        "run",
+        "--rm",
+        "--hypervisor",
+        "soft",
+        "-v",
+        &other,
+        "demo",
+        "cat",
+        "/elsewhere/given",
+    ];
+    assert_eq!(home.done(&run), "other");
+    let with = [
+        "warm",
+        "--hypervisor",
+        "soft",
+        "-v",
+        &volume,
+        "demo",
+        "--exec",
+        "true",
+    ];
+    home.refused(&with, &["--exec"]);
+}
+
+#[test]
 fn many_users_share_a_pool() {
     let home = Home::new();
     create(&home, "busy", &["--min", "1", "--max", "3"]);

@@ -108,6 +108,22 @@ impl Home {
             .expect("skerry starts")
     }
 
+    /// Builds the program `tests/guests/NAME.rs`; gives what `-v` takes to have it in `/programs`.
+    pub fn guest_program(&self, name: &str) -> String {
+        let folder = self.path("programs");
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests");
+        let compiler = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+        let status = Command::new(compiler)
+            .args(["-O", "--edition", "2024", "-C", "relocation-model=static"])
+            .args(["-C", "target-feature=+crt-static", "-o"])
+            .arg(folder.join(name))
+            .arg(source.join(name).with_extension("rs"))
+            .status();
+        assert!(status.is_ok_and(|status| status.success()), "{name}.rs");
+        format!("{}:/programs:ro", folder.display())
+    }
+
     /// Runs a shell script in a machine in the background.
     #[track_caller]
     pub fn start(&self, name: &str, script: &str) -> String {

@@ -108,10 +108,23 @@ fn status(error: &EngineError) -> StatusCode {
         | E::VmNotPaused { .. }
         | E::NoReadyMark { .. }
         | E::EndedUnready { .. }
+        | E::CopyStopped { .. }
+        | E::NetworkExists { .. }
+        | E::NetworkInUse { .. }
+        | E::VolumeExists(_)
+        | E::VolumeInUse { .. }
         | E::CapturePaused => StatusCode::CONFLICT,
         E::Unready { .. } => StatusCode::REQUEST_TIMEOUT,
         E::UnknownHypervisor(_)
         | E::NetworkOff
+        | E::BadNetworkName { .. }
+        | E::BadSubnet { .. }
+        | E::BadGateway { .. }
+        | E::BadMtu { .. }
+        | E::TapAlone
+        | E::TapOfOne
+        | E::TapAddresses { .. }
+        | E::TapDns { .. }
         | E::NoCard
         | E::SoftOption { .. }
         | E::NothingCompiled { .. }

@@ -395,6 +395,10 @@ pub struct WarmArgs {
     #[command(flatten)]
     pub reach: ReachArgs,
 
+    /// Room for folders and volumes, which runs may have as many of
+    #[command(flatten)]
+    pub mounts: MountArgs,
+
     /// When to get the image from its registry
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub pull: PullArg,

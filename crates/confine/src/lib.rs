@@ -44,11 +44,13 @@ pub enum Role {
     Storage,
     /// Serves folders of the host to the guest.
     Share,
+    /// Passes frames between the guest and a TAP device.
+    Tap,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Process,
         Self::Vcpu,
         Self::Network,
@@ -57,6 +59,7 @@ impl Role {
         Self::Timer,
         Self::Storage,
         Self::Share,
+        Self::Tap,
     ];
 
     /// A word for it.
@@ -71,6 +74,7 @@ impl Role {
             Self::Timer => "timer",
             Self::Storage => "storage",
             Self::Share => "share",
+            Self::Tap => "tap",
         }
     }
 }

@@ -118,6 +118,8 @@ const FORBIDDEN: &[Attempt] = &[
     Attempt("raw socket", |_| call(SYS_socket, &[AF_INET as c_long, SOCK_RAW as c_long, 1])),
     Attempt("datagram socketpair", |_| call(SYS_socketpair, &[AF_UNIX as c_long, SOCK_DGRAM as c_long, 0, 0])),
     Attempt("type into the terminal", |_| call(SYS_ioctl, &[0, TIOCSTI as c_long, 0])),
+    Attempt("open the TAP devices' door", |_| call(SYS_openat, &[HERE, text(c"/dev/net/tun"), O_RDWR as c_long])),
+    Attempt("be another TAP device", |_| call(SYS_ioctl, &[0, 0x4004_54ca, 0])),
     Attempt("dumpable again", |_| call(SYS_prctl, &[PR_SET_DUMPABLE as c_long, 1])),
     Attempt("another handler of SIGSYS", |_| call(SYS_rt_sigaction, &[SIGSYS as c_long, 0, 0, 8])),
     Attempt("memory to write and run", |_| call(SYS_mmap, &[0, 4096, (PROT_READ | PROT_WRITE | PROT_EXEC) as c_long, (MAP_PRIVATE | MAP_ANONYMOUS) as c_long, -1, 0])),
@@ -127,13 +129,13 @@ const FORBIDDEN: &[Attempt] = &[
 #[rustfmt::skip]
 const NARROW: &[(Attempt, &[Role])] = &[
     (Attempt("code", |_| call(SYS_mmap, &[0, 4096, (PROT_READ | PROT_EXEC) as c_long, (MAP_PRIVATE | MAP_ANONYMOUS) as c_long, -1, 0])),
-        &[Role::Network, Role::Control, Role::Stream, Role::Timer, Role::Storage, Role::Share]),
+        &[Role::Network, Role::Control, Role::Stream, Role::Timer, Role::Storage, Role::Share, Role::Tap]),
     (Attempt("internet socket", |_| call(SYS_socket, &[AF_INET as c_long, SOCK_STREAM as c_long, 0])),
-        &[Role::Vcpu, Role::Control, Role::Stream, Role::Timer, Role::Storage, Role::Share]),
+        &[Role::Vcpu, Role::Control, Role::Stream, Role::Timer, Role::Storage, Role::Share, Role::Tap]),
     (Attempt("make a virtual machine", |_| call(SYS_ioctl, &[0, KVM_CREATE_VM, 0])),
-        &[Role::Network, Role::Stream, Role::Storage, Role::Share]),
+        &[Role::Network, Role::Stream, Role::Storage, Role::Share, Role::Tap]),
     (Attempt("open /proc/self/maps", |_| call(SYS_openat, &[HERE, text(c"/proc/self/maps"), O_RDONLY as c_long])),
-        &[Role::Vcpu, Role::Stream, Role::Timer]),
+        &[Role::Vcpu, Role::Stream, Role::Timer, Role::Tap]),
 ];
 
 /// What is allowed, to see that attempts can succeed.

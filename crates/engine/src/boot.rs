@@ -113,7 +113,13 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
             exchangeable: false,
         });
     }
-    let asked = spec.network.mode.is_some() || !spec.network.join.is_empty();
+    if let Some(tap) = &spec.network.tap
+        && (tap.mac.is_some() || !tap.addresses.is_empty())
+    {
+        return Err(EngineError::TapWithoutAgent);
+    }
+    let named = spec.network.mode.is_some() || spec.network.tap.is_some();
+    let asked = named || !spec.network.join.is_empty();
     let card = spec.network.card().filter(|_| asked);
     let paths = match card {
         Some(_) => Paths::of_user()?,

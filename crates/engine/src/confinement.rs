@@ -16,6 +16,7 @@ use crate::error::EngineError;
 use crate::mounts::{MountKind, MountSpec};
 use crate::network::NetworkSpec;
 use crate::paths::Paths;
+use crate::tap;
 use crate::vm::VmSpec;
 use crate::volumes::Volumes;
 
@@ -25,6 +26,7 @@ const FIRST_FREE_PORT: u16 = 1024;
 /// Confines this process to one that runs the machine of `spec`, for good; `own` are the folders of
 /// its own. Its threads are to begin after this.
 pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), EngineError> {
+    hold_tap(&spec.network)?;
     let (scratch, snapshots, vms) = (paths.scratch(), paths.snapshots(), paths.vms());
     let events = paths.events();
     for folder in [&scratch, &snapshots, &events] {
@@ -45,11 +47,24 @@ pub fn of_vm(paths: &Paths, spec: &VmSpec, own: &[PathBuf]) -> Result<(), Engine
         read,
         write,
         names: vec![vms.join("names"), vms],
-        network: spec.network.card().is_some(),
+        network: needs_sockets(&spec.network),
         low_ports: has_low_ports(&spec.network),
         shares,
     };
     put_on(&plan)
+}
+
+/// Opens the machine's device, which a confined process can't.
+fn hold_tap(network: &NetworkSpec) -> Result<(), EngineError> {
+    if let Some(spec) = &network.tap {
+        tap::hold(spec)?;
+    }
+    Ok(())
+}
+
+/// Whether a network passes by the host's sockets; by a device that is open, it doesn't.
+fn needs_sockets(network: &NetworkSpec) -> bool {
+    network.card().is_some() && network.tap.is_none()
 }
 
 /// Whether ports are published that not anybody may listen at.
@@ -97,12 +112,13 @@ pub(crate) fn of_files(
     network: Option<(&Paths, &NetworkSpec)>,
 ) -> Result<(), EngineError> {
     let spec = network.map(|(_, spec)| spec);
+    spec.map_or(Ok(()), hold_tap)?;
     let shared = network.map(|(paths, spec)| shared_networks(paths, spec).collect());
     put_on(&Plan {
         strictness,
         read,
         write: shared.unwrap_or_default(),
-        network: network.is_some(),
+        network: spec.is_some_and(needs_sockets),
         low_ports: spec.is_some_and(has_low_ports),
         ..Plan::default()
     })

@@ -88,6 +88,21 @@ pub enum EngineError {
         "The machine has a volume, whose content is not part of a machine's state: run it without one to take snapshots or fork it"
     )]
     VolumeInState,
+    /// A command that would see folders that a start can't keep.
+    #[error(
+        "A kept start has room for folders and volumes, and none mounted, since each run has its own: leave --exec out, or -v, --mount and --tmpfs"
+    )]
+    WarmMounts,
+    /// A port for several machines.
+    #[error(
+        "A port of the host's leads to one machine, and a pool has several: leave --publish out, or run machines by themselves"
+    )]
+    PoolPorts,
+    /// A volume for several machines.
+    #[error(
+        "The machines of a pool are copies of one, and a volume has one machine that writes it: mount a folder, or give the volume to a machine by itself"
+    )]
+    PoolVolume,
     /// A volume can't have this name.
     #[error(
         "{0:?} can't be the name of a volume: use letters, digits, '_', '.' and '-', the first a letter or digit; a folder of this host begins with / or ./"
@@ -134,6 +149,62 @@ pub enum EngineError {
         "Without a network no port is published, no name server asked and nothing allowed or denied: leave --publish, --dns, --network-allow and --network-deny out, or --network none"
     )]
     NetworkOff,
+    /// A TAP device can't be used.
+    #[error(transparent)]
+    Tap(#[from] skerry_net::TapError),
+    /// Addresses that a guest can't have behind a TAP device.
+    #[error(
+        "The guest's addresses make no sense, since {problem}: see ip= and gateway= of --network tap="
+    )]
+    TapAddresses {
+        /// Why.
+        problem: String,
+    },
+    /// A name server that no guest behind a TAP device can be told of.
+    #[error(
+        "A guest behind a TAP device asks name servers at port 53, not {server}: leave the port of --dns out"
+    )]
+    TapDns {
+        /// What was asked for.
+        server: std::net::SocketAddr,
+    },
+    /// Options of the user-mode network beside a TAP device.
+    #[error(
+        "A TAP device is the machine's whole network, and the host's rules are what holds there: leave --publish, --network-allow, --network-deny, --network-alias and other --network out"
+    )]
+    TapAlone,
+    /// A machine of several on one TAP device.
+    #[error(
+        "A TAP device takes one machine, and a pool has several: leave tap= out, or run machines by themselves"
+    )]
+    TapOfOne,
+    /// Addresses for a guest without an agent.
+    #[error(
+        "Nobody in the guest of a boot takes addresses: leave ip=, gateway= and mac= out, and have the guest set them"
+    )]
+    TapWithoutAgent,
+    /// Packets that are longer than the device's.
+    #[error(
+        "Packets of the TAP device {name} have {mtu} bytes at most, and the machine's {card}: raise it with ip link set {name} mtu {card}"
+    )]
+    TapMtu {
+        /// The device.
+        name: String,
+        /// Its longest packet.
+        mtu: u16,
+        /// The machine's.
+        card: u16,
+    },
+    /// A TAP device for a card of another kind.
+    #[error(
+        "The machine was kept with a card for the user-mode network: leave tap= out, or start the image with it"
+    )]
+    TapOfOther,
+    /// A card that is for a TAP device.
+    #[error(
+        "The machine was kept with a card for a TAP device: name one with --network tap=NAME, or --network none"
+    )]
+    NeedsTap,
     /// A longest packet that no card can have.
     #[error(
         "No network card has packets of that length: --network-mtu goes from {least} to {most}"
@@ -213,9 +284,19 @@ pub enum EngineError {
     )]
     BadSubnet {
         /// What was asked for.
-        subnet: ipnet::Ipv4Net,
+        subnet: ipnet::IpNet,
         /// Why not.
         reason: String,
+    },
+    /// A gateway that is not on its network.
+    #[error(
+        "The gateway {gateway} is not the address of one machine in {subnet}: choose one that is, or leave --gateway out"
+    )]
+    BadGateway {
+        /// What was asked for.
+        gateway: std::net::Ipv4Addr,
+        /// The network's addresses.
+        subnet: ipnet::Ipv4Net,
     },
     /// All addresses for networks are taken.
     #[error(
@@ -596,7 +677,11 @@ impl EngineError {
     #[must_use]
     pub fn is_missing(&self) -> bool {
         match self {
-            Self::NoSuchVm { .. } | Self::NoSuchPool { .. } | Self::NoSuchLease { .. } => true,
+            Self::NoSuchVm { .. }
+            | Self::NoSuchPool { .. }
+            | Self::NoSuchLease { .. }
+            | Self::NoSuchNetwork { .. }
+            | Self::NoVolume(_) => true,
             Self::Image(skerry_oci::Error::NoSuchImage { .. })
             | Self::Snapshot(skerry_snapshot::Error::NoSuchSnapshot { .. }) => true,
             Self::Image(skerry_oci::Error::Registry(error)) => {

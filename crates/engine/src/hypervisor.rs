@@ -10,6 +10,7 @@ use skerry_hypervisor::probe::ProbeReport;
 use skerry_hypervisor::{Capabilities, Hypervisor, Unusable};
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
+use skerry_net::{TapProbe, probe_taps};
 
 use crate::confinement::{self, Report};
 use crate::error::EngineError;
@@ -73,6 +74,8 @@ pub struct Diagnosis {
     pub hypervisors: Vec<ProbeReport>,
     /// How the process of a machine is confined here.
     pub confinement: Option<Report>,
+    /// Whether a machine can be on a network of the host's.
+    pub tap: TapProbe,
 }
 
 /// Probes every backend: each runs a small guest.
@@ -86,6 +89,7 @@ pub fn diagnose() -> Diagnosis {
         auto: usable.map(|report| report.backend),
         hypervisors,
         confinement,
+        tap: probe_taps(),
     }
 }
 

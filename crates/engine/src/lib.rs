@@ -38,6 +38,7 @@ pub mod signals;
 pub mod snapshots;
 mod soft;
 mod statistics;
+pub mod tap;
 mod transport;
 mod vetting;
 pub mod vm;

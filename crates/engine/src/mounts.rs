@@ -100,7 +100,7 @@ impl MountSpec {
         matches!(self.kind, MountKind::Bind { .. })
     }
 
-    const fn is_volume(&self) -> bool {
+    pub(crate) const fn is_volume(&self) -> bool {
         matches!(self.kind, MountKind::Volume { .. })
     }
 }

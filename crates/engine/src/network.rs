@@ -1,6 +1,6 @@
 //! What network a machine is given.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 pub use ipnet::IpNet;
@@ -12,10 +12,12 @@ pub use skerry_net::{
     Counters, Denial, DenialReason, Mapping, Network, NetworkMode, Options, Protocol, Published,
     Rule, parse_network,
 };
+use skerry_protocol::message::Card;
 
 use crate::error::EngineError;
 use crate::networks;
 use crate::paths::Paths;
+pub use crate::tap::{LinkAddress, TapReport, TapSpec};
 
 /// The longest packets that a card may have: IPv6 asks for the least (RFC 8200, 5).
 pub(crate) const MTUS: std::ops::RangeInclusive<u16> = 1280..=address::MTU;
@@ -46,6 +48,8 @@ pub struct NetworkSpec {
     pub mtu: Option<u16>,
     /// Its own names, once it has any.
     pub names: Vec<String>,
+    /// The host's network behind this device, in place of all that.
+    pub tap: Option<TapSpec>,
 }
 
 /// A machine's place on a network that it shares with others.
@@ -60,6 +64,10 @@ pub struct Place {
     /// The network's addresses.
     #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub subnet: Ipv4Net,
+    /// The machine's IPv6 address there, where the network has such.
+    #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
+    pub address6: Option<Ipv6Addr>,
 }
 
 /// A machine's network, as it is while the machine runs.
@@ -86,6 +94,9 @@ pub struct NetworkReport {
     /// The networks that it shares with others.
     #[serde(default)]
     pub shared: Vec<Place>,
+    /// The host's network that it is on, in place of all that.
+    #[serde(default)]
+    pub tap: Option<TapReport>,
 }
 
 impl NetworkReport {
@@ -100,6 +111,7 @@ impl NetworkReport {
                 deny: network.options().deny.clone(),
                 denied: network.denials(),
                 shared: shared(network),
+                tap: network.options().tap.as_ref().map(TapReport::from),
             },
             None => Self {
                 mode: NetworkMode::None,
@@ -109,6 +121,7 @@ impl NetworkReport {
                 deny: Vec::new(),
                 denied: Vec::new(),
                 shared: Vec::new(),
+                tap: None,
             },
         }
     }
@@ -117,9 +130,12 @@ impl NetworkReport {
 impl NetworkSpec {
     /// The card that a new machine has for it.
     pub(crate) fn card(&self) -> Option<NetConfig> {
-        let wanted = self.mode.unwrap_or_default() != NetworkMode::None || !self.join.is_empty();
+        let reaches = self.mode.unwrap_or_default() != NetworkMode::None;
+        let wanted = reaches || !self.join.is_empty() || self.tap.is_some();
+        let longest = self.tap.as_ref().and_then(TapSpec::mtu);
         let card = NetConfig {
-            mtu: self.mtu.unwrap_or(address::MTU),
+            mtu: self.mtu.or(longest).unwrap_or(address::MTU),
+            offload: self.tap.is_some(),
             ..address::CARD
         };
         wanted.then_some(card)
@@ -138,9 +154,15 @@ impl NetworkSpec {
             dns,
             allow,
             deny,
+            tap,
         } = network.options().clone();
         Self {
-            mode: Some(mode),
+            // A device takes one machine.
+            mode: Some(if tap.is_some() {
+                NetworkMode::None
+            } else {
+                mode
+            }),
             dns,
             allow,
             deny,
@@ -164,7 +186,11 @@ impl NetworkSpec {
             aliases,
             mtu,
             names,
+            tap,
         } = self;
+        if let Some(tap) = tap {
+            return self.on_tap(tap, card).map(Some);
+        }
         let off = *mode == Some(NetworkMode::None) && join.is_empty();
         if join.is_empty() && !aliases.is_empty() {
             return Err(EngineError::AliasOfNothing);
@@ -181,23 +207,23 @@ impl NetworkSpec {
                 false => Ok(None),
             };
         };
-        if let Some(wanted) = *mtu {
-            if !MTUS.contains(&wanted) {
-                return Err(EngineError::BadMtu {
-                    least: *MTUS.start(),
-                    most: *MTUS.end(),
-                });
-            }
-            if wanted != card.mtu {
-                return Err(EngineError::OtherMtu { kept: card.mtu });
-            }
+        if card.offload && !off {
+            return Err(EngineError::NeedsTap);
         }
+        self.check_mtu(card)?;
+        let mode = match mode {
+            Some(mode) => *mode,
+            // Its walls are those of its networks.
+            None if networks::are_internal(paths, join)? => NetworkMode::None,
+            None => NetworkMode::default(),
+        };
         let options = Options {
-            mode: mode.unwrap_or_default(),
+            mode,
             publish: publish.clone(),
             dns: dns.clone(),
             allow: allow.clone(),
             deny: deny.clone(),
+            tap: None,
         };
         let mut all = names.clone();
         for alias in aliases {
@@ -218,6 +244,48 @@ impl NetworkSpec {
     }
 }
 
+impl NetworkSpec {
+    fn check_mtu(&self, card: NetConfig) -> Result<(), EngineError> {
+        match self.mtu {
+            Some(wanted) if !MTUS.contains(&wanted) => Err(EngineError::BadMtu {
+                least: *MTUS.start(),
+                most: *MTUS.end(),
+            }),
+            Some(wanted) if wanted != card.mtu => Err(EngineError::OtherMtu { kept: card.mtu }),
+            _ => Ok(()),
+        }
+    }
+
+    /// A network of the host's for a machine that has a `card` or not.
+    fn on_tap(&self, tap: &TapSpec, card: Option<NetConfig>) -> Result<Arc<Network>, EngineError> {
+        let ruled = !(self.allow.is_empty() && self.deny.is_empty() && self.publish.is_empty());
+        let named = !(self.join.is_empty() && self.aliases.is_empty());
+        if ruled || named || self.mode.is_some() {
+            return Err(EngineError::TapAlone);
+        }
+        let card = card.ok_or(EngineError::NoCard)?;
+        if !card.offload {
+            return Err(EngineError::TapOfOther);
+        }
+        // The device first: what it lacks comes before what is wanted of it.
+        let on = tap.open(&self.dns)?;
+        self.check_mtu(card)?;
+        if card.mtu > on.device.mtu() {
+            return Err(EngineError::TapMtu {
+                name: tap.name.clone(),
+                mtu: on.device.mtu(),
+                card: card.mtu,
+            });
+        }
+        let options = Options {
+            mode: NetworkMode::Full,
+            tap: Some(on),
+            ..Options::default()
+        };
+        Ok(Network::new(&options, Vec::new())?)
+    }
+}
+
 /// Whether a name can be asked for.
 fn is_label(name: &str) -> bool {
     name.parse::<NamePattern>().is_ok() && !name.starts_with('*')
@@ -229,7 +297,8 @@ fn shared(network: &Network) -> Vec<Place> {
     let place = |attached: &Attached| Place {
         network: attached.network.clone(),
         address: attached.address,
-        subnet: attached.subnet,
+        subnet: attached.subnets.v4,
+        address6: attached.address6,
     };
     attached.map(place).collect()
 }
@@ -237,13 +306,34 @@ fn shared(network: &Network) -> Vec<Place> {
 /// The addresses that a guest with this network has besides its own, with their prefixes' lengths.
 pub(crate) fn addresses(network: Option<&Network>) -> Vec<String> {
     let attached = network.map(Network::attached).unwrap_or_default();
-    let address = |one: &Attached| format!("{}/{}", one.address, one.subnet.prefix_len());
-    attached.iter().map(address).collect()
+    let mut addresses = Vec::new();
+    for one in attached {
+        addresses.push(format!("{}/{}", one.address, one.subnets.v4.prefix_len()));
+        if let (Some(address), Some(net)) = (one.address6, one.subnets.v6) {
+            addresses.push(format!("{address}/{}", net.prefix_len()));
+        }
+    }
+    addresses
 }
 
-/// The name servers that a guest with a card is told of.
-pub(crate) fn nameservers(card: bool) -> Vec<String> {
-    card.then(|| address::DNS_V4.to_string())
+/// What a guest's card is to be, on a network of the host's.
+pub(crate) fn card_of(network: Option<&Network>) -> Option<Card> {
+    let on = network?.options().tap.as_ref()?;
+    fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+        all.iter().map(T::to_string).collect()
+    }
+    Some(Card {
+        link_address: on.link_address,
+        addresses: texts(&on.addresses),
+        gateways: texts(&on.gateways),
+        nameservers: texts(&on.nameservers),
+    })
+}
+
+/// The name servers that a guest with this card is told of before it has a network.
+pub(crate) fn nameservers(card: Option<NetConfig>) -> Vec<String> {
+    let own = card.filter(|card| !card.offload);
+    own.map(|_| address::DNS_V4.to_string())
         .into_iter()
         .collect()
 }

@@ -255,7 +255,11 @@ pub fn warm(
         fresh: true,
         ..spec.vm.clone()
     };
-    let vm = Vm::start(paths, image, name, &fresh, note)?;
+    if spec.command.is_some() && !spec.vm.mounts.is_empty() {
+        return Err(EngineError::WarmMounts);
+    }
+    // Later runs have as many folders, and perhaps others: none is mounted in what is kept.
+    let vm = Vm::start_unmounted(paths, image, name, &fresh, note)?;
     vm.run_first_programs()?;
     match (&spec.command, &spec.ready) {
         (None, _) => {}

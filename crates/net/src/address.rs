@@ -32,6 +32,7 @@ pub const MTU: u16 = 65_520;
 pub const CARD: NetConfig = NetConfig {
     mac: GUEST_MAC,
     mtu: MTU,
+    offload: false,
 };
 
 /// What an address in the guest's packets stands for.

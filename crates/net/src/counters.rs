@@ -41,6 +41,8 @@ pub struct Counters {
     pub denied_rebinding: u64,
     /// Connections and flows that were refused for want of room or of the host's means.
     pub refused: u64,
-    /// Packets of no use: malformed, fragments, unknown protocols.
+    /// Packets that the guest sent in fragments, and that came to be whole.
+    pub reassembled: u64,
+    /// Packets of no use: malformed, of unknown protocols, fragments without their rest.
     pub dropped: u64,
 }

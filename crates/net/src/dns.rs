@@ -147,23 +147,29 @@ impl Question {
         found
     }
 
-    /// An answer with these addresses, where IPv4 ones were asked for.
-    pub(crate) fn reply(&self, verdict: Verdict, addresses: &[Ipv4Addr]) -> Vec<u8> {
-        let a = u16::from(DnsQueryType::A);
-        let wanted = verdict == Verdict::Found && self.kind == a;
-        let addresses = if wanted { addresses } else { &[] };
-        let addresses = &addresses[..addresses.len().min(MOST_ADDRESSES)];
+    /// An answer with those of these addresses that were asked for.
+    pub(crate) fn reply(&self, verdict: Verdict, addresses: &[IpAddr]) -> Vec<u8> {
+        let (a, aaaa) = (DnsQueryType::A, DnsQueryType::Aaaa);
+        let (a, aaaa) = (u16::from(a), u16::from(aaaa));
+        let asked = |address: &&IpAddr| self.kind == if address.is_ipv4() { a } else { aaaa };
+        let found = addresses.iter().filter(|_| verdict == Verdict::Found);
+        let addresses: Vec<&IpAddr> = found.filter(asked).take(MOST_ADDRESSES).collect();
         let mut message = header(self.id, self.recursion_desired, verdict);
         message[5] = 1;
         message[7] = addresses.len() as u8;
         message.extend(&self.section);
         for address in addresses {
             message.extend(QUESTION_NAME);
-            message.extend(a.to_be_bytes());
+            message.extend(self.kind.to_be_bytes());
             message.extend(CLASS_IN.to_be_bytes());
             message.extend(OWN_TTL.to_be_bytes());
-            message.extend(4_u16.to_be_bytes());
-            message.extend(address.octets());
+            let octets = match address {
+                IpAddr::V4(address) => address.octets().to_vec(),
+                IpAddr::V6(address) => address.octets().to_vec(),
+            };
+            // Four or sixteen.
+            message.extend([0, octets.len() as u8]);
+            message.extend(octets);
         }
         message
     }
@@ -203,7 +209,7 @@ pub(crate) fn any_message(bytes: &[u8]) {
             assert!(found.len() <= MOST_ADDRESSES);
             assert!(found.is_empty() || question.is_answered_by(answer));
         }
-        let reply = question.reply(Verdict::Found, &[Ipv4Addr::LOCALHOST]);
+        let reply = question.reply(Verdict::Found, &[Ipv4Addr::LOCALHOST.into()]);
         assert!(question.is_answered_by(&reply));
     }
 }
@@ -294,8 +300,10 @@ mod tests {
     fn replies_answer_their_questions() {
         let question = question(&asked("db", 1)).unwrap();
         let address = Ipv4Addr::new(10, 89, 0, 2);
-        let reply = question.reply(Verdict::Found, &[address]);
+        let reply = question.reply(Verdict::Found, &[address.into()]);
         assert_eq!(question.addresses(&reply), [(address.into(), OWN_TTL)]);
+        let other = question.reply(Verdict::Found, &[std::net::Ipv6Addr::LOCALHOST.into()]);
+        assert_eq!(other[6..8], [0, 0], "nobody asked for IPv6");
         let none = question.reply(Verdict::NoSuchName, &[]);
         assert!(question.is_answered_by(&none) && none[3] & 15 == 3);
     }

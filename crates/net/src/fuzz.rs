@@ -4,3 +4,8 @@
 pub fn net_dns(bytes: &[u8]) {
     crate::dns::any_message(bytes);
 }
+
+/// Any bytes as fragments of packets.
+pub fn net_fragments(bytes: &[u8]) {
+    crate::fragments::any_fragments(bytes);
+}

@@ -6,9 +6,12 @@
 //!                            ├─ ARP, neighbour discovery, DHCP, echo: answered here      (wire, local)
 //!                            ├─ TCP ─ Policy ─► a smoltcp socket ◄─splice─► a host socket     (tcp)
 //!                            ├─ UDP, DNS, echo ─ Policy ─► a connected host socket     (datagram)
+//!                            ├─ what comes in parts is put together first              (fragments)
 //!                            ├─ shared networks: the processes of other machines     (segment)
 //!                            └─ published ports: listeners of the host's ─► the guest   (publish)
 //! ```
+//! In place of all that, a network can be the host's, by a TAP device of its ([`Tap`]).
+//!
 //! [`Rule`]s narrow down where the guest may go, by address and by name; names are those that its name server
 //! was asked for (dns).
 //!
@@ -18,13 +21,12 @@
 //!
 //! Called by `engine`, which plugs a [`Network`] into the machine's network card.
 
-#![forbid(unsafe_code)]
-
 pub mod address;
 mod counters;
 mod datagram;
 mod dhcp;
 mod dns;
+mod fragments;
 #[doc(hidden)]
 pub mod fuzz;
 mod local;
@@ -36,6 +38,7 @@ mod resolvers;
 mod rules;
 mod segment;
 mod stack;
+mod tap;
 mod tcp;
 mod wire;
 
@@ -43,5 +46,7 @@ pub use counters::Counters;
 pub use network::{Network, NetworkError, Options};
 pub use policy::{Denial, DenialReason, NetworkMode};
 pub use publish::{Mapping, Protocol, Published};
+pub use resolvers::of_host as resolvers_of_host;
 pub use rules::{Destination, NamePattern, Rule, RuleError, parse_network};
-pub use segment::{Attached, Lease, Member, Segment, members};
+pub use segment::{Attached, Lease, Member, Segment, Subnets, members};
+pub use tap::{OnTap, Tap, TapError, TapProbe, probe_taps};

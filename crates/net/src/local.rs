@@ -19,7 +19,7 @@ const TARGET_LINK_ADDRESS: u8 = 2;
 
 /// Answers a request for the gateway's or the name server's link address, or for that of an address
 /// that is `shared` with other machines: the gateway takes what is sent there.
-pub(crate) fn arp(request: &[u8], outlet: &Outlet, shared: impl Fn(Ipv4Addr) -> bool) {
+pub(crate) fn arp(request: &[u8], outlet: &Outlet, shared: impl Fn(IpAddr) -> bool) {
     let Some(request) = request.get(..ARP_LEN) else {
         return;
     };
@@ -28,7 +28,7 @@ pub(crate) fn arp(request: &[u8], outlet: &Outlet, shared: impl Fn(Ipv4Addr) -> 
     // Who looks for others with its own address has none yet (RFC 5227, 2.1).
     let has_address = request[14..18] != [0; 4];
     let ours = matches!(place(target.into()), Place::Gateway | Place::Dns)
-        || has_address && shared(target);
+        || has_address && shared(target.into());
     if request[..6] != ethernet_ipv4 || request[6..8] != ARP_REQUEST || !ours {
         return;
     }
@@ -40,16 +40,24 @@ pub(crate) fn arp(request: &[u8], outlet: &Outlet, shared: impl Fn(Ipv4Addr) -> 
     outlet.frame(wire::ARP, &answer);
 }
 
-/// Answers an ICMP packet that concerns the gateway alone. `false`: it goes further.
-pub(crate) fn icmp(packet: &Packet<'_>, outlet: &Outlet) -> bool {
+/// Answers an ICMP packet that concerns the gateway alone: echoes of addresses that are `here`, and who has
+/// those or ones that are `shared` with other machines. `false`: it goes further.
+pub(crate) fn icmp(
+    packet: &Packet<'_>,
+    outlet: &Outlet,
+    here: impl Fn(IpAddr) -> bool,
+    shared: impl Fn(IpAddr) -> bool,
+) -> bool {
     let Some((&kind, rest)) = packet.payload.split_first() else {
         return true;
     };
     let v6 = packet.target.is_ipv6();
     match (v6, kind) {
-        (true, NEIGHBOUR_SOLICITATION) => neighbour(packet, outlet),
+        (true, NEIGHBOUR_SOLICITATION) => {
+            neighbour(packet, outlet, |address| here(address) || shared(address));
+        }
         (false, ECHO) | (true, ECHO_V6) => {
-            if place(packet.target) == Place::Remote {
+            if !here(packet.target) {
                 return false;
             }
             let Some((four, data)) = rest.get(3..).and_then(|rest| rest.split_first_chunk()) else {
@@ -65,7 +73,7 @@ pub(crate) fn icmp(packet: &Packet<'_>, outlet: &Outlet) -> bool {
     true
 }
 
-fn neighbour(packet: &Packet<'_>, outlet: &Outlet) {
+fn neighbour(packet: &Packet<'_>, outlet: &Outlet, ours: impl Fn(IpAddr) -> bool) {
     let octets = packet
         .payload
         .get(8..24)
@@ -75,7 +83,7 @@ fn neighbour(packet: &Packet<'_>, outlet: &Outlet) {
     };
     // A look for others with the address has no sender to answer to.
     let from_nobody = matches!(packet.source, IpAddr::V6(source) if source.is_unspecified());
-    if from_nobody || place(target.into()) == Place::Remote {
+    if from_nobody || !ours(target.into()) {
         return;
     }
     let ends = (target.into(), packet.source);

@@ -22,6 +22,7 @@ use crate::publish::{Listener, Mapping, Published};
 use crate::rules::Rule;
 use crate::segment::{Attached, Segment};
 use crate::stack::{Stack, WAKE};
+use crate::tap::{Bridge, OnTap};
 
 /// Events that are taken at a time.
 const EVENTS: usize = 256;
@@ -39,6 +40,8 @@ pub struct Options {
     pub allow: Vec<Rule>,
     /// What it may not reach, whatever else says so.
     pub deny: Vec<IpNet>,
+    /// It is the host's network behind this device, and nothing else of these counts.
+    pub tap: Option<OnTap>,
 }
 
 /// Why a network can't be made.
@@ -74,12 +77,49 @@ impl Waker {
     }
 }
 
+/// Who is at the other end of the card.
+enum End {
+    Stack(Box<Stack>),
+    Bridge(Box<Bridge>),
+}
+
+impl End {
+    fn turn(&mut self, events: &[(u64, epoll::EventFlags)]) -> Option<Timespec> {
+        match self {
+            Self::Stack(stack) => stack.turn(events),
+            Self::Bridge(bridge) => bridge.turn(events),
+        }
+    }
+
+    fn finish(&mut self) {
+        match self {
+            Self::Stack(stack) => stack.finish(),
+            Self::Bridge(bridge) => bridge.finish(),
+        }
+    }
+
+    fn counters(&self) -> Counters {
+        match self {
+            Self::Stack(stack) => stack.counters(),
+            Self::Bridge(bridge) => bridge.counters(),
+        }
+    }
+
+    /// The stack, where there is one.
+    fn stack(&self) -> Option<&Stack> {
+        match self {
+            Self::Stack(stack) => Some(stack),
+            Self::Bridge(_) => None,
+        }
+    }
+}
+
 struct Shared {
     epoll: Arc<OwnedFd>,
     waker: Waker,
     stop: AtomicBool,
     /// There is one once a card is plugged in.
-    stack: Mutex<Option<Stack>>,
+    end: Mutex<Option<End>>,
 }
 
 /// The network of one machine. It ends when it is dropped, or its card is.
@@ -123,6 +163,11 @@ impl Network {
         let event = rustix::event::eventfd(0, flags).map_err(failed)?;
         let data = epoll::EventData::new_u64(WAKE);
         epoll::add(&epoll, &event, data, epoll::EventFlags::IN).map_err(failed)?;
+        let mut role = skerry_confine::Role::Network;
+        if let Some(tap) = &options.tap {
+            tap.device.watch(&epoll).map_err(NetworkError::Resource)?;
+            role = skerry_confine::Role::Tap;
+        }
         let shared = Arc::new(Shared {
             epoll: Arc::new(epoll),
             waker: Waker {
@@ -130,14 +175,14 @@ impl Network {
                 pending: AtomicBool::new(false),
             },
             stop: AtomicBool::new(false),
-            stack: Mutex::new(None),
+            end: Mutex::new(None),
         });
         let running = shared.clone();
         let thread = std::thread::Builder::new()
             .name("network".to_owned())
             .stack_size(512 << 10)
             .spawn(move || {
-                skerry_confine::enter(skerry_confine::Role::Network);
+                skerry_confine::enter(role);
                 run(&running);
             })
             .map_err(NetworkError::Resource)?;
@@ -176,8 +221,9 @@ impl Network {
     /// What the guest was denied last.
     #[must_use]
     pub fn denials(&self) -> Vec<Denial> {
-        let stack = self.shared.stack.lock();
-        stack.as_ref().map(Stack::denials).unwrap_or_default()
+        let end = self.shared.end.lock();
+        let stack = end.as_ref().and_then(End::stack);
+        stack.map(Stack::denials).unwrap_or_default()
     }
 
     /// The ports that the host listens at.
@@ -189,8 +235,8 @@ impl Network {
     /// What it has done.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let stack = self.shared.stack.lock();
-        stack.as_ref().map(Stack::counters).unwrap_or_default()
+        let end = self.shared.end.lock();
+        end.as_ref().map(End::counters).unwrap_or_default()
     }
 
     fn end(&self) {
@@ -208,15 +254,17 @@ impl Network {
 
 impl NetBackend for Network {
     fn attach(&self, port: NetPort) {
-        let listeners = std::mem::take(&mut *self.listeners.lock());
-        let stack = Stack::new(
-            port,
-            self.shared.epoll.clone(),
-            &self.options,
-            listeners,
-            std::mem::take(&mut *self.segments.lock()),
-        );
-        *self.shared.stack.lock() = Some(stack);
+        let end = match &self.options.tap {
+            Some(tap) => End::Bridge(Box::new(Bridge::new(port, tap.device.clone()))),
+            None => End::Stack(Box::new(Stack::new(
+                port,
+                self.shared.epoll.clone(),
+                &self.options,
+                std::mem::take(&mut *self.listeners.lock()),
+                std::mem::take(&mut *self.segments.lock()),
+            ))),
+        };
+        *self.shared.end.lock() = Some(end);
         self.wake();
     }
 
@@ -225,12 +273,13 @@ impl NetBackend for Network {
     }
 
     fn connections(&self) -> Vec<Connection> {
-        let stack = self.shared.stack.lock();
-        stack.as_ref().map(Stack::connections).unwrap_or_default()
+        let end = self.shared.end.lock();
+        let stack = end.as_ref().and_then(End::stack);
+        stack.map(Stack::connections).unwrap_or_default()
     }
 
     fn replace(&self, connections: Vec<Connection>) {
-        if let Some(stack) = &mut *self.shared.stack.lock() {
+        if let Some(End::Stack(stack)) = &mut *self.shared.end.lock() {
             stack.replace(connections);
         }
         self.wake();
@@ -251,6 +300,7 @@ impl fmt::Debug for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Network")
             .field("mode", &self.options.mode)
+            .field("tap", &self.options.tap)
             .field("published", &self.published)
             .finish_non_exhaustive()
     }
@@ -284,17 +334,17 @@ fn run(shared: &Shared) {
             }
         }
         let stop = shared.stop.load(Ordering::SeqCst);
-        let mut stack = shared.stack.lock();
-        timeout = match &mut *stack {
-            Some(stack) if stop => {
-                stack.finish();
+        let mut end = shared.end.lock();
+        timeout = match &mut *end {
+            Some(end) if stop => {
+                end.finish();
                 None
             }
-            Some(stack) => stack.turn(&noted),
+            Some(end) => end.turn(&noted),
             None => None,
         };
         if stop {
-            *stack = None;
+            *end = None;
             return;
         }
     }

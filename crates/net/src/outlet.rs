@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use skerry_devices::virtio::net::{Checksum, HEADER_LEN, NetPort};
 
 use crate::address::GATEWAY_MAC;
+use crate::fragments;
 use crate::wire::{self, ETHERNET_LEN, Packet};
 
 /// Bytes of a packet that an ICMP error quotes: headers and what they begin.
@@ -24,6 +25,8 @@ pub(crate) struct Outlet {
     /// Where the guest's last frame came from.
     pub(crate) guest: [u8; 6],
     frames: Cell<u64>,
+    /// What fragments of the next packet have in common.
+    fragmented: Cell<u32>,
 }
 
 impl Outlet {
@@ -32,6 +35,7 @@ impl Outlet {
             port,
             guest,
             frames: Cell::new(0),
+            fragmented: Cell::new(0),
         }
     }
 
@@ -57,7 +61,7 @@ impl Outlet {
         self.port.push(buffer, checksum);
     }
 
-    /// Sends a frame that is no IP packet.
+    /// Sends a frame as it is.
     pub(crate) fn frame(&self, kind: u16, body: &[u8]) {
         let mut buffer = self.port.buffer(ETHERNET_LEN + body.len());
         buffer[HEADER_LEN + ETHERNET_LEN..].copy_from_slice(body);
@@ -69,6 +73,9 @@ impl Outlet {
         let mut buffer = self.port.buffer(ETHERNET_LEN + len);
         let packet = &mut buffer[HEADER_LEN + ETHERNET_LEN..];
         let result = write(packet);
+        if len > usize::from(self.port.mtu()) && self.in_fragments(packet) {
+            return result;
+        }
         let checksum = leave_checksum(packet);
         let kind = match packet.first().map(|first| first >> 4) {
             Some(6) => wire::IPV6,
@@ -76,6 +83,42 @@ impl Outlet {
         };
         self.send(buffer, kind, checksum);
         result
+    }
+
+    /// Sends a packet that is longer than the guest's card takes in fragments. `false`: it is TCP's, whose
+    /// ends agree on a length.
+    fn in_fragments(&self, packet: &mut [u8]) -> bool {
+        let Some(checksum) = leave_checksum(packet) else {
+            let whole = Packet::parse(packet);
+            return whole.is_some_and(|whole| {
+                self.send_fragments(whole.bytes);
+                true
+            });
+        };
+        if Packet::parse(packet).is_none_or(|whole| whole.protocol != wire::UDP) {
+            return false;
+        }
+        // Nobody completes a checksum over several packets.
+        let covered = usize::from(checksum.start) - ETHERNET_LEN;
+        let field = covered + usize::from(checksum.offset);
+        let sum = match !wire::sum(&[packet.get(covered..).unwrap_or_default()]) {
+            0 => u16::MAX,
+            sum => sum,
+        };
+        if let Some(field) = packet.get_mut(field..field + 2) {
+            field.copy_from_slice(&sum.to_be_bytes());
+        }
+        self.send_fragments(packet);
+        true
+    }
+
+    fn send_fragments(&self, packet: &[u8]) {
+        let id = self.fragmented.get().wrapping_add(1);
+        self.fragmented.set(id);
+        let v6 = packet.first().is_some_and(|first| first >> 4 == 6);
+        let kind = if v6 { wire::IPV6 } else { wire::IPV4 };
+        let mtu = usize::from(self.port.mtu());
+        fragments::split(packet, mtu, id, |part| self.frame(kind, part));
     }
 
     /// Sends `parts` as a packet's payload.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// How often the file is looked at again: hosts change networks.
 const FRESH: Duration = Duration::from_secs(2);
+const FILE: &str = "/etc/resolv.conf";
 /// More are not asked (resolv.conf(5)).
 const MOST: usize = 3;
 
@@ -42,11 +43,19 @@ fn parse(text: &str) -> Vec<SocketAddr> {
     servers
 }
 
+/// The host's name servers that others than the host reach.
+#[must_use]
+pub fn of_host() -> Vec<IpAddr> {
+    let text = std::fs::read_to_string(FILE).unwrap_or_default();
+    let servers = parse(&text).into_iter().map(|server| server.ip());
+    servers.filter(|server| !server.is_loopback()).collect()
+}
+
 impl Resolvers {
     pub(crate) fn new(given: &[SocketAddr]) -> Self {
         Self {
             given: !given.is_empty(),
-            file: "/etc/resolv.conf".into(),
+            file: FILE.into(),
             servers: given.to_vec(),
             changed: None,
             looked: None,

@@ -5,6 +5,9 @@
 //!  guest ─ packet for 10.89.0.3 ─► Link::To ─ SOCK_SEQPACKET ─► Link::From ─ looked at ─► the other guest
 //!                                  (bounded queue)              (read while its guest has room)
 //! ```
+//! A machine's IPv6 address stands in its network where its IPv4 address stands in that one's, so that a
+//! lease is of both.
+//!
 //! A guest can't send with another's address: what doesn't come from its own is dropped where it comes from,
 //! and each connection is held to the address of the process at its other end.
 
@@ -12,13 +15,13 @@ mod lease;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use rustix::event::epoll::{self, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{
@@ -67,10 +70,55 @@ struct From {
     readable: bool,
 }
 
+/// The addresses of a shared network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subnets {
+    /// Those of IPv4.
+    pub v4: Ipv4Net,
+    /// Those of IPv6, if it has any; as many as of IPv4 at least.
+    pub v6: Option<Ipv6Net>,
+    /// The gateway's.
+    pub gateway: Ipv4Addr,
+}
+
+impl Subnets {
+    /// The IPv6 address that goes with an IPv4 one.
+    #[must_use]
+    pub fn v6_of(&self, address: Ipv4Addr) -> Option<Ipv6Addr> {
+        let host = u32::from(address).checked_sub(self.v4.network().into())?;
+        let network = u128::from(self.v6?.network());
+        Some(Ipv6Addr::from(network | u128::from(host)))
+    }
+
+    /// The IPv4 address that an IPv6 one goes with.
+    fn v4_of(&self, address: Ipv6Addr) -> Option<Ipv4Addr> {
+        let network = u128::from(self.v6?.network());
+        let host = u32::try_from(u128::from(address).checked_sub(network)?).ok()?;
+        let address = u32::from(self.v4.network()).checked_add(host)?;
+        let address = Ipv4Addr::from(address);
+        self.v4.contains(&address).then_some(address)
+    }
+
+    /// The place of an address, in IPv4.
+    fn place(&self, address: IpAddr) -> Option<Ipv4Addr> {
+        match address {
+            IpAddr::V4(address) => self.v4.contains(&address).then_some(address),
+            IpAddr::V6(address) => self.v4_of(address),
+        }
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.v4.contains(&address),
+            IpAddr::V6(address) => self.v6.is_some_and(|v6| v6.contains(&address)),
+        }
+    }
+}
+
 /// A machine's place on a shared network.
 pub struct Segment {
     name: String,
-    subnet: Ipv4Net,
+    subnets: Subnets,
     lease: Lease,
     folder: OwnedFd,
     door: OwnedFd,
@@ -101,8 +149,10 @@ pub struct Attached {
     pub network: String,
     /// The machine's address there.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, where the network has such.
+    pub address6: Option<Ipv6Addr>,
     /// The network's addresses.
-    pub subnet: Ipv4Net,
+    pub subnets: Subnets,
 }
 
 fn socket() -> io::Result<OwnedFd> {
@@ -128,14 +178,14 @@ impl Watch<'_> {
 
 impl Segment {
     /// Takes up a place on the network `name`.
-    pub fn open(name: &str, subnet: Ipv4Net, lease: Lease) -> io::Result<Self> {
+    pub fn open(name: &str, subnets: Subnets, lease: Lease) -> io::Result<Self> {
         use rustix::fs::{Mode, OFlags};
         let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
         let folder = rustix::fs::open(lease.folder(), flags, Mode::empty())?;
         let door = socket()?;
         let segment = Self {
             name: name.to_owned(),
-            subnet,
+            subnets,
             lease,
             folder,
             door,
@@ -170,13 +220,24 @@ impl Segment {
         Attached {
             network: self.name.clone(),
             address: self.address(),
-            subnet: self.subnet,
+            address6: self.subnets.v6_of(self.address()),
+            subnets: self.subnets,
         }
     }
 
     /// Whether an address is one of the network's.
-    pub(crate) fn contains(&self, address: Ipv4Addr) -> bool {
-        self.subnet.contains(&address)
+    pub(crate) fn contains(&self, address: IpAddr) -> bool {
+        self.subnets.contains(address)
+    }
+
+    /// Whether an address is the gateway's.
+    pub(crate) fn is_gateway(&self, address: IpAddr) -> bool {
+        self.subnets.place(address) == Some(self.subnets.gateway)
+    }
+
+    /// Whether an address is the machine's own.
+    pub(crate) fn is_own(&self, address: IpAddr) -> bool {
+        self.subnets.place(address) == Some(self.address())
     }
 
     /// Has `watch` tell of those who connect.
@@ -245,11 +306,16 @@ impl Segment {
         packet: &Packet<'_>,
         watch: &Watch<'_>,
     ) -> Result<bool, Unreachable> {
-        let (IpAddr::V4(source), IpAddr::V4(target)) = (packet.source, packet.target) else {
+        if !self.is_own(packet.source) {
             return Ok(false);
+        }
+        let Some(target) = self.subnets.place(packet.target) else {
+            // IPv6 has more addresses than machines get.
+            return Err(Unreachable::Host);
         };
-        let for_many = target == self.subnet.broadcast() || target == self.subnet.network();
-        if source != self.address() || target == source || for_many {
+        let v4 = self.subnets.v4;
+        let for_many = target == v4.broadcast() || target == v4.network();
+        if target == self.address() || for_many {
             return Ok(false);
         }
         // Once more where the neighbour is gone, and perhaps another has its address.
@@ -311,7 +377,7 @@ impl Segment {
         watch: &Watch<'_>,
     ) -> Passed {
         self.accept(watch);
-        let own = self.address();
+        let (own, subnets) = (self.address(), self.subnets);
         let mut passed = Passed::default();
         let mut gone = Vec::new();
         for (id, link) in &mut self.links {
@@ -334,8 +400,12 @@ impl Segment {
                         let bytes = buffer.get(..len).unwrap_or_default();
                         let owner = |address| lease::owner(self.lease.folder(), address);
                         let good = Packet::parse(bytes)
-                            .filter(|packet| packet.target == IpAddr::V4(own))
-                            .filter(|packet| from.may_send(packet.source, owner));
+                            .filter(|packet| subnets.place(packet.target) == Some(own))
+                            .filter(|packet| !packet.is_discovery())
+                            .filter(|packet| {
+                                let source = subnets.place(packet.source);
+                                source.is_some_and(|source| from.may_send(source, owner))
+                            });
                         match good {
                             Some(packet) => {
                                 let copy = |to: &mut [u8]| to.copy_from_slice(packet.bytes);
@@ -361,7 +431,7 @@ impl Segment {
     }
 
     /// The addresses of the members with this name, which may have the network's behind it.
-    pub(crate) fn find(&mut self, name: &str) -> Vec<Ipv4Addr> {
+    pub(crate) fn find(&mut self, name: &str) -> Vec<IpAddr> {
         if self.looked.is_none_or(|at| at.elapsed() >= FRESH) {
             self.known = members(self.lease.folder()).unwrap_or_default();
             self.looked = Some(Instant::now());
@@ -372,7 +442,11 @@ impl Segment {
             let mut names = member.names.iter().take(MOST_NAMES);
             names.any(|own| own == name || Some(&**own) == short)
         });
-        found.map(|member| member.address).collect()
+        let addresses = |member: &Member| {
+            let v6 = self.subnets.v6_of(member.address).map(IpAddr::V6);
+            [Some(IpAddr::V4(member.address)), v6].into_iter().flatten()
+        };
+        found.flat_map(addresses).collect()
     }
 }
 
@@ -407,10 +481,7 @@ impl To {
 
 impl From {
     /// Whether packets from `source` may come this way: it is the address of the process that sends them.
-    fn may_send(&mut self, source: IpAddr, owner: impl FnOnce(Ipv4Addr) -> Option<u32>) -> bool {
-        let IpAddr::V4(source) = source else {
-            return false;
-        };
+    fn may_send(&mut self, source: Ipv4Addr, owner: impl FnOnce(Ipv4Addr) -> Option<u32>) -> bool {
         if self.source.is_none() && owner(source) == Some(self.pid) {
             self.source = Some(source);
         }

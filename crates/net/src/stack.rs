@@ -20,13 +20,14 @@ use skerry_devices::virtio::net::{Connection, MAX_CONNECTIONS, NetPort};
 use smoltcp::time::Instant;
 
 use doors::Ports;
-use neighbours::{is_of_neighbour, segment_base, segment_of};
+use neighbours::{is_of_neighbour, place_of, segment_base, segment_of};
 pub(crate) use reach::Heard;
 
-use crate::address::{GUEST_MAC, Place, place};
+use crate::address::{GUEST_MAC, Place};
 use crate::counters::Counters;
 use crate::datagram::Datagram;
 use crate::dhcp;
+use crate::fragments::{Fragment, Reassembly};
 use crate::local;
 use crate::network::Options;
 use crate::outlet::{Outlet, Unreachable};
@@ -88,6 +89,7 @@ pub(crate) struct Stack {
     /// Which name server answered last.
     resolver: usize,
     outlet: Outlet,
+    fragments: Reassembly,
     epoll: Arc<OwnedFd>,
     began: std::time::Instant,
     flows: HashMap<u64, Entry>,
@@ -141,6 +143,7 @@ impl Stack {
             resolvers: Resolvers::new(&options.dns),
             resolver: 0,
             outlet: Outlet::new(port, GUEST_MAC),
+            fragments: Reassembly::default(),
             epoll,
             began: std::time::Instant::now(),
             flows: HashMap::new(),
@@ -203,6 +206,7 @@ impl Stack {
         self.due.clear();
         self.blocked.clear();
         self.connections = 0;
+        self.fragments.clear();
         self.policy.forget();
         self.lost = connections;
     }
@@ -229,6 +233,7 @@ impl Stack {
             self.outlet.port().flush();
         }
         self.fire_timers();
+        self.counters.dropped += self.fragments.expire(self.now());
         self.break_lost();
         busy |= self.accept();
         busy |= self.serve_segments();
@@ -252,10 +257,8 @@ impl Stack {
 
     fn next_timeout(&self) -> Option<Timespec> {
         let first = self.timers.first().map(|(at, _)| *at);
-        let at = match (first, self.short) {
-            (Some(first), Some(short)) => first.min(short),
-            (one, other) => one.or(other)?,
-        };
+        let all = [first, self.short, self.fragments.deadline()];
+        let at = all.into_iter().flatten().min()?;
         let micros = (at - self.now().min(at)).total_micros();
         // Up, so that it is due then.
         let micros = micros.saturating_add(1);
@@ -440,18 +443,37 @@ impl Stack {
                     let shared = |address| is_of_neighbour(segments, address);
                     local::arp(frame.body, &self.outlet, shared);
                 }
-                wire::IPV4 | wire::IPV6 => match Packet::parse(frame.body) {
-                    Some(packet) => self.packet(&packet),
-                    None => self.counters.dropped += 1,
+                wire::IPV4 | wire::IPV6 => match Fragment::parse(frame.body) {
+                    Some(fragment) => self.fragment(&fragment),
+                    None => self.whole(frame.body),
                 },
                 _ => self.counters.dropped += 1,
             }
         }
     }
 
+    fn fragment(&mut self, fragment: &Fragment<'_>) {
+        match self.fragments.take(fragment, self.now()) {
+            Ok(None) => {}
+            Ok(Some(packet)) => {
+                self.counters.reassembled += 1;
+                self.whole(&packet);
+            }
+            Err(lost) => self.counters.dropped += lost,
+        }
+    }
+
+    fn whole(&mut self, bytes: &[u8]) {
+        match Packet::parse(bytes) {
+            Some(packet) => self.packet(&packet),
+            None => self.counters.dropped += 1,
+        }
+    }
+
     fn packet(&mut self, packet: &Packet<'_>) {
-        if let IpAddr::V4(target) = packet.target
-            && let Some(number) = segment_of(&self.segments, target)
+        // Who has an address is nobody else's business: the gateway has them all.
+        if !packet.is_discovery()
+            && let Some(number) = segment_of(&self.segments, packet.target)
         {
             return self.pass_to_neighbour(number, packet);
         }
@@ -459,7 +481,10 @@ impl Stack {
             (wire::TCP, _) => self.tcp(packet),
             (wire::UDP, _) => self.udp(packet),
             (wire::ICMP, IpAddr::V4(_)) | (wire::ICMPV6, IpAddr::V6(_)) => {
-                if !local::icmp(packet, &self.outlet) {
+                let segments = &self.segments;
+                let here = |address| place_of(segments, address) != Place::Remote;
+                let shared = |address| is_of_neighbour(segments, address);
+                if !local::icmp(packet, &self.outlet, here, shared) {
                     self.echo(packet);
                 }
             }
@@ -599,7 +624,8 @@ impl Stack {
             guest,
             peer,
         };
-        let dns = place(peer.ip()) == Place::Dns;
+        let place = place_of(&self.segments, peer.ip());
+        let dns = place == Place::Dns;
         if dns && peer.port() == DNS_PORT {
             self.counters.dns_queries += 1;
             if let Some(answer) = self.own_answer(packet.datagram().unwrap_or_default()) {
@@ -609,7 +635,7 @@ impl Stack {
         if self.tokens.contains_key(&key) {
             return self.send(key, packet);
         }
-        let near = is_for_many(peer.ip()) || place(peer.ip()) == Place::Gateway;
+        let near = is_for_many(peer.ip()) || place == Place::Gateway;
         if near && peer.port() == dhcp::SERVER_PORT && peer.is_ipv4() {
             return dhcp::serve(packet.datagram().unwrap_or_default(), &self.outlet);
         }

@@ -11,8 +11,8 @@ pub(crate) const ICMP: u8 = 1;
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 pub(crate) const ICMPV6: u8 = 58;
-const IPV4_LEN: usize = 20;
-const IPV6_LEN: usize = 40;
+pub(crate) const IPV4_LEN: usize = 20;
+pub(crate) const IPV6_LEN: usize = 40;
 pub(crate) const UDP_LEN: usize = 8;
 const TCP_LEN: usize = 20;
 const HOP_LIMIT: u8 = 64;
@@ -62,8 +62,7 @@ pub(crate) struct Packet<'a> {
 }
 
 impl<'a> Packet<'a> {
-    /// Packets in fragments and with IPv6 extension headers are none: nothing sends them over a link like
-    /// this one.
+    /// Packets in fragments are none yet; of IPv6 extension headers nothing is known.
     pub(crate) fn parse(bytes: &'a [u8]) -> Option<Self> {
         match bytes.first()? >> 4 {
             4 => Self::parse_v4(bytes),
@@ -117,6 +116,12 @@ impl<'a> Packet<'a> {
             SocketAddr::new(self.source, from),
             SocketAddr::new(self.target, to),
         ))
+    }
+
+    /// Whether it is of neighbour or router discovery (RFC 4861, 4).
+    pub(crate) fn is_discovery(&self) -> bool {
+        let kind = self.payload.first();
+        self.protocol == ICMPV6 && kind.is_some_and(|kind| (133..=137).contains(kind))
     }
 
     /// What a UDP packet carries.

@@ -1,5 +1,7 @@
 //! A guest that is a few lines: what its frames are answered with.
 
+#[path = "stack/fragments.rs"]
+mod fragments;
 #[path = "stack/many.rs"]
 mod many;
 #[path = "stack/segments.rs"]
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use skerry_devices::virtio::QueueRunner;
-use skerry_devices::virtio::net::NetDevice;
+use skerry_devices::virtio::net::{NetConfig, NetDevice};
 use skerry_devices::virtio::testing::{Buffer, FakeGuest};
 use skerry_net::{Network, NetworkMode, Options, address};
 
@@ -44,8 +46,17 @@ impl Guest {
     }
 
     fn with(options: &Options, segments: Vec<skerry_net::Segment>) -> Self {
+        Self::with_packets(options, segments, address::MTU)
+    }
+
+    /// One whose packets are of so many bytes at most.
+    fn with_packets(options: &Options, segments: Vec<skerry_net::Segment>, mtu: u16) -> Self {
         let network = Network::new(options, segments).expect("a network");
-        let device = NetDevice::new(address::CARD, network.clone());
+        let card = NetConfig {
+            mtu,
+            ..address::CARD
+        };
+        let device = NetDevice::new(card, network.clone());
         let mut card = FakeGuest::start(device, u64::MAX, QueueRunner::Inline);
         let mut buffers = Vec::new();
         for _ in 0..64 {

@@ -42,7 +42,7 @@ pub const EXEC_PORT: u32 = 1024;
 pub const CONTROL_PORT: u32 = 1025;
 
 /// Newest protocol version that this crate speaks.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Oldest protocol version that this crate speaks.
 pub const OLDEST_VERSION: u16 = 1;
@@ -55,6 +55,9 @@ pub const ADDRESS_VERSION: u16 = 3;
 
 /// First version with mounts.
 pub const MOUNT_VERSION: u16 = 4;
+
+/// First version with cards on the host's networks.
+pub const CARD_VERSION: u16 = 5;
 
 /// Bytes of standard input that the host may send before the agent grants more with
 /// [`message::ExecEvent::StdinCredit`].

@@ -142,6 +142,21 @@ pub enum ControlRequest {
     Mount(Vec<Mount>),
     /// Write the volumes back to their disks.
     SyncVolumes,
+    /// Have the network card be this on a network of the host's, in place of what an earlier request made it.
+    Card(Card),
+}
+
+/// A network card on a network that isn't the guest's own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Card {
+    /// Its link address.
+    pub link_address: [u8; 6],
+    /// Its addresses, `ADDRESS/PREFIX`; with none, the guest gets some by itself or has none.
+    pub addresses: Vec<String>,
+    /// Default routes, one of a family.
+    pub gateways: Vec<String>,
+    /// Name servers for `/etc/resolv.conf`; where empty the file is left alone.
+    pub nameservers: Vec<String>,
 }
 
 /// A file system for the guest, besides its root.

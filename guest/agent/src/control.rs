@@ -10,7 +10,9 @@ use rustix::process::Signal;
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec};
 use skerry_protocol::frame::{self, FrameDecoder, FrameError};
-use skerry_protocol::message::{ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent};
+use skerry_protocol::message::{
+    Card, ControlRequest, FromAgent, Hello, Setup, ShutdownMode, ToAgent,
+};
 
 use crate::cgroup::Cgroup;
 use crate::clone_event::{self, CloneEvents};
@@ -105,6 +107,7 @@ impl Control {
                 volumes::mount_all(&mounts).map(|mounted| guest.volumes = mounted)
             }
             ControlRequest::SyncVolumes => guest.sync_volumes(),
+            ControlRequest::Card(card) => take_card(&card),
         };
         let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
         frame::write(&mut self.stream, &reply)
@@ -180,6 +183,15 @@ fn share_networks(addresses: &[String]) -> io::Result<()> {
     crate::network::set_addresses(addresses)?;
     let uname = rustix::system::uname();
     files::set_addresses(&uname.nodename().to_string_lossy(), addresses);
+    Ok(())
+}
+
+/// Takes a place on a network of the host's.
+fn take_card(card: &Card) -> io::Result<()> {
+    crate::network::set_card(card)?;
+    files::set_nameservers(&card.nameservers);
+    let uname = rustix::system::uname();
+    files::set_addresses(&uname.nodename().to_string_lossy(), &card.addresses);
     Ok(())
 }
 

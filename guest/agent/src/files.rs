@@ -27,7 +27,7 @@ pub fn write(root: &Path, setup: &Setup) {
     let attempts = [
         ("/etc/hostname", hostname(root, setup)),
         ("/etc/hosts", hosts(root, &setup.hostname, &[])),
-        ("/etc/resolv.conf", resolv_conf(root, setup)),
+        ("/etc/resolv.conf", resolv_conf(root, &setup.nameservers)),
         ("/tmp", tmp(root)),
     ];
     for (what, result) in attempts {
@@ -134,12 +134,18 @@ fn hosts_text(hostname: &str, addresses: &[String]) -> String {
     text
 }
 
-fn resolv_conf(root: &Path, setup: &Setup) -> io::Result<()> {
-    if setup.nameservers.is_empty() {
+/// Has the guest ask these name servers, if there are any.
+pub fn set_nameservers(servers: &[String]) {
+    if let Err(error) = resolv_conf(Path::new("/"), servers) {
+        log::error(format_args!("/etc/resolv.conf: {error}"));
+    }
+}
+
+fn resolv_conf(root: &Path, servers: &[String]) -> io::Result<()> {
+    if servers.is_empty() {
         return Ok(());
     }
-    let lines: Vec<String> = setup
-        .nameservers
+    let lines: Vec<String> = servers
         .iter()
         .map(|server| format!("nameserver {server}\n"))
         .collect();

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::fd::OwnedFd;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use skerry_protocol::message::Card;
 
 use crate::log;
 
@@ -28,6 +29,7 @@ const NLM_F_REPLACE: u16 = 0x100;
 const NLM_F_CREATE: u16 = 0x400;
 const NLMSG_ERROR: u16 = 2;
 const IFF_UP: u32 = 1;
+const IFLA_ADDRESS: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// No look for others with the address: there are none, and it would take a second.
@@ -67,7 +69,7 @@ pub fn bring_up_card(command_line: &str) -> io::Result<()> {
     for address in addresses {
         let result = netlink
             .add_address(card, (address.address, address.prefix))
-            .and_then(|()| netlink.add_default_route(card, &address));
+            .and_then(|()| netlink.add_default_route(card, address.gateway));
         match result {
             Err(error) if address.address.is_ipv6() => {
                 // A kernel without IPv6 is of use with IPv4 alone.
@@ -82,9 +84,7 @@ pub fn bring_up_card(command_line: &str) -> io::Result<()> {
 /// Addresses that set-ups named, and that the card has.
 static ADDED: Mutex<Vec<(IpAddr, u8)>> = Mutex::new(Vec::new());
 
-/// Gives the card these addresses (`ADDRESS/PREFIX`) besides its own, and takes those from it that an
-/// earlier call gave it.
-pub fn set_addresses(addresses: &[String]) -> io::Result<()> {
+fn with_prefixes(addresses: &[String]) -> io::Result<Vec<(IpAddr, u8)>> {
     let unclear = |text: &str| io::Error::other(format!("{text:?} is no address with a prefix"));
     let one = |text: &String| {
         let (address, prefix) = text.split_once('/').ok_or_else(|| unclear(text))?;
@@ -93,7 +93,32 @@ pub fn set_addresses(addresses: &[String]) -> io::Result<()> {
             _ => Err(unclear(text)),
         }
     };
-    let wanted: Vec<(IpAddr, u8)> = addresses.iter().map(one).collect::<io::Result<_>>()?;
+    addresses.iter().map(one).collect()
+}
+
+/// Has the card be what it is to be on a network of the host's. Others are on the link, and routers may
+/// give more addresses.
+pub fn set_card(card: &Card) -> io::Result<()> {
+    let unclear = |text: &str| io::Error::other(format!("{text:?} is no address"));
+    let gateways = card.gateways.iter();
+    let gateways = gateways.map(|text| text.parse().map_err(|_| unclear(text)));
+    let gateways: Vec<IpAddr> = gateways.collect::<io::Result<_>>()?;
+    let netlink = Netlink::open()?;
+    let index = rustix::net::netdevice::name_to_index(&netlink.0, CARD)?;
+    // Before it is up: the link-local address is made of it.
+    netlink.set_link_address(index, card.link_address)?;
+    netlink.bring_up(index)?;
+    set_addresses(&card.addresses)?;
+    for gateway in gateways {
+        netlink.add_default_route(index, gateway)?;
+    }
+    Ok(())
+}
+
+/// Gives the card these addresses (`ADDRESS/PREFIX`) besides its own, and takes those from it that an
+/// earlier call gave it.
+pub fn set_addresses(addresses: &[String]) -> io::Result<()> {
+    let wanted = with_prefixes(addresses)?;
     let mut added = ADDED.lock().unwrap_or_else(PoisonError::into_inner);
     if *added == wanted {
         return Ok(());
@@ -161,12 +186,13 @@ impl Message {
         Self(bytes)
     }
 
-    /// Appends a struct rtattr; all of ours are multiples of four bytes.
+    /// Appends a struct rtattr, and what fills it up to a multiple of four bytes.
     fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
         let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
         self.0.extend_from_slice(&length.to_ne_bytes());
         self.0.extend_from_slice(&kind.to_ne_bytes());
         self.0.extend_from_slice(value);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
         self
     }
 
@@ -201,6 +227,14 @@ impl Netlink {
         self.ask(Message::new(RTM_NEWLINK, 0, &body))
     }
 
+    fn set_link_address(&self, index: u32, address: [u8; 6]) -> io::Result<()> {
+        // struct ifinfomsg: family, pad, type, index, flags, change mask.
+        let mut body = vec![0; 4];
+        body.extend_from_slice(&index.to_ne_bytes());
+        body.extend_from_slice(&[0; 8]);
+        self.ask(Message::new(RTM_NEWLINK, 0, &body).attribute(IFLA_ADDRESS, &address))
+    }
+
     fn add_address(&self, index: u32, address: (IpAddr, u8)) -> io::Result<()> {
         self.change_address(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, address)
     }
@@ -223,14 +257,14 @@ impl Netlink {
         )
     }
 
-    fn add_default_route(&self, index: u32, address: &Address) -> io::Result<()> {
+    fn add_default_route(&self, index: u32, gateway: IpAddr) -> io::Result<()> {
         // struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags.
-        let mut body = vec![family(address.gateway), 0, 0, 0];
+        let mut body = vec![family(gateway), 0, 0, 0];
         body.extend_from_slice(&[RT_TABLE_MAIN, RTPROT_BOOT, 0, RTN_UNICAST]);
         body.extend_from_slice(&[0; 4]);
         self.ask(
             Message::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &body)
-                .attribute(RTA_GATEWAY, &octets(address.gateway))
+                .attribute(RTA_GATEWAY, &octets(gateway))
                 .attribute(RTA_OIF, &index.to_ne_bytes()),
         )
     }
@@ -296,5 +330,11 @@ mod tests {
         assert_eq!(bytes.len(), 16 + 4 + 8);
         assert_eq!(bytes[..4], 28_u32.to_ne_bytes());
         assert_eq!(bytes[20..24], [8, 0, 2, 0]);
+        // Six bytes of a link address take eight.
+        let bytes = Message::new(RTM_NEWLINK, 0, &[])
+            .attribute(1, &[9; 6])
+            .finish();
+        assert_eq!(bytes.len(), 16 + 4 + 8);
+        assert_eq!(bytes[16..20], [10, 0, 1, 0]);
     }
 }

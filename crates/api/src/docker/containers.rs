@@ -23,7 +23,7 @@ use crate::streams::{Kind, Wire, body, content_type};
 use crate::work::{App, Shared, work};
 
 /// A point in time, in nanoseconds since 1970, as docker writes it.
-fn date(nanoseconds: Option<u64>) -> String {
+pub(super) fn date(nanoseconds: Option<u64>) -> String {
     match nanoseconds {
         Some(at) => dates::rfc3339(SystemTime::UNIX_EPOCH + Duration::from_nanos(at)),
         None => "0001-01-01T00:00:00Z".to_owned(),
@@ -75,7 +75,7 @@ fn ports(registry: &Registry, info: &VmInfo) -> Vec<Published> {
 }
 
 /// Filters of a list: by word the values, one of which has to fit.
-type Filters = BTreeMap<String, Vec<String>>;
+pub(super) type Filters = BTreeMap<String, Vec<String>>;
 
 /// Both forms in which clients write them: `{"name": ["x"]}` and `{"name": {"x": true}}`.
 pub(super) fn filters(text: Option<&str>) -> Result<Filters, ApiError> {
@@ -173,6 +173,46 @@ pub(super) async fn list(
             }
         }
         Ok(Json(rows))
+    })
+    .await
+}
+
+/// All machines.
+pub(super) async fn all(State(app): State<Shared>) -> Result<Json<Vec<Value>>, ApiError> {
+    work(&app, |app| {
+        let registry = app.registry()?;
+        let infos = registry.list()?;
+        Ok(Json(
+            infos.iter().map(|info| row(&registry, info)).collect(),
+        ))
+    })
+    .await
+}
+
+/// Forgets the machines that don't run.
+pub(super) async fn prune(
+    State(app): State<Shared>,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<Value>, ApiError> {
+    work(&app, move |app| {
+        let filters = filters(query.filters.as_deref())?;
+        if let Some(other) = filters.keys().find(|word| *word != "label") {
+            return Err(ApiError::invalid(format!(
+                "Machines can't be pruned by {other:?}: use label"
+            )));
+        }
+        let registry = app.registry()?;
+        let mut removed = Vec::new();
+        for info in registry.list()? {
+            if !info.state.status.is_alive() && fits(&info, &filters)? {
+                vms::remove(&registry, &info.config.id, false)?;
+                removed.push(info.config.id);
+            }
+        }
+        // What their disks took is not counted.
+        Ok(Json(
+            json!({ "ContainersDeleted": removed, "SpaceReclaimed": 0 }),
+        ))
     })
     .await
 }
@@ -463,7 +503,7 @@ pub(super) struct LogsQuery {
 }
 
 /// Seconds since 1970, with a fraction maybe, in nanoseconds; 0 is none.
-fn moment(text: Option<&str>) -> Result<Option<u64>, ApiError> {
+pub(super) fn moment(text: Option<&str>) -> Result<Option<u64>, ApiError> {
     let Some(text) = text.filter(|text| !text.is_empty() && *text != "0") else {
         return Ok(None);
     };

@@ -27,13 +27,13 @@ use crate::error::ApiError;
 use crate::work::{Shared, work};
 
 /// An object of which fields are taken, one after the other.
-struct Fields {
+pub(super) struct Fields {
     path: &'static str,
     rest: Map<String, Value>,
 }
 
 impl Fields {
-    fn of(path: &'static str, value: Value) -> Result<Self, ApiError> {
+    pub(super) fn of(path: &'static str, value: Value) -> Result<Self, ApiError> {
         match value {
             Value::Object(rest) => Ok(Self { path, rest }),
             Value::Null => Ok(Self {
@@ -45,7 +45,10 @@ impl Fields {
     }
 
     /// A field, or its type's default where it is missing or null.
-    fn take<T: DeserializeOwned + Default>(&mut self, name: &str) -> Result<T, ApiError> {
+    pub(super) fn take<T: DeserializeOwned + Default>(
+        &mut self,
+        name: &str,
+    ) -> Result<T, ApiError> {
         match self.rest.remove(name) {
             None | Some(Value::Null) => Ok(T::default()),
             Some(value) => serde_json::from_value(value).map_err(|error| {
@@ -58,14 +61,14 @@ impl Fields {
     }
 
     /// Takes a field that makes no difference to a machine.
-    fn ignore(&mut self, names: &[&str]) {
+    pub(super) fn ignore(&mut self, names: &[&str]) {
         for name in names {
             self.rest.remove(*name);
         }
     }
 
     /// Refuses what is left, unless it asks for nothing.
-    fn end(self) -> Result<(), ApiError> {
+    pub(super) fn end(self) -> Result<(), ApiError> {
         match self.rest.iter().find(|(_, value)| !is_nothing(value)) {
             None => Ok(()),
             Some((name, value)) => Err(ApiError::invalid(format!(

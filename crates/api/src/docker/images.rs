@@ -22,6 +22,11 @@ pub(super) struct ListQuery {
     filters: Option<String>,
 }
 
+/// All images.
+pub(super) async fn all(State(app): State<Shared>) -> Result<Json<Vec<Value>>, ApiError> {
+    list(State(app), Query(ListQuery { filters: None })).await
+}
+
 pub(super) async fn list(
     State(app): State<Shared>,
     Query(query): Query<ListQuery>,
@@ -187,7 +192,7 @@ pub(super) async fn pull(
         let shown = name.familiar();
         let _ = say(&out, &format!("Pulling from {shown}"));
         let pulled = images::pull(app.paths(), &name, &mut |progress| {
-            let _ = tell(&out, progress);
+            let _ = tell(&out, progress, "Downloading", "Download complete");
         });
         let _ = match pulled {
             Ok(pulled) => say(&out, &format!("Digest: {}", pulled.digest)).and_then(|()| {
@@ -210,7 +215,7 @@ fn say(out: &BodySender, status: &str) -> io::Result<()> {
     out.send_line(&json!({ "status": status }))
 }
 
-fn tell(out: &BodySender, progress: Progress) -> io::Result<()> {
+fn tell(out: &BodySender, progress: Progress, goes: &str, done_word: &str) -> io::Result<()> {
     let Progress::Transfer {
         digest,
         done,
@@ -221,8 +226,8 @@ fn tell(out: &BodySender, progress: Progress) -> io::Result<()> {
     };
     let id: String = digest.hex().chars().take(12).collect();
     let status = match total {
-        Some(total) if total == done => "Download complete",
-        _ => "Downloading",
+        Some(total) if total == done => done_word,
+        _ => goes,
     };
     out.send_line(&json!({
         "id": id,
@@ -238,25 +243,90 @@ pub(super) struct TagQuery {
     tag: Option<String>,
 }
 
-pub(super) async fn tag(
+/// `NAME/tag` and `NAME/push`; names have slashes themselves.
+pub(super) async fn post(
     State(app): State<Shared>,
     Path(rest): Path<String>,
     Query(query): Query<TagQuery>,
-) -> Result<StatusCode, ApiError> {
-    let (Some((image, "tag")), Some(repo)) = (rest.rsplit_once('/'), query.repo) else {
-        return Err(ApiError::missing(format!(
+) -> Result<Response, ApiError> {
+    match rest.rsplit_once('/') {
+        Some((image, "tag")) => {
+            let made = tag(app, image.to_owned(), query).await?;
+            Ok(made.into_response())
+        }
+        Some((image, "push")) => push(app, image, query.tag),
+        _ => Err(ApiError::missing(format!(
             "Skerry's server has nothing at {} /images/{rest}",
             Method::POST
-        )));
+        ))),
+    }
+}
+
+async fn tag(app: Shared, image: String, query: TagQuery) -> Result<StatusCode, ApiError> {
+    let Some(repo) = query.repo else {
+        return Err(ApiError::invalid("An image gets a name: give one (repo)"));
     };
     let name = match query.tag.filter(|tag| !tag.is_empty()) {
         Some(tag) => format!("{repo}:{tag}"),
         None => repo,
     };
-    let (image, name) = (image.to_owned(), native::image_name(&name)?);
+    let name = native::image_name(&name)?;
     work(&app, move |app| {
         images::tag(app.paths(), &image, &name)?;
         Ok(StatusCode::CREATED)
+    })
+    .await
+}
+
+/// Sends an image to the registry of its name. Who may is what docker's configuration on this host says.
+fn push(app: Shared, image: &str, tag: Option<String>) -> Result<Response, ApiError> {
+    let name = match tag.filter(|tag| !tag.is_empty()) {
+        Some(tag) => format!("{image}:{tag}"),
+        None => image.to_owned(),
+    };
+    let name = native::image_name(&name)?;
+    let (out, body) = body();
+    tokio::task::spawn_blocking(move || {
+        let shown = name.familiar();
+        let _ = say(&out, &format!("The push refers to repository [{shown}]"));
+        let pushed = images::push(app.paths(), &name, &mut |progress| {
+            let _ = tell(&out, progress, "Pushing", "Pushed");
+        });
+        let _ = match pushed {
+            Ok(pushed) => say(&out, &format!("{shown}: digest: {}", pushed.digest)),
+            Err(error) => {
+                let text = chain(&error);
+                out.send_line(&json!({ "errorDetail": { "message": text }, "error": text }))
+            }
+        };
+    });
+    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+/// `docker image prune`: those without a name, whatever the filters say of dangling ones.
+pub(super) async fn prune(
+    State(app): State<Shared>,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<Value>, ApiError> {
+    work(&app, move |app| {
+        let wanted = filters(query.filters.as_deref())?;
+        let all = wanted.get("dangling").is_some_and(|values| {
+            let all = |value: &String| matches!(value.as_str(), "0" | "false");
+            values.iter().any(all)
+        });
+        if let Some(other) = wanted.keys().find(|word| all || *word != "dangling") {
+            return Err(ApiError::invalid(format!(
+                "Images with names stay, and are not pruned by {other:?}: remove them by name"
+            )));
+        }
+        let removed = images::prune(app.paths())?;
+        let removed = removed
+            .iter()
+            .map(|digest| json!({ "Deleted": digest.to_string() }));
+        let removed: Vec<Value> = removed.collect();
+        Ok(Json(
+            json!({ "ImagesDeleted": removed, "SpaceReclaimed": 0 }),
+        ))
     })
     .await
 }

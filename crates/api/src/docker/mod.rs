@@ -5,6 +5,9 @@
 //!             ─► /containers/…  json, stop, logs, wait, …    containers
 //!             ─► /exec/…        in a running machine         exec
 //!             ─► /images/…      json, create (pull), …       images
+//!             ─► …/archive      cp                           files
+//!             ─► /events, …/stats, …/top                     watch
+//!             ─► /networks/…, /volumes/…, /system/df         networks, volumes
 //! ```
 //! A container is a virtual machine. What a client asks for and can't be had is an error that names it,
 //! never left out silently.
@@ -13,9 +16,13 @@ mod attach;
 mod containers;
 mod create;
 mod exec;
+mod files;
 mod images;
+mod networks;
 mod reaper;
 mod system;
+mod volumes;
+mod watch;
 
 use axum::Router;
 use axum::extract::Request;
@@ -53,17 +60,49 @@ pub(crate) fn router() -> Router<Shared> {
         .route("/containers/{id}/rename", post(containers::rename))
         .route("/containers/{id}/wait", post(containers::wait))
         .route("/containers/{id}/logs", get(containers::logs))
+        .route("/containers/{id}/top", get(watch::top))
+        .route("/containers/{id}/stats", get(watch::stats))
+        .route(
+            "/containers/{id}/archive",
+            get(files::read).head(files::stat).put(files::write),
+        )
+        .route("/containers/prune", post(containers::prune))
         .route("/containers/{id}/exec", post(exec::create))
         .route("/exec/{id}/start", post(exec::start))
         .route("/exec/{id}/json", get(exec::inspect))
         .route("/exec/{id}/resize", post(exec::resize))
         .route("/images/json", get(images::list))
         .route("/images/create", post(images::pull))
+        .route("/images/prune", post(images::prune))
         .route(
             "/images/{*rest}",
-            get(images::get).post(images::tag).delete(images::remove),
+            get(images::get).post(images::post).delete(images::remove),
         )
+        .route("/events", get(watch::events))
+        .route("/system/df", get(volumes::disk_usage))
+        .merge(shared())
         .fallback(unknown)
+}
+
+/// What machines share.
+fn shared() -> Router<Shared> {
+    Router::new()
+        .route("/networks", get(networks::list))
+        .route("/networks/create", post(networks::create))
+        .route("/networks/prune", post(networks::prune))
+        .route(
+            "/networks/{name}",
+            get(networks::inspect).delete(networks::remove),
+        )
+        .route("/networks/{name}/connect", post(networks::connect))
+        .route("/networks/{name}/disconnect", post(networks::connect))
+        .route("/volumes", get(volumes::list))
+        .route("/volumes/create", post(volumes::create))
+        .route("/volumes/prune", post(volumes::prune))
+        .route(
+            "/volumes/{name}",
+            get(volumes::inspect).delete(volumes::remove),
+        )
 }
 
 async fn unknown(request: Request) -> impl IntoResponse {

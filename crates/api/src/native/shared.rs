@@ -1,12 +1,13 @@
 //! What machines share: volumes, and networks between them.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
-use skerry_engine::networks::{self, NetworkConfig, NetworkInfo};
+use skerry_engine::networks::{self, NetworkConfig, NetworkInfo, NetworkPlan};
 use skerry_engine::volumes::{Volume, Volumes};
 use utoipa::{IntoParams, ToSchema};
 
@@ -127,9 +128,25 @@ pub(crate) struct NewNetwork {
     name: String,
     /// Its addresses, such as `10.90.0.0/24`; some that are free without it.
     subnet: Option<String>,
+    /// Its IPv6 addresses, such as `fd00:90::/64`; random ones without it.
+    subnet6: Option<String>,
+    /// The gateway's IPv4 address; the first without it.
+    #[schema(value_type = Option<String>)]
+    gateway: Option<Ipv4Addr>,
+    /// Whether it has IPv6 addresses.
+    #[serde(default = "yes")]
+    #[schema(default = true)]
+    ipv6: bool,
+    /// Machines that are on such networks only reach nothing else.
+    #[serde(default)]
+    internal: bool,
     /// What its owner says of it.
     #[serde(default)]
     labels: BTreeMap<String, String>,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// Makes a network.
@@ -142,11 +159,17 @@ pub(crate) async fn create_network(
     let wrong = |text: &String| {
         ApiError::invalid(format!("{text:?} names no addresses: write 10.90.0.0/24"))
     };
-    let subnet = new.subnet.as_ref();
-    let subnet = subnet.map(|text| text.parse().map_err(|_| wrong(text)));
-    let subnet = subnet.transpose()?;
+    let subnets = [new.subnet, new.subnet6].into_iter().flatten();
+    let subnets = subnets.map(|text| text.parse().map_err(|_| wrong(&text)));
+    let plan = NetworkPlan {
+        subnets: subnets.collect::<Result<_, _>>()?,
+        gateway: new.gateway,
+        ipv6: new.ipv6,
+        internal: new.internal,
+        labels: new.labels,
+    };
     work(&app, move |app| {
-        let made = networks::create(app.paths(), &new.name, subnet, new.labels)?;
+        let made = networks::create(app.paths(), &new.name, plan)?;
         Ok((StatusCode::CREATED, Json(made)))
     })
     .await

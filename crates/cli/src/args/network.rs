@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use clap::Args;
-use skerry_engine::network::{IpNet, Mapping, NetworkMode, Rule, parse_network};
+use skerry_engine::network::{IpNet, Mapping, NetworkMode, Rule, TapSpec, parse_network};
 use skerry_engine::networks;
 
 use super::Format;
@@ -19,6 +19,8 @@ pub enum NetworkArg {
     Reach(NetworkMode),
     /// A network of `skerry network create`.
     Named(String),
+    /// The host's network behind a TAP device.
+    Tap(TapSpec),
 }
 
 impl FromStr for NetworkArg {
@@ -30,6 +32,9 @@ impl FromStr for NetworkArg {
             "public" => Ok(Self::Reach(NetworkMode::Public)),
             "full" => Ok(Self::Reach(NetworkMode::Full)),
             name => {
+                if let Some(tap) = name.strip_prefix("tap=") {
+                    return tap.parse().map(Self::Tap);
+                }
                 networks::check_name(name).map_err(|error| error.to_string())?;
                 Ok(Self::Named(name.to_owned()))
             }
@@ -43,9 +48,10 @@ pub struct ReachArgs {
     /// How far the network reaches: none (there is no network card), public (the internet, but nothing
     /// that is private, the host's own, or a cloud's metadata) or full (wherever the host gets; its
     /// loopback interface is 10.0.2.2); or the NAME of a network that the machine shares with others, as
-    /// often as there are such [default: public, or of a machine that was kept without a network card:
-    /// none]
-    #[arg(help_heading = HEADING, long, value_name = "REACH|NAME")]
+    /// often as there are such; or tap=DEVICE[,ip=ADDRESS/PREFIX][,gateway=ADDRESS][,mac=ADDRESS], the
+    /// host's network behind a TAP device of the user's [default: public, or of a machine that was kept
+    /// without a network card: none]
+    #[arg(help_heading = HEADING, long, value_name = "REACH|NAME|tap=DEVICE")]
     pub network: Vec<NetworkArg>,
 
     /// Reach only this: addresses, or what the name server answers for a name (*.example.org is every name

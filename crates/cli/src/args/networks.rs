@@ -1,7 +1,9 @@
 //! Networks that machines share.
 
+use std::net::Ipv4Addr;
+
 use clap::{Args, Subcommand};
-use skerry_engine::networks::Ipv4Net;
+use skerry_engine::network::IpNet;
 
 use super::Format;
 
@@ -33,9 +35,24 @@ pub enum NetworksCommand {
 /// `skerry network create`.
 #[derive(Debug, Args)]
 pub struct NetworkCreateArgs {
-    /// Its addresses, of private ones [default: 256 that no other network has, from 10.89.0.0/16]
+    /// Its addresses, of private ones; once for IPv4 and once for IPv6 [default: 256 that no other network
+    /// has, from 10.89.0.0/16, and 64 bits' worth of random IPv6 ones]
     #[arg(long, value_name = "CIDR")]
-    pub subnet: Option<Ipv4Net>,
+    pub subnet: Vec<IpNet>,
+
+    /// The IPv4 address of its gateway, which no machine gets; the IPv6 one has the same place in its
+    /// network [default: the first]
+    #[arg(long, value_name = "IP")]
+    pub gateway: Option<Ipv4Addr>,
+
+    /// Whether it has IPv6 addresses
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true,
+          default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub ipv6: bool,
+
+    /// Machines that are on such networks only reach nothing else, unless a reach is named too
+    #[arg(long)]
+    pub internal: bool,
 
     /// Something to remember of it; may be given several times
     #[arg(long, value_name = "KEY[=VALUE]")]

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{CommandArgs, CommandLine, Format, MachineArgs, ReachArgs, Span};
+use super::{CommandArgs, CommandLine, Format, MachineArgs, MountArgs, NetworkArgs, Span};
 
 /// `skerry pool`.
 #[derive(Debug, Args)]
@@ -17,7 +17,7 @@ pub struct PoolArgs {
 #[derive(Debug, Subcommand)]
 pub enum PoolVerb {
     /// Make a pool; it lives in the background until it is removed
-    Create(PoolCreateArgs),
+    Create(Box<PoolCreateArgs>),
     /// Run a command in a clean machine, which is given back when the command ends
     Exec(PoolExecArgs),
     /// Take a clean machine for several commands, and print its number
@@ -71,7 +71,11 @@ pub struct PoolCreateArgs {
 
     /// The network of each
     #[command(flatten)]
-    pub reach: ReachArgs,
+    pub network: NetworkArgs,
+
+    /// Folders and file systems in memory of each
+    #[command(flatten)]
+    pub mounts: MountArgs,
 
     /// The machines
     #[command(flatten)]

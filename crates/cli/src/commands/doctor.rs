@@ -44,6 +44,9 @@ fn text(out: &mut impl Write, report: &Diagnosis) -> io::Result<()> {
             writeln!(out, "  {word} {:<18} {}", layer.layer.name(), layer.detail)?;
         }
     }
+    let word = if report.tap.usable { "yes" } else { "no " };
+    writeln!(out, "\nA machine's network can be behind")?;
+    writeln!(out, "  {word} {}", report.tap.detail)?;
     match report.auto {
         Some(backend) => writeln!(out, "\n--hypervisor auto uses {backend}"),
         None => writeln!(out, "\nNo hypervisor can be used"),

@@ -30,6 +30,8 @@ pub fn reach(args: ReachArgs) -> Result<NetworkSpec> {
                 bail!("A network reaches one far: name none, public or full once")
             }
             NetworkArg::Named(name) => spec.join.push(name),
+            NetworkArg::Tap(tap) if spec.tap.is_none() => spec.tap = Some(tap),
+            NetworkArg::Tap(_) => bail!("A machine has one network card: name one TAP device"),
         }
     }
     Ok(spec)

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use skerry_engine::Paths;
-use skerry_engine::networks::{self, NetworkInfo};
+use skerry_engine::networks::{self, NetworkInfo, NetworkPlan};
 
 use super::short;
 use super::table;
@@ -37,7 +37,14 @@ fn create(paths: &Paths, args: NetworkCreateArgs) -> Result<u8> {
         None => (label.clone(), String::new()),
     });
     let labels: BTreeMap<String, String> = pairs.collect();
-    let made = networks::create(paths, &args.name, args.subnet, labels)?;
+    let plan = NetworkPlan {
+        subnets: args.subnet,
+        gateway: args.gateway,
+        ipv6: args.ipv6,
+        internal: args.internal,
+        labels,
+    };
+    let made = networks::create(paths, &args.name, plan)?;
     writeln!(io::stdout(), "{}", made.id)?;
     Ok(0)
 }
@@ -60,11 +67,15 @@ fn list(paths: &Paths, args: &NetworkListArgs) -> Result<u8> {
             short(&network.config.id).to_owned(),
             network.config.name.clone(),
             network.config.subnet.to_string(),
+            network
+                .config
+                .subnet6
+                .map_or_else(|| "-".to_owned(), |net| net.to_string()),
             network.members.len().to_string(),
         ]
     };
-    let header = ["NETWORK ID", "NAME", "SUBNET", "MACHINES"].map(str::to_owned);
-    let rows: Vec<[String; 4]> = [header].into_iter().chain(found.iter().map(row)).collect();
+    let header = ["NETWORK ID", "NAME", "SUBNET", "IPV6", "MACHINES"].map(str::to_owned);
+    let rows: Vec<[String; 5]> = [header].into_iter().chain(found.iter().map(row)).collect();
     table::write(&mut out, &rows)?;
     Ok(0)
 }

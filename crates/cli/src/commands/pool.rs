@@ -8,7 +8,7 @@ use skerry_engine::pools::{self, PoolLaunch, PoolOptions, PoolStats, ResetPolicy
 use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::Begin;
 
-use super::network::reach;
+use super::network::network;
 use super::run::{Attached, command, finish, from_here};
 use super::{machine_options, registry};
 use crate::args::{
@@ -27,7 +27,7 @@ pub fn host() -> Result<u8> {
 pub fn execute(args: PoolArgs, verbose: u8) -> Result<u8> {
     let paths = Paths::of_user()?;
     match args.verb {
-        PoolVerb::Create(args) => create(&paths, args, verbose),
+        PoolVerb::Create(args) => create(&paths, *args, verbose),
         PoolVerb::Exec(args) => exec(&paths, args),
         PoolVerb::Acquire(args) => {
             let number = pools::acquire(&paths, &args.name)?;
@@ -63,7 +63,8 @@ fn create(paths: &Paths, args: PoolCreateArgs, verbose: u8) -> Result<u8> {
         vm: VmSpec {
             options: machine_options(args.machine),
             read_only: args.read_only,
-            network: reach(args.reach)?,
+            network: network(args.network)?,
+            mounts: args.mounts.specs(),
             show_console: verbose > 0,
             ..VmSpec::default()
         },

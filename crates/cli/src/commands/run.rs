@@ -153,6 +153,7 @@ pub fn warm(args: WarmArgs, verbose: u8) -> Result<u8> {
             options: machine_options(args.machine),
             read_only: args.read_only,
             network: reach(args.reach)?,
+            mounts: args.mounts.specs(),
             show_console: verbose > 0,
             ..VmSpec::default()
         },

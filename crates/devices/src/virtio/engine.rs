@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use skerry_confine::Role;
 use skerry_hypervisor::memory::GuestRam;
 
@@ -180,30 +180,61 @@ impl QueueEngine {
         self.serve_on(index, true);
     }
 
+    /// The same when what is to be done is for this thread alone: it waits for another that is at the
+    /// queue, which would only tell this one again, and again.
+    pub fn serve_in_turn(&self, index: usize) {
+        let Some(slot) = self.slots.get(index) else {
+            return;
+        };
+        let guard = slot.queue.lock();
+        slot.pending.store(true, Ordering::SeqCst);
+        self.serve_slot(index, slot, guard, true);
+        self.go_round(index, slot, true);
+    }
+
     fn serve_on(&self, index: usize, may_wait: bool) {
         let Some(slot) = self.slots.get(index) else {
             return;
         };
         slot.pending.store(true, Ordering::SeqCst);
+        self.go_round(index, slot, may_wait);
+    }
+
+    /// Serves a queue as long as somebody wants it served, unless another thread is at it.
+    fn go_round(&self, index: usize, slot: &Slot, may_wait: bool) {
         while slot.pending.load(Ordering::SeqCst) && !self.is_stopped() {
-            let Some(mut guard) = slot.queue.try_lock() else {
+            let Some(guard) = slot.queue.try_lock() else {
                 return;
             };
-            let mut later = false;
-            // Looked at again under the lock: `pause` waits for the lock after setting its flag.
-            while !later && !self.is_stopped() && slot.pending.swap(false, Ordering::SeqCst) {
-                let Some(queue) = guard.as_mut() else {
-                    return;
-                };
-                queue.set_may_wait(may_wait);
-                later = self.serve_locked(index, queue) == Some(Served::Later);
-            }
-            // The worker must find the lock free: nobody would tell it again.
-            drop(guard);
-            if later {
-                return self.hand_over(index);
+            if !self.serve_slot(index, slot, guard, may_wait) {
+                return;
             }
         }
+    }
+
+    /// Serves a queue that is this thread's now. Whether to look again.
+    fn serve_slot(
+        &self,
+        index: usize,
+        slot: &Slot,
+        mut guard: MutexGuard<'_, Option<Queue>>,
+        may_wait: bool,
+    ) -> bool {
+        let mut later = false;
+        // Looked at again under the lock: `pause` waits for the lock after setting its flag.
+        while !later && !self.is_stopped() && slot.pending.swap(false, Ordering::SeqCst) {
+            let Some(queue) = guard.as_mut() else {
+                return false;
+            };
+            queue.set_may_wait(may_wait);
+            later = self.serve_locked(index, queue) == Some(Served::Later);
+        }
+        // The worker must find the lock free: nobody would tell it again.
+        drop(guard);
+        if later {
+            self.hand_over(index);
+        }
+        !later
     }
 
     /// Lets the worker go on with a request that may take long.

@@ -194,6 +194,13 @@ impl EngineLink {
             engine.serve(queue);
         }
     }
+
+    /// Serves a queue on this thread, when another that is at it is through.
+    fn serve_in_turn(&self, queue: usize) {
+        if let Some(engine) = self.get() {
+            engine.serve_in_turn(queue);
+        }
+    }
 }
 
 /// Waits on `condition` until `deadline`, if there is one. `false` when it has passed.

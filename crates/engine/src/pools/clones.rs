@@ -60,13 +60,15 @@ impl Clones {
         }
         let frozen = vm.capture()?.frozen;
         vm.kill();
+        // File systems in memory are part of the state; of folders, each machine has a server of its own.
+        let folders = spec.mounts.iter().filter(|mount| mount.is_bind());
         let resume = ResumeSpec {
             hypervisor: frozen.about.backend.into(),
             soft: spec.options.soft.clone(),
             time_limit: None,
             hostname: spec.hostname.clone(),
             network: spec.network.clone(),
-            mounts: spec.mounts.clone(),
+            mounts: folders.cloned().collect(),
             show_console: spec.show_console,
             rewindable: true,
             sampled: false,

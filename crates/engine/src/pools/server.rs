@@ -18,6 +18,7 @@ use crate::error::EngineError;
 use crate::frozen::Frozen;
 use crate::hypervisor::Choice;
 use crate::images;
+use crate::mounts::MountSpec;
 use crate::paths::Paths;
 use crate::vm::{ResumeSpec, Vm, VmSpec};
 use crate::vms::{Begin, bridge, children, listen, receive, send, told_of};
@@ -120,7 +121,22 @@ struct Leases {
     given: BTreeMap<u64, Arc<Lease<Clones>>>,
 }
 
+/// Refuses what only one machine can have.
+fn check(vm: &VmSpec) -> Result<(), EngineError> {
+    if vm.network.tap.is_some() {
+        return Err(EngineError::TapOfOne);
+    }
+    if !vm.network.publish.is_empty() {
+        return Err(EngineError::PoolPorts);
+    }
+    match vm.mounts.iter().any(MountSpec::is_volume) {
+        true => Err(EngineError::PoolVolume),
+        false => Ok(()),
+    }
+}
+
 fn keep(launch: &PoolLaunch, maker: &UnixStream) -> Result<(), EngineError> {
+    check(&launch.vm)?;
     let paths = Paths::at(&launch.root);
     let place = Place::take(&paths, &launch.name)?;
     let listener =

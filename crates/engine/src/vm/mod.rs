@@ -364,7 +364,7 @@ fn setup(about: &About, hostname: Option<&str>) -> Setup {
     Setup {
         root: root(about.read_only),
         hostname: hostname.unwrap_or("skerry").to_owned(),
-        nameservers: nameservers(about.machine.network.is_some()),
+        nameservers: nameservers(about.machine.network),
         entropy,
         wall_clock: crate::vms::now(),
         ..Setup::default()

@@ -31,7 +31,7 @@ use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
 use crate::machine::{Prepared, prepare, start};
 use crate::mounts::{self, MountSpec, Opened};
-use crate::network::{Network, NetworkSpec, addresses};
+use crate::network::{Network, NetworkSpec, addresses, card_of};
 use crate::paths::Paths;
 use crate::random::random;
 use crate::soft::SoftOptions;
@@ -82,6 +82,19 @@ impl Vm {
         spec: &VmSpec,
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
+        let vm = Self::start_unmounted(paths, image, name, spec, note)?;
+        vm.mount()?;
+        Ok(vm)
+    }
+
+    /// The same, with its folders and volumes attached and not mounted.
+    pub(crate) fn start_unmounted(
+        paths: &Paths,
+        image: &Image,
+        name: &str,
+        spec: &VmSpec,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self, EngineError> {
         let begun = Instant::now();
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
@@ -112,11 +125,7 @@ impl Vm {
         if let Some(kept) = &warm {
             let found = kept.find(paths, image);
             match found.and_then(|found| found.map(|found| place.paused(&found)).transpose()) {
-                Ok(Some(paused)) => {
-                    let vm = place.go_on(paused)?;
-                    vm.mount()?;
-                    return Ok(vm);
-                }
+                Ok(Some(paused)) => return place.go_on(paused),
                 Ok(None) => {}
                 Err(error) => {
                     let why = chain(&error);
@@ -151,7 +160,6 @@ impl Vm {
                 ));
             }
         }
-        vm.mount()?;
         Ok(vm)
     }
 
@@ -451,11 +459,14 @@ pub(super) fn new_generation(about: &About, machine: &MachineRemote) -> Result<(
     Ok(machine.new_generation(&random()?)?)
 }
 
-/// Has the guest take its addresses on the networks that it shares.
+/// Has the guest take its addresses on the networks that it shares, or on the host's.
 pub(super) fn give_addresses(
     agent: &mut Control<GuestStream>,
     network: Option<&Network>,
 ) -> Result<(), HostError> {
+    if let Some(card) = card_of(network) {
+        return agent.set_card(card);
+    }
     match addresses(network) {
         // A guest has none by itself.
         none if none.is_empty() => Ok(()),
@@ -527,7 +538,8 @@ pub(crate) fn machine_config(spec: &VmSpec) -> MachineConfig {
                         skerry.transport=vsock"
         .to_owned();
     let network = spec.network.card();
-    if network.is_some() {
+    // On a network of the host's, the guest's addresses are not those of every machine.
+    if network.is_some_and(|card| !card.offload) {
         command_line.push(' ');
         command_line.push_str(&address::kernel_parameter());
     }

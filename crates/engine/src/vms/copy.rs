@@ -77,7 +77,7 @@ impl GuestPath {
 }
 
 /// A machine whose files can be reached.
-fn running(registry: &Registry, name: &str) -> Result<VmInfo, EngineError> {
+pub(super) fn running(registry: &Registry, name: &str) -> Result<VmInfo, EngineError> {
     let info = registry.find(name)?;
     match info.state.status.is_alive() {
         true => Ok(info),
@@ -87,7 +87,7 @@ fn running(registry: &Registry, name: &str) -> Result<VmInfo, EngineError> {
     }
 }
 
-fn kind(registry: &Registry, info: &VmInfo, path: &str) -> Result<String, EngineError> {
+pub(super) fn kind(registry: &Registry, info: &VmInfo, path: &str) -> Result<String, EngineError> {
     let kind = tools::answer(registry, info, &["kind", path])?;
     Ok(kind.trim_end().to_owned())
 }
@@ -99,7 +99,7 @@ fn refused(path: impl std::fmt::Display, problem: &'static str) -> EngineError {
     }
 }
 
-fn copying(error: io::Error) -> EngineError {
+pub(super) fn copying(error: io::Error) -> EngineError {
     EngineError::host("copy files")(error)
 }
 

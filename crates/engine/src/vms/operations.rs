@@ -231,7 +231,13 @@ pub fn stop(registry: &Registry, name: &str, grace: Duration) -> Result<u8, Engi
         .and_then(|()| wait_for(registry, &info, Some(grace)));
     let code = match ended {
         Ok(Some(code)) => code,
-        Ok(None) | Err(_) if is_alive(registry, &info) => kill(registry, &info.config.id)?,
+        Ok(None) | Err(_) if is_alive(registry, &info) => match kill(registry, &info.config.id) {
+            // It ended by itself between the two looks.
+            Err(EngineError::VmStopped { .. } | EngineError::NoSuchVm { .. }) => {
+                final_code(registry, &info)?
+            }
+            killed => killed?,
+        },
         Ok(None) | Err(_) => final_code(registry, &info)?,
     };
     registry.note(&info.config, "stop", &[]);

@@ -93,6 +93,16 @@ fn is_held(folder: &Path) -> bool {
     places::is_held(&folder.join(LOCK))
 }
 
+/// Whether `file` is what is at `path` still.
+fn is_same(path: &Path, file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    match (fs::metadata(path).map(inode), file.metadata().map(inode)) {
+        (Ok(there), Ok(held)) => there == held,
+        _ => false,
+    }
+}
+
 /// Removes a folder of a machine that is forgotten. Others may be at it, and take files away from under
 /// each other.
 fn clear(gone: &Path) {
@@ -216,7 +226,6 @@ impl Registry {
 
     /// Takes the lock of a machine that doesn't run.
     fn hold(&self, folder: &Path, name: &str) -> Result<File, EngineError> {
-        use std::os::unix::fs::MetadataExt;
         let name = name.to_owned();
         let path = folder.join(LOCK);
         let Ok(lock) = File::options().read(true).write(true).open(&path) else {
@@ -226,10 +235,9 @@ impl Registry {
             return Err(EngineError::VmRuns { name });
         }
         // Whoever removes a machine takes its folder away as a whole: it may be gone by now.
-        let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-        match (fs::metadata(&path).map(inode), lock.metadata().map(inode)) {
-            (Ok(there), Ok(held)) if there == held => Ok(lock),
-            _ => Err(EngineError::NoSuchVm { name }),
+        match is_same(&path, &lock) {
+            true => Ok(lock),
+            false => Err(EngineError::NoSuchVm { name }),
         }
     }
 
@@ -243,13 +251,22 @@ impl Registry {
     }
 
     fn stage(&self, staged: &Path, state: &VmState) -> io::Result<File> {
-        fs::DirBuilder::new().mode(0o700).create(staged)?;
-        let lock = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(staged.join(LOCK))?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+        let lock = loop {
+            fs::DirBuilder::new().mode(0o700).create(staged)?;
+            let path = staged.join(LOCK);
+            let lock = fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path)?;
+            rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+            // Whoever lists the machines takes a folder whose lock is free for a dead process's, and
+            // may have found this one so: then it is about to be gone, or is.
+            if is_same(&path, &lock) {
+                break lock;
+            }
+            clear(staged);
+        };
         write_json(&staged.join(STATE), state)?;
         Ok(lock)
     }
@@ -356,7 +373,12 @@ impl Registry {
         let Ok(lock) = File::open(staged.join(LOCK)) else {
             return;
         };
-        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        let path = staged.join(LOCK);
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+            && is_same(&path, &lock)
+        {
+            // The lock first, while it is held: whoever was about to take it makes the folder anew.
+            let _ = fs::remove_file(path);
             let _ = fs::remove_dir_all(staged);
         }
     }

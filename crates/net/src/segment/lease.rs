@@ -12,8 +12,9 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use ipnet::Ipv4Net;
 use rustix::fs::FlockOperation;
+
+use super::Subnets;
 
 const LEASE: &str = "lease";
 /// The longest lease that is read.
@@ -67,10 +68,10 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
 }
 
 impl Lease {
-    /// Takes the first address of `subnet` that nobody has, the first of all apart, which by custom is a
-    /// gateway's. `None`: there is no such address.
-    pub fn take(folder: &Path, subnet: Ipv4Net, names: &[String]) -> io::Result<Option<Self>> {
-        for address in subnet.hosts().skip(1) {
+    /// Takes the first address that nobody has, the gateway's apart. `None`: there is no such address.
+    pub fn take(folder: &Path, subnets: Subnets, names: &[String]) -> io::Result<Option<Self>> {
+        let hosts = subnets.v4.hosts();
+        for address in hosts.filter(|address| *address != subnets.gateway) {
             let Some(mut file) = lock(&path(folder, address))? else {
                 continue;
             };
@@ -150,7 +151,11 @@ mod tests {
     #[test]
     fn addresses_are_taken_once_and_given_back() {
         let folder = tempfile::tempdir().unwrap();
-        let subnet = "10.89.7.0/29".parse().unwrap();
+        let subnet = Subnets {
+            v4: "10.89.7.0/29".parse().unwrap(),
+            v6: None,
+            gateway: Ipv4Addr::new(10, 89, 7, 1),
+        };
         let take = |name: &str| Lease::take(folder.path(), subnet, &[name.to_owned()]).unwrap();
         let taken: Vec<Lease> = (2..7)
             .map(|number| take(&format!("n{number}")).unwrap())

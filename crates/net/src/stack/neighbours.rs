@@ -1,10 +1,11 @@
 //! Packets to and from machines that share a network with this one.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use rustix::event::epoll::EventFlags;
 
 use super::{SEGMENT_SHIFT, SEGMENTS, Stack};
+use crate::address::{Place, place};
 use crate::segment::{Segment, Watch};
 use crate::wire::Packet;
 
@@ -13,17 +14,25 @@ pub(super) fn segment_base(number: usize) -> u64 {
     SEGMENTS | (number as u64) << SEGMENT_SHIFT
 }
 
-/// The segment that an address is of.
-pub(super) fn segment_of(segments: &[Segment], address: Ipv4Addr) -> Option<usize> {
-    segments
-        .iter()
-        .position(|segment| segment.contains(address))
+/// The segment that an address is of, but for its gateway's.
+pub(super) fn segment_of(segments: &[Segment], address: IpAddr) -> Option<usize> {
+    let of = |segment: &Segment| segment.contains(address) && !segment.is_gateway(address);
+    segments.iter().position(of)
 }
 
 /// Whether an address is of a shared network and not the guest's own: the gateway answers for it.
-pub(super) fn is_of_neighbour(segments: &[Segment], address: Ipv4Addr) -> bool {
+pub(super) fn is_of_neighbour(segments: &[Segment], address: IpAddr) -> bool {
     let segment = segments.iter().find(|segment| segment.contains(address));
-    segment.is_some_and(|segment| segment.address() != address)
+    segment.is_some_and(|segment| !segment.is_own(address))
+}
+
+/// What an address stands for: each shared network has one more for the gateway.
+pub(super) fn place_of(segments: &[Segment], address: IpAddr) -> Place {
+    let mut segments = segments.iter();
+    match segments.any(|segment| segment.is_gateway(address)) {
+        true => Place::Gateway,
+        false => place(address),
+    }
 }
 
 impl Stack {
@@ -68,7 +77,7 @@ impl Stack {
     }
 
     /// The addresses of neighbours with this name.
-    pub(super) fn neighbours(&mut self, name: &str) -> Vec<Ipv4Addr> {
+    pub(super) fn neighbours(&mut self, name: &str) -> Vec<IpAddr> {
         let segments = self.segments.iter_mut();
         segments.flat_map(|segment| segment.find(name)).collect()
     }

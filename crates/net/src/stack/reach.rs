@@ -4,8 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::time::Instant;
 
+use super::neighbours::place_of;
 use super::{DNS_PORT, Stack};
-use crate::address::{Place, place};
+use crate::address::Place;
 use crate::dns::{self, Question, Verdict};
 use crate::outlet::Unreachable;
 use crate::policy::{DenialReason, NetworkMode, Policy};
@@ -43,7 +44,7 @@ impl Stack {
         protocol: u8,
         peer: SocketAddr,
     ) -> Result<SocketAddr, Unreachable> {
-        let there = match place(peer.ip()) {
+        let there = match place_of(&self.segments, peer.ip()) {
             Place::Dns if self.policy.mode() == NetworkMode::None => {
                 self.deny(protocol, peer, DenialReason::Reach);
                 return Err(Unreachable::Prohibited);

@@ -1,9 +1,9 @@
 //! The control connection.
 
 use crate::frame::{self, FrameDecoder};
-use crate::message::{ControlRequest, FromAgent, Hello, Mount, Setup, ShutdownMode, ToAgent};
+use crate::message::{Card, ControlRequest, FromAgent, Hello, Mount, Setup, ShutdownMode, ToAgent};
 use crate::transport::Transport;
-use crate::{ADDRESS_VERSION, MOUNT_VERSION, SNAPSHOT_VERSION};
+use crate::{ADDRESS_VERSION, CARD_VERSION, MOUNT_VERSION, SNAPSHOT_VERSION};
 
 use super::HostError;
 
@@ -129,6 +129,13 @@ impl<T: Transport> Control<T> {
         const ASKED: &str = "take part in shared networks";
         self.require(ADDRESS_VERSION, ASKED)?;
         self.request(ControlRequest::Addresses(addresses), ASKED)
+    }
+
+    /// Has the network card take its place on a network of the host's.
+    pub fn set_card(&mut self, card: Card) -> Result<(), HostError> {
+        const ASKED: &str = "take part in a network of the host's";
+        self.require(CARD_VERSION, ASKED)?;
+        self.request(ControlRequest::Card(card), ASKED)
     }
 
     /// Has file systems mounted, besides the root.

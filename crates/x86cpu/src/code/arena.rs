@@ -5,12 +5,15 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
 
-use crate::mem::HOST_LARGE_PAGE;
+use crate::mem::{HOST_LARGE_PAGE, PAGE_SIZE};
 
 /// What is taken at a time, the least and the most: a fault for each page would take longer than all
 /// else that is done for a block.
 const STRETCH: usize = 64 << 10;
 const LONGEST_STRETCH: usize = 512 << 10;
+/// What is taken before large pages are asked for: to clear one takes longer than to run what most
+/// commands run.
+const SMALL: usize = 4 * HOST_LARGE_PAGE;
 /// What pieces are multiples of, and aligned to: a block starts with a cache line of its own.
 pub(super) const UNIT: usize = 64;
 
@@ -46,8 +49,8 @@ impl Arena {
         };
         let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
         if let Some(base) = base {
-            // What has grown beyond the first of them is all over the place, and asked for by address.
-            let small = base.align_offset(HOST_LARGE_PAGE) + HOST_LARGE_PAGE;
+            // What has grown beyond that is all over the place, and asked for by address.
+            let small = base.align_offset(HOST_LARGE_PAGE) + SMALL;
             if let Some(rest) = capacity.checked_sub(small) {
                 // SAFETY: within the mapping, as just seen; it changes where its bytes are kept, not
                 // what they are.
@@ -183,6 +186,26 @@ impl Arena {
             );
         }
         self.taken = keep;
+    }
+}
+
+/// Has the host provide the memory of a table that zeros were never written to: where pages are first
+/// read, then written, that takes two faults each, and the second of them an interrupt for every other
+/// processor that runs one of this process's threads.
+pub(crate) fn populate<T>(table: &mut [T]) {
+    let pages = table.as_mut_ptr().cast::<u8>();
+    let ahead = pages.align_offset(PAGE_SIZE);
+    let Some(len) = size_of_val(table).checked_sub(ahead) else {
+        return;
+    };
+    // SAFETY: within the table, whose bytes stay what they are. If the kernel doesn't know how, pages come
+    // as they are touched.
+    unsafe {
+        libc::madvise(
+            pages.add(ahead).cast(),
+            len & !(PAGE_SIZE - 1),
+            libc::MADV_POPULATE_WRITE,
+        );
     }
 }
 

@@ -14,7 +14,7 @@
 use std::cell::Cell;
 use std::ptr::{self, NonNull};
 
-use crate::code::arena::{Arena, UNIT};
+use crate::code::arena::{Arena, UNIT, populate};
 use crate::code::directory::{Directory, List, Lists, granule};
 use crate::code::found::Found;
 use crate::code::fuse::Lowered;
@@ -36,6 +36,8 @@ const BOTH: usize = 6;
 const LARGEST: usize = 64 << 10;
 /// Bytes of blocks that an idle guest, which runs little but its timers, doesn't come to.
 const MUCH: usize = 1 << 20;
+/// Bytes of blocks from which on a guest is taken to run on for a while, and to need its tables.
+const SOME: usize = 192 << 10;
 /// Entries of the jump cache.
 const JUMPS: usize = 1 << 14;
 /// Ops that run one after the other, right behind this in memory.
@@ -382,6 +384,8 @@ pub struct CodeCache {
     pub(crate) decoded: u64,
     /// How often all was forgotten.
     pub(super) clears: u64,
+    /// The tables have their memory.
+    has_tables: bool,
     /// An eighth of [`Tuning::code_bytes`].
     eighth: usize,
     pub(crate) jit: Jit,
@@ -410,6 +414,7 @@ impl CodeCache {
             fused: FusedCode::default(),
             decoded: 0,
             clears: 0,
+            has_tables: false,
             eighth,
         };
         cache.begin();
@@ -449,6 +454,7 @@ impl CodeCache {
         self.directory.clear();
         self.jumps = no_jumps();
         self.found = Found::new();
+        self.has_tables = false;
         self.pages.fill(0);
         self.fused = FusedCode::default();
         self.scratch = Scratch::new();
@@ -469,6 +475,18 @@ impl CodeCache {
             self.epoch = 0;
             self.jumps.fill(NO_JUMP);
         }
+    }
+
+    /// Whether the tables beside the blocks are about to be needed as a whole, for the first time.
+    pub(super) fn wants_tables(&self) -> bool {
+        !self.has_tables && self.arena.used() > SOME
+    }
+
+    /// Takes the memory for them.
+    pub(super) fn take_tables(&mut self) {
+        self.has_tables = true;
+        self.found.populate();
+        populate(&mut self.jumps[..]);
     }
 
     /// Whether any block fits, with the code that its ops call, without forgetting all.

@@ -92,6 +92,12 @@ impl Cpu {
         if !self.code.has_room() {
             self.flush_blocks();
         }
+        if self.code.wants_tables() {
+            self.code.take_tables();
+            if self.code.jit.is_on() {
+                self.mmu.take_jumps();
+            }
+        }
         let mut ops = std::mem::take(&mut self.code.scratch.ops);
         let result = self.decode_into(&mut ops, linear, gpa, bits);
         self.code.scratch.ops = ops;

@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 
+use super::arena::populate;
 use super::cache::KEY_SHIFT;
 use super::directory::granule;
 use crate::mem::PAGE_SHIFT;
@@ -39,6 +40,11 @@ impl Found {
 
     pub(super) fn clear(&mut self) {
         self.0.fill(Cell::default());
+    }
+
+    /// Takes the memory for all of it.
+    pub(super) fn populate(&mut self) {
+        populate(&mut self.0[..]);
     }
 
     #[inline(always)]

@@ -14,5 +14,6 @@ pub use cache::CodeCache;
 pub use lower::{Family, Lowering, nop};
 pub use op::{Handler, Op, op_flag};
 
+pub(crate) use arena::populate;
 pub(crate) use cache::{Block, BlockEnd, BlockIndex, BlockRef, Indexer};
 pub(crate) use fuse::{Window, apart, last_part_failed};

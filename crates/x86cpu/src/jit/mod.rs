@@ -333,6 +333,7 @@ impl Jit {
             .max(self.side_tables() * 16 / (eighth * TABLES));
         let factor = match sixteenths {
             _ if self.tuning.threshold == 1 => 1,
+            ..9 if self.traces.len() < VERY_FIRST => 32,
             ..9 if self.traces.len() < FIRST => 4,
             ..9 => 1,
             9..12 => 2,
@@ -638,6 +639,8 @@ impl Jit {
 
 /// Traces that are made before the processor takes what it runs for something that goes on.
 const FIRST: usize = 1024;
+/// Those before which nothing is compiled but what is by far the hottest.
+const VERY_FIRST: usize = 48;
 
 /// Windows that aren't ones, and the time in which they come, before a trace is compiled without: when
 /// what they cost is no more than a hundredth of that, the others are worth it.

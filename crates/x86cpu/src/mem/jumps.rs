@@ -98,6 +98,11 @@ impl Jumps {
         }
     }
 
+    /// Takes the memory for all of it.
+    pub(super) fn populate(&mut self) {
+        crate::code::populate(&mut self.entries);
+    }
+
     /// Drops all, and gives the memory back.
     pub(super) fn give_back(&mut self) {
         self.entries = Self::new().entries;

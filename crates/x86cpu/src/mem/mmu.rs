@@ -126,6 +126,11 @@ impl Mmu {
         self.first.jumps.find(linear, self.jumps().1)
     }
 
+    /// Takes the memory for the table of all jumps.
+    pub(crate) fn take_jumps(&mut self) {
+        self.first.jumps.populate();
+    }
+
     /// Forgets all of [`Mmu::enter_jump`].
     pub(crate) fn drop_jumps(&mut self) {
         self.first.drop_jumps();

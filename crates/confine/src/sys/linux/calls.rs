@@ -14,7 +14,7 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter,
 };
 
-use super::violation;
+use super::{tree, violation};
 use crate::Role;
 
 /// Asks for the vector that the kernel gave the program, for page sizes and the like (`linux/prctl.h`).
@@ -228,8 +228,7 @@ fn lists(role: Role) -> Vec<Calls> {
         Role::Vcpu => &[STREAMS, CONTENT, MACHINE],
         Role::Network => &[STREAMS, NETWORK, RESOLVER],
         Role::Control => &[STREAMS, CONTENT, NAMES, SERVER],
-        Role::Stream => &[STREAMS],
-        Role::Timer => &[STREAMS],
+        Role::Stream | Role::Timer | Role::Tap => &[STREAMS],
         Role::Storage => &[STREAMS, CONTENT, NAMES],
         Role::Share => &[STREAMS, CONTENT, NAMES, SHARES],
     });
@@ -381,7 +380,7 @@ fn controls(role: Role) -> Result<Vec<SeccompRule>, String> {
         ];
         rules.extend(one_of(1, &terminal.map(|control| control as i64))?);
     }
-    if !matches!(role, Role::Stream | Role::Timer | Role::Network) {
+    if !matches!(role, Role::Stream | Role::Timer | Role::Network | Role::Tap) {
         rules.extend(one_of(1, &[FICLONE as i64, FICLONERANGE as i64])?);
     }
     if matches!(
@@ -395,10 +394,10 @@ fn controls(role: Role) -> Result<Vec<SeccompRule>, String> {
         const SIGNAL_MSI: u64 = 0x4020_aea5;
         rules.push(rule(&[(1, Op::Eq, SIGNAL_MSI)])?);
     }
-    if role == Role::Process {
-        // TUNSETIFF and its kin.
-        const TUN: u64 = 0x5400 | 0xc0;
-        rules.push(rule(&[(1, Op::MaskedEq(0xffc0), TUN)])?);
+    if matches!(role, Role::Process | Role::Tap) {
+        // Of the device that was opened before: how frames come, and not which device it is.
+        const TUNSETOFFLOAD: i64 = 0x4004_54d0;
+        rules.extend(one_of(1, &[TUNSETOFFLOAD])?);
     }
     Ok(rules)
 }
@@ -408,7 +407,9 @@ fn refusals(role: Role) -> Option<(Calls, c_int)> {
     match role {
         // Not what its flags say can be looked into.
         Role::Process => Some((&[SYS_clone3], ENOSYS)),
-        Role::Vcpu | Role::Stream | Role::Timer => Some((&[SYS_open, SYS_openat], EACCES)),
+        Role::Vcpu | Role::Stream | Role::Timer | Role::Tap => {
+            Some((&[SYS_open, SYS_openat], EACCES))
+        }
         Role::Network | Role::Control | Role::Storage | Role::Share => None,
     }
 }
@@ -421,7 +422,7 @@ fn programs(role: Role) -> Result<Vec<BpfProgram>, String> {
     };
     let every = |calls: Calls| calls.iter().map(|call| (*call, Vec::new()));
     let mut programs = Vec::new();
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::from([(SYS_clone3, Vec::new())]);
+    let mut allowed = vec![SYS_clone3];
     if let Some((calls, error)) = refusals(role) {
         let refused = SeccompAction::Errno(error.unsigned_abs());
         programs.push(build(
@@ -430,13 +431,15 @@ fn programs(role: Role) -> Result<Vec<BpfProgram>, String> {
             refused,
         )?);
         // An error yields to a trap.
-        rules.extend(every(calls));
+        allowed.extend_from_slice(calls);
     }
     for calls in lists(role) {
-        rules.extend(every(calls));
+        allowed.extend_from_slice(calls);
     }
-    rules.extend(by_argument(role)?);
-    programs.push(build(rules, SeccompAction::Trap, SeccompAction::Allow)?);
+    let rules: BTreeMap<_, _> = by_argument(role)?.into_iter().collect();
+    let open: Vec<c_long> = rules.keys().copied().collect();
+    let filter = build(rules, SeccompAction::Trap, SeccompAction::Allow)?;
+    programs.push(tree::before(&allowed, &open, &filter));
     Ok(programs)
 }
 

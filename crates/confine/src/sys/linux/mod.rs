@@ -4,6 +4,7 @@ mod calls;
 mod child;
 mod files;
 mod identity;
+mod tree;
 mod violation;
 
 use std::sync::OnceLock;

@@ -25,7 +25,7 @@ use super::{
     VirtioDevice, read_config_bytes,
 };
 use crate::state::{StateError, require};
-pub use port::{Checksum, NetPort};
+pub use port::{Checksum, NetPort, Offloads};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -39,6 +39,9 @@ const F_GUEST_CSUM: u64 = 1 << 1;
 const F_MTU: u64 = 1 << 3;
 /// The card has an address of its own.
 const F_MAC: u64 = 1 << 5;
+/// The device may send TCP segments that are longer than the network's.
+const F_GUEST_TSO4: u64 = 1 << 7;
+const F_GUEST_TSO6: u64 = 1 << 8;
 /// The driver may send TCP segments that are longer than the network's.
 const F_HOST_TSO4: u64 = 1 << 11;
 const F_HOST_TSO6: u64 = 1 << 12;
@@ -48,6 +51,8 @@ const F_MRG_RXBUF: u64 = 1 << 15;
 const F_STATUS: u64 = 1 << 16;
 const FEATURES: u64 =
     F_CSUM | F_GUEST_CSUM | F_MTU | F_MAC | F_HOST_TSO4 | F_HOST_TSO6 | F_MRG_RXBUF | F_STATUS;
+/// What a card has besides whose frames leave the process.
+const OFFLOADS: u64 = F_GUEST_TSO4 | F_GUEST_TSO6;
 const STATUS_LINK_UP: u16 = 1;
 
 /// What stands before each frame in a buffer (5.1.6); with the modern interface always this long.
@@ -73,6 +78,9 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// The longest packet, without the Ethernet header.
     pub mtu: u16,
+    /// It is for a network of the host's, whose kernel passes on long TCP segments whole.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offload: bool,
 }
 
 /// A connection of the guest's that a saved state has and its new host doesn't.
@@ -114,7 +122,7 @@ struct ToGuest {
     spare: Vec<Vec<u8>>,
 }
 
-/// Frames from the guest, without headers.
+/// Frames from the guest, without headers unless the backend wants them.
 #[derive(Default)]
 struct FromGuest {
     frames: Vec<Vec<u8>>,
@@ -123,12 +131,15 @@ struct FromGuest {
 
 /// What the device and its port share.
 struct Wire {
+    mtu: u16,
     link: EngineLink,
     to_guest: Mutex<ToGuest>,
     from_guest: Mutex<FromGuest>,
     features: AtomicU64,
     /// The driver is ready.
     live: AtomicBool,
+    /// The backend takes and gives frames with their headers.
+    headers: AtomicBool,
     /// The thread that takes frames: it need not be woken for those that it fetches itself.
     receiver: OnceLock<ThreadId>,
 }
@@ -153,11 +164,13 @@ impl NetDevice {
     /// A card that is plugged into `backend`.
     pub fn new(config: NetConfig, backend: Arc<dyn NetBackend>) -> Arc<Self> {
         let wire = Arc::new(Wire {
+            mtu: config.mtu,
             link: EngineLink::default(),
             to_guest: Mutex::default(),
             from_guest: Mutex::default(),
             features: AtomicU64::new(0),
             live: AtomicBool::new(false),
+            headers: AtomicBool::new(false),
             receiver: OnceLock::new(),
         });
         backend.attach(NetPort(wire.clone()));
@@ -179,6 +192,7 @@ impl NetDevice {
             return Ok(Served::Waiting);
         }
         let ram = queue.ram().clone();
+        let headers = self.wire.headers.load(Ordering::SeqCst);
         let mut from_guest = self.wire.from_guest.lock();
         let before = from_guest.frames.len();
         let served = loop {
@@ -190,10 +204,16 @@ impl NetDevice {
             };
             let len = (chain.readable_len() as usize).saturating_sub(HEADER_LEN);
             if (1..=MAX_FRAME).contains(&len) {
-                let mut frame = vec![0; len];
                 let mut reader = chain.reader(&ram);
-                // Checksums that are left to us and sizes of segments concern nobody: packets end here.
-                reader.skip(HEADER_LEN)?;
+                let mut frame = match headers {
+                    true => vec![0; HEADER_LEN + len],
+                    false => {
+                        // Checksums that are left to us and sizes of segments concern nobody: packets
+                        // end here.
+                        reader.skip(HEADER_LEN)?;
+                        vec![0; len]
+                    }
+                };
                 reader.read_exact(&mut frame)?;
                 from_guest.bytes += len;
                 from_guest.frames.push(frame);
@@ -287,7 +307,11 @@ impl NetDevice {
     }
 
     fn config_space(&self) -> [u8; 12] {
-        let NetConfig { mac, mtu } = self.config;
+        let NetConfig {
+            mac,
+            mtu,
+            offload: _,
+        } = self.config;
         let mut config = [0; 12];
         config[..6].copy_from_slice(&mac);
         config[6..8].copy_from_slice(&STATUS_LINK_UP.to_le_bytes());
@@ -303,7 +327,7 @@ impl VirtioDevice for NetDevice {
     }
 
     fn features(&self) -> u64 {
-        FEATURES
+        FEATURES | if self.config.offload { OFFLOADS } else { 0 }
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -4,7 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{F_GUEST_CSUM, HEADER_LEN, RECEIVE, TRANSMIT, ToGuest, Wire};
+use super::{
+    F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, HEADER_LEN, RECEIVE, TRANSMIT, ToGuest, Wire,
+};
 
 /// Bytes that wait for the guest, beyond which whoever makes them waits.
 const TO_GUEST: usize = 512 << 10;
@@ -25,6 +27,17 @@ pub struct Checksum {
     pub start: u16,
     /// Where its field is, from `start` on.
     pub offset: u16,
+}
+
+/// What the guest's driver takes of frames that are not complete.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Frames whose checksum is left to it.
+    pub checksums: bool,
+    /// TCP segments over IPv4 that are longer than the network's.
+    pub tcp4: bool,
+    /// The same over IPv6.
+    pub tcp6: bool,
 }
 
 impl ToGuest {
@@ -90,7 +103,7 @@ impl NetPort {
     /// woken for the next.
     pub fn receive(&self) -> Vec<Vec<u8>> {
         let _ = self.0.receiver.set(std::thread::current().id());
-        self.0.link.serve(TRANSMIT);
+        self.0.link.serve_in_turn(TRANSMIT);
         self.take()
     }
 
@@ -133,6 +146,17 @@ impl NetPort {
             Some(checksum) => complete(frame, checksum),
             None => {}
         }
+        self.wait(buffer);
+    }
+
+    /// As [`push`](Self::push), with the header that stands in the buffer.
+    pub fn push_whole(&self, buffer: Vec<u8>) {
+        if buffer.len() > HEADER_LEN {
+            self.wait(buffer);
+        }
+    }
+
+    fn wait(&self, buffer: Vec<u8>) {
         let mut to_guest = self.0.to_guest.lock();
         let full = to_guest.bytes >= TO_GUEST_LIMIT || to_guest.frames.len() >= 2 * FRAMES;
         if full || !self.0.live.load(Ordering::SeqCst) {
@@ -147,6 +171,25 @@ impl NetPort {
         if !self.0.to_guest.lock().frames.is_empty() {
             self.0.link.serve(RECEIVE);
         }
+    }
+
+    /// From now on frames come with their headers in front.
+    pub fn keep_headers(&self) {
+        self.0.headers.store(true, Ordering::SeqCst);
+    }
+
+    /// What the guest's driver takes; nothing while it has none.
+    pub fn offloads(&self) -> Offloads {
+        Offloads {
+            checksums: self.0.has(F_GUEST_CSUM),
+            tcp4: self.0.has(F_GUEST_CSUM) && self.0.has(F_GUEST_TSO4),
+            tcp6: self.0.has(F_GUEST_CSUM) && self.0.has(F_GUEST_TSO6),
+        }
+    }
+
+    /// The longest packet of the card, without the Ethernet header.
+    pub fn mtu(&self) -> u16 {
+        self.0.mtu
     }
 
     /// Whether the guest has a driver for the card.

@@ -1,4 +1,5 @@
 use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
@@ -9,6 +10,7 @@ use crate::virtio::{F_EVENT_IDX, F_VERSION_1, QueueRunner};
 const CARD: NetConfig = NetConfig {
     mac: [2, 0, 0, 0, 0, 1],
     mtu: 1500,
+    offload: false,
 };
 
 /// A network of a test's: it counts how often it is woken.
@@ -91,6 +93,52 @@ fn frames_from_the_guest_arrive_when_the_thread_takes_them() {
     assert!(plug.port().receive().is_empty());
     assert!(guest.must_kick(TRANSMIT) || guest.features & F_EVENT_IDX != 0);
     assert_eq!(plug.woken(), 0, "it took them itself");
+}
+
+/// A guest with a card whose frames leave the process.
+fn offloading(mask: u64) -> (FakeGuest, Arc<Plug>) {
+    let plug = Arc::new(Plug::default());
+    let card = NetConfig {
+        offload: true,
+        ..CARD
+    };
+    let device = NetDevice::new(card, plug.clone());
+    plug.port().keep_headers();
+    (FakeGuest::start(device, mask, QueueRunner::Inline), plug)
+}
+
+#[test]
+fn a_backend_that_wants_headers_gets_them_and_gives_them() {
+    let (mut guest, plug) = offloading(u64::MAX);
+    let port = plug.port();
+    let all = Offloads {
+        checksums: true,
+        tcp4: true,
+        tcp6: true,
+    };
+    assert_eq!(port.offloads(), all);
+    let header: Vec<u8> = (1..=HEADER_LEN as u8).collect();
+    let sent = [&header[..], &[7; 60]].concat();
+    let buffer = guest.readable(&sent);
+    guest.add(TRANSMIT, &[buffer]);
+    // A header alone is no frame.
+    let buffer = guest.readable(&header);
+    guest.add(TRANSMIT, &[buffer]);
+    assert_eq!(port.receive(), std::slice::from_ref(&sent));
+    let buffer = guest.buffer(200, true);
+    guest.add(RECEIVE, &[buffer]);
+    port.push_whole(header.clone());
+    port.push_whole(sent.clone());
+    port.flush();
+    guest.wait_used(RECEIVE);
+    let got = guest.bytes(buffer);
+    assert_eq!(got[..NUM_BUFFERS], sent[..NUM_BUFFERS]);
+    assert_eq!(got[NUM_BUFFERS..HEADER_LEN], [1, 0]);
+    assert_eq!(got[HEADER_LEN..sent.len()], sent[HEADER_LEN..]);
+    guest.mmio.reset();
+    assert_eq!(port.offloads(), Offloads::default());
+    let (_, plug) = offloading(!F_GUEST_CSUM);
+    assert_eq!(plug.port().offloads(), Offloads::default());
 }
 
 #[test]
@@ -355,4 +403,69 @@ proptest! {
             prop_assert!((0..*len).all(|at| whole[HEADER_LEN + at] == at as u8));
         }
     }
+}
+
+/// A network whose thread is at the queue before the processor that woke it has left it.
+#[derive(Default)]
+struct Hasty {
+    port: OnceLock<NetPort>,
+    woken: AtomicUsize,
+    attempts: AtomicUsize,
+}
+
+impl NetBackend for Hasty {
+    fn attach(&self, port: NetPort) {
+        assert!(self.port.set(port).is_ok(), "attached once");
+    }
+
+    fn wake(&self) {
+        let before = self.attempts.load(Ordering::SeqCst);
+        self.woken.fetch_add(1, Ordering::SeqCst);
+        let until = Instant::now() + Duration::from_millis(500);
+        while self.attempts.load(Ordering::SeqCst) == before && Instant::now() < until {
+            std::thread::yield_now();
+        }
+        // It is about to ask, or has asked.
+        std::thread::sleep(Duration::from_millis(5));
+    }
+
+    fn connections(&self) -> Vec<Connection> {
+        Vec::new()
+    }
+
+    fn replace(&self, _: Vec<Connection>) {}
+
+    fn close(&self) {}
+}
+
+/// The thread that takes the guest's frames and the processor that says that there are some were at the
+/// queue in turn once, each sending the other round again.
+#[test]
+fn a_notification_wakes_the_thread_once() {
+    const ENOUGH: usize = 10;
+    let hasty = Arc::new(Hasty::default());
+    let device = NetDevice::new(CARD, hasty.clone());
+    let mut guest = FakeGuest::start(device, u64::MAX, QueueRunner::Inline);
+    let before = hasty.woken.load(Ordering::SeqCst);
+    let buffer = guest.readable(&[1; HEADER_LEN + 60]);
+    guest.add(TRANSMIT, &[buffer]);
+    let taken = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let (mut seen, mut taken) = (before, 0);
+            let until = Instant::now() + Duration::from_secs(10);
+            while taken == 0 && seen < before + ENOUGH && Instant::now() < until {
+                let woken = hasty.woken.load(Ordering::SeqCst);
+                if woken > seen {
+                    seen = woken;
+                    hasty.attempts.fetch_add(1, Ordering::SeqCst);
+                    taken += hasty.port.get().expect("attached").receive().len();
+                }
+            }
+            taken
+        });
+        guest.kick(TRANSMIT);
+        thread.join().expect("the thread")
+    });
+    assert_eq!(hasty.woken.load(Ordering::SeqCst) - before, 1);
+    assert_eq!(taken, 1);
 }

@@ -161,3 +161,38 @@ fn what_was_never_finished_is_swept() {
     assert!(registry.list().expect("list").is_empty());
     assert!(!staged.exists() && !gone.exists());
 }
+
+/// A folder between its making and the lock in it looks like a dead process's to whoever lists.
+#[test]
+fn lists_take_no_folder_away_that_is_being_made() {
+    const MAKERS: usize = 3;
+    const EACH: usize = 150;
+    let folder = tempfile::tempdir().expect("folder");
+    let registry = registry(folder.path());
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let makers: Vec<_> = (0..MAKERS)
+            .map(|maker| {
+                let registry = &registry;
+                scope.spawn(move || {
+                    for turn in 0..EACH {
+                        let name = format!("m{maker}-{turn}");
+                        let entry = registry.create(config(&name), None).expect("a place");
+                        assert_eq!(entry.config.name, name);
+                    }
+                })
+            })
+            .collect();
+        let lister = scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                registry.list().expect("a list");
+            }
+        });
+        for maker in makers {
+            maker.join().expect("a maker");
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        lister.join().expect("the lister");
+    });
+    assert_eq!(registry.list().expect("a list").len(), MAKERS * EACH);
+}
