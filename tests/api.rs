@@ -354,7 +354,7 @@ fn docker_copies_files_and_watches_machines() {
         .duration_since(std::time::UNIX_EPOCH)
         .expect("a time")
         .as_secs();
-    let script = "exec -a worker sleep 1000";
+    let script = "sleep 1000";
     let ran = docker(&[
         "run",
         "-d",
@@ -551,12 +551,12 @@ fn docker_keeps_networks_and_volumes() {
     // Volumes that were made with machines, and by themselves.
     assert_eq!(good(&["volume", "ls", "-q"]), "one\ntwo");
     assert_eq!(
-        good(&["volume", "create", "-o", "size=128m", "kept"]),
+        good(&["volume", "create", "-o", "size=512m", "kept"]),
         "kept"
     );
     assert_eq!(
         good(&["volume", "inspect", "--format", "{{.Options.size}}", "kept"]),
-        "134217728"
+        "536870912"
     );
     let ran = docker(&["volume", "rm", "one"]);
     assert!(

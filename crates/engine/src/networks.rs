@@ -51,30 +51,18 @@ const PREFIXES_V6: std::ops::RangeInclusive<u8> = 48..=112;
 const PREFIX_V6: u8 = 64;
 
 /// What is asked of a new network.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetworkPlan {
     /// Its addresses; one of each family at most, and those that are missing are chosen.
     pub subnets: Vec<IpNet>,
     /// The gateway's address; `None` is the first.
     pub gateway: Option<Ipv4Addr>,
-    /// Whether it has IPv6.
-    pub ipv6: bool,
+    /// Whether it has IPv6; `None`: where such a subnet is named.
+    pub ipv6: Option<bool>,
     /// Machines that are on such networks only reach nothing else.
     pub internal: bool,
     /// What its owner says of it.
     pub labels: BTreeMap<String, String>,
-}
-
-impl Default for NetworkPlan {
-    fn default() -> Self {
-        Self {
-            subnets: Vec::new(),
-            gateway: None,
-            ipv6: true,
-            internal: false,
-            labels: BTreeMap::new(),
-        }
-    }
 }
 
 /// What a network is.
@@ -320,7 +308,7 @@ fn wanted(plan: &NetworkPlan) -> Result<(Option<Ipv4Net>, Option<Ipv6Net>), Engi
         if twice {
             return Err(unusable("it is the second of its family"));
         }
-        if net.network().is_ipv6() && !plan.ipv6 {
+        if net.network().is_ipv6() && plan.ipv6 == Some(false) {
             return Err(unusable("the network is to have no IPv6"));
         }
     }
@@ -339,7 +327,8 @@ pub fn create(paths: &Paths, name: &str, plan: NetworkPlan) -> Result<NetworkCon
     let others = configs(paths)?;
     let subnet = subnet(v4, &others)?;
     let id: [u8; 16] = random()?;
-    let subnet6 = plan.ipv6.then(|| subnet6(v6, id, &others)).transpose()?;
+    let ipv6 = plan.ipv6.unwrap_or(v6.is_some());
+    let subnet6 = ipv6.then(|| subnet6(v6, id, &others)).transpose()?;
     if let Some(gateway) = plan.gateway {
         let ends = [subnet.network(), subnet.broadcast()];
         if !subnet.contains(&gateway) || ends.contains(&gateway) {
@@ -546,10 +535,14 @@ mod tests {
         let member = &inspect(&paths, "own").unwrap().members[0];
         assert_eq!(member.address6, Some("fd01:2:3::2".parse().unwrap()));
         drop(segment);
-        let chosen = create(&paths, "chosen", NetworkPlan::default()).unwrap();
+        let six = NetworkPlan {
+            ipv6: Some(true),
+            ..NetworkPlan::default()
+        };
+        let chosen = create(&paths, "chosen", six).unwrap();
         assert!(chosen.subnet6.unwrap().network().is_unique_local());
         let old = NetworkPlan {
-            ipv6: false,
+            ipv6: Some(false),
             gateway: Some(Ipv4Addr::new(10, 70, 0, 2)),
             internal: true,
             ..plan("10.70.0.0/29")
@@ -595,7 +588,7 @@ mod tests {
             );
         }
         let mut without = plan("fd05::/64");
-        without.ipv6 = false;
+        without.ipv6 = Some(false);
         assert!(matches!(make(without), Err(EngineError::BadSubnet { .. })));
         for gateway in ["10.71.0.0", "10.71.0.255", "10.72.0.1"] {
             let mut outside = plan("10.71.0.0/24");

@@ -222,7 +222,6 @@ fn plan(body: Value) -> Result<(String, NetworkPlan), ApiError> {
             "Networks of machines are made by Skerry itself: leave the driver {driver} out"
         )));
     }
-    // Without a word of it there is IPv6: it costs nothing.
     let ipv6: Option<bool> = fields.take("EnableIPv6")?;
     if fields.take::<Option<bool>>("EnableIPv4")? == Some(false) {
         return Err(ApiError::invalid(
@@ -230,7 +229,7 @@ fn plan(body: Value) -> Result<(String, NetworkPlan), ApiError> {
         ));
     }
     let mut plan = NetworkPlan {
-        ipv6: ipv6.unwrap_or(true),
+        ipv6,
         internal: fields.take("Internal")?,
         labels: fields.take("Labels")?,
         ..NetworkPlan::default()
@@ -307,7 +306,7 @@ mod tests {
             ["10.90.0.0/24".parse::<IpNet>().expect("a net")]
         );
         assert_eq!(made.gateway, Some(Ipv4Addr::new(10, 90, 0, 9)));
-        assert!(made.internal && !made.ipv6);
+        assert!(made.internal && made.ipv6 == Some(false));
         assert_eq!(made.labels["a"], "b");
     }
 

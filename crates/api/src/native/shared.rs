@@ -128,25 +128,19 @@ pub(crate) struct NewNetwork {
     name: String,
     /// Its addresses, such as `10.90.0.0/24`; some that are free without it.
     subnet: Option<String>,
-    /// Its IPv6 addresses, such as `fd00:90::/64`; random ones without it.
+    /// Its IPv6 addresses, such as `fd00:90::/64`.
     subnet6: Option<String>,
     /// The gateway's IPv4 address; the first without it.
     #[schema(value_type = Option<String>)]
     gateway: Option<Ipv4Addr>,
-    /// Whether it has IPv6 addresses.
-    #[serde(default = "yes")]
-    #[schema(default = true)]
-    ipv6: bool,
+    /// Whether it has IPv6 addresses; without it, where `subnet6` names some.
+    ipv6: Option<bool>,
     /// Machines that are on such networks only reach nothing else.
     #[serde(default)]
     internal: bool,
     /// What its owner says of it.
     #[serde(default)]
     labels: BTreeMap<String, String>,
-}
-
-const fn yes() -> bool {
-    true
 }
 
 /// Makes a network.

@@ -36,7 +36,7 @@ pub enum NetworksCommand {
 #[derive(Debug, Args)]
 pub struct NetworkCreateArgs {
     /// Its addresses, of private ones; once for IPv4 and once for IPv6 [default: 256 that no other network
-    /// has, from 10.89.0.0/16, and 64 bits' worth of random IPv6 ones]
+    /// has, from 10.89.0.0/16, and with --ipv6 random IPv6 ones]
     #[arg(long, value_name = "CIDR")]
     pub subnet: Vec<IpNet>,
 
@@ -45,10 +45,9 @@ pub struct NetworkCreateArgs {
     #[arg(long, value_name = "IP")]
     pub gateway: Option<Ipv4Addr>,
 
-    /// Whether it has IPv6 addresses
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true,
-          default_missing_value = "true", action = clap::ArgAction::Set)]
-    pub ipv6: bool,
+    /// Whether it has IPv6 addresses too [default: where --subnet names some]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub ipv6: Option<bool>,
 
     /// Machines that are on such networks only reach nothing else, unless a reach is named too
     #[arg(long)]
