@@ -1,7 +1,7 @@
 //! fio on a volume and in a shared folder, in a guest of Skerry's and in one of QEMU's TCG with virtio-blk and
-//! virtiofsd: the same kernel, programs and files.
+//! virtiofsd: the same kernel, programs and files. Beside them, fio on the host itself.
 //!
-//! `cargo run --release -p skerry-benches --bin bench-folders -- --rounds 3`
+//! `cargo run --release -p skerry-benches --bin bench-folders -- --rounds 5 --check`
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,9 +15,15 @@ use skerry_benches::{Machine, QEMU, median, qemu_version, skerry, timed};
 /// Throughput of files beside QEMU's TCG
 #[derive(Parser)]
 struct Options {
-    /// Rounds of all jobs
+    /// Rounds of all jobs; the host comes first, then Skerry or QEMU by turns
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Fail where a row misses its limit
+    #[arg(long)]
+    check: bool,
+    /// Where the files of both lie
+    #[arg(long, default_value = "/var/tmp", value_name = "FOLDER")]
+    files: PathBuf,
     /// Seconds of each job
     #[arg(long, default_value_t = 4)]
     seconds: u32,
@@ -55,14 +61,17 @@ const READ_FIELD: usize = 6;
 const WRITE_FIELD: usize = 47;
 const KINDS: [&str; 2] = ["volume", "folder"];
 const MEMORY: u32 = 512;
+/// How many times as fast as QEMU each row has to be.
+const LIMIT: f64 = 1.5;
 
-/// The script that both guests run in `/work`: fio for each job.
-fn script(seconds: u32) -> String {
+/// The script that all run: fio in the first argument's folder, for each job with the third argument's options.
+fn script(options: &Options, fio: &str) -> String {
     let mut script = String::from("cd \"$1\"\n");
+    let seconds = options.seconds;
     for (job, options) in JOBS {
         script.push_str(&format!(
-            "echo \"RESULT $2 {job} $(/usr/bin/fio --minimal --thread --name=job --filename=file --size=96M \
-             --ioengine=psync --time_based --runtime={seconds} {options} | tail -n 1)\"\n"
+            "echo \"RESULT $2 {job} $({fio} --minimal --thread --name=job --filename=file --size=96M \
+             --ioengine=psync --time_based --runtime={seconds} {options} $3 | tail -n 1)\"\n"
         ));
     }
     script.push_str("rm -f file\n");
@@ -93,7 +102,7 @@ fn make_root(options: &Options, root: &Path) -> Result<()> {
             fs::copy(word, to)?;
         }
     }
-    fs::write(root.join("bench.sh"), script(options.seconds))?;
+    fs::write(root.join("bench.sh"), script(options, "/usr/bin/fio"))?;
     let init = "#!/bin/sh\nmount -t proc proc /proc\nmount -t devtmpfs dev /dev 2>/dev/null\n\
         mount -t ext4 -o noinit_itable /dev/vda /volume\nmount -t virtiofs folder /folder\n\
         sh /bench.sh /volume volume\nsh /bench.sh /folder folder\npoweroff -f\n";
@@ -105,10 +114,10 @@ fn make_root(options: &Options, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// KiB/s of every job, by its number, first on the volume.
-fn results(text: &str) -> Result<Vec<f64>> {
+/// KiB/s of every job, by its number, on each kind of place.
+fn results(text: &str, kinds: &[&str]) -> Result<Vec<f64>> {
     let mut found = Vec::new();
-    for kind in KINDS {
+    for kind in kinds {
         for (job, _) in JOBS {
             let begin = format!("RESULT {kind} {job} ");
             let line = text
@@ -128,6 +137,18 @@ fn results(text: &str) -> Result<Vec<f64>> {
     Ok(found)
 }
 
+/// On the host: through its page cache, which is where both guests' files are.
+fn native(options: &Options, work: &Path) -> Result<Vec<f64>> {
+    let text = script(options, &options.fio.display().to_string());
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &text, "bench"])
+        .arg(work.join("shared"));
+    command.args(["host", "--direct=0 --invalidate=0"]);
+    let once = results(&timed(command)?.0, &["host"])?;
+    Ok([once.clone(), once].concat())
+}
+
 fn ours(options: &Options, work: &Path) -> Result<Vec<f64>> {
     let mut command = Command::new(skerry()?);
     command.args(["run", "--hypervisor", &options.hypervisor, "--memory"]);
@@ -142,7 +163,7 @@ fn ours(options: &Options, work: &Path) -> Result<Vec<f64>> {
         "sh /bench.sh /volume volume; sh /bench.sh /folder folder",
     ]);
     command.env("XDG_DATA_HOME", work.join("data"));
-    results(&timed(command)?.0)
+    results(&timed(command)?.0, &KINDS)
 }
 
 /// Ends what it holds when it goes.
@@ -200,13 +221,13 @@ fn theirs(options: &Options, work: &Path) -> Result<Vec<f64>> {
         "-device",
         "vhost-user-fs-device,chardev=fs,tag=folder,queue-size=1024",
     ]);
-    results(&timed(command)?.0)
+    results(&timed(command)?.0, &KINDS)
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
     let version = qemu_version(&options.qemu)?;
-    let folder = tempfile::tempdir_in("/var/tmp")?;
+    let folder = tempfile::tempdir_in(&options.files)?;
     let work = folder.path();
     let root = work.join("root");
     make_root(&options, &root)?;
@@ -241,30 +262,95 @@ fn main() -> Result<()> {
     if !copied.success() {
         bail!("The volume can't be copied");
     }
-    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let mut rounds = Vec::new();
     for round in 0..options.rounds {
-        a.push(ours(&options, work)?);
-        b.push(theirs(&options, work)?);
+        let host = native(&options, work)?;
+        let (ours, theirs) = match round % 2 {
+            0 => {
+                let ours = ours(&options, work)?;
+                (ours, theirs(&options, work)?)
+            }
+            _ => {
+                let theirs = theirs(&options, work)?;
+                (self::ours(&options, work)?, theirs)
+            }
+        };
+        rounds.push([host, ours, theirs]);
         eprintln!("round {} of {}", round + 1, options.rounds);
     }
     println!(
         "fio, MiB/s, medians of {} rounds in turn; {version} (TCG), virtiofsd",
         options.rounds
     );
-    println!("{:<22} {:>8} {:>8} {:>6}", "job", "skerry", "qemu", "ratio");
+    let missed = print_table(&rounds);
+    match missed {
+        0 => println!("all rows keep the limit"),
+        missed => println!("{missed} rows MISSED the limit"),
+    }
+    if options.check && missed > 0 {
+        bail!("{missed} rows are less than {LIMIT} times as fast as QEMU");
+    }
+    Ok(())
+}
+
+/// Prints a row for each job; returns how many miss the limit. Ratios are those of one round each: what
+/// else the host does changes from round to round.
+fn print_table(rounds: &[[Vec<f64>; 3]]) -> usize {
+    println!(
+        "{:<20} {:>8} {:>8} {:>8} {:>7}   limit {LIMIT}",
+        "job", "host", "skerry", "qemu", "ratio"
+    );
     let names = KINDS
         .iter()
         .flat_map(|kind| JOBS.map(|(job, _)| format!("{kind} {job}")));
+    let mut missed = 0;
     for (number, name) in names.enumerate() {
-        let column = |rows: &[Vec<f64>]| {
-            let mut column: Vec<f64> = rows.iter().map(|row| row[number] / 1024.0).collect();
-            median(&mut column)
+        let middle = |figure: &dyn Fn(&[Vec<f64>; 3]) -> f64| {
+            median(&mut rounds.iter().map(figure).collect::<Vec<_>>())
         };
-        let (ours, theirs) = (column(&a), column(&b));
+        let [host, ours, theirs] =
+            [0, 1, 2].map(|who| middle(&|round| round[who][number] / 1024.0));
+        let ratio = middle(&|[_, ours, theirs]| ours[number] / theirs[number]);
+        let kept = ratio >= LIMIT;
+        missed += usize::from(!kept);
         println!(
-            "{name:<22} {ours:>8.1} {theirs:>8.1} {:>6.2}",
-            ours / theirs
+            "{name:<20} {host:>8.1} {ours:>8.1} {theirs:>8.1} {ratio:>7.2}   {}",
+            if kept { "kept" } else { "MISSED" }
         );
     }
-    Ok(())
+    missed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_judged_by_the_ratios_of_its_rounds() {
+        let round = |ours: f64, theirs: f64| {
+            let rows = |figure| vec![figure; JOBS.len() * KINDS.len()];
+            [rows(1.0), rows(ours), rows(theirs)]
+        };
+        // A round on a busy host is slow for both.
+        let kept = [round(30.0, 20.0), round(3.0, 2.0), round(10.0, 9.0)];
+        assert_eq!(print_table(&kept), 0);
+        let missed = [round(30.0, 20.0), round(2.9, 2.0), round(10.0, 9.0)];
+        assert_eq!(print_table(&missed), JOBS.len() * KINDS.len());
+    }
+
+    #[test]
+    fn results_are_fios() {
+        let mut text = String::new();
+        for (number, (job, _)) in JOBS.iter().enumerate() {
+            let mut fields = vec!["0".to_owned(); 60];
+            let write = job.contains("write");
+            fields[if write { WRITE_FIELD } else { READ_FIELD }] = number.to_string();
+            text += &format!("RESULT host {job} {}\n", fields.join(";"));
+        }
+        assert_eq!(
+            results(&text, &["host"]).unwrap(),
+            [0.0, 1.0, 2.0, 3.0, 4.0]
+        );
+        assert!(results(&text, &KINDS).is_err());
+    }
 }

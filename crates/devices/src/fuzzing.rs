@@ -21,6 +21,7 @@ use crate::serial::Uart;
 use crate::virtio::balloon::BalloonDevice;
 use crate::virtio::block::{BlockConfig, BlockDevice};
 use crate::virtio::console::{ConsoleDevice, ConsolePort, PortHandle};
+use crate::virtio::fs::FsDevice;
 use crate::virtio::net::{Checksum, Connection, NetBackend, NetConfig, NetDevice, NetPort};
 use crate::virtio::rng::RngDevice;
 use crate::virtio::testing::{BUFFERS, FakeGuest};
@@ -276,6 +277,69 @@ pub fn virtio_rng(data: &[u8]) {
 pub fn virtio_balloon(data: &[u8]) {
     let sink = Arc::new(crate::virtio::balloon::recording::Recorder::default());
     run_virtio(data, BalloonDevice::new(sink), NoHost);
+}
+
+/// The file system device, over a folder with a secret beside it.
+pub fn virtio_fs(data: &[u8]) {
+    let mut script = Script(data);
+    let device = FsDevice::new("fuzz", skerry_share::fuzz::share());
+    let guest = FakeGuest::start_in(ram(), device, u64::MAX, QueueRunner::Inline);
+    let mut shadow = vec![0; 2];
+    while !script.is_over() {
+        match script.byte() {
+            0..=127 => send_request(&mut script, &guest, &mut shadow),
+            _ => guest_step(&mut script, &guest, 2, &mut shadow),
+        }
+    }
+    // Waits for the device's own thread.
+    guest.mmio.close();
+    skerry_share::fuzz::nothing_left_the_folder();
+}
+
+/// A request of FUSE in two buffers, with an operation that there is, on files that there may be.
+fn send_request(script: &mut Script<'_>, guest: &FakeGuest, shadow: &mut [u16]) {
+    const SYNC_FS: u8 = 50;
+    let opcode = match script.byte() % 52 {
+        // Right, and slow.
+        SYNC_FS => 0,
+        opcode => opcode,
+    };
+    let mut raw = vec![0; 40];
+    raw[4] = opcode;
+    raw[16] = script.byte() % 8;
+    // Handles and offsets are small numbers; names are short, or those that there are.
+    raw.extend(u64::from(script.byte() % 8).to_le_bytes());
+    raw.extend(u64::from(script.u16()).to_le_bytes());
+    for _ in 0..script.byte() % 16 {
+        raw.push(script.byte() & 0x2f);
+    }
+    raw.extend_from_slice(match script.byte() % 4 {
+        0 => b"link\0",
+        1 => b"file\0",
+        2 => b"../secret\0",
+        _ => b"folder\0",
+    });
+    let (address, room) = (BUFFERS + 0x1_0000, BUFFERS + 0x2_0000);
+    let _ = guest.ram.write_slice(&raw, GuestAddress(address));
+    let (descriptors, available, _) = guest.rings(1);
+    let mut table = address.to_le_bytes().to_vec();
+    table.extend((raw.len() as u32).to_le_bytes());
+    table.extend([1, 0, 15, 0]);
+    table.extend(room.to_le_bytes());
+    table.extend((script.len() & 0xfff).to_le_bytes());
+    table.extend([2, 0, 0, 0]);
+    let write = |address: u64, bytes: &[u8]| {
+        let _ = guest.ram.write_slice(bytes, GuestAddress(address));
+    };
+    write(descriptors + 16 * 14, &table);
+    let size = guest.size(1);
+    write(
+        available + 4 + 2 * u64::from(shadow[1] % size),
+        &14u16.to_le_bytes(),
+    );
+    shadow[1] = shadow[1].wrapping_add(1);
+    write(available + 2, &shadow[1].to_le_bytes());
+    guest.kick(1);
 }
 
 /// What a network card of a target is plugged into.
@@ -553,6 +617,11 @@ mod tests {
     #[test]
     fn vsock_survives() {
         run(virtio_vsock, 300);
+    }
+
+    #[test]
+    fn fs_survives() {
+        run(virtio_fs, 300);
     }
 
     #[test]

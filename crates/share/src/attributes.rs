@@ -168,6 +168,12 @@ impl Share {
         }
     }
 
+    /// Whether a file has modes that writing takes away, on threads without the right to leave them.
+    pub(crate) fn has_privileges(fd: impl AsFd) -> Result<bool, Errno> {
+        let mode = u32::from(host::stat(fd.as_fd())?.stx_mode);
+        Ok(mode & (SET_UID | SET_GID) != 0)
+    }
+
     /// Gives a new file the owner and the mode that its maker meant; the host gave it this process's.
     pub(crate) fn finish(
         &self,

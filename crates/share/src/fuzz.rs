@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use skerry_storage::{IoBuf, IoBufMut};
 
@@ -33,12 +33,28 @@ impl Place {
     }
 }
 
+fn place() -> &'static Place {
+    static PLACE: OnceLock<Place> = OnceLock::new();
+    PLACE.get_or_init(Place::new)
+}
+
+/// A folder for a device to share, with a secret beside it.
+pub fn share() -> Arc<Share> {
+    Share::open(&place().inner(), ShareOptions::default()).expect("share")
+}
+
+/// Fails if what is outside the folder was changed.
+pub fn nothing_left_the_folder() {
+    let outer = place().outer.path();
+    let secret = std::fs::read(outer.join("secret")).expect("secret");
+    assert_eq!(secret, SECRET, "the secret was changed");
+    assert_eq!(entries(outer), 2, "something was made outside");
+}
+
 /// Any bytes as a session: each request is a length, then so many bytes of it behind a made-up header.
 /// What is outside the folder must be neither read nor changed.
 pub fn share_session(bytes: &[u8]) {
-    static PLACE: OnceLock<Place> = OnceLock::new();
-    let place = PLACE.get_or_init(Place::new);
-    let share = Share::open(&place.inner(), ShareOptions::default()).expect("share");
+    let share = share();
     let mut reply = Vec::new();
     let mut rest = bytes;
     while let Some((&[opcode, node, len], after)) = rest.split_first_chunk() {
@@ -59,9 +75,7 @@ pub fn share_session(bytes: &[u8]) {
             let _ = share.restore(share.save());
         }
     }
-    let secret = std::fs::read(place.outer.path().join("secret")).expect("secret");
-    assert_eq!(secret, SECRET, "the secret was changed");
-    assert_eq!(entries(place.outer.path()), 2, "something was made outside");
+    nothing_left_the_folder();
 }
 
 fn one(share: &Share, request: &[u8], reply: &mut Vec<u8>) {
@@ -69,6 +83,11 @@ fn one(share: &Share, request: &[u8], reply: &mut Vec<u8>) {
     header.copy_from_slice(&request[..REQUEST_HEADER]);
     let header = RequestHeader::parse(&header);
     let (args, data) = request.split_at(header.args_end(request.len()));
+    if header.is_write()
+        && let Some(args) = args[REQUEST_HEADER..].first_chunk()
+    {
+        let _ = share.writes_quickly(args);
+    }
     let mut buffer = [0; 256];
     let room = [IoBufMut::from(&mut buffer[..])];
     let room = if header.fills_buffers() {
@@ -101,8 +120,7 @@ fn entries(folder: &Path) -> usize {
 
 /// Any bytes as the saved state of a session.
 pub fn share_state(bytes: &[u8]) {
-    static PLACE: OnceLock<Place> = OnceLock::new();
-    let place = PLACE.get_or_init(Place::new);
+    let place = place();
     let Ok(state) = serde_json::from_slice::<crate::ShareState>(bytes) else {
         return;
     };

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::{FileType, RawDir, SeekFrom};
+use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +56,12 @@ impl Handle {
             true => Err(Errno::ISDIR),
             false => self.file(),
         }
+    }
+
+    /// Whether what is written to it is on the host's disk before the writer goes on.
+    pub(crate) fn is_synchronous(&self) -> bool {
+        let synchronous = OFlags::SYNC.union(OFlags::DSYNC);
+        OFlags::from_bits_retain(self.flags).intersects(synchronous)
     }
 
     /// Hands out a directory's entries from a place on, until `take` refuses one, which is handed out

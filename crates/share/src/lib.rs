@@ -54,7 +54,7 @@ use nodes::{Known, Nodes, Place, ROOT};
 use owner::Owners;
 pub use session::ShareState;
 use wire::{Args, Name, Opcode, Put};
-pub use wire::{REPLY_HEADER, REQUEST_HEADER, RequestHeader};
+pub use wire::{REPLY_HEADER, REQUEST_HEADER, RequestHeader, WRITE_ARGS};
 
 /// How long the guest may believe what it was told of a file.
 pub const VALID: Duration = Duration::from_secs(1);

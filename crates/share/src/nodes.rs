@@ -319,7 +319,7 @@ impl Nodes {
         Ok(())
     }
 
-    #[cfg(any(test, feature = "fuzzing"))]
+    #[cfg(test)]
     pub(crate) fn counts(&self) -> (usize, usize) {
         (self.by_number.len(), self.open)
     }

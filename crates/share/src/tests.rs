@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use skerry_storage::{IoBuf, IoBufMut};
 
 use crate::nodes::ROOT;
-use crate::wire::{Opcode, Put};
+use crate::wire::{Opcode, Put, WRITE_KILL_SUIDGID};
 use crate::{Answer, REQUEST_HEADER, Share, ShareOptions, fuzz};
 
 struct Guest {
@@ -561,4 +561,35 @@ proptest! {
     ) {
         fuzz::share_session(&bytes);
     }
+}
+
+/// A thread without rights that writes takes away set-user-id; one that must not wait has no use for files that are
+/// written to the disk at once.
+#[test]
+fn what_is_written_by_a_thread_without_rights() {
+    let mut world = World::new();
+    fs::write(world.path("plain"), "").unwrap();
+    fs::write(world.path("setuid"), "").unwrap();
+    let node = world.guest.look_up(ROOT, "plain").unwrap();
+    let quickly = |share: &Share, handle: u64, flags: u32| {
+        let mut args = Vec::new();
+        args.u64(handle).u64(0).u32(0).u32(flags).u64(0).u64(0);
+        share.writes_quickly(args.as_slice().try_into().unwrap())
+    };
+    const WRITE_ONLY: u32 = 1;
+    let handle = world.guest.open(node, WRITE_ONLY).unwrap();
+    assert!(quickly(&world.guest.share, handle, 0));
+    assert!(!quickly(&world.guest.share, handle, WRITE_KILL_SUIDGID));
+    for sync in [rustix::fs::OFlags::SYNC, rustix::fs::OFlags::DSYNC] {
+        let handle = world.guest.open(node, WRITE_ONLY | sync.bits()).unwrap();
+        assert!(!quickly(&world.guest.share, handle, 0), "{sync:?}");
+    }
+    let node = world.guest.look_up(ROOT, "setuid").unwrap();
+    let handle = world.guest.open(node, WRITE_ONLY).unwrap();
+    for (mode, quick) in [(0o4755, false), (0o2755, false), (0o755, true)] {
+        fs::set_permissions(world.path("setuid"), fs::Permissions::from_mode(mode)).unwrap();
+        assert_eq!(quickly(&world.guest.share, handle, 0), quick, "{mode:o}");
+    }
+    // An error is one wherever it is answered.
+    assert!(quickly(&world.guest.share, 99, 0));
 }

@@ -9,7 +9,7 @@ pub const REQUEST_HEADER: usize = 40;
 /// Bytes of `struct fuse_out_header`.
 pub const REPLY_HEADER: usize = 16;
 /// Bytes of `struct fuse_write_in`, behind which a write has its data.
-const WRITE_ARGS: usize = 40;
+pub const WRITE_ARGS: usize = 40;
 /// Bytes of `struct fuse_entry_out`.
 pub(crate) const ENTRY_LEN: usize = 128;
 /// The longest name of a file.
@@ -81,7 +81,7 @@ impl RequestHeader {
     /// How many bytes of a request of `len` bytes come before data that need not be copied.
     #[must_use]
     pub fn args_end(&self, len: usize) -> usize {
-        match self.is(Opcode::Write) {
+        match self.is_write() {
             true => len.min(REQUEST_HEADER + WRITE_ARGS),
             false => len,
         }
@@ -97,6 +97,12 @@ impl RequestHeader {
     #[must_use]
     pub fn is_silent(&self) -> bool {
         self.is(Opcode::Forget) || self.is(Opcode::BatchForget)
+    }
+
+    /// Whether this is a write, which may be quick ([`Share::writes_quickly`](crate::Share::writes_quickly)).
+    #[must_use]
+    pub fn is_write(&self) -> bool {
+        self.is(Opcode::Write)
     }
 
     /// Whether the answer takes nothing but files that are open: no name, no right of an owner's, no

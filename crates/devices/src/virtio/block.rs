@@ -39,7 +39,8 @@ const RANGE_UNMAP: u32 = 1;
 /// Bytes of the answer to GET_ID (5.2.6).
 const ID_LEN: usize = 20;
 
-const QUEUE_SIZE: u16 = 256;
+/// Room for a request of 1 MiB whose pages lie apart.
+const QUEUE_SIZE: u16 = 512;
 /// Data buffers of one request: the queue's size less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Ranges of one discard or write-zeroes request.

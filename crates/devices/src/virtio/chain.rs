@@ -15,6 +15,12 @@ pub struct Segment {
     pub len: u32,
 }
 
+impl Segment {
+    fn end(&self) -> Option<u64> {
+        self.address.checked_add(self.len.into())
+    }
+}
+
 /// A piece of guest memory as the host reaches it.
 pub type RamSlice<'a> = VolatileSlice<'a, RefSlice<'a, PageTracker>>;
 
@@ -54,7 +60,11 @@ impl Chain {
         };
         *total = total.checked_add(segment.len).ok_or(TooLong)?;
         total.checked_add(other).ok_or(TooLong)?;
-        list.push(segment);
+        // Neighbours are one: a guest's buffer of many pages often lies in one piece.
+        match list.last_mut() {
+            Some(last) if last.end() == Some(segment.address) => last.len += segment.len,
+            _ => list.push(segment),
+        }
         Ok(())
     }
 

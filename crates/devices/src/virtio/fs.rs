@@ -1,7 +1,8 @@
 //! The file system device (virtio 1.3, 5.11) over a [`Share`]: carries FUSE requests to it and answers back.
 //!
 //! Names are the business of the device's own thread, which is confined to what a server of files does;
-//! a processor's answers only what concerns files that are open. What a request reads or writes of a file goes straight between the file and the guest's buffers.
+//! a processor's answers only what concerns files that are open, and needs no rights and no disk. What a request
+//! reads or writes of a file goes straight between the file and the guest's buffers.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +11,9 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use skerry_confine::Role;
 use skerry_hypervisor::memory::GuestRam;
-use skerry_share::{Answer, REPLY_HEADER, REQUEST_HEADER, RequestHeader, Share, ShareState};
+use skerry_share::{
+    Answer, REPLY_HEADER, REQUEST_HEADER, RequestHeader, Share, ShareState, WRITE_ARGS,
+};
 use skerry_storage::{IoBuf, IoBufMut};
 
 use super::{
@@ -61,6 +64,18 @@ impl FsDevice {
             config,
             scratch: Default::default(),
         })
+    }
+
+    /// Whether a processor's thread may answer a request.
+    fn is_quick(&self, header: &RequestHeader, chain: &Chain, ram: &GuestRam) -> bool {
+        if !header.is_write() {
+            return header.is_quick();
+        }
+        let mut args = [0; WRITE_ARGS];
+        let mut reader = chain.reader(ram);
+        let read = reader.skip(REQUEST_HEADER);
+        let read = read.and_then(|()| reader.read_exact(&mut args));
+        read.is_ok() && self.share.writes_quickly(&args)
     }
 
     /// Answers one request; returns the bytes written to the guest's memory.
@@ -148,7 +163,7 @@ impl VirtioDevice for FsDevice {
         let ram = queue.ram().clone();
         while let Some(chain) = queue.pop()? {
             let header = header(&chain, &ram)?;
-            if !queue.may_wait() && !header.is_quick() {
+            if !queue.may_wait() && !self.is_quick(&header, &chain, &ram) {
                 queue.put_back(chain);
                 return Ok(Served::Later);
             }

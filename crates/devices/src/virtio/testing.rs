@@ -352,4 +352,9 @@ impl FakeGuest {
         let q = &self.queues[queue];
         (q.descriptors, q.available, q.used)
     }
+
+    /// Number of a queue's descriptors.
+    pub fn size(&self, queue: usize) -> u16 {
+        self.queues[queue].size
+    }
 }

@@ -389,6 +389,10 @@ fn controls(role: Role) -> Result<Vec<SeccompRule>, String> {
     ) {
         const KVM: u64 = 0xae00;
         rules.push(rule(&[(1, Op::MaskedEq(0xff00), KVM)])?);
+    } else {
+        // Whatever thread serves a device interrupts the guest (KVM_SIGNAL_MSI).
+        const SIGNAL_MSI: u64 = 0x4020_aea5;
+        rules.push(rule(&[(1, Op::Eq, SIGNAL_MSI)])?);
     }
     if matches!(role, Role::Process | Role::Tap) {
         // Of the device that was opened before: how frames come, and not which device it is.

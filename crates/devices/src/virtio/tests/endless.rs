@@ -14,8 +14,8 @@ use super::super::*;
 /// Where [`FakeGuest`] puts the first queue's available ring.
 const AVAILABLE: u64 = 0x8000;
 /// In the piece that is read over the ring: the header of the only request.
-const HEADER: usize = 0x300;
-const PIECE: usize = 0x400;
+const HEADER: usize = 0x600;
+const PIECE: usize = 0x800;
 
 /// Piece n holds the available index n + 2, and the header of a request for piece n + 1.
 #[derive(Debug)]
