@@ -225,3 +225,26 @@ fn the_process_takes_little_beside_its_guest() {
     assert!(own > 0 && own <= OWN_MEMORY, "{own} KiB");
     home.done(&["rm", "-f", "a"]);
 }
+
+/// The line is where those find it who have no terminal to look at.
+#[test]
+fn a_forbidden_call_behind_no_terminal_is_told() {
+    let home = Home::new();
+    home.start("bad", "sleep 1000");
+    let pid = process(&home, "bad").to_string();
+    // What the kernel sends for a call that a filter forbids.
+    let sent = std::process::Command::new("kill")
+        .args(["-s", "SYS", &pid])
+        .status();
+    assert!(sent.is_ok_and(|status| status.success()));
+    eventually("its end", || home.status("bad") == "failed");
+    let error = home.info("bad").expect("known")["error"].clone();
+    let error = error.as_str().expect("a reason");
+    assert!(
+        error.contains("a thread of the role") && error.contains("its filter forbids"),
+        "{error}"
+    );
+    let listed = home.done(&["ps", "-a"]);
+    assert!(listed.contains("its filter forbids"), "{listed}");
+    home.done(&["rm", "bad"]);
+}

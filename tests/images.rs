@@ -584,3 +584,49 @@ fn a_tag_that_moves_leaves_an_image_to_prune() {
     assert_eq!(user.ok(&["image", "prune"]), "");
     assert_eq!(user.ok(&["images", "-q"]).lines().count(), 1);
 }
+
+/// As docker has it: without -f the last name stays, with it the image goes without one.
+#[test]
+fn what_a_machine_needs_is_not_removed() {
+    let user = User::new();
+    user.ok(&[
+        &SOFT[..],
+        &["-d", "--name", "runs", "demo", "sleep", "1000"],
+    ]
+    .concat());
+    let digest = || -> String {
+        let listed = user.ok(&["images", "--format", "json"]);
+        let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+        listed[0]["digest"].as_str().unwrap_or_default().to_owned()
+    };
+    let id = digest();
+    let said = user.fails(&["rmi", "demo"]);
+    assert!(
+        said.contains("(must force)") && said.contains("machine runs"),
+        "{said}"
+    );
+    let said = user.fails(&["rmi", "-f", &id]);
+    assert!(said.contains("(cannot be forced)"), "{said}");
+    user.ok(&["stop", "-t", "0", "runs"]);
+    let said = user.fails(&["rmi", "demo"]);
+    assert!(said.contains("(must force)"), "{said}");
+    let said = user.fails(&["rmi", &id]);
+    assert!(
+        said.contains("(must be forced)") && said.contains("stopped"),
+        "{said}"
+    );
+    // A further name may go, and come.
+    user.ok(&["tag", "demo", "example/other:1"]);
+    user.ok(&["rmi", "example/other:1"]);
+    // By force it goes without a name, and stays, whoever tidies up: the machine starts again.
+    user.ok(&["rmi", "-f", "demo"]);
+    assert_eq!(user.ok(&["image", "prune"]), "");
+    assert_eq!(digest(), id);
+    assert!(user.ok(&["images"]).contains("<none>"));
+    user.ok(&["start", "runs"]);
+    assert_eq!(user.ok(&["exec", "runs", "echo", "here"]), "here\n");
+    // With the machine goes what keeps it.
+    user.ok(&["rm", "-f", "runs"]);
+    assert_eq!(user.ok(&["image", "prune"]).trim(), id);
+    user.has_nothing();
+}

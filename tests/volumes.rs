@@ -296,16 +296,20 @@ fn a_volume_outlives_machines_and_is_one_machines_at_a_time() {
         "demo",
         "true",
     ];
-    let pid = home.info("one").expect("a machine")["pid"].to_string();
     let ran = home.run(&taken);
     assert_eq!(ran.status, 125);
     assert!(
-        ran.stderr.contains("volume data is in use by the process ") && ran.stderr.contains(&pid),
+        ran.stderr
+            .contains("volume data is in use by the machine one"),
         "{}",
         ran.stderr
     );
     assert_eq!(home.run(&["volume", "rm", "data"]).status, 125);
     assert_eq!(volume(&home, "data")["in_use"], true);
+    assert_eq!(volume(&home, "data")["holder"], "one");
+    home.done(&["rename", "one", "first"]);
+    assert_eq!(volume(&home, "data")["holder"], "first");
+    home.done(&["rename", "first", "one"]);
     // Killed in the middle of it: what was synced is there, and the journal makes the rest sound.
     home.sh(
         "one",
@@ -501,4 +505,36 @@ fn check(disk: &Path) {
         }
         Err(error) => println!("not looked at: e2fsck is not on this host ({error})"),
     }
+}
+
+/// A volume that nobody named is the machine's at its every start, and its process reaches no other.
+#[test]
+fn an_unnamed_volume_is_one_machines_own() {
+    let home = Home::new();
+    home.done(&["volume", "create", "other"]);
+    let create = [
+        "create",
+        "--hypervisor",
+        "soft",
+        "--name",
+        "vm",
+        "-v",
+        "/own",
+    ];
+    home.done(&[&create[..], &["demo", "sleep", "1000"]].concat());
+    home.done(&["start", "vm"]);
+    home.sh("vm", "echo mine >/own/file; sync");
+    home.done(&["restart", "-t", "0", "vm"]);
+    assert_eq!(home.sh("vm", "cat /own/file"), "mine");
+    let listed: serde_json::Value =
+        serde_json::from_str(&home.done(&["volume", "ls", "--format", "json"])).expect("JSON");
+    let listed = listed.as_array().expect("volumes");
+    let own: Vec<_> = listed.iter().filter(|one| one["name"] != "other").collect();
+    assert_eq!(own.len(), 1, "{listed:?}");
+    assert_eq!(
+        (&own[0]["anonymous"], &own[0]["holder"]),
+        (&true.into(), &"vm".into())
+    );
+    home.done(&["rm", "-f", "vm"]);
+    assert_eq!(home.done(&["volume", "prune"]).lines().count(), 1);
 }

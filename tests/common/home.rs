@@ -46,7 +46,15 @@ pub struct Home(tempfile::TempDir);
 impl Home {
     /// With the demo image and its kept start in it.
     pub fn new() -> Self {
-        let home = Self::empty();
+        Self::seeded(Self::empty())
+    }
+
+    /// The same, in a folder: that of a small file system, for example.
+    pub fn new_in(folder: &Path) -> Self {
+        Self::seeded(Self(tempfile::tempdir_in(folder).expect("folder")))
+    }
+
+    fn seeded(home: Self) -> Self {
         let seed = seed().join("skerry");
         let mut copying = Command::new("cp");
         copying.arg("-a").arg(seed).arg(home.0.path());

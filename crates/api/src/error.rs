@@ -101,6 +101,7 @@ fn status(error: &EngineError) -> StatusCode {
     }
     match error {
         E::NameTaken { .. }
+        | E::ImageNeeded { .. }
         | E::PoolTaken { .. }
         | E::VmRuns { .. }
         | E::VmStopped { .. }

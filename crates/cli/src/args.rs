@@ -7,6 +7,7 @@ mod mounts;
 mod network;
 mod networks;
 mod pool;
+mod resources;
 mod serve;
 mod snapshot;
 mod soft;
@@ -24,6 +25,7 @@ pub use mounts::*;
 pub use network::*;
 pub use networks::*;
 pub use pool::*;
+pub use resources::*;
 pub use serve::*;
 pub use snapshot::*;
 pub use soft::*;
@@ -185,9 +187,9 @@ pub struct MachineArgs {
     #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M")]
     pub memory: Size,
 
-    /// Virtual processors
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub cpus: u32,
+    /// Processors: as many virtual ones, rounded up; a fraction, such as 0.5, bounds their time as well
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub cpus: CpusArg,
 
     /// What runs the machine
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
@@ -340,6 +342,10 @@ pub struct RunArgs {
     /// Its folders and volumes
     #[command(flatten)]
     pub mounts: MountArgs,
+
+    /// What it may take of the host
+    #[command(flatten)]
+    pub resources: ResourceArgs,
 
     /// Kernel to boot instead of the built-in one
     #[arg(long, value_name = "FILE")]

@@ -121,6 +121,12 @@ pub fn confine(plan: &Plan) -> Result<&'static Report, ConfineError> {
     sys::confine(plan)
 }
 
+/// Has the line that a forbidden system call leads to written to `file` besides standard error, where
+/// nobody may be.
+pub fn last_words(file: std::os::fd::OwnedFd) {
+    sys::last_words(file);
+}
+
 /// What holds for this process, if it was confined.
 #[must_use]
 pub fn active() -> Option<&'static Report> {

@@ -16,7 +16,7 @@ use crate::builtin;
 use crate::confinement;
 use crate::error::EngineError;
 use crate::hypervisor::Selected;
-use crate::machine::{MachineOptions, prepare, start};
+use crate::machine::{Bounds, MachineOptions, prepare, start};
 use crate::network::NetworkSpec;
 use crate::paths::Paths;
 use crate::statistics::{Statistics, sampler};
@@ -128,6 +128,7 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
     };
     if spec.own_process {
         let files = spec.kernel.iter().chain(&spec.initrd).cloned();
+        spec.options.bound_process()?;
         let network = card.map(|_| (&paths, &spec.network));
         confinement::of_files(spec.options.confine, files.collect(), network)?;
     }
@@ -149,7 +150,10 @@ pub fn boot(spec: BootSpec, note: &mut dyn FnMut(&str)) -> Result<Booted, Engine
         ..MachineConfig::default()
     };
     let prepared = prepare(&spec.options, note)?;
-    let limit = spec.options.time_limit;
+    let limit = Bounds {
+        time_limit: spec.options.time_limit,
+        nano_cpus: spec.options.nano_cpus,
+    };
     let handle = start(&prepared, config, attachments, None, limit)?;
     let sampler = sampler(handle.remote(), spec.sampled)?;
     if let Some(input) = input {

@@ -76,7 +76,7 @@ fn check_images(paths: &Paths, repair: bool, findings: &mut Findings) -> Result<
             Err(error) => Err(error),
         };
         if let Err(error) = whole {
-            let repaired = repair && images::remove(paths, &digest.to_string()).is_ok();
+            let repaired = repair && images::discard(paths, &digest.to_string()).is_ok();
             findings.damaged.push(Finding {
                 kind: "image",
                 name: digest.to_string(),

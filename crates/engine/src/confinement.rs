@@ -94,10 +94,9 @@ fn shared(
             MountKind::Bind { source } => write.push(source.clone()),
             MountKind::Volume { name, .. } => {
                 let volumes = Volumes::open(paths)?;
-                write.push(match name {
-                    Some(name) => volumes.provide(name)?,
-                    None => paths.volumes(),
-                });
+                if let Some(name) = name {
+                    write.push(volumes.provide(name)?);
+                }
             }
             MountKind::Tmpfs { .. } => {}
         }

@@ -116,6 +116,69 @@ pub enum EngineError {
         /// In TiB.
         most: u64,
     },
+    /// A machine was made from the image.
+    #[error("Conflict: unable to {what} ({remedy}): the image {by}")]
+    ImageNeeded {
+        /// What was tried.
+        what: String,
+        /// Whether it can be forced.
+        remedy: String,
+        /// Who needs it.
+        by: String,
+    },
+    /// A machine can't have so much or so little of the host's processors.
+    #[error("A machine takes between 0.01 and {most} processors: give --cpus such a number")]
+    Processors {
+        /// The most.
+        most: u64,
+    },
+    /// A limit of processes that makes no sense.
+    #[error("A limit of processes is between 1 and {most}; -1 is none")]
+    Processes {
+        /// The most.
+        most: u32,
+    },
+    /// A machine's disk can't have this size.
+    #[error(
+        "A machine's disk has between {least} MiB and {most} TiB: give --storage-opt such a size"
+    )]
+    DiskSize {
+        /// In MiB.
+        least: u64,
+        /// In TiB.
+        most: u64,
+    },
+    /// The image alone is larger than the machine's disk was to be.
+    #[error(
+        "The image takes {image} MiB, more than the {size} MiB that the machine's disk is to have: give --storage-opt a larger size"
+    )]
+    DiskBelowImage {
+        /// In MiB.
+        size: u64,
+        /// In MiB.
+        image: u64,
+    },
+    /// A root that isn't written has no disk.
+    #[error("A read-only machine has no disk of its own: leave out --read-only or --storage-opt")]
+    DiskOfNone,
+    /// A state has its disk.
+    #[error(
+        "A machine that goes on from a snapshot has the disk that is in it: leave out --storage-opt"
+    )]
+    DiskOfState,
+    /// A path that is none of a cgroup.
+    #[error("{0:?} is no cgroup: name one by its path below the mount of cgroups, without ..")]
+    CgroupParent(String),
+    /// The machine's process can't be put where it was to be.
+    #[error(
+        "Can't make a cgroup in {parent}: name one that you may write, or leave out --cgroup-parent"
+    )]
+    Cgroup {
+        /// The cgroup that was named.
+        parent: String,
+        /// The cause.
+        source: io::Error,
+    },
     /// There is a volume of this name.
     #[error("There is a volume {0} already: choose another name")]
     VolumeExists(String),
@@ -124,12 +187,12 @@ pub enum EngineError {
     NoVolume(String),
     /// A machine has it.
     #[error("The volume {name} is in use by {}: stop it first, or mount it read-only in all of them",
-        match holder { Some(pid) => format!("the process {pid}"), None => "another process".to_owned() })]
+        match holder { Some(name) => format!("the machine {name}"), None => "another process".to_owned() })]
     VolumeInUse {
         /// The volume.
         name: String,
-        /// The process that has it.
-        holder: Option<u32>,
+        /// The machine that has it.
+        holder: Option<String>,
     },
     /// A volume's files.
     #[error("Can't {what} the volume {name}")]

@@ -14,6 +14,7 @@ use skerry_net::{TapProbe, probe_taps};
 
 use crate::confinement::{self, Report};
 use crate::error::EngineError;
+use crate::resources::{self, Limit};
 use crate::soft::SoftOptions;
 
 /// The backends of this build, best first.
@@ -74,6 +75,8 @@ pub struct Diagnosis {
     pub hypervisors: Vec<ProbeReport>,
     /// How the process of a machine is confined here.
     pub confinement: Option<Report>,
+    /// What bounds of a machine's resources hold here, and by what.
+    pub resources: Vec<Limit>,
     /// Whether a machine can be on a network of the host's.
     pub tap: TapProbe,
 }
@@ -89,6 +92,7 @@ pub fn diagnose() -> Diagnosis {
         auto: usable.map(|report| report.backend),
         hypervisors,
         confinement,
+        resources: resources::probe(),
         tap: probe_taps(),
     }
 }

@@ -14,7 +14,11 @@ use crate::dates;
 use crate::error::EngineError;
 use crate::events;
 use crate::paths::Paths;
+use crate::vms::{Registry, VmInfo};
 use crate::warm;
+
+/// Digits of a digest that people are shown.
+const SHORT: usize = 12;
 
 /// Opens the user's store, making it where it doesn't exist.
 pub fn open(paths: &Paths) -> Result<Store, EngineError> {
@@ -135,20 +139,96 @@ pub fn to_pull(
     }
 }
 
-/// Removes a name of an image; with its last name the image and what was kept of its starts.
-pub fn remove(paths: &Paths, name: &str) -> Result<Removed, EngineError> {
-    let removed = open(paths)?.remove(name)?;
-    events::image(paths, "untag", name);
-    if let Removed::Image(digest) = &removed {
-        events::image(paths, "delete", &digest.to_string());
-        warm::forget_image(paths, digest)?;
+/// The machines that were made from images, by the images' digests.
+fn users(paths: &Paths) -> Result<Vec<(String, VmInfo)>, EngineError> {
+    let machines = Registry::open(paths)?.list()?.into_iter();
+    let used = machines.filter_map(|info| Some((info.config.digest.clone()?, info)));
+    Ok(used.collect())
+}
+
+/// Whether the image that `name` means has to stay where a machine needs it. As docker has it: the last
+/// name is kept, unless by `force`; by digest only what doesn't run gives way to that.
+fn has_to_stay(
+    store: &Store,
+    image: &Image,
+    name: &str,
+    user: &VmInfo,
+    force: bool,
+) -> Result<(), EngineError> {
+    let by_name = store.is_name(name)?;
+    let runs = user.state.status.is_alive();
+    let short = |id: &str| id.chars().take(SHORT).collect::<String>();
+    let conflict = |what: &str, remedy: &str, use_of_it: &str| {
+        Err(EngineError::ImageNeeded {
+            what: what.to_owned(),
+            remedy: remedy.to_owned(),
+            by: format!("{use_of_it} {}", user.config.name),
+        })
+    };
+    match (by_name, force) {
+        (true, false) if image.names.len() <= 1 => conflict(
+            &format!("remove repository reference \"{name}\""),
+            "must force",
+            "is needed by the machine",
+        ),
+        (true, _) => Ok(()),
+        (false, _) if runs => conflict(
+            &format!("delete {}", short(&image.digest.hex())),
+            "cannot be forced",
+            "is being used by the running machine",
+        ),
+        (false, false) => conflict(
+            &format!("delete {}", short(&image.digest.hex())),
+            "must be forced",
+            "is being used by the stopped machine",
+        ),
+        (false, true) => Ok(()),
     }
+}
+
+/// Removes a name of an image; with its last name the image and what was kept of its starts. One that a
+/// machine needs keeps its last name, and with `force` goes without one until that machine is removed.
+pub fn remove(paths: &Paths, name: &str, force: bool) -> Result<Removed, EngineError> {
+    let store = open(paths)?;
+    let image = store.get(name)?;
+    let digest = image.digest.to_string();
+    let mut users = users(paths)?;
+    users.retain(|(used, _)| *used == digest);
+    users.sort_by_key(|(_, info)| !info.state.status.is_alive());
+    let removed = match users.first() {
+        None => store.remove(name)?,
+        Some((_, user)) => {
+            has_to_stay(&store, &image, name, user, force)?;
+            store.untag(name)?
+        }
+    };
+    note_removed(paths, name, &removed)?;
     Ok(removed)
 }
 
-/// Removes images without a name, what was kept of their starts, and what broken pulls have left.
+/// Removes an image that is damaged, whoever needs it.
+pub(crate) fn discard(paths: &Paths, digest: &str) -> Result<(), EngineError> {
+    let removed = open(paths)?.remove(digest)?;
+    note_removed(paths, digest, &removed)
+}
+
+fn note_removed(paths: &Paths, name: &str, removed: &Removed) -> Result<(), EngineError> {
+    events::image(paths, "untag", name);
+    if let Removed::Image(digest) = removed {
+        events::image(paths, "delete", &digest.to_string());
+        warm::forget_image(paths, digest)?;
+    }
+    Ok(())
+}
+
+/// Removes images without a name that no machine needs, what was kept of their starts, and what broken pulls have left.
 pub fn prune(paths: &Paths) -> Result<Vec<Digest>, EngineError> {
-    let removed = open(paths)?.prune()?;
+    let users = users(paths)?;
+    let needed = |digest: &Digest| {
+        let digest = digest.to_string();
+        users.iter().any(|(used, _)| *used == digest)
+    };
+    let removed = open(paths)?.prune(needed)?;
     for digest in &removed {
         events::image(paths, "delete", &digest.to_string());
         warm::forget_image(paths, digest)?;

@@ -13,6 +13,7 @@
 
 pub mod boot;
 mod builtin;
+mod cgroup;
 pub mod check;
 pub mod command;
 pub mod confinement;
@@ -33,6 +34,7 @@ mod parcel;
 mod paths;
 pub mod pools;
 mod random;
+pub mod resources;
 pub mod run;
 pub mod signals;
 pub mod snapshots;

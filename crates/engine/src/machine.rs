@@ -13,6 +13,7 @@ use skerry_machine::{Attachments, Machine, MachineConfig, MachineHandle, Machine
 use crate::confinement::Strictness;
 use crate::error::EngineError;
 use crate::hypervisor::{Backend, Choice, Selected, open, select};
+use crate::resources;
 use crate::soft::SoftOptions;
 
 /// What every machine needs to be told.
@@ -24,6 +25,11 @@ pub struct MachineOptions {
     pub memory: u64,
     /// Virtual processors.
     pub cpus: u32,
+    /// How much of the host's they may take, all together, in billionths of one; `None`: as much as there
+    /// is.
+    pub nano_cpus: Option<u64>,
+    /// The cgroup in which its process gets one of its own.
+    pub cgroup_parent: Option<String>,
     /// Which backend.
     pub hypervisor: Choice,
     /// How it runs code, if it is the software processor.
@@ -43,6 +49,8 @@ impl Default for MachineOptions {
         Self {
             memory: 512 << 20,
             cpus: 1,
+            nano_cpus: None,
+            cgroup_parent: None,
             hypervisor: Choice::Auto,
             soft: SoftOptions::default(),
             cpu_model: None,
@@ -57,6 +65,14 @@ impl Default for MachineOptions {
 pub(crate) struct Prepared {
     pub(crate) selected: Selected,
     pub(crate) tables: Vec<CpuidTable>,
+}
+
+/// How long a machine may run, and how much of the host's processors it may take meanwhile.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Bounds {
+    pub(crate) time_limit: Option<Duration>,
+    /// In billionths of one.
+    pub(crate) nano_cpus: Option<u64>,
 }
 
 /// Picks the backend that `options` leads to and makes the processors' CPUID tables. `note` is told
@@ -79,19 +95,24 @@ pub(crate) fn start(
     config: MachineConfig,
     attachments: Attachments,
     saved: Option<MachineState>,
-    time_limit: Option<Duration>,
+    bounds: Bounds,
 ) -> Result<MachineHandle, EngineError> {
     let Selected { backend, soft, .. } = &prepared.selected;
-    match backend {
+    let limit = bounds.time_limit;
+    let handle = match backend {
         Backend::Kvm => {
             let kvm: Kvm = open(*backend)?;
-            start_on(&kvm, prepared, config, attachments, saved, time_limit)
+            start_on(&kvm, prepared, config, attachments, saved, limit)
         }
         Backend::Soft => {
             let soft = open::<Soft>(*backend)?.with_tuning(soft.tuning());
-            start_on(&soft, prepared, config, attachments, saved, time_limit)
+            start_on(&soft, prepared, config, attachments, saved, limit)
         }
+    }?;
+    if let Some(quota) = resources::own_quota(bounds.nano_cpus) {
+        handle.remote().limit_processors(Some(quota));
     }
+    Ok(handle)
 }
 
 fn cpuid_tables(

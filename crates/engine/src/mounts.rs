@@ -141,6 +141,23 @@ pub(crate) fn are_plausible(machine: &MachineConfig, own: usize) -> bool {
         && machine.shares.iter().enumerate().all(share)
 }
 
+/// Gives the volumes of machine `id` that nobody has named the names that they have at its every start.
+pub(crate) fn name_volumes(
+    paths: &Paths,
+    specs: &mut [MountSpec],
+    id: &str,
+) -> Result<(), EngineError> {
+    for spec in specs {
+        if let MountKind::Volume {
+            name: name @ None, ..
+        } = &mut spec.kind
+        {
+            *name = Some(Volumes::open(paths)?.provide_own(id, &spec.target)?);
+        }
+    }
+    Ok(())
+}
+
 /// What mounts come to on the host: opened, and what the agent is to do with it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Opened {
@@ -258,6 +275,13 @@ impl Opened {
                 mode: mode.unwrap_or(TMPFS_MODE),
             },
         })
+    }
+
+    /// Notes by which machine the volumes are held.
+    pub(crate) fn note_holder(&self, machine: &str) {
+        self.volumes
+            .iter()
+            .for_each(|held| held.note_holder(machine));
     }
 
     /// The volumes' disks.

@@ -10,12 +10,13 @@
 
 use skerry_machine::DiskConfig;
 use skerry_net::address;
-use skerry_storage::{CLUSTER_SIZE, scratch};
+use skerry_storage::CLUSTER_SIZE;
 
 use crate::error::EngineError;
 use crate::frozen::{About, Base, Frozen};
 use crate::mounts;
 use crate::network::MTUS;
+use crate::resources::is_disk_size;
 use crate::vm::{GUEST_CID, ROOT_DISK, SCRATCH_DISK};
 
 /// How many times the host's memory a machine may have: the host takes only what the guest touches,
@@ -46,12 +47,15 @@ impl Frozen {
             )
         })?;
         let size = self.scratch.as_ref().map(|(size, _)| *size);
-        let expected = (!read_only).then_some(scratch::SIZE);
-        require(size == expected, || match (size, expected) {
+        let plausible = match size {
+            None => *read_only,
+            Some(size) => !read_only && is_disk_size(size),
+        };
+        require(plausible, || match (size, read_only) {
             (None, _) => "its scratch disk is missing".to_owned(),
-            (Some(_), None) => "it has a scratch disk and says that it has none".to_owned(),
-            (Some(size), Some(expected)) => {
-                format!("its scratch disk has {size} bytes, not {expected}")
+            (Some(_), true) => "it has a scratch disk and says that it has none".to_owned(),
+            (Some(size), false) => {
+                format!("its scratch disk has {size} bytes, which none of this build has")
             }
         })?;
         self.base

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use skerry_oci::Digest;
 use skerry_storage::{Access, DiskError, RawDisk, scratch};
 
 use crate::error::EngineError;
@@ -60,19 +61,25 @@ pub struct Volume {
     pub path: PathBuf,
     /// A machine has it.
     pub in_use: bool,
-    /// Which process that is.
-    pub holder: Option<u32>,
+    /// Which machine that is.
+    pub holder: Option<String>,
 }
 
 /// A volume that a machine has; whoever holds it alone may write.
 #[derive(Debug)]
 pub(crate) struct Held {
     disk: Arc<RawDisk>,
+    holder: PathBuf,
 }
 
 impl Held {
     pub(crate) fn disk(&self) -> &Arc<RawDisk> {
         &self.disk
+    }
+
+    /// Notes by which machine, for whoever finds it locked; who can't be told is told less.
+    pub(crate) fn note_holder(&self, machine: &str) {
+        let _ = fs::write(&self.holder, machine);
     }
 }
 
@@ -92,6 +99,10 @@ fn check_name(name: &str) -> Result<(), EngineError> {
         true => Ok(()),
         false => Err(EngineError::VolumeName(name.to_owned())),
     }
+}
+
+fn hex(bytes: [u8; 16]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn failed(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> EngineError {
@@ -116,11 +127,29 @@ impl Volumes {
 
     /// Makes a volume of so many bytes; of any name, if none is given.
     pub fn create(&self, name: Option<&str>, size: Option<u64>) -> Result<String, EngineError> {
-        let hex = |bytes: [u8; 16]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        let (name, anonymous): (String, bool) = match name {
-            Some(name) => (name.to_owned(), false),
-            None => (hex(random()?), true),
-        };
+        match name {
+            Some(name) => self.make(name.to_owned(), size, false),
+            None => self.make(hex(random()?), size, true),
+        }
+    }
+
+    /// Makes the volume that machine `id` has at `target` and nobody has named, unless it is there from an
+    /// earlier start; gives its name.
+    pub(crate) fn provide_own(&self, id: &str, target: &str) -> Result<String, EngineError> {
+        let mut name = Digest::of(format!("{id} {target}").as_bytes()).hex();
+        name.truncate(32);
+        match self.folder(&name).exists() {
+            true => Ok(name),
+            false => self.make(name, None, true),
+        }
+    }
+
+    fn make(
+        &self,
+        name: String,
+        size: Option<u64>,
+        anonymous: bool,
+    ) -> Result<String, EngineError> {
         check_name(&name)?;
         let size = size.unwrap_or(DEFAULT_SIZE);
         if !(scratch::MIN_VOLUME..=MAX_SIZE).contains(&size) {
@@ -202,16 +231,15 @@ impl Volumes {
             // Removed between the opening and the lock.
             return Err(EngineError::NoVolume(name));
         }
-        // For whoever finds it locked; who can't be told is told less.
-        let _ = fs::write(folder.join(HOLDER), std::process::id().to_string());
         Ok(Held {
             disk: Arc::new(disk),
+            holder: folder.join(HOLDER),
         })
     }
 
-    fn holder(&self, name: &str) -> Option<u32> {
+    fn holder(&self, name: &str) -> Option<String> {
         let text = fs::read_to_string(self.folder(name).join(HOLDER)).ok()?;
-        text.trim().parse().ok()
+        (!text.is_empty()).then_some(text)
     }
 
     /// What is known of a volume.

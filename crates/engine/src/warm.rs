@@ -41,8 +41,18 @@ struct Kind<'a> {
     backend: &'static str,
     cpuid: &'a [CpuidTable],
     machine: &'a MachineConfig,
-    /// Its disk has a journal.
-    journal: bool,
+    #[serde(flatten)]
+    disk: WarmDisk,
+}
+
+/// What sort of writable disk a machine begins with.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct WarmDisk {
+    /// It has a journal.
+    pub(crate) journal: bool,
+    /// Its size, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) size: Option<u64>,
 }
 
 /// The first digits of the digest of a document.
@@ -113,10 +123,10 @@ impl Warm {
         image: &Image,
         prepared: &Prepared,
         machine: &MachineConfig,
-        journal: bool,
+        disk: WarmDisk,
     ) -> Result<Self, EngineError> {
         let backend = prepared.selected.backend;
-        Self::named(paths, image, backend, &prepared.tables, machine, journal)
+        Self::named(paths, image, backend, &prepared.tables, machine, disk)
     }
 
     fn named(
@@ -125,7 +135,7 @@ impl Warm {
         backend: Backend,
         cpuid: &[CpuidTable],
         machine: &MachineConfig,
-        journal: bool,
+        disk: WarmDisk,
     ) -> Result<Self, EngineError> {
         let build = Build {
             version: env!("CARGO_PKG_VERSION"),
@@ -139,7 +149,7 @@ impl Warm {
             backend: backend.name(),
             cpuid,
             machine,
-            journal,
+            disk,
         };
         let prefix = format!("{}{}-", image_prefix(&image.digest), digest(&build, 12)?);
         Ok(Self {
@@ -273,7 +283,7 @@ pub fn warm(
         about.backend,
         &about.cpuid,
         &about.machine,
-        false,
+        WarmDisk::default(),
     )?;
     let id = kept.replace(paths, &vm)?;
     vm.kill();

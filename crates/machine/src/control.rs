@@ -18,6 +18,7 @@ use skerry_hypervisor::state::CpuState;
 use skerry_hypervisor::{Canceller, StateError, cancel_all};
 
 use crate::outcome::{CrashReason, Outcome};
+use crate::quota::{self, Quota};
 
 /// Something that a parked vCPU thread does on behalf of another thread.
 pub(crate) enum Command {
@@ -86,6 +87,14 @@ struct State {
     ending: Option<Outcome>,
     outcome: Option<Outcome>,
     slots: Vec<Slot>,
+    /// How much time the processors may take.
+    quota: Option<Quota>,
+}
+
+/// Has the calling thread, which is processor `index`, pay for what it has taken; until when it has to wait.
+fn charge(quota: &mut Option<Quota>, index: usize) -> Option<Instant> {
+    let quota = quota.as_mut()?;
+    quota.charge(index, quota::taken_by_thread(), Instant::now())
 }
 
 /// See the module's description.
@@ -112,6 +121,7 @@ impl Control {
                 ending: None,
                 outcome: None,
                 slots: (0..cpus).map(|_| Slot::default()).collect(),
+                quota: None,
             }),
             changed: Condvar::new(),
         }
@@ -152,7 +162,11 @@ impl Control {
             }
             match wanted {
                 Wanted::Stop => return Next::Stop,
-                Wanted::Run => return Next::Run,
+                Wanted::Run => match charge(&mut state.quota, index) {
+                    None => return Next::Run,
+                    // Not parked: whoever wants that wakes it.
+                    Some(until) => drop(self.changed.wait_until(&mut state, until)),
+                },
                 Wanted::Park => {
                     slot.parked = true;
                     self.changed.notify_all();
@@ -211,19 +225,37 @@ impl Control {
                 state.resetting = true;
                 return Task::Reset(source);
             }
-            match deadline {
-                None => self.changed.wait(&mut state),
-                Some(at) => {
-                    if self.changed.wait_until(&mut state, at).timed_out() && state.ending.is_none()
-                    {
-                        state.ending = Some(Outcome::TimedOut);
-                        state.wanted = Wanted::Park;
-                        self.announce(state);
-                        return Task::End(Outcome::TimedOut);
-                    }
-                }
+            let look = state.quota.is_some().then(|| Instant::now() + quota::LOOK);
+            let until = match (deadline, look) {
+                (Some(at), Some(look)) => Some(at.min(look)),
+                (at, look) => at.or(look),
+            };
+            let Some(until) = until else {
+                self.changed.wait(&mut state);
+                continue;
+            };
+            if !self.changed.wait_until(&mut state, until).timed_out() || state.ending.is_some() {
+                continue;
             }
+            if deadline.is_some_and(|at| at <= Instant::now()) {
+                state.ending = Some(Outcome::TimedOut);
+                state.wanted = Wanted::Park;
+                self.announce(state);
+                return Task::End(Outcome::TimedOut);
+            }
+            // Processors that run come by here, where they are charged.
+            MutexGuard::unlocked(&mut state, || {
+                self.cancellers.get().map(|all| cancel_all(all));
+            });
         }
+    }
+
+    /// Limits the time that all processors take together: so much in each period.
+    pub(crate) fn limit(&self, quota: Option<Quota>) {
+        let mut state = self.state.lock();
+        state.quota = quota;
+        // The supervisor looks after it from now on.
+        self.announce(state);
     }
 
     /// Waits until every vCPU thread is parked (or gone).

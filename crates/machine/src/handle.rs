@@ -19,6 +19,7 @@ use crate::machine::BootSource;
 use crate::memory::SavedRun;
 use crate::outcome::Outcome;
 use crate::pages::PageSet;
+use crate::quota::Quota;
 use crate::state::{MACHINE_STATE_VERSION, MachineState};
 use crate::statistics::{self, ProcessorStatistics, Sampler};
 use crate::tracking::{AnyVm, TrackedMemory};
@@ -204,6 +205,13 @@ impl std::fmt::Debug for MachineRemote {
 }
 
 impl MachineRemote {
+    /// Has the processors take no more of the host's than `nano_cpus` billionths of one, all together;
+    /// `None`: as much as there is. What devices take is not counted.
+    pub fn limit_processors(&self, nano_cpus: Option<u64>) {
+        let quota = |share| Quota::new(share, self.cpus, Instant::now());
+        self.control.limit(nano_cpus.map(quota));
+    }
+
     /// Parks every processor and stops machine time and device threads.
     pub fn pause(&self) -> Result<(), MachineError> {
         // Queues first, or a processor that serves one might never park; and again in case a reset

@@ -27,6 +27,7 @@ mod machine;
 mod memory;
 mod outcome;
 mod pages;
+mod quota;
 mod report;
 mod state;
 mod statistics;

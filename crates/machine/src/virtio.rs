@@ -40,6 +40,7 @@ pub(crate) struct VirtioParts<'a> {
 /// All virtio devices of one machine, and the host's ends of those that talk.
 pub struct VirtioSet {
     transports: Vec<Arc<VirtioMmio>>,
+    disks: Vec<Arc<BlockDevice>>,
     console: Option<(Arc<ConsoleDevice>, PortHandle)>,
     vsock: Option<VsockHost>,
 }
@@ -130,6 +131,7 @@ impl VirtioSet {
             mmio,
             transports: Vec::with_capacity(wanted),
         };
+        let mut blocks = Vec::with_capacity(disks.len());
         for (n, (disk, named)) in disks.into_iter().zip(&config.disks).enumerate() {
             let block = BlockConfig {
                 serial: named.name.clone(),
@@ -137,7 +139,8 @@ impl VirtioSet {
                 ..BlockConfig::default()
             };
             let device = BlockDevice::new(disk, &block);
-            builder.add(&format!("disk{n}"), device)?;
+            builder.add(&format!("disk{n}"), device.clone())?;
+            blocks.push(device);
         }
         let mut console = None;
         if config.console {
@@ -170,6 +173,7 @@ impl VirtioSet {
         }
         Ok(Self {
             transports: builder.transports,
+            disks: blocks,
             console,
             vsock,
         })
@@ -188,6 +192,17 @@ impl VirtioSet {
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn transports(&self) -> &[Arc<VirtioMmio>] {
         &self.transports
+    }
+
+    /// Bytes that the guest has read from its disks and written to them.
+    pub fn disk_traffic(&self) -> (u64, u64) {
+        let all = self.disks.iter().map(|disk| disk.transferred());
+        all.fold((0, 0), |sum, disk| (sum.0 + disk.0, sum.1 + disk.1))
+    }
+
+    /// Why a disk first failed a request of the guest's, if one has.
+    pub fn disk_failure(&self) -> Option<&str> {
+        self.disks.iter().find_map(|disk| disk.failure())
     }
 
     /// The host's end of the virtio console.

@@ -11,6 +11,10 @@ pub struct Counters {
     pub frames_from_guest: u64,
     /// Frames for the guest.
     pub frames_to_guest: u64,
+    /// Bytes of the frames that the guest sent.
+    pub bytes_from_guest: u64,
+    /// Bytes of the frames for the guest.
+    pub bytes_to_guest: u64,
     /// TCP connections that the guest opened and the policy let through.
     pub tcp_opened: u64,
     /// TCP connections to published ports.

@@ -25,6 +25,7 @@ pub(crate) struct Outlet {
     /// Where the guest's last frame came from.
     pub(crate) guest: [u8; 6],
     frames: Cell<u64>,
+    bytes: Cell<u64>,
     /// What fragments of the next packet have in common.
     fragmented: Cell<u32>,
 }
@@ -35,6 +36,7 @@ impl Outlet {
             port,
             guest,
             frames: Cell::new(0),
+            bytes: Cell::new(0),
             fragmented: Cell::new(0),
         }
     }
@@ -47,6 +49,11 @@ impl Outlet {
         self.frames.get()
     }
 
+    /// Bytes of the frames.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.get()
+    }
+
     pub(crate) fn has_room(&self) -> bool {
         self.port.has_room()
     }
@@ -57,7 +64,9 @@ impl Outlet {
             header[6..12].copy_from_slice(&GATEWAY_MAC);
             header[12..].copy_from_slice(&kind.to_be_bytes());
         }
+        let length = buffer.len().saturating_sub(HEADER_LEN) as u64;
         self.frames.set(self.frames.get() + 1);
+        self.bytes.set(self.bytes.get() + length);
         self.port.push(buffer, checksum);
     }
 

@@ -173,6 +173,7 @@ impl Stack {
     pub(crate) fn counters(&self) -> Counters {
         Counters {
             frames_to_guest: self.outlet.frames(),
+            bytes_to_guest: self.outlet.bytes(),
             ..self.counters
         }
     }
@@ -432,6 +433,7 @@ impl Stack {
     fn frames(&mut self, frames: &[Vec<u8>]) {
         for bytes in frames {
             self.counters.frames_from_guest += 1;
+            self.counters.bytes_from_guest += bytes.len() as u64;
             let Some(frame) = Frame::parse(bytes) else {
                 self.counters.dropped += 1;
                 continue;

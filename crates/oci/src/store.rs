@@ -629,6 +629,24 @@ impl Store {
         Ok(Removed::Image(digest))
     }
 
+    /// Removes a name of an image, or all of them where it is given by digest; the image stays.
+    pub fn untag(&self, name: &str) -> Result<Removed, Error> {
+        let digest = self.find(name)?;
+        self.change_names(|names| {
+            let by_name = known_as(name).any(|name| names.remove(&name).is_some());
+            if !by_name {
+                names.retain(|_, other| *other != digest);
+            }
+        })?;
+        Ok(Removed::Name(name.to_owned()))
+    }
+
+    /// Whether this is a name of an image, and no digest.
+    pub fn is_name(&self, name: &str) -> Result<bool, Error> {
+        let names = self.names()?;
+        Ok(known_as(name).any(|name| names.contains_key(&name)))
+    }
+
     fn remove_entry(&self, digest: &Digest) -> Result<(), Error> {
         let hex = digest.hex();
         let _lock = self.lock(&hex)?;
@@ -639,14 +657,15 @@ impl Store {
         self.remove_tree(&tmp)
     }
 
-    /// Removes images that have no name, and what broken pulls have left; gives the images.
-    pub fn prune(&self) -> Result<Vec<Digest>, Error> {
+    /// Removes images that have no name and that nobody `needs`, and what broken pulls have left; gives the
+    /// images.
+    pub fn prune(&self, needs: impl Fn(&Digest) -> bool) -> Result<Vec<Digest>, Error> {
         self.drop_downloads(Duration::ZERO)?;
         let mut removed = Vec::new();
         for digest in self.digests()? {
             // Under the lock of the names, so that nobody gives it one meanwhile.
             let _names = self.lock("names")?;
-            if !self.names()?.values().any(|named| *named == digest) {
+            if !needs(&digest) && !self.names()?.values().any(|named| *named == digest) {
                 self.remove_entry(&digest)?;
                 removed.push(digest);
             }

@@ -42,7 +42,7 @@ pub const EXEC_PORT: u32 = 1024;
 pub const CONTROL_PORT: u32 = 1025;
 
 /// Newest protocol version that this crate speaks.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Oldest protocol version that this crate speaks.
 pub const OLDEST_VERSION: u16 = 1;
@@ -58,6 +58,9 @@ pub const MOUNT_VERSION: u16 = 4;
 
 /// First version with cards on the host's networks.
 pub const CARD_VERSION: u16 = 5;
+
+/// First version that limits the number of processes.
+pub const PROCESSES_VERSION: u16 = 6;
 
 /// Bytes of standard input that the host may send before the agent grants more with
 /// [`message::ExecEvent::StdinCredit`].

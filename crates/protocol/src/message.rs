@@ -144,6 +144,8 @@ pub enum ControlRequest {
     SyncVolumes,
     /// Have the network card be this on a network of the host's, in place of what an earlier request made it.
     Card(Card),
+    /// Let all that execs start have so many processes and threads at most; `None`: as many as there can be.
+    LimitProcesses(Option<u32>),
 }
 
 /// A network card on a network that isn't the guest's own.

@@ -35,10 +35,29 @@ pub fn make_volume(file: &File, size: u64) -> io::Result<()> {
     file.set_len(size.max(MIN_VOLUME))
 }
 
-/// Makes a scratch disk whose changes go to a file without a name in `folder`. The empty ext4 that
-/// it begins with is shared by all scratch disks of the process.
-pub fn overlay(folder: impl AsRef<Path>) -> Result<Overlay, DiskError> {
-    Overlay::new(SIZE, vec![template()?], folder.as_ref())
+/// Makes a scratch disk whose changes go to a file without a name in `folder`: of [`SIZE`] bytes, or of
+/// `size`, to which its guest grows the file system that is in it. The empty ext4 that it begins with is
+/// shared by all scratch disks of the process.
+pub fn overlay(folder: impl AsRef<Path>, size: Option<u64>) -> Result<Overlay, DiskError> {
+    match size {
+        None => Overlay::new(SIZE, vec![template()?], folder.as_ref()),
+        Some(size) => sized(size, |size, layer| {
+            Overlay::new(size, vec![layer], folder.as_ref())
+        }),
+    }
+}
+
+/// A disk of another size than [`SIZE`].
+fn sized(
+    size: u64,
+    make: impl FnOnce(u64, Layer) -> Result<Overlay, DiskError>,
+) -> Result<Overlay, DiskError> {
+    static UNPACKED: OnceLock<Layer> = OnceLock::new();
+    // None is smaller than the file system that it begins with.
+    make(
+        size.max(MIN_VOLUME),
+        unpacked_once(&UNPACKED, VOLUME_TEMPLATE)?,
+    )
 }
 
 /// The empty ext4 that a scratch disk of [`SIZE`] bytes begins with. It is unpacked into memory
@@ -54,12 +73,14 @@ pub fn journal_template() -> Result<Layer, DiskError> {
     unpacked_once(&UNPACKED, JOURNAL_TEMPLATE)
 }
 
-/// The writable disk that is kept in `folder`, made where there is none yet.
-pub fn kept(folder: impl AsRef<Path>) -> Result<Overlay, DiskError> {
+/// The writable disk that is kept in `folder`, made where there is none yet: of [`SIZE`] bytes, or of
+/// `size`.
+pub fn kept(folder: impl AsRef<Path>, size: Option<u64>) -> Result<Overlay, DiskError> {
     let folder = folder.as_ref();
-    match Overlay::is_kept(folder) {
-        true => Overlay::reopen(SIZE, folder),
-        false => Overlay::keep(SIZE, vec![journal_template()?], folder),
+    match (Overlay::is_kept(folder), size) {
+        (true, size) => Overlay::reopen(size.unwrap_or(SIZE), folder),
+        (false, None) => Overlay::keep(SIZE, vec![journal_template()?], folder),
+        (false, Some(size)) => sized(size, |size, layer| Overlay::keep(size, vec![layer], folder)),
     }
 }
 
@@ -185,7 +206,7 @@ mod tests {
     #[test]
     fn a_kept_one_has_a_journal() {
         let dir = tempfile::tempdir().unwrap();
-        let disk = kept(dir.path()).unwrap();
+        let disk = kept(dir.path(), None).unwrap();
         let mut superblock = [0; 1024];
         disk.read_at(&mut superblock, 1024).unwrap();
         assert_ne!(le32(&superblock, 0x5c) & 4, 0, "has_journal");
@@ -193,9 +214,26 @@ mod tests {
         disk.write_at(b"stays", SIZE - 4096).unwrap();
         drop(disk);
         let mut back = [0; 5];
-        let disk = kept(dir.path()).unwrap();
+        let disk = kept(dir.path(), None).unwrap();
         disk.read_at(&mut back, SIZE - 4096).unwrap();
         assert_eq!(&back, b"stays");
+    }
+
+    #[test]
+    fn one_of_another_size_ends_there() {
+        let dir = tempfile::tempdir().unwrap();
+        for disk in [
+            overlay(dir.path(), Some(1 << 30)).unwrap(),
+            kept(dir.path(), Some(1 << 30)).unwrap(),
+            kept(dir.path(), Some(1 << 30)).unwrap(),
+        ] {
+            assert_eq!(disk.size(), 1 << 30);
+            let mut superblock = [0; 1024];
+            disk.read_at(&mut superblock, 1024).unwrap();
+            assert_eq!(superblock[0x38..0x3a], [0x53, 0xef]);
+            assert_ne!(le32(&superblock, 0x5c) & 4, 0, "has_journal");
+            assert!(disk.write_at(b"x", 1 << 30).is_err());
+        }
     }
 
     #[test]
@@ -227,7 +265,10 @@ mod tests {
     #[test]
     fn an_overlay_of_the_template_is_the_same_disk() {
         let dir = tempfile::tempdir().unwrap();
-        let (raw, overlay) = (create(dir.path()).unwrap(), overlay(dir.path()).unwrap());
+        let (raw, overlay) = (
+            create(dir.path()).unwrap(),
+            overlay(dir.path(), None).unwrap(),
+        );
         assert_eq!(overlay.size(), raw.size());
         let used = overlay.used();
         overlay

@@ -40,6 +40,8 @@ pub struct Cgroup {
     directory: OwnedFd,
     freeze: OwnedFd,
     events: OwnedFd,
+    /// Where the number of processes is limited, if the kernel has that controller.
+    most: Option<OwnedFd>,
     namespace: OwnedFd,
     /// A freeze was asked for, and no thaw since.
     frozen: AtomicBool,
@@ -58,6 +60,7 @@ impl Cgroup {
         let directory = open(NAME, OFlags::PATH | OFlags::DIRECTORY)?;
         let freeze = open(&format!("{NAME}/cgroup.freeze"), OFlags::WRONLY)?;
         let events = open(&format!("{NAME}/cgroup.events"), OFlags::RDONLY)?;
+        let most = open(&format!("{NAME}/pids.max"), OFlags::WRONLY).ok();
         rustix::mount::unmount(MOUNT, UnmountFlags::DETACH)?;
         let namespace = child::run_in_cgroup(directory.as_fd(), enter).inspect_err(|_| {
             // A second failure changes nothing: there are no cgroups to see then.
@@ -67,6 +70,7 @@ impl Cgroup {
             directory,
             freeze,
             events,
+            most,
             namespace,
             frozen: AtomicBool::new(false),
         })
@@ -97,6 +101,17 @@ impl Cgroup {
             flags,
             Mode::empty(),
         )?)
+    }
+
+    /// Lets it have so many processes and threads at most. Its root in the workload's namespace is not the
+    /// workload's to change (`nsdelegate`).
+    pub fn limit_processes(&self, most: Option<u32>) -> io::Result<()> {
+        let none =
+            || io::Error::other("this guest's kernel has no cgroup controller for processes");
+        let file = self.most.as_ref().ok_or_else(none)?;
+        let text = most.map_or_else(|| "max".to_owned(), |most| most.to_string());
+        rustix::io::pwrite(file, text.as_bytes(), 0)?;
+        Ok(())
     }
 
     /// Stops every process in it, and returns when all stand still. After an error none does.

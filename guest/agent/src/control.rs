@@ -108,6 +108,7 @@ impl Control {
             }
             ControlRequest::SyncVolumes => guest.sync_volumes(),
             ControlRequest::Card(card) => take_card(&card),
+            ControlRequest::LimitProcesses(most) => guest.limit_processes(most),
         };
         let reply = FromAgent::Reply(result.map_err(|error| error.to_string()));
         frame::write(&mut self.stream, &reply)
@@ -139,6 +140,10 @@ impl Guest {
 
     fn thaw(&self) -> io::Result<()> {
         self.cgroup()?.thaw()
+    }
+
+    fn limit_processes(&self, most: Option<u32>) -> io::Result<()> {
+        self.cgroup()?.limit_processes(most)
     }
 
     /// Makes this guest one of its own, after it was restored from a state that others share. The

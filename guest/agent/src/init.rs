@@ -133,6 +133,9 @@ fn set_up(setup: &Setup, command_line: &str, transport: &'static Transport) -> i
         disk,
         volumes: Vec::new(),
     };
+    if let Some(disk) = &guest.disk {
+        worth_a_note("reserve of the disk", root::reserve(disk));
+    }
     root::seal(&setup.root)?;
     let (current, maximum) = OPEN_FILES;
     let limit = Rlimit {

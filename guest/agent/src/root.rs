@@ -10,17 +10,32 @@ use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use skerry_protocol::message::{BlockDevice, RootSpec, Upper};
 
 use crate::mounts::{self, named};
+use crate::sys;
 
 const LOWER: &str = "/skerry/lower";
 const WRITABLE: &str = "/skerry/rw";
 const ROOT: &str = "/skerry/root";
+
+/// What the space of a disk is counted in by Linux.
+const SECTOR: u64 = 512;
+
+/// Blocks that ext4 holds back for changes that may not fail (Linux, filesystems/ext4: `reserved_clusters`).
+const HELD_BACK: &str = "512";
+/// A file beside the overlay's directories, which takes room on the disk that it needs to be mounted the next
+/// time: without, a full disk's root could not be written, and nothing removed from it.
+const RESERVE: &str = "reserve";
+/// Its size at most and at least.
+const RESERVED: std::ops::RangeInclusive<u64> = 4096..=65536;
 
 /// How long a block device may take to appear.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
@@ -47,13 +62,14 @@ pub fn switch(spec: &RootSpec) -> io::Result<Option<OwnedFd>> {
         Upper::Ext4(disk) => {
             // The inode tables are zero already in a file that was sparse; nobody has to write
             // them again in the background.
-            mount(
-                &find(disk)?,
-                WRITABLE,
-                "ext4",
-                MountFlags::NOATIME,
-                "noinit_itable",
-            )?;
+            let disk = find(disk)?;
+            let flags = MountFlags::NOATIME;
+            mount(&disk, WRITABLE, "ext4", flags, "noinit_itable")?;
+            grow(&disk).map_err(|error| named(disk.display(), &error))?;
+            match fs::remove_file(Path::new(WRITABLE).join(RESERVE)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
     }
     for directory in ["upper", "work"] {
@@ -76,6 +92,57 @@ pub fn switch(spec: &RootSpec) -> io::Result<Option<OwnedFd>> {
     };
     enter(Path::new(ROOT))?;
     Ok(disk)
+}
+
+/// Takes room for the next start, as far as there is some, on the file system that takes writes.
+pub fn reserve(disk: &OwnedFd) -> io::Result<()> {
+    let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(disk, RESERVE, flags, Mode::from_raw_mode(0o600))?;
+    let mut size = *RESERVED.end();
+    while size >= *RESERVED.start() {
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size) {
+            Err(Errno::NOSPC) => size /= 2,
+            result => return Ok(result?),
+        }
+    }
+    Ok(())
+}
+
+/// Has the file system at [`WRITABLE`] take the whole of its disk, which may be larger.
+fn grow(disk: &Path) -> io::Result<()> {
+    let name = disk.file_name().unwrap_or_default();
+    // What the kernel holds back is a part of the size that it finds when it mounts: less before the
+    // growth than at the next start, which would eat up our reserve on a full disk.
+    let held_back = Path::new("/sys/fs/ext4")
+        .join(name)
+        .join("reserved_clusters");
+    fs::write(held_back, HELD_BACK)?;
+    let size = Path::new("/sys/class/block").join(name).join("size");
+    let sectors = fs::read_to_string(size)?.trim_end().parse::<u64>();
+    let size = sectors.map_err(io::Error::other)?.saturating_mul(SECTOR);
+    let mut superblock = [0; 1024];
+    fs::File::open(disk)?.read_exact_at(&mut superblock, 1024)?;
+    if ext4_size(&superblock) >= size {
+        return Ok(());
+    }
+    sys::grow(&fs::File::open(WRITABLE)?.into(), size)
+}
+
+/// The size in bytes that an ext4 says in its superblock (Linux, filesystems/ext4/super.rst).
+fn ext4_size(superblock: &[u8; 1024]) -> u64 {
+    const INCOMPAT_64BIT: u32 = 0x80;
+    let word = |at: usize| {
+        let bytes = superblock
+            .get(at..at + 4)
+            .and_then(|bytes| bytes.try_into().ok());
+        u32::from_le_bytes(bytes.unwrap_or_default())
+    };
+    let high = match word(0x60) & INCOMPAT_64BIT {
+        0 => 0,
+        _ => word(0x150),
+    };
+    let blocks = u64::from(high) << 32 | u64::from(word(4));
+    blocks.saturating_mul(1024u64.checked_shl(word(0x18)).unwrap_or(0))
 }
 
 /// Closes a root that is to be read-only, when the agent has put its files there.
@@ -174,6 +241,19 @@ fn find_serial(block: &Path, serial: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_ext4_says_how_large_it_is() {
+        let mut superblock = [0; 1024];
+        superblock[4..8].copy_from_slice(&0x1_0000_u32.to_le_bytes());
+        superblock[0x18] = 2;
+        assert_eq!(ext4_size(&superblock), 256 << 20);
+        superblock[0x150] = 1;
+        assert_eq!(ext4_size(&superblock), 256 << 20, "no 64-bit blocks");
+        superblock[0x60] = 0x80;
+        assert_eq!(ext4_size(&superblock), (256 << 20) + (1 << 44));
+        assert_eq!(ext4_size(&[0xff; 1024]), 0);
+    }
 
     #[test]
     fn a_serial_names_its_device_and_no_other() {

@@ -178,6 +178,8 @@ fn described(body: Value) -> Result<Described, ApiError> {
             network: network(&mut host, config.take("NetworkingConfig")?)?,
             mounts: mounts(&mut config, &mut host)?,
             read_only: host.take("ReadonlyRootfs")?,
+            pids_limit: pids_limit(&mut host)?,
+            disk_size: disk_size(&mut host)?,
             hostname: (!hostname.is_empty()).then_some(hostname),
             ..VmSpec::default()
         },
@@ -263,7 +265,6 @@ fn restart(policy: Restart) -> Result<RestartPolicy, ApiError> {
 }
 
 fn options(host: &mut Fields) -> Result<MachineOptions, ApiError> {
-    const BILLION: u64 = 1_000_000_000;
     let (memory, cpus): (u64, u64) = (host.take("Memory")?, host.take("NanoCpus")?);
     // What docker's client sends by itself with --memory: as much swap again, or none.
     host.ignore(&["MemorySwap"]);
@@ -272,15 +273,51 @@ fn options(host: &mut Fields) -> Result<MachineOptions, ApiError> {
         options.memory = memory;
     }
     if cpus > 0 {
-        if !cpus.is_multiple_of(BILLION) {
-            return Err(ApiError::invalid(
-                "A machine has whole processors: give --cpus a whole number",
-            ));
-        }
-        options.cpus = u32::try_from(cpus / BILLION)
-            .map_err(|_| ApiError::invalid("No machine has so many processors"))?;
+        options.set_nano_cpus(cpus)?;
     }
+    let parent: String = host.take("CgroupParent")?;
+    options.cgroup_parent = (!parent.is_empty()).then_some(parent);
     Ok(options)
+}
+
+/// The most processes; docker says with -1 and 0 that there is no such limit.
+fn pids_limit(host: &mut Fields) -> Result<Option<u32>, ApiError> {
+    match host.take::<Option<i64>>("PidsLimit")? {
+        None | Some(-1 | 0) => Ok(None),
+        Some(most) => u32::try_from(most)
+            .map(Some)
+            .map_err(|_| ApiError::invalid(format!("{most} is no number of processes"))),
+    }
+}
+
+/// The size of the machine's disk.
+fn disk_size(host: &mut Fields) -> Result<Option<u64>, ApiError> {
+    let mut options = host.take::<BTreeMap<String, String>>("StorageOpt")?;
+    let size = options.remove("size");
+    if let Some(other) = options.keys().next() {
+        return Err(ApiError::invalid(format!(
+            "The only storage option is size: {other} can't be had"
+        )));
+    }
+    size.map(|size| bytes(&size)).transpose()
+}
+
+/// `10G`, as docker's client passes it on.
+fn bytes(text: &str) -> Result<u64, ApiError> {
+    let wrong = || ApiError::invalid(format!("{text} is no size: write one such as 10G"));
+    let lower = text.to_ascii_lowercase();
+    let number = lower.trim_end_matches(['i', 'b']);
+    let digits = number.trim_end_matches(['k', 'm', 'g', 't']);
+    let shift = match number.get(digits.len()..) {
+        Some("") => 0,
+        Some("k") => 10,
+        Some("m") => 20,
+        Some("g") => 30,
+        Some("t") => 40,
+        _ => return Err(wrong()),
+    };
+    let digits: u64 = digits.parse().map_err(|_| wrong())?;
+    digits.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
 /// Folders, volumes and memory file systems.
@@ -570,6 +607,22 @@ mod tests {
     }
 
     #[test]
+    fn bounds_are_taken() {
+        let mut body = body();
+        body["HostConfig"]["NanoCpus"] = json!(1_500_000_000);
+        body["HostConfig"]["PidsLimit"] = json!(100);
+        body["HostConfig"]["StorageOpt"] = json!({ "size": "10GB" });
+        body["HostConfig"]["CgroupParent"] = json!("/some");
+        let vm = described(body).expect("it can be had").spec.vm;
+        assert_eq!(
+            (vm.options.cpus, vm.options.nano_cpus),
+            (2, Some(1_500_000_000))
+        );
+        assert_eq!((vm.pids_limit, vm.disk_size), (Some(100), Some(10 << 30)));
+        assert_eq!(vm.options.cgroup_parent.as_deref(), Some("/some"));
+    }
+
+    #[test]
     fn folders_and_networks_are_taken() {
         let mut body = body();
         body["HostConfig"]["Binds"] = json!(["/srv:/data:ro", "disk:/var"]);
@@ -592,13 +645,16 @@ mod tests {
     fn what_can_not_be_had_is_named() {
         let refused = |path: &str, value: Value| {
             let mut body = body();
-            *body.pointer_mut(path).expect("a field") = value;
+            let (parent, field) = path.rsplit_once('/').expect("a path");
+            body.pointer_mut(parent).expect("an object")[field] = value;
             described(body).expect_err("it can't be had").into_message()
         };
         assert!(refused("/HostConfig/Privileged", json!(true)).contains("HostConfig.Privileged"));
         assert!(refused("/HostConfig/CapAdd", json!(["ALL"])).contains("HostConfig.CapAdd"));
         assert!(refused("/Domainname", json!("x")).contains("Domainname"));
-        assert!(refused("/HostConfig/NanoCpus", json!(1_500_000_000)).contains("whole"));
+        assert!(refused("/HostConfig/NanoCpus", json!(1)).contains("0.01"));
+        assert!(refused("/HostConfig/StorageOpt", json!({ "dm.x": "1" })).contains("dm.x"));
+        assert!(refused("/HostConfig/StorageOpt", json!({ "size": "1X" })).contains("1X"));
         assert!(refused("/HostConfig/NetworkMode", json!("host")).contains("host"));
         assert!(refused("/HostConfig/Binds", json!(["/a:/b:z"])).contains("/a:/b:z"));
         assert!(refused("/HostConfig/LogConfig/Type", json!("syslog")).contains("syslog"));

@@ -344,7 +344,7 @@ pub(super) async fn remove(
     Query(RemoveQuery { force }): Query<RemoveQuery>,
 ) -> Result<Json<Value>, ApiError> {
     work(&app, move |app| {
-        match images::remove(app.paths(), &name) {
+        match images::remove(app.paths(), &name, force) {
             Ok(removed @ skerry_engine::Removed::Name(_)) => Ok(Json(
                 json!([{ "Untagged": native::removed_image(removed) }]),
             )),

@@ -171,6 +171,15 @@ fn sample(info: &VmInfo, usage: Option<&Usage>, before: Sums, after: Sums) -> Va
     let cpus = cpus();
     // One that doesn't run takes nothing.
     let (resident, threads) = usage.map_or((0, 0), |usage| (usage.resident, usage.threads));
+    let traffic = usage
+        .and_then(|usage| usage.traffic.clone())
+        .unwrap_or_default();
+    let blocks = [
+        ("read", traffic.block_read),
+        ("write", traffic.block_written),
+    ];
+    let blocks =
+        blocks.map(|(op, value)| json!({ "major": 0, "minor": 0, "op": op, "value": value }));
     json!({
         "id": info.config.id,
         "name": format!("/{}", info.config.name),
@@ -181,9 +190,11 @@ fn sample(info: &VmInfo, usage: Option<&Usage>, before: Sums, after: Sums) -> Va
         "cpu_stats": after.told(cpus),
         "precpu_stats": before.told(cpus),
         "memory_stats": { "usage": resident, "limit": info.config.memory, "stats": {} },
-        "blkio_stats": { "io_service_bytes_recursive": null },
+        "blkio_stats": { "io_service_bytes_recursive": blocks },
         "storage_stats": {},
-        "networks": {},
+        "networks": {
+            "eth0": { "rx_bytes": traffic.network_received, "tx_bytes": traffic.network_sent },
+        },
     })
 }
 
@@ -324,6 +335,8 @@ mod tests {
             resident: 1,
             memory: 2,
             threads: 3,
+            cpu_seconds: 0.0,
+            traffic: None,
         };
         let before = Sums::default();
         let after = before.after(&usage, 4);

@@ -45,15 +45,25 @@ pub(crate) struct RemovedImages {
     removed: Vec<String>,
 }
 
+/// Whether it is meant.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Forced {
+    /// The last name of an image that a machine needs goes too; the image stays until the machine is removed.
+    #[serde(default)]
+    force: bool,
+}
+
 /// Removes a name of an image; with its last name the image.
-#[utoipa::path(delete, path = "/images", tag = "images", params(Named), responses(
+#[utoipa::path(delete, path = "/images", tag = "images", params(Named, Forced), responses(
     (status = 200, body = RemovedImages), (status = "default", body = Problem)))]
 pub(crate) async fn remove(
     State(app): State<Shared>,
     Query(Named { name }): Query<Named>,
+    Query(Forced { force }): Query<Forced>,
 ) -> Result<Json<RemovedImages>, ApiError> {
     work(&app, move |app| {
-        let removed = vec![removed(images::remove(app.paths(), &name)?)];
+        let removed = vec![removed(images::remove(app.paths(), &name, force)?)];
         Ok(Json(RemovedImages { removed }))
     })
     .await

@@ -21,6 +21,9 @@ pub struct ImagesArgs {
 /// `skerry rmi`.
 #[derive(Debug, Args)]
 pub struct RmiArgs {
+    /// Remove the last name of an image that a machine needs too: it stays until the machine is removed
+    #[arg(short, long)]
+    pub force: bool,
     /// Names or digests
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<String>,

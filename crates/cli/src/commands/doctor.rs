@@ -44,6 +44,11 @@ fn text(out: &mut impl Write, report: &Diagnosis) -> io::Result<()> {
             writeln!(out, "  {word} {:<18} {}", layer.layer.name(), layer.detail)?;
         }
     }
+    writeln!(out, "\nWhat a machine takes is bounded by")?;
+    for limit in &report.resources {
+        let word = if limit.holds { "yes" } else { "no " };
+        writeln!(out, "  {word} {:<18} {}", limit.name, limit.detail)?;
+    }
     let word = if report.tap.usable { "yes" } else { "no " };
     writeln!(out, "\nA machine's network can be behind")?;
     writeln!(out, "  {word} {}", report.tap.detail)?;

@@ -49,7 +49,7 @@ pub fn remove(args: &RmiArgs) -> Result<u8> {
     let paths = Paths::of_user()?;
     let mut status = 0;
     for name in &args.images {
-        match skerry_engine::images::remove(&paths, name) {
+        match skerry_engine::images::remove(&paths, name, args.force) {
             Ok(Removed::Name(name)) => writeln!(io::stdout(), "{name}")?,
             Ok(Removed::Image(digest)) => writeln!(io::stdout(), "{digest}")?,
             Err(error) => {

@@ -90,13 +90,16 @@ fn machine_options(args: MachineArgs) -> MachineOptions {
         soft,
         confine,
     } = args;
-    MachineOptions {
+    let mut options = MachineOptions {
         memory: memory.0,
-        cpus,
         hypervisor: choice(hypervisor),
         soft: soft_options(&soft),
         cpu_model,
         time_limit: timeout.map(|span| span.0),
         confine: strictness(&confine),
-    }
+        ..MachineOptions::default()
+    };
+    // Its range was seen to where it was read.
+    let _ = options.set_nano_cpus(cpus.0);
+    options
 }

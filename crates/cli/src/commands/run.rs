@@ -12,11 +12,13 @@ use skerry_engine::run::{Event, RunIo, RunOutcome, RunSpec};
 use skerry_engine::vm::VmSpec;
 use skerry_engine::vms::{self, Begin, Detached, Job, Launch, ReadyMark, RestartPolicy, Source};
 use skerry_engine::warm::WarmSpec;
-use skerry_engine::{EngineError, Image, Paths, WinSize, confinement, hypervisor, images};
+use skerry_engine::{
+    EngineError, Image, MachineOptions, Paths, WinSize, confinement, hypervisor, images,
+};
 
 use super::network::{network, reach};
 use super::{choice, machine_options, registry, soft_options, stats, strictness};
-use crate::args::{CommandArgs, Format, RestoreArgs, RunArgs, WarmArgs};
+use crate::args::{CommandArgs, Format, ResourceArgs, RestoreArgs, RunArgs, WarmArgs};
 use crate::output;
 use crate::terminal::{self, Raw};
 
@@ -81,9 +83,17 @@ fn plan(args: RunArgs, verbose: u8) -> Result<(Begin, RunSpec)> {
         entrypoint: args.entrypoint,
         ..command(args.io, words)
     };
+    let ResourceArgs {
+        pids_limit,
+        storage_opt,
+        cgroup_parent,
+    } = args.resources;
     let spec = RunSpec {
         vm: VmSpec {
-            options: machine_options(args.machine),
+            options: MachineOptions {
+                cgroup_parent,
+                ..machine_options(args.machine)
+            },
             kernel: args.kernel,
             read_only: args.read_only,
             fresh: args.fresh,
@@ -93,6 +103,8 @@ fn plan(args: RunArgs, verbose: u8) -> Result<(Begin, RunSpec)> {
             show_console: verbose > 0,
             sampled: args.stats.stats.is_some(),
             kept: None,
+            pids_limit: pids_limit.and_then(|limit| limit.0),
+            disk_size: storage_opt.map(|size| size.0),
         },
         command,
         ready: match (args.ready, args.ready_cmd) {

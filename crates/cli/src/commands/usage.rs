@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use skerry_engine::Paths;
-use skerry_engine::vms::{self, Registry, Usage, VmInfo};
+use skerry_engine::vms::{self, Registry, Traffic, Usage, VmInfo};
 
 use super::{mib, short, table};
 use crate::args::{Format, UsageArgs};
@@ -50,7 +50,16 @@ fn chosen(registry: &Registry, names: &[String]) -> Result<Vec<VmInfo>> {
 }
 
 fn write_table(out: &mut impl Write, usages: &[Usage]) -> io::Result<()> {
-    let header = ["ID", "NAME", "CPU %", "MEM USAGE / RAM", "MEM %", "THREADS"];
+    let header = [
+        "ID",
+        "NAME",
+        "CPU %",
+        "MEM USAGE / RAM",
+        "MEM %",
+        "NET I/O",
+        "BLOCK I/O",
+        "THREADS",
+    ];
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(usages.iter().map(|usage| {
         [
@@ -62,8 +71,20 @@ fn write_table(out: &mut impl Write, usages: &[Usage]) -> io::Result<()> {
                 "{:.1}",
                 100.0 * usage.resident as f64 / usage.memory.max(1) as f64
             ),
+            moved(usage, |traffic| {
+                [traffic.network_received, traffic.network_sent]
+            }),
+            moved(usage, |traffic| [traffic.block_read, traffic.block_written]),
             usage.threads.to_string(),
         ]
     }));
     table::write(out, &rows)
+}
+
+/// In and out; `-` of a machine that starts.
+fn moved(usage: &Usage, of: impl Fn(&Traffic) -> [u64; 2]) -> String {
+    usage.traffic.as_ref().map_or("-".to_owned(), |traffic| {
+        let [from, to] = of(traffic);
+        format!("{} / {}", mib(from), mib(to))
+    })
 }

@@ -54,7 +54,8 @@ fn list(volumes: &Volumes, args: &VolumeLsArgs) -> Result<u8> {
     let row = |volume: &Volume| {
         let holder = volume
             .holder
-            .map_or("yes".to_owned(), |pid| format!("process {pid}"));
+            .as_deref()
+            .map_or("yes".to_owned(), |name| format!("by {name}"));
         let in_use = if volume.in_use {
             holder
         } else {

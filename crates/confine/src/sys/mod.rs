@@ -2,4 +2,4 @@
 
 mod linux;
 
-pub(crate) use linux::{active, confine, enter, probe};
+pub(crate) use linux::{active, confine, enter, last_words, probe};

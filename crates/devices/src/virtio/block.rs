@@ -4,8 +4,8 @@
 //! vectors of the disk's read or write.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use serde::{Deserialize, Serialize};
 use skerry_hypervisor::memory::GuestRam;
@@ -130,6 +130,10 @@ pub struct BlockDevice {
     exchangeable: bool,
     /// The disk has another size than the guest was told.
     changed: AtomicBool,
+    read: AtomicU64,
+    written: AtomicU64,
+    /// The first request that its disk failed.
+    failure: OnceLock<String>,
     link: EngineLink,
 }
 
@@ -161,8 +165,22 @@ impl BlockDevice {
             write_through: AtomicBool::new(false),
             exchangeable: config.exchangeable,
             changed: AtomicBool::new(false),
+            read: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            failure: OnceLock::new(),
             link: EngineLink::default(),
         })
+    }
+
+    /// Why its disk first failed a request, if it has.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// Bytes that the guest has read and written, since the device was made.
+    pub fn transferred(&self) -> (u64, u64) {
+        let read = self.read.load(Ordering::Relaxed);
+        (read, self.written.load(Ordering::Relaxed))
     }
 
     /// The configuration layout of 5.2.4.
@@ -231,7 +249,16 @@ impl BlockDevice {
         match result {
             Ok(()) => Status::Ok,
             Err(error) => {
-                tracing::warn!(disk = self.disk.name(), what, %error, "A guest's request failed");
+                // A guest that goes on and on fills no log.
+                if self.failure.set(error.to_string()).is_ok() {
+                    tracing::warn!(
+                        disk = self.disk.name(),
+                        what,
+                        "A guest's request failed: {error}"
+                    );
+                } else {
+                    tracing::debug!(disk = self.disk.name(), what, %error, "A guest's request failed");
+                }
                 Status::IoError
             }
         }
@@ -256,11 +283,12 @@ impl BlockDevice {
         let mut slices = Vec::with_capacity(8);
         writer.take_slices(len as usize, &mut slices)?;
         let bufs: Vec<_> = slices.iter().map(IoBufMut::from_volatile).collect();
+        let status = self.outcome("read", self.disk.read_vectored_at(&bufs, offset));
+        if status == Status::Ok {
+            self.read.fetch_add(len.into(), Ordering::Relaxed);
+        }
         // What a failed read left in the buffers is of no use to the guest, but is written.
-        Ok((
-            self.outcome("read", self.disk.read_vectored_at(&bufs, offset)),
-            len,
-        ))
+        Ok((status, len))
     }
 
     fn write(
@@ -279,6 +307,9 @@ impl BlockDevice {
         reader.take_slices(len as usize, &mut slices)?;
         let bufs: Vec<_> = slices.iter().map(IoBuf::from_volatile).collect();
         let mut status = self.outcome("write", self.disk.write_vectored_at(&bufs, offset));
+        if status == Status::Ok {
+            self.written.fetch_add(len.into(), Ordering::Relaxed);
+        }
         if status == Status::Ok && self.write_through.load(Ordering::Relaxed) {
             status = self.outcome("flush", self.disk.flush());
         }

@@ -72,6 +72,8 @@ impl Clones {
             show_console: spec.show_console,
             rewindable: true,
             sampled: false,
+            nano_cpus: spec.options.nano_cpus,
+            pids_limit: spec.pids_limit,
         };
         Self::of(paths, frozen, resume, note)
     }

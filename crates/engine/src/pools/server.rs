@@ -223,6 +223,8 @@ fn clones(
                 show_console: false,
                 rewindable: true,
                 sampled: false,
+                nano_cpus: launch.vm.options.nano_cpus,
+                pids_limit: launch.vm.pids_limit,
             };
             let mut frozen = Frozen::open(paths, name)?;
             if let Some(command) = prewarm {

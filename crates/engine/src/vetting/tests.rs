@@ -8,6 +8,7 @@ use skerry_hypervisor_soft::Soft;
 use skerry_machine::MachineState;
 use skerry_machine::fuzzing::{Choices, Seed, change};
 use skerry_snapshot::{PAGE_SIZE, SnapshotStore, WriteOptions};
+use skerry_storage::scratch;
 use skerry_storage::{Layer, LayerRun};
 use skerry_test_support::Random;
 

@@ -37,6 +37,7 @@ use crate::network::{Network, NetworkSpec, nameservers};
 use crate::soft::SoftOptions;
 use crate::statistics::Statistics;
 pub use crate::transport::GuestStream;
+use crate::vms::Traffic;
 pub use capture::Captured;
 pub use rewind::Rewound;
 pub use start::ResumeSpec;
@@ -78,6 +79,11 @@ pub struct VmSpec {
     /// with the machine.
     #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub kept: Option<PathBuf>,
+    /// The most processes and threads that its commands have, all together; `None`: as many as its kernel
+    /// lets them.
+    pub pids_limit: Option<u32>,
+    /// The size of its writable disk in bytes; `None`: [`scratch::SIZE`](skerry_storage::scratch::SIZE).
+    pub disk_size: Option<u64>,
 }
 
 /// A running virtual machine whose agent answers. Clones are the same one; the last to go ends it.
@@ -218,6 +224,26 @@ impl Vm {
         let settled = patience.map_err(lost).and_then(|()| agent.sync_volumes());
         if let Err(error) = settled {
             tracing::warn!(%error, "What was written to volumes last may be lost");
+        }
+    }
+
+    /// Notes where others find what it holds that it is called this.
+    pub(crate) fn note_name(&self, name: &str) {
+        self.shared.mounts.note_holder(name);
+    }
+
+    /// What its network card and its disks have moved.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        let counters = self.network().map(Network::counters).unwrap_or_default();
+        let virtio = self.machine().virtio();
+        let (block_read, block_written) = virtio.disk_traffic();
+        Traffic {
+            network_received: counters.bytes_to_guest,
+            network_sent: counters.bytes_from_guest,
+            block_read,
+            block_written,
+            disk_failure: virtio.disk_failure().map(str::to_owned),
         }
     }
 

@@ -29,14 +29,15 @@ use crate::error::EngineError;
 use crate::frozen::{About, Frozen, ImageAbout};
 use crate::hypervisor::{Choice, select};
 use crate::log::ConsoleLog;
-use crate::machine::{Prepared, prepare, start};
+use crate::machine::{Bounds, Prepared, prepare, start};
 use crate::mounts::{self, MountSpec, Opened};
 use crate::network::{Network, NetworkSpec, addresses, card_of};
 use crate::paths::Paths;
 use crate::random::random;
+use crate::resources::{self, disk_size};
 use crate::soft::SoftOptions;
 use crate::statistics::sampler;
-use crate::warm::Warm;
+use crate::warm::{Warm, WarmDisk};
 use crate::{builtin, initrd};
 
 /// Context id of the guest on its socket device.
@@ -70,6 +71,10 @@ pub struct ResumeSpec {
     pub rewindable: bool,
     /// How its processors spend their time is sampled from the start, for [`Vm::statistics`].
     pub sampled: bool,
+    /// How much of the host's processors it may take, in billionths of one.
+    pub nano_cpus: Option<u64>,
+    /// The most processes that its commands have; `None`: as where it was kept.
+    pub pids_limit: Option<u32>,
 }
 
 impl Vm {
@@ -83,7 +88,7 @@ impl Vm {
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
         let vm = Self::start_unmounted(paths, image, name, spec, note)?;
-        vm.mount()?;
+        vm.finish(spec.pids_limit)?;
         Ok(vm)
     }
 
@@ -96,6 +101,7 @@ impl Vm {
         note: &mut dyn FnMut(&str),
     ) -> Result<Self, EngineError> {
         let begun = Instant::now();
+        resources::check(spec, Some(image))?;
         let prepared = prepare(&spec.options, note)?;
         let config = machine_config(spec);
         let network = spec.network.make(paths, config.network)?;
@@ -106,12 +112,19 @@ impl Vm {
             None
         } else {
             let journal = spec.kept.is_some();
-            Some(Warm::of(paths, image, &prepared, &config, journal)?)
+            let disk = WarmDisk {
+                journal,
+                size: spec.disk_size,
+            };
+            Some(Warm::of(paths, image, &prepared, &config, disk)?)
         };
         let place = Place {
             paths,
             prepared: &prepared,
-            time_limit: spec.options.time_limit,
+            bounds: Bounds {
+                time_limit: spec.options.time_limit,
+                nano_cpus: spec.options.nano_cpus,
+            },
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
             track: false,
@@ -136,20 +149,7 @@ impl Vm {
                 }
             }
         }
-        let about = About {
-            backend: prepared.selected.backend,
-            machine: config,
-            cpuid: prepared.tables.clone(),
-            image: ImageAbout {
-                name: name.to_owned(),
-                digest: image.digest.to_string(),
-                rootfs: image.rootfs_digest().hex(),
-            },
-            read_only: spec.read_only,
-            command: None,
-            surroundings: Surroundings::of(&image.config),
-            mounts: Vec::new(),
-        };
+        let about = about(&prepared, config, (image, name), spec.read_only);
         let vm = place.boot(image, spec, about)?;
         if let Some(warm) = warm {
             let kept = vm.run_first_programs().and_then(|()| warm.keep(paths, &vm));
@@ -161,6 +161,16 @@ impl Vm {
             }
         }
         Ok(vm)
+    }
+
+    /// Does what is to be in no state that is kept for other machines.
+    fn finish(&self, pids_limit: Option<u32>) -> Result<(), EngineError> {
+        self.mount()?;
+        if pids_limit.is_some() {
+            let asked = self.shared.agent.lock().limit_processes(pids_limit);
+            asked.map_err(|error| self.explain(error))?;
+        }
+        Ok(())
     }
 
     /// Has the agent mount what the machine was given besides its root. After its state was kept, so
@@ -212,7 +222,10 @@ impl Vm {
         let place = Place {
             paths,
             prepared: &prepared,
-            time_limit: spec.time_limit,
+            bounds: Bounds {
+                time_limit: spec.time_limit,
+                nano_cpus: spec.nano_cpus,
+            },
             hostname: spec.hostname.as_deref(),
             console: ConsoleLog::new(spec.show_console),
             track: spec.rewindable,
@@ -233,8 +246,31 @@ impl Vm {
             .iter()
             .for_each(|text| note(text));
         let vm = place.go_on(place.paused(frozen)?)?;
-        vm.mount()?;
+        vm.finish(spec.pids_limit)?;
         Ok(vm)
+    }
+}
+
+/// What a new machine says of itself.
+fn about(
+    prepared: &Prepared,
+    machine: MachineConfig,
+    (image, name): (&Image, &str),
+    read_only: bool,
+) -> About {
+    About {
+        backend: prepared.selected.backend,
+        machine,
+        cpuid: prepared.tables.clone(),
+        image: ImageAbout {
+            name: name.to_owned(),
+            digest: image.digest.to_string(),
+            rootfs: image.rootfs_digest().hex(),
+        },
+        read_only,
+        command: None,
+        surroundings: Surroundings::of(&image.config),
+        mounts: Vec::new(),
     }
 }
 
@@ -242,7 +278,7 @@ impl Vm {
 struct Place<'a> {
     paths: &'a Paths,
     prepared: &'a Prepared,
-    time_limit: Option<Duration>,
+    bounds: Bounds,
     hostname: Option<&'a str>,
     console: ConsoleLog,
     /// Writes to memory are noted from the start.
@@ -316,8 +352,8 @@ impl Place<'_> {
         let scratch = match spec.read_only {
             true => None,
             false => Some(Arc::new(match self.kept {
-                Some(folder) => scratch::kept(folder)?,
-                None => scratch::overlay(self.folder()?)?,
+                Some(folder) => scratch::kept(folder, spec.disk_size.map(disk_size))?,
+                None => scratch::overlay(self.folder()?, spec.disk_size.map(disk_size))?,
             })),
         };
         let root = Arc::new(crate::frozen::open_root(image)?);
@@ -328,7 +364,7 @@ impl Place<'_> {
         }
         attachments.initrd = Some(Cow::Owned(initrd::with_init(builtin::AGENT)));
         let config = about.machine.clone();
-        let handle = start(self.prepared, config, attachments, None, self.time_limit)?;
+        let handle = start(self.prepared, config, attachments, None, self.bounds)?;
         let paused = Paused {
             sampler: sampler(handle.remote(), self.sampled)?,
             handle,
@@ -360,7 +396,7 @@ impl Place<'_> {
         attachments.track = self.track;
         let config = frozen.about.machine.clone();
         let state = Some((*frozen.state).clone());
-        let handle = start(self.prepared, config, attachments, state, self.time_limit)?;
+        let handle = start(self.prepared, config, attachments, state, self.bounds)?;
         let about = About {
             backend: self.prepared.selected.backend,
             ..frozen.about.clone()

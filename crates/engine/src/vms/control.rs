@@ -65,6 +65,8 @@ pub enum Request {
     Network,
     /// Tell how its process is confined.
     Confinement,
+    /// Tell what it has moved.
+    Traffic,
     /// Tell what the processors do.
     Statistics {
         /// For how long to look at how they spend their time.
@@ -82,6 +84,22 @@ pub struct Snapshotted {
     pub pause_us: u64,
     /// How long its user code stood still, in microseconds.
     pub freeze_us: u64,
+}
+
+/// What a machine has moved since it was started, in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Traffic {
+    /// Of the frames that its network card received.
+    pub network_received: u64,
+    /// Of those that it sent.
+    pub network_sent: u64,
+    /// Read from its disks: its image, its own, its volumes.
+    pub block_read: u64,
+    /// Written to them.
+    pub block_written: u64,
+    /// Why a disk first failed a request of the guest's, if one has.
+    pub disk_failure: Option<String>,
 }
 
 /// A running machine's state, on its way to copies of it.
@@ -123,6 +141,8 @@ pub enum Reply {
     Network(Box<NetworkReport>),
     /// How its process is confined.
     Confinement(Report),
+    /// What it has moved.
+    Traffic(Traffic),
     /// What the processors have done.
     Statistics(Statistics),
     /// It can't be done, for this reason.

@@ -73,6 +73,7 @@ pub(super) fn hand_out(hosted: &Hosted) -> Result<(Frozen, Parted), EngineError>
     spec.vm.options.hypervisor = captured.frozen.about.backend.into();
     spec.vm.options.soft = vm.soft().clone();
     spec.vm.options.confine = hosted.confine;
+    spec.vm.options.nano_cpus = hosted.nano_cpus;
     // Its ports stay the parent's.
     if let Some(network) = vm.network() {
         spec.vm.network = NetworkSpec::of_fork(network);

@@ -31,7 +31,9 @@ use super::serve;
 use crate::command::Surroundings;
 use crate::confinement::{self, Strictness};
 use crate::error::EngineError;
+use crate::mounts;
 use crate::paths::Paths;
+use crate::resources;
 use crate::run::{RunIo, RunOutcome};
 use crate::vm::{GuestStream, ResumeSpec, Vm, VmSpec, lost};
 
@@ -44,6 +46,8 @@ const WRITING_BACK_AT_ONCE: Duration = Duration::from_secs(1);
 pub(super) struct Hosted {
     pub(super) paths: Paths,
     pub(super) confine: Strictness,
+    /// How much of the host's processors it may take.
+    pub(super) nano_cpus: Option<u64>,
     entry: Mutex<Option<Entry>>,
     progress: Mutex<Progress>,
     changed: Condvar,
@@ -71,6 +75,8 @@ struct Progress {
     /// Somebody had it end at once while there was no machine to be ended.
     killed: bool,
     ready: bool,
+    /// Why a disk of the machine's failed a request.
+    disk_failure: Option<String>,
     code: Option<u8>,
     /// Those who wait to be told.
     waiting: usize,
@@ -105,8 +111,15 @@ pub(super) fn host_in(
     started: impl FnOnce(&VmConfig),
     note: &mut dyn FnMut(&str),
 ) -> Result<RunOutcome, EngineError> {
-    let listener = listen(&entry).and_then(|listener| {
+    let mut spec = job.spec.clone();
+    let named = mounts::name_volumes(paths, &mut spec.vm.mounts, &entry.config.id);
+    let job = Job { spec: &spec, ..job };
+    let listener = named.and_then(|()| listen(&entry)).and_then(|listener| {
         if job.own_process {
+            if job.detached {
+                skerry_confine::last_words(entry.last_words()?);
+            }
+            job.spec.vm.options.bound_process()?;
             confinement::of_vm(paths, &job.spec.vm, &[entry.folder()])?;
         }
         Ok(listener)
@@ -121,6 +134,7 @@ pub(super) fn host_in(
     let hosted = Arc::new(Hosted {
         paths: paths.clone(),
         confine: job.spec.vm.options.confine,
+        nano_cpus: job.spec.vm.options.nano_cpus,
         entry: Mutex::new(Some(entry)),
         progress: Mutex::default(),
         changed: Condvar::new(),
@@ -179,7 +193,8 @@ fn begin(
             Vm::start(paths, image, name, &spec, note)
         }
         Source::Frozen { frozen, .. } => {
-            let spec = ResumeSpec {
+            resources::check(spec, None)?;
+            let resume = ResumeSpec {
                 hypervisor: spec.options.hypervisor,
                 soft: spec.options.soft.clone(),
                 time_limit: spec.options.time_limit,
@@ -189,8 +204,10 @@ fn begin(
                 show_console: spec.show_console,
                 rewindable: false,
                 sampled: spec.sampled,
+                nano_cpus: spec.options.nano_cpus,
+                pids_limit: spec.pids_limit,
             };
-            Vm::resume(paths, frozen, &spec, note)
+            Vm::resume(paths, frozen, &resume, note)
         }
     }
 }
@@ -317,6 +334,9 @@ impl Hosted {
             Ok(())
         })?;
         let vm = begin(&self.paths, job, &names, kept, note)?;
+        if let Some(name) = names.first() {
+            vm.note_name(name);
+        }
         let mut streams = None;
         self.update(|entry| {
             streams = Some(io(entry)?);
@@ -396,6 +416,9 @@ impl Hosted {
         }
         life.vm.settle();
         life.vm.kill();
+        if let Some(failure) = life.vm.machine().virtio().disk_failure() {
+            self.progress.lock().disk_failure = Some(failure.to_owned());
+        }
         if let Some(input) = &life.input {
             input.end();
         }
@@ -493,6 +516,13 @@ impl Hosted {
             .unwrap_or_default()
     }
 
+    /// Notes the machine's new name.
+    pub(super) fn renamed(&self, name: &str) {
+        if let Some(life) = &self.progress.lock().life {
+            life.vm.note_name(name);
+        }
+    }
+
     /// Changes the entry, unless the end has been noted.
     pub(super) fn update(
         &self,
@@ -514,6 +544,7 @@ impl Hosted {
     fn finish(&self, result: Result<RunOutcome, EngineError>) -> Result<RunOutcome, EngineError> {
         let code = code(&result);
         let error = result.as_ref().err().map(ToString::to_string);
+        let failure = self.progress.lock().disk_failure.clone();
         let noted = match self.entry.lock().take() {
             Some(entry) => entry.finish(|state| {
                 state.status = match error {
@@ -521,7 +552,7 @@ impl Hosted {
                     None => Status::Stopped,
                 };
                 state.exit_code = Some(code);
-                state.error = error;
+                state.error = error.or(failure);
             }),
             None => Ok(()),
         };

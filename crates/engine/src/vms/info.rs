@@ -52,6 +52,15 @@ pub struct VmConfig {
     /// Ports of the guest's that the host listens at, as they were asked for.
     #[serde(default)]
     pub ports: Vec<Mapping>,
+    /// How much of the host's processors its own may take, in billionths of one, where that is bounded.
+    #[serde(default)]
+    pub nano_cpus: Option<u64>,
+    /// The most processes that its commands have, where that was asked for.
+    #[serde(default)]
+    pub pids_limit: Option<u32>,
+    /// The size of its writable disk in bytes, where that was asked for.
+    #[serde(default)]
+    pub disk_size: Option<u64>,
 }
 
 /// How a virtual machine is.

@@ -164,5 +164,8 @@ pub(super) fn config(job: &Job<'_>, plan: &Plan) -> VmConfig {
         labels: job.spec.labels.clone(),
         restart: job.spec.restart,
         ports: job.spec.vm.network.publish.clone(),
+        nano_cpus: options.nano_cpus,
+        pids_limit: job.spec.vm.pids_limit,
+        disk_size: job.spec.vm.disk_size,
     }
 }

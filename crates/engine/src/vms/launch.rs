@@ -25,6 +25,7 @@ use crate::frozen::Frozen;
 use crate::images;
 use crate::parcel;
 use crate::paths::Paths;
+use crate::resources;
 use crate::run::{Event, RunIo, RunOutcome, RunSpec};
 
 /// What another process is to begin with.
@@ -104,6 +105,11 @@ pub fn create(launch: &Launch, note: &mut dyn FnMut(&str)) -> Result<String, Eng
     let registry = Registry::open(&paths)?;
     let origin = Origin::of(&paths, &launch.begin, None, None, note)?;
     let job = launch.job(origin.source());
+    let image = match job.source {
+        Source::Image { image, .. } => Some(image),
+        Source::Frozen { .. } => None,
+    };
+    resources::check(&launch.spec.vm, image)?;
     let config = job::config(&job, &Plan::of(&job)?);
     Ok(registry.prepare(config, launch)?.id)
 }

@@ -33,7 +33,7 @@ mod watch;
 
 pub use attach::{AttachEnd, Attachment, DetachKeys, Follower, Since, attach, log_length, resize};
 pub use control::{Client, Reply, Request};
-pub use control::{Forked, Snapshotted};
+pub use control::{Forked, Snapshotted, Traffic};
 pub(crate) use control::{connect, listen, receive, send};
 pub use copy::{CopyOptions, archive_in, archive_out, copy_in, copy_out};
 pub use host::host;

@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::Serialize;
 use skerry_protocol::host::{ExecSession, HostError};
 
-use super::control::{Client, Forked, Reply, Request, Snapshotted};
+use super::control::{Client, Forked, Reply, Request, Snapshotted, Traffic};
 use super::copies;
 use super::info::{Status, VmInfo};
 use super::launch::Detached;
@@ -25,6 +25,8 @@ use crate::statistics::Statistics;
 
 /// How long a machine's process may take to answer what takes it no time.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The same for what others don't wait for.
+const BRIEF: Duration = Duration::from_millis(500);
 const SIGTERM: u8 = 15;
 const SIGKILL: u8 = 9;
 
@@ -309,6 +311,16 @@ pub fn network(registry: &Registry, name: &str) -> Result<NetworkReport, EngineE
     }
 }
 
+/// What a running machine has moved; it is not waited for long, as it may be busy with its start.
+pub(super) fn traffic(registry: &Registry, info: &VmInfo) -> Result<Traffic, EngineError> {
+    let client = reach(registry, info)?;
+    client.limit(BRIEF)?;
+    match client.ask(&Request::Traffic)? {
+        (Reply::Traffic(traffic), _) => Ok(traffic),
+        _ => Err(strange(info)),
+    }
+}
+
 /// How a running machine's process is confined.
 fn confinement(registry: &Registry, info: &VmInfo) -> Result<Report, EngineError> {
     let client = reach(registry, info)?;
@@ -329,6 +341,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
             statistics: None,
             network: None,
             confinement: None,
+            traffic: None,
         });
     }
     let client = reach(registry, &info)?;
@@ -338,6 +351,7 @@ pub fn inspect(registry: &Registry, name: &str, span: Duration) -> Result<Inspec
         (Reply::Statistics(statistics), _) => Ok(Inspected {
             network: Some(network(registry, &info.config.id)?),
             confinement: Some(confinement(registry, &info)?),
+            traffic: Some(traffic(registry, &info)?),
             info,
             statistics: Some(statistics),
         }),
@@ -358,6 +372,8 @@ pub struct Inspected {
     pub network: Option<NetworkReport>,
     /// How its process is confined, likewise.
     pub confinement: Option<Report>,
+    /// What it has moved, likewise.
+    pub traffic: Option<Traffic>,
 }
 
 /// An answer to another question.

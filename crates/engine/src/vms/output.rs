@@ -10,6 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::places;
+
 use serde::{Deserialize, Serialize};
 
 use super::registry::now;
@@ -74,7 +76,7 @@ pub(crate) fn create(path: &Path) -> io::Result<[LogWriter; 2]> {
         .create(true)
         .mode(0o600)
         .open(path)?;
-    let file = Arc::new(Mutex::new(file));
+    let file = Arc::new(Mutex::new(Log { file, lost: 0 }));
     Ok([Stream::Stdout, Stream::Stderr].map(|stream| LogWriter {
         file: file.clone(),
         stream,
@@ -85,7 +87,7 @@ pub(crate) fn create(path: &Path) -> io::Result<[LogWriter; 2]> {
 /// Takes one of a command's streams.
 #[derive(Debug)]
 pub(crate) struct LogWriter {
-    file: Arc<Mutex<File>>,
+    file: Arc<Mutex<Log>>,
     stream: Stream,
     partial: Vec<u8>,
 }
@@ -94,8 +96,49 @@ impl LogWriter {
     fn put(&mut self, bytes: Vec<u8>) -> io::Result<()> {
         let mut text = serde_json::to_vec(&Line::new(self.stream, bytes))?;
         text.push(b'\n');
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.write_all(&text)
+        let mut log = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        log.put(&text)
+    }
+}
+
+/// The file, and how many lines went into none since the last.
+#[derive(Debug)]
+struct Log {
+    file: File,
+    lost: u64,
+}
+
+impl Log {
+    /// Writes a line, or what there is no room for, not at all: the command goes on.
+    fn put(&mut self, text: &[u8]) -> io::Result<()> {
+        if self.lost > 0 {
+            let count = self.lost;
+            let note = format!("skerry: {count} lines are lost: the host's file system was full\n");
+            let mut line = serde_json::to_vec(&Line::new(Stream::Stderr, note.into_bytes()))?;
+            line.push(b'\n');
+            if !self.whole(&line)? {
+                self.lost += 1;
+                return Ok(());
+            }
+            self.lost = 0;
+        }
+        if !self.whole(text)? {
+            self.lost += 1;
+        }
+        Ok(())
+    }
+
+    /// Whether there was room for all of it; else there is nothing of it.
+    fn whole(&mut self, text: &[u8]) -> io::Result<bool> {
+        let length = self.file.metadata()?.len();
+        match self.file.write_all(text) {
+            Ok(()) => Ok(true),
+            Err(error) if places::is_full(&error) => {
+                self.file.set_len(length)?;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -29,6 +29,14 @@ pub(crate) fn hold(lock: &File) -> bool {
     false
 }
 
+/// Whether it failed for want of room.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let mut file = fs::OpenOptions::new()
         .write(true)

@@ -12,7 +12,8 @@
 //! process ids are never trusted for that. A folder appears whole, by a rename, with its lock held.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -37,6 +38,13 @@ const STATE: &str = "state";
 const CONTROL: &str = "control";
 const LOG: &str = "log";
 const LAUNCH: &str = "launch";
+/// What a process says of its violent end.
+const LAST_WORDS: &str = "last-words";
+/// Takes room for the state that a machine ends with.
+const RESERVE: &str = "reserve";
+const RESERVED: usize = 16 << 10;
+/// The longest that they may be.
+const LONGEST_WORDS: u64 = 1024;
 
 /// All virtual machines of a user.
 #[derive(Clone, Debug)]
@@ -81,7 +89,22 @@ fn turn(folder: &Path) -> io::Result<File> {
 /// Replaces the state in a folder.
 fn write_state(folder: &Path, state: &VmState) -> io::Result<()> {
     let staged = folder.join("state.new");
-    write_json(&staged, state).and_then(|()| fs::rename(&staged, folder.join(STATE)))
+    let write =
+        || write_json(&staged, state).and_then(|()| fs::rename(&staged, folder.join(STATE)));
+    match write() {
+        // What is kept for this makes room.
+        Err(error) if places::is_full(&error) => {
+            fs::remove_file(folder.join(RESERVE))?;
+            write()
+        }
+        result => result,
+    }
+}
+
+/// Takes room on the host's disk for the last state of a machine in `folder`: its guest may have written until
+/// there was no more.
+fn reserve(folder: &Path) -> io::Result<()> {
+    fs::write(folder.join(RESERVE), [0; RESERVED])
 }
 
 fn is_id(name: &str) -> bool {
@@ -181,6 +204,9 @@ impl Registry {
             .stage(&staged, &state)
             .and_then(|lock| {
                 launch.map_or(Ok(()), |launch| write_json(&staged.join(LAUNCH), launch))?;
+                if !config.auto_remove {
+                    reserve(&staged)?;
+                }
                 Ok(lock)
             })
             .map_err(self.failed("make a place for a virtual machine"))?;
@@ -220,6 +246,7 @@ impl Registry {
         };
         // Left by a process that was killed.
         let _ = fs::remove_file(entry.control());
+        reserve(&folder).map_err(self.failed("make room for the state of a virtual machine"))?;
         entry.update(|state| *state = VmState::new(Status::Starting, std::process::id()))?;
         Ok(entry)
     }
@@ -429,7 +456,10 @@ impl Registry {
             }
             state.status = Status::Failed;
             state.exit_code = Some(KILLED);
-            state.error = Some("its process was killed".to_owned());
+            state.error = Some(match last_words(&folder) {
+                Some(line) => format!("its process was ended: {line}"),
+                None => "its process was killed".to_owned(),
+            });
             state.finished = Some(now());
         }
         Some(VmInfo { config, state })
@@ -528,6 +558,15 @@ impl Registry {
     }
 }
 
+/// The line that a process left which broke its confinement.
+fn last_words(folder: &Path) -> Option<String> {
+    let mut text = String::new();
+    let file = File::open(folder.join(LAST_WORDS)).ok()?;
+    file.take(LONGEST_WORDS).read_to_string(&mut text).ok()?;
+    let line = text.lines().next()?;
+    Some(line.strip_prefix("skerry: ").unwrap_or(line).to_owned())
+}
+
 impl Entry {
     /// How the machine is.
     #[must_use]
@@ -539,6 +578,14 @@ impl Entry {
     #[must_use]
     pub fn control(&self) -> PathBuf {
         self.registry.control(&self.config.id)
+    }
+
+    /// A file for what the process says of its own violent end, empty.
+    pub(crate) fn last_words(&self) -> Result<OwnedFd, EngineError> {
+        let made = fs::File::create(self.folder().join(LAST_WORDS));
+        Ok(made
+            .map_err(EngineError::host("make a file for last words"))?
+            .into())
     }
 
     /// The file for the command's output.

@@ -103,9 +103,10 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
             Ok(Reply::Done)
         }
         Request::Signal(signal) => hosted.signal(signal).map(|()| Reply::Done),
-        Request::Rename(name) => hosted
-            .update(|entry| entry.rename(&name))
-            .map(|()| Reply::Done),
+        Request::Rename(name) => hosted.update(|entry| entry.rename(&name)).map(|()| {
+            hosted.renamed(&name);
+            Reply::Done
+        }),
         Request::Pause => pause(hosted).map(|()| Reply::Done),
         Request::Unpause => unpause(hosted).map(|()| Reply::Done),
         Request::Snapshot {
@@ -138,6 +139,7 @@ fn serve(mut stream: UnixStream, hosted: &Arc<Hosted>) {
         Request::Confinement => Ok(Reply::Confinement(
             skerry_confine::active().cloned().unwrap_or_default(),
         )),
+        Request::Traffic => hosted.life().map(|life| Reply::Traffic(life.vm.traffic())),
         Request::Statistics { sample_ms } => {
             let span = Duration::from_millis(sample_ms).min(LONGEST_SAMPLE);
             let sampled = hosted.life().and_then(|life| life.vm.sample(span));

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::control::Traffic;
 use super::info::VmInfo;
-use super::operations::is_alive;
+use super::operations::{is_alive, traffic};
 use super::registry::Registry;
 
 /// Fields of `/proc/PID/stat` behind the program's name, which is in parentheses (proc(5)): state is the
@@ -35,12 +36,16 @@ pub struct Usage {
     pub name: String,
     /// Time of the host's processors, in parts of a hundred of one of them.
     pub cpu_percent: f64,
+    /// The same since its process began, in seconds of one processor.
+    pub cpu_seconds: f64,
     /// Bytes of the host's memory: what its guest has touched, and what its process needs itself.
     pub resident: u64,
     /// Bytes of RAM that its guest has.
     pub memory: u64,
     /// Threads of its process.
     pub threads: u32,
+    /// What it has moved since it was started; `None` while it starts.
+    pub traffic: Option<Traffic>,
 }
 
 impl Taken {
@@ -89,9 +94,11 @@ pub fn usage(registry: &Registry, infos: &[VmInfo], span: Duration) -> Vec<Usage
             id: info.config.id.clone(),
             name: info.config.name.clone(),
             cpu_percent: 100.0 * processor.as_secs_f64() / wall.max(f64::MIN_POSITIVE),
+            cpu_seconds: after.processor.as_secs_f64(),
             resident: after.resident,
             memory: info.config.memory,
             threads: after.threads,
+            traffic: traffic(registry, info).ok(),
         })
     };
     before.into_iter().filter_map(now).collect()

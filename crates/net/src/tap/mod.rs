@@ -363,6 +363,7 @@ impl Bridge {
     fn send(&mut self, frames: &[Vec<u8>]) {
         for frame in frames {
             self.counters.frames_from_guest += 1;
+            self.counters.bytes_from_guest += frame.len().saturating_sub(HEADER_LEN) as u64;
             // What the kernel doesn't take is lost, as networks lose frames: it has no room, the device
             // is down, or the guest's header makes no sense.
             if rustix::io::write(self.tap.fd(), frame).is_err() {
@@ -395,10 +396,12 @@ impl Bridge {
         match rustix::io::read(self.tap.fd(), &mut *self.buffer) {
             Ok(len) => {
                 if let Some(frame) = self.buffer.get(HEADER_LEN..len) {
-                    let mut buffer = self.port.buffer(frame.len());
+                    let length = frame.len();
+                    let mut buffer = self.port.buffer(length);
                     buffer.copy_from_slice(&self.buffer[..len]);
                     self.port.push_whole(buffer);
                     self.counters.frames_to_guest += 1;
+                    self.counters.bytes_to_guest += length as u64;
                 }
                 true
             }

@@ -3,7 +3,7 @@
 use crate::frame::{self, FrameDecoder};
 use crate::message::{Card, ControlRequest, FromAgent, Hello, Mount, Setup, ShutdownMode, ToAgent};
 use crate::transport::Transport;
-use crate::{ADDRESS_VERSION, CARD_VERSION, MOUNT_VERSION, SNAPSHOT_VERSION};
+use crate::{ADDRESS_VERSION, CARD_VERSION, MOUNT_VERSION, PROCESSES_VERSION, SNAPSHOT_VERSION};
 
 use super::HostError;
 
@@ -150,6 +150,13 @@ impl<T: Transport> Control<T> {
         const ASKED: &str = "write its volumes back";
         self.require(MOUNT_VERSION, ASKED)?;
         self.request(ControlRequest::SyncVolumes, ASKED)
+    }
+
+    /// Limits the number of processes and threads of all that execs start.
+    pub fn limit_processes(&mut self, most: Option<u32>) -> Result<(), HostError> {
+        const ASKED: &str = "limit the number of its processes";
+        self.require(PROCESSES_VERSION, ASKED)?;
+        self.request(ControlRequest::LimitProcesses(most), ASKED)
     }
 
     /// A second handle of the stream, to shut it down from another thread.

@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use crate::{ConfineError, Layer, Plan, Report, Role, Strictness};
 
 pub(crate) use child::probe;
+pub(crate) use violation::last_words;
 
 /// What was done to this process.
 struct Active {

@@ -5,6 +5,8 @@
 )]
 
 use std::cell::Cell;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use crate::Role;
 
@@ -13,6 +15,14 @@ const FAILED: i32 = 125;
 
 thread_local! {
     static ROLE: Cell<Role> = const { Cell::new(Role::Process) };
+}
+
+/// Where the line goes besides standard error; below zero: nowhere.
+static LAST_WORDS: AtomicI32 = AtomicI32::new(-1);
+
+/// Has the line written to `file` too, which stays open as long as the process.
+pub(crate) fn last_words(file: OwnedFd) {
+    LAST_WORDS.store(file.into_raw_fd(), Ordering::Relaxed);
 }
 
 /// Notes what this thread is.
@@ -118,7 +128,9 @@ impl Line {
     }
 
     fn write(&self) {
-        // SAFETY: the bytes are there, as many as that.
-        unsafe { libc::write(libc::STDERR_FILENO, self.bytes.as_ptr().cast(), self.length) };
+        for file in [libc::STDERR_FILENO, LAST_WORDS.load(Ordering::Relaxed)] {
+            // SAFETY: the bytes are there, as many as that; a descriptor that isn't there is an error.
+            unsafe { libc::write(file, self.bytes.as_ptr().cast(), self.length) };
+        }
     }
 }

@@ -24,6 +24,9 @@ fn config(name: &str) -> VmConfig {
         labels: Default::default(),
         restart: Default::default(),
         ports: Vec::new(),
+        nano_cpus: None,
+        pids_limit: None,
+        disk_size: None,
     }
 }
 
@@ -88,6 +91,55 @@ fn a_killed_machine_is_never_running() {
     registry.remove(&found).expect("remove");
     registry.create(config("killed"), None).expect("again");
     registry.create(config("brief"), None).expect("again");
+}
+
+#[test]
+fn a_process_that_broke_its_confinement_left_its_line() {
+    let folder = tempfile::tempdir().expect("folder");
+    let registry = registry(folder.path());
+    let mut entry = registry.create(config("bad"), None).expect("entry");
+    entry
+        .update(|state| state.status = Status::Running)
+        .expect("update");
+    let mut words = File::from(entry.last_words().expect("a file"));
+    let line =
+        "skerry: a thread of the role vcpu made the system call 59, which its filter forbids";
+    std::io::Write::write_all(&mut words, format!("{line}\n").as_bytes()).expect("write");
+    drop(entry);
+    let error = registry.find("bad").expect("found").state.error;
+    let error = error.expect("a reason");
+    assert!(
+        error.contains("the role vcpu made the system call 59"),
+        "{error}"
+    );
+    // Whatever is in the file, there is an answer.
+    std::fs::write(
+        registry
+            .folder(&registry.find("bad").expect("found").config.id)
+            .join(LAST_WORDS),
+        [0xff; 9000],
+    )
+    .expect("write");
+    assert!(registry.find("bad").is_ok());
+}
+
+/// The last state is written where nothing else can be.
+#[test]
+fn room_is_kept_for_the_last_state() {
+    let folder = tempfile::tempdir().expect("folder");
+    let registry = registry(folder.path());
+    let entry = registry.create(config("one"), None).expect("entry");
+    let reserve = entry.folder().join(RESERVE);
+    assert_eq!(
+        std::fs::metadata(&reserve).expect("room").len(),
+        RESERVED as u64
+    );
+    let brief = VmConfig {
+        auto_remove: true,
+        ..config("brief")
+    };
+    let brief = registry.create(brief, None).expect("entry");
+    assert!(!brief.folder().join(RESERVE).exists());
 }
 
 #[test]
