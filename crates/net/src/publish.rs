@@ -120,6 +120,8 @@ pub(crate) struct Listener {
     pub(crate) door: Door,
     /// Somebody may be at the door.
     pub(crate) ready: bool,
+    /// Connections that the guest has not answered yet.
+    pub(crate) opening: usize,
 }
 
 impl Listener {
@@ -144,6 +146,7 @@ impl Listener {
             published: Published { host, ..mapping },
             door,
             ready: true,
+            opening: 0,
         })
     }
 }

@@ -201,6 +201,9 @@ impl Stack {
             }
         }
         self.flows.clear();
+        for listener in &mut self.listeners {
+            listener.opening = 0;
+        }
         self.tokens.clear();
         self.clients.clear();
         self.timers.clear();
@@ -324,7 +327,13 @@ impl Stack {
             entry.due = false;
             let fate = match &mut entry.flow {
                 Flow::Connecting(_) => continue,
-                Flow::Tcp(tcp) => tcp.serve(&self.outlet, now),
+                Flow::Tcp(tcp) => {
+                    let fate = tcp.serve(&self.outlet, now);
+                    if let Some(door) = tcp.opened() {
+                        self.listeners[door].opening -= 1;
+                    }
+                    fate
+                }
                 Flow::Datagram(datagram) => {
                     let refused = datagram.is_refused();
                     let mut heard = Heard::new(&mut self.policy, now);
@@ -404,9 +413,14 @@ impl Stack {
     }
 
     fn remove(&mut self, token: u64) {
-        let Some(entry) = self.flows.remove(&token) else {
+        let Some(mut entry) = self.flows.remove(&token) else {
             return;
         };
+        if let Flow::Tcp(tcp) = &mut entry.flow
+            && let Some(door) = tcp.given_up()
+        {
+            self.listeners[door].opening -= 1;
+        }
         self.connections -= usize::from(entry.key.protocol == wire::TCP);
         self.tokens.remove(&entry.key);
         if let Some(at) = entry.timer {

@@ -120,6 +120,8 @@ pub(crate) struct Tcp {
     /// The guest broke the connection.
     reset: bool,
     began: Instant,
+    /// The published port that it came to, until the guest has answered.
+    door: Option<usize>,
 }
 
 /// Bytes of each of a connection's buffers, by how many connections there are: together they stay small.
@@ -180,6 +182,7 @@ impl Tcp {
             guest_ended: false,
             reset: false,
             began: now,
+            door: None,
         }
     }
 
@@ -198,8 +201,9 @@ impl Tcp {
         tcp
     }
 
-    /// Connects to the guest for one who connected to a published port.
+    /// Connects to the guest for one who connected to the published port of number `door`.
     pub(crate) fn connect(
+        door: usize,
         (guest, peer, host): (SocketAddr, SocketAddr, TcpStream),
         (buffers, seed): (usize, u64),
         outlet: &Outlet,
@@ -210,7 +214,21 @@ impl Tcp {
         let socket = tcp.sockets.get_mut::<Socket<'_>>(tcp.handle);
         let asked = socket.connect(context, endpoint(guest), endpoint(peer));
         tcp.reset = asked.is_err();
+        tcp.door = Some(door);
         tcp
+    }
+
+    /// The published port that it came to, once, when the guest has answered.
+    pub(crate) fn opened(&mut self) -> Option<usize> {
+        match self.socket().state() {
+            State::SynSent => None,
+            _ => self.door.take(),
+        }
+    }
+
+    /// The same when nobody waits for its answer any more.
+    pub(crate) fn given_up(&mut self) -> Option<usize> {
+        self.door.take()
     }
 
     fn socket(&mut self) -> &mut Socket<'static> {

@@ -409,6 +409,42 @@ fn clients_of_published_ports_are_told_apart() {
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
 }
 
+/// A guest that has many half-open connections begins to answer with cookies, and to forget some.
+#[test]
+fn a_guest_has_few_half_open_connections_at_a_time() {
+    const CLIENTS: usize = 60;
+    const MOST: usize = 16;
+    let mut guest = Guest::new(&Options {
+        publish: vec!["127.0.0.1::80".parse().expect("a mapping")],
+        ..Options::default()
+    });
+    let door = guest.network.published()[0].host;
+    let clients: Vec<TcpStream> = (0..CLIENTS)
+        .map(|_| TcpStream::connect(door).expect("connect"))
+        .collect();
+    let (mut waiting, mut opened) = (Vec::new(), 0);
+    while opened < CLIENTS {
+        while let Some(frame) = guest.receive_in(Duration::from_millis(100)) {
+            let port = u16::from_be_bytes([frame[34], frame[35]]);
+            let seq = u32::from_be_bytes(frame[38..42].try_into().expect("four"));
+            // Not the end of a handshake, nor one that is asked again.
+            if frame[47] & (SYN | ACK) == SYN && !waiting.contains(&(port, seq)) {
+                waiting.push((port, seq));
+            }
+        }
+        assert!((1..=MOST).contains(&waiting.len()), "{}", waiting.len());
+        for (port, seq) in waiting.drain(..) {
+            let ends = (80, SocketAddr::new(GATEWAY.into(), port));
+            // Whether it is taken or refused.
+            let flags = if opened % 2 == 0 { SYN } else { RST };
+            guest.send_tcp(ends, (0, seq + 1), flags | ACK, &[]);
+            opened += 1;
+        }
+    }
+    assert_eq!(opened, CLIENTS);
+    drop(clients);
+}
+
 #[test]
 fn an_earlier_lifes_connections_are_probed_and_reset() {
     let (listener, mut guest, ends) = before_a_host();

@@ -17,6 +17,10 @@ use crate::wire;
 
 /// Connections that are accepted before others have their turn.
 const ACCEPTED: usize = 128;
+/// Connections of a published port's that the guest may be about to answer. More wait at the door: a guest
+/// that has too many of them (RFC 4987, 3.6) answers with cookies, and forgets those for whom its program
+/// has no room at that moment, while they are told that they are connected.
+const OPENING: usize = 16;
 /// First port of the gateway's that they get.
 const FIRST_PORT: u16 = 10_000;
 /// Whatever happens to a listener, it is tried again.
@@ -53,6 +57,10 @@ impl Stack {
         for number in 0..self.listeners.len() {
             let mut left = ACCEPTED;
             while self.listeners[number].ready && self.short.is_none() {
+                let listener = &self.listeners[number];
+                if listener.opening >= OPENING {
+                    break;
+                }
                 if left == 0 || !self.outlet.has_room() {
                     more |= left == 0;
                     break;
@@ -74,7 +82,7 @@ impl Stack {
         let failed = match &listener.door {
             Door::Tcp(door) => match door.accept() {
                 Ok((host, _)) => {
-                    if let Err(error) = self.admit(guest, host, now) {
+                    if let Err(error) = self.admit(number, guest, host, now) {
                         tracing::debug!(%error, "A connection to a published port is dropped");
                         self.counters.refused += 1;
                     }
@@ -113,7 +121,13 @@ impl Stack {
     }
 
     /// Connects one who came to a published port to the guest.
-    fn admit(&mut self, guest: SocketAddr, host: TcpStream, now: Instant) -> io::Result<()> {
+    fn admit(
+        &mut self,
+        door: usize,
+        guest: SocketAddr,
+        host: TcpStream,
+        now: Instant,
+    ) -> io::Result<()> {
         host.set_nonblocking(true)?;
         host.set_nodelay(true)?;
         let peer = self.free_port(wire::TCP, guest);
@@ -128,7 +142,8 @@ impl Stack {
             buffer_len(self.connections),
             self.seed.hash_one(self.next_token),
         );
-        let tcp = Tcp::connect((guest, peer, host), setting, &self.outlet, now);
+        let tcp = Tcp::connect(door, (guest, peer, host), setting, &self.outlet, now);
+        self.listeners[door].opening += 1;
         let token = self.add(key, Flow::Tcp(Box::new(tcp)));
         self.counters.tcp_accepted += 1;
         self.make_due(token);
