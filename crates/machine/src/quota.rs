@@ -51,6 +51,13 @@ impl Quota {
         taken: Duration,
         now: Instant,
     ) -> Option<Instant> {
+        // Before the next period begins: most of it was taken in the last.
+        if let Some(paid) = self.paid.get_mut(processor) {
+            // What it took before there was a quota is free.
+            let since = taken.saturating_sub(paid.unwrap_or(taken));
+            *paid = Some(taken);
+            self.spent = self.spent.saturating_add(since);
+        }
         let over = now.saturating_duration_since(self.ends);
         if now >= self.ends {
             let periods = over.as_nanos() / PERIOD.as_nanos() + 1;
@@ -59,12 +66,6 @@ impl Quota {
                 .spent
                 .saturating_sub(self.budget.saturating_mul(periods));
             self.ends += PERIOD.saturating_mul(periods);
-        }
-        if let Some(paid) = self.paid.get_mut(processor) {
-            // What it took before there was a quota is free.
-            let since = taken.saturating_sub(paid.unwrap_or(taken));
-            *paid = Some(taken);
-            self.spent = self.spent.saturating_add(since);
         }
         (self.spent >= self.budget).then_some(self.ends)
     }

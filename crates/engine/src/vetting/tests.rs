@@ -114,7 +114,7 @@ fn what_no_machine_says_is_refused_by_name() {
         }),
         ("missing", |f| f.scratch = None),
         ("scratch disk has", |f| {
-            f.scratch.as_mut().expect("scratch").0 = 1 << 42;
+            f.scratch.as_mut().expect("scratch").0 = 1 << 45;
         }),
         ("context id", |f| f.about.machine.vsock = Some(2)),
         ("network card", |f| {

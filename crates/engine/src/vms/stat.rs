@@ -120,6 +120,8 @@ mod tests {
         let mut archive = tar::Builder::new(Vec::new());
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);
+        header.set_mode(0o777);
+        header.set_mtime(0);
         header.set_size(0);
         archive
             .append_link(&mut header, "link", "to/there")
