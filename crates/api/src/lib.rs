@@ -20,6 +20,7 @@ mod error;
 mod native;
 mod server;
 mod streams;
+mod unread;
 mod work;
 
 pub use native::document;

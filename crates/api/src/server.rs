@@ -17,7 +17,7 @@ use tower::Layer;
 use tower::util::MapRequestLayer;
 
 use crate::work::App;
-use crate::{docker, native};
+use crate::{docker, native, unread};
 
 /// How long requests under way may take once the server is told to end.
 const GRACE: Duration = Duration::from_secs(2);
@@ -134,7 +134,8 @@ pub(crate) fn router(options: Options) -> Router {
         }),
     );
     docker::take_over(&app);
-    own.merge(docker::router()).with_state(app)
+    let unread = axum::middleware::from_fn(unread::take);
+    own.merge(docker::router()).layer(unread).with_state(app)
 }
 
 /// A request of the Docker Engine API without the version that its path may begin with: what is answered

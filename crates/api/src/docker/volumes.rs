@@ -179,7 +179,9 @@ pub(super) async fn prune(
                 "Volumes can't be pruned by {other:?}: use all"
             )));
         }
-        let pruned = Volumes::open(app.paths())?.prune(is_set(&filters, "all"))?;
+        // Before version 1.42 of the API those with names go too, and the client says so.
+        let all = !filters.contains_key("all") || is_set(&filters, "all");
+        let pruned = Volumes::open(app.paths())?.prune(all)?;
         let freed: u64 = pruned.iter().map(|(_, freed)| freed).sum();
         let names: Vec<String> = pruned.into_iter().map(|(name, _)| name).collect();
         Ok(Json(
