@@ -48,7 +48,7 @@ pub struct ReachArgs {
     /// How far the network reaches: none (there is no network card), public (the internet, but nothing
     /// that is private, the host's own, or a cloud's metadata) or full (wherever the host gets; its
     /// loopback interface is 10.0.2.2); or the NAME of a network that the machine shares with others, as
-    /// often as there are such; or tap=DEVICE[,ip=ADDRESS/PREFIX][,gateway=ADDRESS][,mac=ADDRESS], the
+    /// often as there are such; or `tap=DEVICE[,ip=ADDRESS/PREFIX][,gateway=ADDRESS][,mac=ADDRESS]`, the
     /// host's network behind a TAP device of the user's [default: public, or of a machine that was kept
     /// without a network card: none]
     #[arg(help_heading = HEADING, long, value_name = "REACH|NAME|tap=DEVICE")]
