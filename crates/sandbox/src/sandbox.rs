@@ -17,6 +17,7 @@ use crate::error::{BuildError, CallError};
 use crate::host_fn::HostFunctions;
 use crate::interrupt::{InterruptHandle, Shared};
 use crate::layout::Layout;
+use crate::mapping::Mappings;
 use crate::processor::{self, Backend, Processor};
 use crate::region::{ControlPage, Region};
 use crate::snapshot::{Origin, Snapshot};
@@ -92,6 +93,7 @@ pub struct Sandbox {
     pub(crate) limits: Limits,
     pub(crate) status: Status,
     pub(crate) metrics: Metrics,
+    pub(crate) mappings: Mappings,
     /// What its memory differs from.
     pub(crate) origin: Origin,
     /// Bytes of arguments of the request that is being answered.
@@ -181,6 +183,7 @@ impl Sandbox {
             limits: Limits::default(),
             status: Status::Ready,
             metrics: Metrics::default(),
+            mappings: Mappings::default(),
             origin,
             input_used: 0,
             input_written: 0,

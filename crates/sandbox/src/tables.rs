@@ -4,8 +4,11 @@
 //! `OUT`. The processor stands in ring 0 then; the host reads the frame (Intel SDM 3A §7.14) and
 //! never lets the stub go on.
 
+use std::io;
+use std::sync::Arc;
+
 use skerry_hypervisor::state::{DescriptorTable, Segment};
-use skerry_hypervisor::{BootRegisters, PAGE_SIZE};
+use skerry_hypervisor::{BootRegisters, PAGE_SIZE, RamRegion};
 use skerry_sandbox_abi::PORT_EXCEPTION;
 
 use crate::elf::{Program, Rights};
@@ -289,4 +292,90 @@ pub(crate) fn entry_registers(layout: &Layout, entry: u64) -> BootRegisters {
     system.cr4 |= CR4_OSFXSR | CR4_OSXMMEXCPT;
     system.efer |= EFER_NXE;
     registers
+}
+
+/// Page tables of a mapping.
+pub(crate) struct MappingTables {
+    /// Directories and tables, one after the other.
+    pub(crate) region: Arc<RamRegion>,
+    /// Which entries of the third-level table lead to which of them.
+    pub(crate) directories: Vec<(u64, u64)>,
+}
+
+/// Tables for `pages` pages at `gpa`, seen from `gva` on, which is where a directory begins. They will be
+/// at `at`.
+pub(crate) fn for_mapping(
+    gva: u64,
+    gpa: u64,
+    pages: u64,
+    at: u64,
+    write: bool,
+) -> io::Result<MappingTables> {
+    const PER_TABLE: u64 = 512;
+    let rights = bits(Rights {
+        write,
+        execute: false,
+    }) | USER
+        | PRESENT
+        | ACCESSED
+        | DIRTY;
+    let tables = pages.div_ceil(PER_TABLE);
+    let directories = tables.div_ceil(PER_TABLE);
+    let mut region = Region::new((directories + tables) * PAGE)?;
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut put = |table: u64, index: u64, entry: u64| {
+        let room = region
+            .bytes_mut(table * PAGE + index * 8, 8)
+            .ok_or_else(outside)?;
+        room.copy_from_slice(&entry.to_le_bytes());
+        Ok::<_, io::Error>(())
+    };
+    for page in 0..pages {
+        let table = directories + page / PER_TABLE;
+        put(table, page % PER_TABLE, (gpa + page * PAGE) | rights)?;
+    }
+    for n in 0..tables {
+        let table = at + (directories + n) * PAGE;
+        put(
+            n / PER_TABLE,
+            n % PER_TABLE,
+            table | PRESENT | WRITE | USER | ACCESSED,
+        )?;
+    }
+    let first = gva >> 30;
+    Ok(MappingTables {
+        region: region.ram().clone(),
+        directories: (0..directories)
+            .map(|n| (first + n, at + n * PAGE))
+            .collect(),
+    })
+}
+
+/// The third-level table of the guest's lower half.
+fn third_level(region: &Region, root: u64) -> Option<u64> {
+    let entry = region
+        .bytes(root, 8)?
+        .first_chunk()
+        .copied()
+        .map(u64::from_le_bytes)?;
+    (entry & PRESENT != 0).then_some(entry & ADDRESS)
+}
+
+fn set_third_level(region: &mut Region, root: u64, entry: u64, value: u64) -> Option<()> {
+    let table = third_level(region, root)?;
+    let room = region.bytes_mut(table.checked_add(entry.checked_mul(8)?)?, 8)?;
+    room.copy_from_slice(&value.to_le_bytes());
+    Some(())
+}
+
+/// Lets an entry of the third-level table lead to a directory.
+pub(crate) fn link(region: &mut Region, root: u64, entry: u64, directory: u64) -> Option<()> {
+    let value = directory | PRESENT | WRITE | USER | ACCESSED;
+    set_third_level(region, root, entry, value)
+}
+
+/// Clears an entry of the third-level table.
+pub(crate) fn unlink(region: &mut Region, root: u64, entry: u64) {
+    // Where there is no table nothing is mapped.
+    let _ = set_third_level(region, root, entry, 0);
 }
