@@ -140,6 +140,16 @@ pub(crate) fn slot(region: &Region, layout: &Layout) -> MemorySlot {
     }
 }
 
+/// How a sandbox is made of a program.
+pub(crate) struct Start {
+    pub(crate) backend: Backend,
+    pub(crate) config: Config,
+    pub(crate) limits: Limits,
+    pub(crate) init_timeout: Duration,
+    pub(crate) functions: Arc<HostFunctions>,
+    pub(crate) log_level: u32,
+}
+
 /// The parts that a sandbox is made of.
 pub(crate) struct Parts {
     pub(crate) processor: Box<dyn Processor>,
@@ -193,16 +203,17 @@ impl Sandbox {
     }
 
     /// Loads a program and runs it until it is ready.
-    pub(crate) fn load(
-        program: &[u8],
-        backend: Backend,
-        config: &Config,
-        limits: Limits,
-        functions: Arc<HostFunctions>,
-        log_level: u32,
-    ) -> Result<Self, BuildError> {
+    pub(crate) fn load(program: &[u8], start: Start) -> Result<Self, BuildError> {
+        let Start {
+            backend,
+            config,
+            limits,
+            init_timeout,
+            functions,
+            log_level,
+        } = start;
         let program = Program::parse(program)?;
-        let layout = Layout::new(config, program.base, program.bytes.len() as u64)?;
+        let layout = Layout::new(&config, program.base, program.bytes.len() as u64)?;
         let mut region = Region::new(layout.size).map_err(BuildError::Memory)?;
         tables::build(&mut region, &layout, &program)?;
         let mut processor = processor::make(backend, slot(&region, &layout))?;
@@ -213,13 +224,20 @@ impl Sandbox {
             region,
             layout,
             functions,
-            limits,
+            limits: Limits {
+                timeout: Some(init_timeout),
+                cpu_time: None,
+            },
             exports: Exports::new(Description::default()),
             links: Vec::new(),
             origin: Origin::empty(&layout, written),
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
         sandbox.introduce()?;
+        if limits == Limits::default() {
+            sandbox.timer = None;
+        }
+        sandbox.limit(limits)?;
         Ok(sandbox)
     }
 
