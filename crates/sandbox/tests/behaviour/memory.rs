@@ -142,6 +142,9 @@ fn what_ring_0_may_is_not_the_guests() {
     for which in 0..=18_u32 {
         let told = match sandbox.call::<()>("forbidden", (which,)) {
             Err(CallError::Fault(Fault::Exception { vector, .. })) => vector,
+            // A KVM that runs guests in ring 3 itself doesn't look at EFER.SCE: SYSCALL goes to where LSTAR
+            // says, 0, and nothing is there.
+            Err(CallError::Fault(Fault::AccessViolation { rip: 0, .. })) if which == 14 => 6,
             other => panic!("{which}: {other:?}"),
         };
         // XSETBV without OSXSAVE and SYSCALL without SCE are invalid opcodes; a KVM that runs guests
