@@ -146,6 +146,12 @@ impl Vm for SoftVm {
             .map_err(|_| DirtyLogError::NotLogged(gpa))
     }
 
+    fn drain_dirty(&self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError> {
+        self.machine()
+            .drain_dirty(gpa.0, each)
+            .map_err(|_| DirtyLogError::NotLogged(gpa))
+    }
+
     fn create_vcpu(&self, id: u32, cpuid: &CpuidTable) -> Result<SoftVcpu, CreateVcpuError> {
         SoftVcpu::new(self.shared.clone(), id, cpuid)
     }

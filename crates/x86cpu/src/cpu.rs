@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::apic::LocalApic;
+use crate::budget::Budget;
 use crate::code::{BlockEnd, CodeCache, Op};
 use crate::cpuid::{CpuidTable, Features};
 use crate::flags::{LazyFlags, rflags};
@@ -95,6 +96,8 @@ pub struct Cpu {
     /// Instructions interpreted (whole blocks are counted at their start). Those that run in compiled
     /// code are counted nowhere.
     pub instructions: u64,
+    /// How many more may run.
+    pub(crate) budget: Budget,
     /// Number of the processor, also its initial APIC id.
     pub id: u32,
     /// CPUID as the guest sees it.
@@ -139,6 +142,7 @@ impl Cpu {
             code: CodeCache::new(machine.tuning),
             devices: DeviceReplay::default(),
             instructions: 0,
+            budget: Budget::default(),
             id,
             cpuid,
             features,

@@ -64,7 +64,7 @@ impl Cpu {
         let mut last: Option<(BlockRef, u64)> = None;
         self.forget_way();
         loop {
-            if shared.requests.load(Ordering::Relaxed) != 0 {
+            if shared.requests.load(Ordering::Relaxed) != 0 || self.budget_exit().is_some() {
                 return Ok(());
             }
             let block = match self.quick_block() {
@@ -130,7 +130,7 @@ impl Cpu {
                         break;
                     }
                 }
-                if shared.requests.load(Ordering::Relaxed) != 0 {
+                if shared.requests.load(Ordering::Relaxed) != 0 || self.budget_exit().is_some() {
                     return Ok(());
                 }
             }

@@ -41,7 +41,7 @@ pub(super) struct Glue {
 
 /// What moves from frame to frame when [`Frame::other`] becomes the running one. The bytes that tell
 /// what can't be used as it is are in one word.
-const MOVED: [usize; 15] = [
+const MOVED: [usize; 16] = [
     offset_of!(Frame, uppers),
     offset_of!(Frame, cross_key),
     offset_of!(Frame, jumps),
@@ -57,6 +57,7 @@ const MOVED: [usize; 15] = [
     offset_of!(Frame, x87_note),
     offset_of!(Frame, x87_page),
     offset_of!(Frame, x87_dp),
+    offset_of!(Frame, left),
 ];
 
 const _: () = assert!(offset_of!(Frame, waiting) == offset_of!(Frame, sse_away) + 7);

@@ -187,6 +187,8 @@ pub(crate) struct Jit {
     refused: bool,
     traces: Vec<Entry>,
     calls: Places<PackedCall>,
+    /// Where instructions are counted: how many a trace has run before a call, that it hasn't counted.
+    counts: Option<Vec<u16>>,
     ways: Places<Way>,
     pages: ByAddress<usize, PageTraces>,
     /// [`crate::mem::code_changes`] that have been dealt with.
@@ -261,6 +263,7 @@ impl Jit {
             refused: !tuning.compile || !host_can(),
             traces: Vec::new(),
             calls: Places::new(),
+            counts: None,
             ways: Places::new(),
             pages: ByAddress::default(),
             seen: 0,
@@ -375,6 +378,9 @@ impl Jit {
         self.first_call = 0;
         self.traces.clear();
         self.calls.clear();
+        if let Some(counts) = &mut self.counts {
+            counts.clear();
+        }
         self.ways.clear();
         self.pages.clear();
         self.plain.clear();
@@ -394,6 +400,7 @@ impl Jit {
         self.scratch = None;
         self.traces = Vec::new();
         self.calls = Places::new();
+        self.counts = self.counts.take().map(|_| Vec::new());
         self.ways = Places::new();
         self.pages = ByAddress::default();
     }
@@ -448,6 +455,13 @@ impl Jit {
                 Resume::At(at) => at as i64 - end as i64,
                 _ => 0,
             };
+            if let Some(counts) = &mut self.counts {
+                counts.push(match call.work {
+                    // What comes before has been counted already.
+                    Work::Goto => 0,
+                    _ => call.step as u16,
+                });
+            }
             self.calls.push(PackedCall {
                 end: offset + end as u32,
                 block: index.block(step.block),
@@ -542,6 +556,13 @@ impl Jit {
     fn place(&self, address: u64) -> Option<u32> {
         let made = self.made.as_ref()?;
         address.checked_sub(made.base)?.try_into().ok()
+    }
+
+    /// How many instructions a trace has run before a call, that it hasn't counted.
+    fn counted_before(&self, call: u32) -> u64 {
+        let counts = self.counts.as_ref();
+        let before = counts.and_then(|counts| counts.get(call as usize));
+        before.copied().unwrap_or_default().into()
     }
 
     /// The trace that makes a call.

@@ -197,6 +197,7 @@ impl Cpu {
             origin,
             glue,
             hardened: self.code.jit.tuning.hardened,
+            counted: self.code.jit.counts.is_some(),
             plain: self.code.jit.plain(found),
         };
         let compiled = match second {
@@ -329,6 +330,7 @@ impl Cpu {
         self.prepare(frame);
         frame.rip_page = rip_page;
         frame.flags = from_bits(self.flags.bits());
+        frame.left = self.budget_left();
         self.refresh(frame);
         self.shared.set_doing(Doing::Compiled);
         Counters::add(&self.shared.counters.entries, 1);
@@ -345,6 +347,9 @@ impl Cpu {
         let frame = unsafe { &mut *frame };
         self.follow_frame(frame);
         self.take_x87_note(frame);
+        if self.budget.counting {
+            self.set_budget_left(frame.left);
+        }
         let (from, page, target) = (frame.resume, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
         self.left(out, from, page, target)
@@ -512,6 +517,38 @@ impl Cpu {
         }
     }
 
+    /// The same where instructions are counted. The trace counts those that the interpreter does for it if
+    /// it goes on; if it doesn't, it hasn't counted those before.
+    #[cold]
+    fn serve_counted(&mut self, call: Call, frame: &mut Frame) -> u64 {
+        self.set_budget_left(frame.left);
+        let before = self.code.jit.counted_before(frame.number);
+        let interpreted = self.instructions;
+        let out = self.serve(call, frame);
+        let interpreted = self.instructions.wrapping_sub(interpreted);
+        match (out, call.work) {
+            // What comes next in the trace is a jump.
+            (BACK, Work::Cross) => {}
+            (BACK, _) => self.add_compiled(interpreted.wrapping_neg()),
+            _ => self.add_compiled(before),
+        }
+        let left = self.budget_left();
+        if out > TRAP {
+            // SAFETY: the frame to go on with, of an area of the processor; nobody uses it now. It may be
+            // the one that is lent to this.
+            unsafe { (*(out as *mut Frame)).left = left };
+        } else {
+            frame.left = left;
+        }
+        out
+    }
+
+    /// Has compiled code count from here on.
+    pub(crate) fn count_in_compiled_code(&mut self) {
+        self.flush_traces();
+        self.code.jit.counts = Some(Vec::new());
+    }
+
     /// Has what compiled code asks for where it expects it. `false` if that can't be, or if it asks for
     /// something else.
     fn make_ready(&mut self, call: Call, frame: &mut Frame) -> bool {
@@ -604,9 +641,9 @@ impl Cpu {
             // SAFETY: that many ops of the instruction follow each other.
             let op: &Op = unsafe { &*first.add(n) };
             if (op.run)(self, op).is_err() {
+                self.instructions -= 1;
                 if !matches!(self.trap.kind, TrapKind::Resume) {
                     self.rip = self.own_rip(op);
-                    self.instructions -= 1;
                 }
                 frame.flags = from_bits(self.flags.bits());
                 return TRAP;
@@ -644,7 +681,11 @@ pub(super) extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
             frame.resume = frame.resume.wrapping_add_signed(i64::from(call.resume));
             let call = call.unpack(cpu.code.indexer());
             cpu.follow_frame(frame);
-            cpu.serve(call, frame)
+            if cpu.budget.counting {
+                cpu.serve_counted(call, frame)
+            } else {
+                cpu.serve(call, frame)
+            }
         }
         None => LEAVE,
     };

@@ -126,6 +126,10 @@ pub(crate) struct Frame {
     pub rax: u64,
     /// The guest's flags while a loop looks its pointers up.
     pub loop_flags: u64,
+    /// Where instructions are counted: how many may still run, less one; and the bit that tells that it
+    /// is less, for PEXT.
+    pub left: u64,
+    pub sign_mask: u64,
 }
 
 /// See the module's text.
@@ -173,6 +177,7 @@ impl Area {
         self.frame.jump_mask = (JUMPS as u64) - 1;
         self.frame.interrupt_mask = rflags::IF;
         self.frame.bit_masks = [31, 63];
+        self.frame.sign_mask = 1 << 63;
         self.set_entries(FEW);
         self.jump_tag[0] = no_jump(0);
     }

@@ -10,6 +10,7 @@ mod access;
 pub(crate) mod area;
 mod bulk;
 mod device;
+mod dirty;
 mod int;
 pub(crate) mod jumps;
 mod memory;

@@ -88,6 +88,11 @@ pub struct Worlds {
     others: Vec<(&'static str, World)>,
 }
 
+/// Whether instructions are counted.
+fn counted(number: u64) -> bool {
+    (number / RENEWED_AFTER) % 2 == 1
+}
+
 /// How compiled code runs, and whether it is interrupted all the time.
 fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
     let hardened = (number / RENEWED_AFTER) % 4 == 3;
@@ -115,10 +120,14 @@ impl Worlds {
     /// New machines for the case of this number.
     pub fn new(number: u64, watch: &Watch) -> Self {
         Self {
-            interpreter: World::new(Tuning::INTERPRETER, watch, false),
+            interpreter: World::new(Tuning::INTERPRETER, watch, false, counted(number)),
             others: tunings(number)
                 .into_iter()
-                .map(|(name, tuning, pest)| (name, World::new(tuning, watch, pest)))
+                // What interrupts run is counted too, and chance.
+                .map(|(name, tuning, pest)| {
+                    let counted = counted(number) && !pest;
+                    (name, World::new(tuning, watch, pest, counted))
+                })
                 .collect(),
         }
     }
