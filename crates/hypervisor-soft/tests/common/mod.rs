@@ -16,8 +16,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Where the guests' parts are, linear and physical alike.
 pub const CODE: u64 = 0x1_0000;
-pub const DATA: u64 = 0x4_0000;
-pub const STACK: u64 = 0x8_0000;
+pub const DATA: u64 = 0x2_0000;
+pub const STACK: u64 = 0x3_0000;
 const TABLES: u64 = 0x1000;
 /// The port of all guests.
 pub const PORT: u16 = 0x10;

@@ -97,7 +97,11 @@ impl Cpu {
                     continue;
                 }
                 if std::mem::take(&mut self.code.jit.wants_room) {
-                    self.flush_blocks();
+                    if self.code.wants_to_grow() {
+                        self.grow_code();
+                    } else {
+                        self.flush_blocks();
+                    }
                     last = None;
                     continue;
                 }

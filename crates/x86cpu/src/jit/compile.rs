@@ -157,6 +157,11 @@ pub(super) struct Scratch {
     windows: windows::Kept,
 }
 
+// SAFETY: the pointers that steps have are those of a trace in the making. There are no steps but while
+// one is made.
+#[expect(unsafe_code, reason = "steps have pointers to blocks")]
+unsafe impl Send for Scratch {}
+
 impl Scratch {
     pub(super) fn new(features: Features) -> Self {
         Self {

@@ -321,6 +321,24 @@ impl Jit {
         Some(())
     }
 
+    /// Whether so much room is taken that blocks have to be hotter than at first.
+    pub(crate) fn is_filling(&self) -> bool {
+        self.sixteenths() >= 9
+    }
+
+    fn sixteenths(&self) -> usize {
+        let eighth = self.tuning.code_bytes / 8;
+        (self.code_used() * 16 / (eighth * CODE)).max(self.side_tables() * 16 / (eighth * TABLES))
+    }
+
+    /// Has more room from here on. There must be no traces.
+    pub(crate) fn grow(&mut self, code_bytes: usize) {
+        self.tuning.code_bytes = code_bytes;
+        self.tuning.small = false;
+        self.made = None;
+        self.set_threshold();
+    }
+
     /// How hot a block must be.
     #[inline(always)]
     pub(crate) fn threshold(&self) -> u16 {
@@ -331,10 +349,7 @@ impl Jit {
     /// go for what is lukewarm; and hotter at first, for most commands are over soon. Who wants everything
     /// compiled gets that.
     fn set_threshold(&mut self) {
-        let eighth = self.tuning.code_bytes / 8;
-        let sixteenths = (self.code_used() * 16 / (eighth * CODE))
-            .max(self.side_tables() * 16 / (eighth * TABLES));
-        let factor = match sixteenths {
+        let factor = match self.sixteenths() {
             _ if self.tuning.threshold == 1 => 1,
             ..9 if self.traces.len() < VERY_FIRST => 32,
             ..9 if self.traces.len() < FIRST => 4,
@@ -407,7 +422,7 @@ impl Jit {
 
     fn made(&mut self) -> Option<&mut Made> {
         if self.made.is_none() && !self.refused {
-            match Made::new(self.tuning.code_bytes / 8 * CODE) {
+            match Made::new(self.tuning.code_bytes / 8 * CODE, self.tuning.small) {
                 Some(made) => self.made = Some(made),
                 None => self.refused = true,
             }
@@ -700,8 +715,13 @@ fn page_version(page: usize) -> u32 {
 }
 
 impl Made {
-    fn new(capacity: usize) -> Option<Self> {
-        let mut buffer = CodeBuffer::new(capacity).ok()?;
+    fn new(capacity: usize, small: bool) -> Option<Self> {
+        let buffer = if small {
+            CodeBuffer::small(capacity)
+        } else {
+            CodeBuffer::new(capacity)
+        };
+        let mut buffer = buffer.ok()?;
         let (code, glue) = glue::glue(std::arch::is_x86_feature_detected!("avx"));
         let base = buffer.push(&code)?.as_ptr() as u64;
         Some(Self {

@@ -8,7 +8,7 @@ use super::classify::Align;
 use super::compile::{self, Request, Scratch, Work};
 use super::trace::Trace;
 use super::{Call, PATIENCE, Way};
-use crate::code::{BlockRef, Op};
+use crate::code::{BlockRef, Op, Pool};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
 use crate::fpu::{Ymm, attention, blocked, prepare_x87};
@@ -36,6 +36,9 @@ pub(super) const TRAP: u64 = 2;
 /// Runs that one counts for which compiled code was left for: it costs as much as so many, and what hot
 /// code leads to gets hot.
 const LEFT: u16 = 4;
+
+/// What processors that begin small take turns with.
+static POOL: Pool<Box<Scratch>> = Pool::new();
 
 /// Flags as LAHF and SETO give them, at their places in RFLAGS.
 fn to_bits(flags: u32) -> u64 {
@@ -108,7 +111,7 @@ impl Cpu {
             found.set_heat(u16::MAX);
             return 0;
         }
-        if self.code.has_too_many_blocks() {
+        if self.code.has_too_many_blocks() || self.code.wants_to_grow() {
             self.code.jit.wants_room = true;
             return 0;
         }
@@ -144,12 +147,17 @@ impl Cpu {
     }
 
     fn compile_now(&mut self, block: BlockRef) -> Option<u32> {
-        let kept = self.code.jit.scratch.take();
+        let kept = self.code.jit.scratch.take().or_else(|| POOL.take());
         let mut scratch = kept
             .filter(|scratch| *scratch.forms.features() == self.features)
             .unwrap_or_else(|| Box::new(Scratch::new(self.features)));
         let number = self.compile_with(block, &mut scratch);
-        self.code.jit.scratch = Some(scratch);
+        if self.code.jit.tuning.small {
+            scratch.steps.clear();
+            POOL.give(scratch);
+        } else {
+            self.code.jit.scratch = Some(scratch);
+        }
         number
     }
 
@@ -427,6 +435,7 @@ impl Cpu {
         let uppers = self.fpu.ymm.iter().map(Ymm::high);
         frame.uppers = u64::from(uppers.fold(0, |all, upper| all | upper) != 0);
         (frame.jumps, frame.jump_keys) = self.mmu.jumps();
+        frame.jumps_mask = self.mmu.jumps_mask();
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);

@@ -11,6 +11,7 @@ pub(crate) mod area;
 mod bulk;
 mod device;
 mod dirty;
+pub(crate) mod home;
 mod int;
 pub(crate) mod jumps;
 mod memory;

@@ -96,11 +96,13 @@ fn counted(number: u64) -> bool {
 /// How compiled code runs, and whether it is interrupted all the time.
 fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
     let hardened = (number / RENEWED_AFTER) % 4 == 3;
+    let small = (number / RENEWED_AFTER) % 3 == 0;
     vec![
         (
             "stress",
             Tuning {
                 hardened,
+                small,
                 ..Tuning::STRESS
             },
             false,
@@ -109,6 +111,7 @@ fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
             "jit",
             Tuning {
                 threshold: 6,
+                small,
                 ..Tuning::JIT
             },
             true,
