@@ -82,6 +82,7 @@ impl From<&[u8]> for Guest {
 pub(crate) struct Limits {
     pub(crate) timeout: Option<Duration>,
     pub(crate) cpu_time: Option<Duration>,
+    pub(crate) instructions: Option<u64>,
 }
 
 /// How long a guest may initialise itself, unless told.
@@ -180,6 +181,14 @@ impl Builder {
     /// How much processor time a call may take.
     pub fn call_cpu_time(mut self, time: Duration) -> Self {
         self.limits.cpu_time = Some(time);
+        self
+    }
+
+    /// How many instructions a call may take: the same number each time, whatever else the host does. Only
+    /// `soft` counts them; a little more than that may run, see
+    /// [`BUDGET_SLACK`](skerry_hypervisor::traits::BUDGET_SLACK).
+    pub fn call_instructions(mut self, instructions: u64) -> Self {
+        self.limits.instructions = Some(instructions);
         self
     }
 

@@ -24,6 +24,9 @@ fn misbehaved(what: impl Into<String>) -> CallError {
 impl Sandbox {
     /// Runs the guest until it has answered the request that is in the control page, or has failed.
     pub(crate) fn enter(&mut self) -> Result<(), CallError> {
+        if self.limits.instructions.is_some() {
+            self.processor.set_budget(self.limits.instructions)?;
+        }
         let call = self.processor.begin_call();
         let timed = match &self.timer {
             Some(timer) => {
@@ -59,6 +62,10 @@ impl Sandbox {
                 },
                 Exit::PortOut { port: STUB, .. } => return Err(self.excepted()?),
                 Exit::Interrupted => {}
+                Exit::BudgetSpent => {
+                    let budget = self.limits.instructions.unwrap_or_default();
+                    return Err(CallError::BudgetSpent(budget));
+                }
                 Exit::Cancelled => return Err(self.cancelled()),
                 Exit::PortIn { port, .. } => {
                     // Completed, so that the processor stands between two instructions.

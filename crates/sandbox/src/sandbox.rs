@@ -226,7 +226,7 @@ impl Sandbox {
             functions,
             limits: Limits {
                 timeout: Some(init_timeout),
-                cpu_time: None,
+                ..Limits::default()
             },
             exports: Exports::new(Description::default()),
             links: Vec::new(),
@@ -234,9 +234,7 @@ impl Sandbox {
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
         sandbox.introduce()?;
-        if limits == Limits::default() {
-            sandbox.timer = None;
-        }
+        sandbox.timer = None;
         sandbox.limit(limits)?;
         Ok(sandbox)
     }
@@ -340,8 +338,25 @@ impl Sandbox {
         })
     }
 
+    /// How many instructions each call may take from now on. Only `soft` counts them.
+    pub fn set_call_instructions(&mut self, instructions: Option<u64>) -> Result<(), BuildError> {
+        self.limit(Limits {
+            instructions,
+            ..self.limits
+        })
+    }
+
+    /// Instructions that the guest has run since calls were first limited in them; `None` before that.
+    pub fn instructions(&self) -> Option<u64> {
+        self.processor.instructions()
+    }
+
     fn limit(&mut self, limits: Limits) -> Result<(), BuildError> {
-        if limits != Limits::default() && self.timer.is_none() {
+        if limits.instructions != self.limits.instructions {
+            self.processor.set_budget(limits.instructions)?;
+        }
+        let timed = limits.timeout.is_some() || limits.cpu_time.is_some();
+        if timed && self.timer.is_none() {
             let timer = Timer::new(self.shared.clone()).map_err(BuildError::Memory)?;
             self.timer = Some(timer);
         }
