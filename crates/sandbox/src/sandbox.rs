@@ -279,7 +279,11 @@ impl Sandbox {
         self.control.set_input_len(0);
         self.enter().map_err(init)?;
         let description = match self.control.status() {
-            status::OK => self.result::<Description>(0),
+            status::OK => self.result_with(0, |from| {
+                let description = Description::read(from)?;
+                from.end()?;
+                Ok(description)
+            }),
             other => Err(CallError::Misbehaved(format!(
                 "no description, but status {other}"
             ))),
@@ -495,14 +499,6 @@ impl Sandbox {
             .then(|| self.region.bytes(area.at, len))
             .flatten();
         bytes.ok_or_else(|| CallError::Misbehaved("its result lies outside of its area".into()))
-    }
-
-    fn result<R: for<'a> Decode<'a>>(&mut self, function: u32) -> Result<R, CallError> {
-        self.result_with(function, |from| {
-            let value = R::decode(from)?;
-            from.end()?;
-            Ok(value)
-        })
     }
 
     #[inline]
