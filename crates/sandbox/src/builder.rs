@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use skerry_sandbox_abi::Description;
+
 use crate::error::BuildError;
 use crate::host_fn::{HostFn, HostFunctions};
 use crate::processor::Backend;
@@ -201,6 +203,15 @@ impl Builder {
 
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
+        self.start(true)
+    }
+
+    /// What the guest has and needs, without its host functions: it is run until it is ready, and no more.
+    pub fn describe(self) -> Result<Description, BuildError> {
+        Ok(self.start(false)?.description())
+    }
+
+    fn start(self, link: bool) -> Result<Sandbox, BuildError> {
         let program = match self.guest.ok_or(BuildError::NoGuest)? {
             Guest::Bytes(bytes) => bytes,
             Guest::Path(path) => match std::fs::read(&path) {
@@ -218,6 +229,7 @@ impl Builder {
             init_timeout: self.init_timeout,
             functions: Arc::new(self.functions),
             log_level: level,
+            link,
         };
         Sandbox::load(&program, start)
     }

@@ -32,6 +32,7 @@
 //! | `fault` | what an exception means |
 //! | `host_fn` | functions of the host |
 //! | `interrupt`, `watchdog` | cancelling, from outside and by time |
+//! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
@@ -40,6 +41,7 @@
 
 mod builder;
 mod disk;
+mod dynamic;
 mod elf;
 mod error;
 mod exits;
@@ -57,6 +59,7 @@ mod tables;
 mod watchdog;
 
 pub use builder::{Builder, Config, Guest};
+pub use dynamic::{NotAValue, Value};
 pub use error::{BuildError, CallError, RestoreError, SnapshotError};
 pub use fault::{Access, Fault};
 pub use host_fn::{HostFn, HostFunctions};

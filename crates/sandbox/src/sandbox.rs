@@ -148,6 +148,8 @@ pub(crate) struct Start {
     pub(crate) init_timeout: Duration,
     pub(crate) functions: Arc<HostFunctions>,
     pub(crate) log_level: u32,
+    /// Whether the host functions must be there.
+    pub(crate) link: bool,
 }
 
 /// The parts that a sandbox is made of.
@@ -211,6 +213,7 @@ impl Sandbox {
             init_timeout,
             functions,
             log_level,
+            link,
         } = start;
         let program = Program::parse(program)?;
         let layout = Layout::new(&config, program.base, program.bytes.len() as u64)?;
@@ -234,6 +237,9 @@ impl Sandbox {
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
         sandbox.introduce()?;
+        if link {
+            sandbox.links = sandbox.functions.link(&sandbox.exports.description)?;
+        }
         sandbox.timer = None;
         sandbox.limit(limits)?;
         Ok(sandbox)
@@ -289,7 +295,6 @@ impl Sandbox {
             ))),
         };
         let description = description.map_err(init)?;
-        self.links = self.functions.link(&description)?;
         self.exports = Exports::new(description);
         Ok(())
     }
@@ -462,12 +467,12 @@ impl Sandbox {
         self.input_written = self.input_written.max(end);
     }
 
-    fn function(&self, function: u32) -> Option<&Function> {
+    fn export(&self, function: u32) -> Option<&Function> {
         self.exports.description.exports.get(function as usize)
     }
 
     fn signature(&self, function: u32) -> String {
-        self.function(function)
+        self.export(function)
             .map_or_else(String::new, ToString::to_string)
     }
 
