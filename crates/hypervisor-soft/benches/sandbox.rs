@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::{PORT, Small, assemble, fill, many_blocks, out_loop, ram, slot, soft, work_loop};
 use iced_x86::code_asm::*;
-use skerry_hypervisor::{CancelOutcome, Exit, Gpa, Hypervisor, Vcpu, Vm};
+use skerry_hypervisor::{BootRegisters, CancelOutcome, Exit, Gpa, Hypervisor, Vcpu, Vm};
 use skerry_hypervisor_soft::Tuning;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -143,7 +143,10 @@ fn states() {
         guest.vcpu.set_state(&state).expect("a state");
         guest.out();
     });
-    let registers = guest.vcpu.boot_registers().expect("registers");
+    let registers = BootRegisters {
+        general: state.general,
+        system: state.system,
+    };
     measure("set boot registers, 150 instructions", 50, 1000, || {
         guest
             .vcpu
