@@ -3,7 +3,7 @@
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::Arc;
 
-use iced_x86::CpuidFeature;
+use iced_x86::{CpuidFeature, DecoderOptions};
 
 use crate::cpu::Cpu;
 use crate::sys::state::cr4;
@@ -208,6 +208,15 @@ impl Features {
     fn add(&mut self, feature: CpuidFeature) {
         let i = feature as usize;
         self.0[(i / 64) & 3] |= 1 << (i % 64);
+    }
+
+    /// How the decoder is to take bytes. On a processor without TZCNT or LZCNT their prefix means
+    /// nothing, and they are BSF and BSR (SDM 2B, "TZCNT"); compilers rely on it.
+    pub fn decoder_options(&self) -> u32 {
+        let without = |feature, option| if self.has(feature) { 0 } else { option };
+        DecoderOptions::FORCE_RESERVED_NOP
+            | without(CpuidFeature::BMI1, DecoderOptions::NO_MPFX_0FBC)
+            | without(CpuidFeature::LZCNT, DecoderOptions::NO_MPFX_0FBD)
     }
 
     /// What the decoder may take as valid under a table.

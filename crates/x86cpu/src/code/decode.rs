@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderError, FlowControl, Instruction, Mnemonic};
 
 use crate::code::cache::{BlockRef, KeyBits, NewBlock, in_page};
 use crate::code::lower::Lowering;
@@ -237,7 +237,7 @@ impl Cpu {
         ops.clear();
         let rip = self.rip;
         let code_bits = self.sys.mode.bits();
-        let options = DecoderOptions::FORCE_RESERVED_NOP;
+        let options = self.features.decoder_options();
         let mut decoder = Decoder::with_ip(code_bits, bytes, rip, options);
         let mut lowering = Lowering::new(self, ops, rip, bytes);
         let mut shape = Shape::default();

@@ -200,7 +200,8 @@ impl Cpu {
             })
         };
         let read = |offset: usize, into: &mut [u8]| page.read(offset, into);
-        let trace = Trace::new(block, &mut scratch.page[..], read, find, steps)?;
+        let options = self.features.decoder_options();
+        let trace = Trace::new(block, &mut scratch.page[..], read, find, steps, options)?;
         let request = Request {
             origin,
             glue,

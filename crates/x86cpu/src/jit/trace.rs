@@ -1,6 +1,6 @@
 //! What is compiled at a time: blocks of one page, along the path that is taken most.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
 
 use crate::code::{Block, BlockRef, Op};
 use crate::mem::PAGE_SIZE;
@@ -39,6 +39,8 @@ impl Step {
 /// See the module's text.
 pub(super) struct Trace {
     pub steps: Vec<Step>,
+    /// [`Features::decoder_options`](crate::cpuid::Features::decoder_options).
+    options: u32,
 }
 
 /// The ops of a block that are for instructions; none is for several, as lowering leaves what is to be
@@ -74,8 +76,9 @@ impl Trace {
         read: impl Fn(usize, &mut [u8]),
         find: impl Fn(BlockRef, u16) -> Option<BlockRef>,
         steps: Vec<Step>,
+        options: u32,
     ) -> Option<Self> {
-        let mut trace = Self { steps };
+        let mut trace = Self { steps, options };
         let mut seen = [head; BLOCKS];
         let mut block = head;
         for n in 0..BLOCKS {
@@ -108,8 +111,7 @@ impl Trace {
         let end = start + usize::from(current.len);
         let bytes = page.get_mut(start..end)?;
         read(start, bytes);
-        let options = DecoderOptions::FORCE_RESERVED_NOP;
-        let mut decoder = Decoder::with_ip(64, bytes, start as u64, options);
+        let mut decoder = Decoder::with_ip(64, bytes, start as u64, self.options);
         let first = self.steps.len();
         for op in instruction_ops(current) {
             let at = start + usize::from(op.ip);

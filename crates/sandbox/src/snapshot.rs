@@ -1,0 +1,401 @@
+//! Snapshots in memory: taking, going back, making more sandboxes of them.
+//!
+//! A snapshot's memory is a sealed file without a name. Its sandboxes map it copy-on-write: they share
+//! what they don't write. The backend logs the pages that the guest writes, so that going back copies
+//! those and no others, however large the memory is.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use skerry_hypervisor::{CpuState, Gpa, PAGE_SIZE};
+
+use crate::builder::Limits;
+use crate::error::{BuildError, RestoreError, SnapshotError};
+use crate::host_fn::HostFunctions;
+use crate::layout::{Layout, PAGE};
+use crate::mapping::Recipe;
+use crate::processor::{self, Backend};
+use crate::region::{Region, View};
+use crate::sandbox::{Exports, Parts, Sandbox, Status, fresh_seed, slot};
+
+/// A set of pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pages(Vec<u64>);
+
+impl Pages {
+    fn with(size: u64) -> Self {
+        Self(vec![0; (size / PAGE).div_ceil(64) as usize])
+    }
+
+    pub(crate) fn insert(&mut self, page: u64) {
+        let word = (page / 64) as usize;
+        if word >= self.0.len() {
+            self.0.resize(word + 1, 0);
+        }
+        self.0[word] |= 1 << (page % 64);
+    }
+
+    pub(crate) fn contains(&self, page: u64) -> bool {
+        let word = self.0.get((page / 64) as usize).copied().unwrap_or(0);
+        word >> (page % 64) & 1 != 0
+    }
+
+    fn insert_bytes(&mut self, at: u64, len: u64) {
+        for page in at / PAGE..(at + len).div_ceil(PAGE) {
+            self.insert(page);
+        }
+    }
+
+    fn join(&mut self, other: &Self) {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), 0);
+        }
+        for (word, other) in self.0.iter_mut().zip(&other.0) {
+            *word |= other;
+        }
+    }
+
+    /// All of them, ascending.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u64> + '_ {
+        self.0.iter().enumerate().flat_map(|(n, word)| {
+            let word = *word;
+            (0..64)
+                .filter(move |bit| word >> bit & 1 != 0)
+                .map(move |bit| n as u64 * 64 + bit)
+        })
+    }
+}
+
+/// What a sandbox's memory differs from, by the pages that were written since.
+#[derive(Debug)]
+pub(crate) enum Origin {
+    /// Zeroes, and what the host has loaded.
+    Empty(Pages),
+    /// A snapshot.
+    Snapshot(Arc<Snapshot>),
+}
+
+impl Origin {
+    /// Memory that was just loaded with a program of `image` bytes.
+    pub(crate) fn empty(layout: &Layout, image: u64) -> Self {
+        let mut pages = Pages::default();
+        pages.insert_bytes(0, layout.tables.end());
+        pages.insert_bytes(layout.image.at, image);
+        Self::Empty(pages)
+    }
+}
+
+/// What a sandbox was at one moment. Immutable, to be shared: any number of sandboxes can be made of
+/// it and go back to it.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub(crate) id: u64,
+    pub(crate) file: Arc<File>,
+    pub(crate) view: View,
+    /// The pages that are in the file; all others are zero.
+    pub(crate) pages: Pages,
+    pub(crate) state: CpuState,
+    pub(crate) layout: Layout,
+    pub(crate) exports: Arc<Exports>,
+    pub(crate) limits: Limits,
+    /// What was mapped, to be mapped again.
+    pub(crate) mappings: Vec<Recipe>,
+    /// The snapshot that it was taken after, and what is different from that.
+    base: Option<(u64, Pages)>,
+}
+
+/// A memory file to be filled.
+pub(crate) fn memory_file(size: u64) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("skerry-sandbox", flags)?;
+    ftruncate(&file, size)?;
+    Ok(file.into())
+}
+
+/// Nobody writes it from here on.
+pub(crate) fn seal(file: &File) -> io::Result<()> {
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    Ok(fcntl_add_seals(file, seals)?)
+}
+
+fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Snapshot {
+    pub(crate) fn new(
+        file: File,
+        pages: Pages,
+        state: CpuState,
+        layout: Layout,
+        exports: Arc<Exports>,
+        limits: Limits,
+        mappings: Vec<Recipe>,
+        base: Option<(u64, Pages)>,
+    ) -> io::Result<Arc<Self>> {
+        seal(&file)?;
+        let file = Arc::new(file);
+        let view = View::of(&file, layout.size)?;
+        Ok(Arc::new(Self {
+            id: next_id(),
+            file,
+            view,
+            pages,
+            state,
+            layout,
+            exports,
+            limits,
+            mappings,
+            base,
+        }))
+    }
+
+    /// The guest's memory in bytes.
+    pub fn memory_size(&self) -> u64 {
+        self.layout.size
+    }
+
+    /// The bytes that it takes.
+    pub fn size(&self) -> u64 {
+        self.pages.iter().count() as u64 * PAGE
+    }
+
+    fn page(&self, page: u64) -> Option<&[u8]> {
+        match self.pages.contains(page) {
+            true => self.view.page(page),
+            false => None,
+        }
+    }
+}
+
+impl Sandbox {
+    /// Pages that may differ from the origin; takes the backend's log.
+    fn written(&mut self) -> Result<Pages, skerry_hypervisor::DirtyLogError> {
+        let mut pages = Pages::default();
+        self.processor
+            .drain_dirty(Gpa(0), &mut |page| pages.insert(page))?;
+        pages.insert_bytes(self.layout.control.at, PAGE);
+        if self.input_written != 0 {
+            pages.insert_bytes(self.layout.input.at, self.input_written);
+        }
+        Ok(pages)
+    }
+
+    /// Keeps what the sandbox is now. Costs what its guest has written, not what it could have.
+    pub fn snapshot(&mut self) -> Result<Arc<Snapshot>, SnapshotError> {
+        match &self.status {
+            Status::Ready => {}
+            Status::Poisoned(why) => return Err(SnapshotError::Poisoned(why.clone())),
+            Status::Unrecoverable(why) => return Err(SnapshotError::Unrecoverable(why.clone())),
+        }
+        if self.mappings.recipes().iter().any(Recipe::is_private) {
+            return Err(SnapshotError::PrivateMapping);
+        }
+        let state = self.processor.state()?;
+        let file = memory_file(self.layout.size).map_err(SnapshotError::Memory)?;
+        let written = self.written()?;
+        let (mut pages, base) = match &self.origin {
+            Origin::Empty(loaded) => (loaded.clone(), None),
+            Origin::Snapshot(origin) => (origin.pages.clone(), Some((origin.id, written.clone()))),
+        };
+        pages.join(&written);
+        let kept = self.keep(&file, &mut pages);
+        let snapshot = kept.and_then(|()| {
+            Snapshot::new(
+                file,
+                pages,
+                state,
+                self.layout,
+                self.exports.clone(),
+                self.limits,
+                self.mappings.recipes(),
+                base,
+            )
+        });
+        match snapshot {
+            Ok(snapshot) => {
+                self.origin = Origin::Snapshot(snapshot.clone());
+                self.input_written = 0;
+                Ok(snapshot)
+            }
+            Err(error) => {
+                // The log is taken: what was written is known here only.
+                self.remember(written);
+                Err(SnapshotError::Memory(error))
+            }
+        }
+    }
+
+    /// Puts pages back into what is known to differ from the origin.
+    fn remember(&mut self, written: Pages) {
+        match &mut self.origin {
+            Origin::Empty(pages) => pages.join(&written),
+            // What differs from it is not known any more: the next restore replaces all.
+            Origin::Snapshot(_) => {
+                let mut pages = Pages::with(self.layout.size);
+                pages.insert_bytes(0, self.layout.size);
+                self.origin = Origin::Empty(pages);
+            }
+        }
+    }
+
+    /// Writes `pages` to a file, and takes out those that are zero.
+    fn keep(&self, file: &File, pages: &mut Pages) -> io::Result<()> {
+        let all: Vec<u64> = pages.iter().collect();
+        let mut run = 0..0;
+        let flush = |run: &std::ops::Range<u64>| -> io::Result<()> {
+            let (at, len) = (run.start * PAGE, (run.end - run.start) * PAGE);
+            let bytes = self
+                .region
+                .bytes(at, len)
+                .ok_or(io::ErrorKind::InvalidData)?;
+            file.write_all_at(bytes, at)
+        };
+        for page in all {
+            let bytes = self.region.bytes(page * PAGE, PAGE).unwrap_or_default();
+            if bytes.iter().all(|byte| *byte == 0) {
+                pages.0[(page / 64) as usize] &= !(1 << (page % 64));
+                continue;
+            }
+            if run.end != page {
+                if !run.is_empty() {
+                    flush(&run)?;
+                }
+                run = page..page;
+            }
+            run.end = page + 1;
+        }
+        match run.is_empty() {
+            true => Ok(()),
+            false => flush(&run),
+        }
+    }
+
+    /// Goes back to what `snapshot` kept: memory, registers, everything. Costs what was written since,
+    /// where the sandbox comes from it (or from one that was taken right after it); else its memory is
+    /// mapped anew.
+    ///
+    /// A poisoned sandbox is ready again. If it fails half way the sandbox can't be used any more.
+    pub fn restore(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), RestoreError> {
+        if let Status::Unrecoverable(why) = &self.status {
+            return Err(RestoreError::Unrecoverable(why.clone()));
+        }
+        if !Arc::ptr_eq(&self.exports, &snapshot.exports) {
+            let links = self.functions.link(&snapshot.exports.description);
+            self.links = links.map_err(|error| RestoreError::HostFunctions(Box::new(error)))?;
+            self.exports = snapshot.exports.clone();
+        }
+        self.status = Status::Unrecoverable("a restore failed".into());
+        self.restore_memory(snapshot)?;
+        self.set_mappings(&snapshot.mappings)?;
+        self.processor.set_state(&snapshot.state)?;
+        self.input_written = 0;
+        self.control.set_seed(fresh_seed());
+        self.metrics.restores += 1;
+        self.status = Status::Ready;
+        Ok(())
+    }
+
+    fn restore_memory(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), RestoreError> {
+        let rebuild = |error| RestoreError::Rebuild(Box::new(error));
+        if self.layout != snapshot.layout {
+            return self.rebuild(snapshot).map_err(rebuild);
+        }
+        let from_base = match &self.origin {
+            Origin::Snapshot(origin) if origin.id == snapshot.id => Some(None),
+            Origin::Snapshot(origin) => match &origin.base {
+                Some((base, changed)) if *base == snapshot.id => Some(Some(changed.clone())),
+                _ => None,
+            },
+            Origin::Empty(_) => None,
+        };
+        let Some(changed) = from_base else {
+            self.processor.drain_dirty(Gpa(0), &mut |_| {})?;
+            let remapped = self.region.remap(&snapshot.file);
+            remapped.map_err(|error| rebuild(BuildError::Memory(error)))?;
+            self.origin = Origin::Snapshot(snapshot.clone());
+            return Ok(());
+        };
+        let region = &mut self.region;
+        let mut complete = true;
+        self.processor.drain_dirty(Gpa(0), &mut |page| {
+            complete &= region.restore_page(page, snapshot.page(page));
+        })?;
+        let mut again = |at: u64, len: u64| {
+            for page in at / PAGE..(at + len).div_ceil(PAGE) {
+                complete &= region.restore_page(page, snapshot.page(page));
+            }
+        };
+        again(self.layout.control.at, PAGE);
+        again(self.layout.input.at, self.input_written);
+        if let Some(changed) = changed {
+            for page in changed.iter() {
+                complete &= region.restore_page(page, snapshot.page(page));
+            }
+        }
+        if !complete {
+            let outside = io::Error::other("a page outside of the sandbox's memory was written");
+            return Err(rebuild(BuildError::Memory(outside)));
+        }
+        self.origin = Origin::Snapshot(snapshot.clone());
+        Ok(())
+    }
+
+    /// Becomes a sandbox of another layout: a new machine, the same handle's generation of calls ends.
+    fn rebuild(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), BuildError> {
+        let backend = self.processor.backend();
+        let region =
+            Region::of(&snapshot.file, snapshot.layout.size).map_err(BuildError::Memory)?;
+        let processor = processor::make(backend, slot(&region, &snapshot.layout))?;
+        let (limits, metrics) = (self.limits, self.metrics);
+        let made = Self::assemble(Parts {
+            processor,
+            region,
+            layout: snapshot.layout,
+            functions: self.functions.clone(),
+            limits,
+            exports: snapshot.exports.clone(),
+            links: std::mem::take(&mut self.links),
+            origin: Origin::Snapshot(snapshot.clone()),
+        })?;
+        *self = made;
+        self.metrics = metrics;
+        Ok(())
+    }
+
+    /// As [`Sandbox::from_snapshot`], on this backend. Limits are those of the sandbox that it was
+    /// taken of.
+    pub fn from_snapshot_on(
+        snapshot: &Arc<Snapshot>,
+        functions: &Arc<HostFunctions>,
+        backend: Backend,
+    ) -> Result<Self, BuildError> {
+        let links = functions.link(&snapshot.exports.description)?;
+        let layout = snapshot.layout;
+        let region = Region::of(&snapshot.file, layout.size).map_err(BuildError::Memory)?;
+        let mut processor = processor::make(backend, slot(&region, &layout))?;
+        processor.set_state(&snapshot.state)?;
+        let mut sandbox = Self::assemble(Parts {
+            processor,
+            region,
+            layout,
+            functions: functions.clone(),
+            limits: snapshot.limits,
+            exports: snapshot.exports.clone(),
+            links,
+            origin: Origin::Snapshot(snapshot.clone()),
+        })?;
+        sandbox.control.set_seed(fresh_seed());
+        let mapped = sandbox.set_mappings(&snapshot.mappings);
+        mapped.map_err(|error| BuildError::Mapping(Box::new(error)))?;
+        Ok(sandbox)
+    }
+}
+
+/// The least that a page is.
+const _: () = assert!(PAGE_SIZE as u64 == PAGE);

@@ -1,0 +1,54 @@
+//! The test guest, built once per run by the cargo that runs the tests.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use skerry_sandbox::{Builder, Sandbox};
+
+/// Builds a package of the guests' workspace and says where its program is.
+pub fn guest(package: &str) -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let folder = BUILT.get_or_init(|| {
+        let manifest =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/sandbox-rt/Cargo.toml");
+        let target = std::env::var_os("CARGO_TARGET_TMPDIR")
+            .map(PathBuf::from)
+            .unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
+        let target = target.join("sandbox-guests");
+        let status = Command::new(env!("CARGO"))
+            .args([
+                "build",
+                "--quiet",
+                "--release",
+                "--locked",
+                "--workspace",
+                "--manifest-path",
+            ])
+            .arg(&manifest)
+            .arg("--target-dir")
+            .arg(&target)
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .env_remove("RUSTFLAGS")
+            .status()
+            .expect("cargo runs");
+        assert!(status.success(), "the guests don't build");
+        target.join("release")
+    });
+    folder.join(package)
+}
+
+/// A builder with the test guest and the host functions that it needs.
+pub fn builder() -> Builder {
+    Sandbox::builder()
+        .guest(guest("sandbox-testguest"))
+        .backend(crate::backend())
+        .host_fn("host_add", |a: i32, b: i32| a.wrapping_add(b))
+        .host_fn("host_echo", |bytes: Vec<u8>| bytes)
+        .host_fn("host_fail", |message: String| Err::<i32, String>(message))
+}
+
+/// A sandbox of the test guest.
+pub fn sandbox() -> Sandbox {
+    builder().build().expect("the test guest starts")
+}
