@@ -241,16 +241,6 @@ fn endless() -> Vec<(&'static str, Vec<u8>)> {
             }),
         ),
         (
-            "rep stosb onto one address, huge count",
-            assemble(|a| {
-                let mut again = a.create_label();
-                a.set_label(&mut again)?;
-                a.mov(rcx, -1_i64 as u64)?;
-                a.rep().lodsb()?;
-                a.jmp(again)
-            }),
-        ),
-        (
             "two pages that jump to each other",
             assemble(|a| {
                 let (mut here, mut there) = (a.create_label(), a.create_label());
@@ -306,11 +296,14 @@ fn cancel() {
                 println!("{name}, {way}: the guest ended by itself");
                 continue;
             }
+            // On a busy host these are times of its scheduler, but for the best.
+            let best = times.iter().min().copied().unwrap_or_default();
             let worst = times.iter().max().copied().unwrap_or_default();
             println!(
-                "{:40} {:>10.3} µs, at worst {:.1}",
+                "{:40} {:>10.3} µs, at best {:.1}, at worst {:.1}",
                 format!("cancel {name}, {way}"),
                 median(times).as_nanos() as f64 / 1e3,
+                best.as_nanos() as f64 / 1e3,
                 worst.as_nanos() as f64 / 1e3
             );
         }
