@@ -46,6 +46,8 @@ mod elf;
 mod error;
 mod exits;
 mod fault;
+#[doc(hidden)]
+pub mod fuzz;
 mod host_fn;
 mod interrupt;
 mod layout;
