@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::debug::DebugListener;
 use crate::error::BuildError;
 use crate::host_fn::{HostFn, HostFunctions};
 use crate::processor::Backend;
@@ -94,6 +95,7 @@ pub struct Builder {
     limits: Limits,
     functions: HostFunctions,
     log_level: Option<tracing::Level>,
+    gdb: Option<DebugListener>,
 }
 
 impl Builder {
@@ -166,6 +168,13 @@ impl Builder {
         self
     }
 
+    /// Waits for a debugger, and stops before the guest's first instruction. As
+    /// [`Sandbox::debug`] does for a sandbox that there is.
+    pub fn gdb(mut self, listener: DebugListener) -> Self {
+        self.gdb = Some(listener);
+        self
+    }
+
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
         let program = match self.guest.ok_or(BuildError::NoGuest)? {
@@ -185,6 +194,7 @@ impl Builder {
             self.limits,
             Arc::new(self.functions),
             level,
+            self.gdb,
         )
     }
 }

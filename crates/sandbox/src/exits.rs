@@ -10,7 +10,7 @@ use crate::logs;
 use crate::sandbox::Sandbox;
 
 /// What an exit of the guest's leads to.
-enum Next {
+pub(crate) enum Next {
     /// Back into the guest.
     Resume,
     /// The request is answered.
@@ -24,6 +24,9 @@ fn misbehaved(what: impl Into<String>) -> CallError {
 impl Sandbox {
     /// Runs the guest until it has answered the request that is in the control page, or has failed.
     pub(crate) fn enter(&mut self) -> Result<(), CallError> {
+        if self.debug.is_some() {
+            return self.enter_debugged();
+        }
         let call = self.processor.begin_call();
         let timed = match &self.timer {
             Some(timer) => {
@@ -44,39 +47,43 @@ impl Sandbox {
         ended
     }
 
-    fn exits(&mut self) -> Result<(), CallError> {
+    pub(crate) fn exits(&mut self) -> Result<(), CallError> {
+        loop {
+            let exit = self.processor.run()?;
+            if let Next::Answered = self.exit(exit)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// What an exit leads to.
+    #[inline(always)]
+    pub(crate) fn exit(&mut self, exit: Exit) -> Result<Next, CallError> {
         const GUEST: u16 = PORT as u16;
         const STUB: u16 = PORT_EXCEPTION as u16;
-        loop {
-            match self.processor.run()? {
-                Exit::PortOut {
-                    port: GUEST,
-                    size: 4,
-                    data,
-                } => match self.left(data)? {
-                    Next::Resume => {}
-                    Next::Answered => return Ok(()),
-                },
-                Exit::PortOut { port: STUB, .. } => return Err(self.excepted()?),
-                Exit::Interrupted => {}
-                Exit::Cancelled => return Err(self.cancelled()),
-                Exit::PortIn { port, .. } => {
-                    // Completed, so that the processor stands between two instructions.
-                    self.processor.complete_read(0);
-                    return Err(misbehaved(format!("it read port {port:#x}")));
-                }
-                Exit::PortOut { port, .. } => {
-                    return Err(misbehaved(format!("it wrote port {port:#x}")));
-                }
-                Exit::MmioRead { gpa, .. } => {
-                    self.processor.complete_read(0);
-                    return Err(misbehaved(format!(
-                        "it read memory that isn't there, {gpa}"
-                    )));
-                }
-                Exit::Shutdown => return Err(misbehaved("its processor shut down")),
-                other => return Err(misbehaved(format!("it left with {other:?}"))),
+        match exit {
+            Exit::PortOut {
+                port: GUEST,
+                size: 4,
+                data,
+            } => self.left(data),
+            Exit::PortOut { port: STUB, .. } => Err(self.excepted()?),
+            Exit::Interrupted => Ok(Next::Resume),
+            Exit::Cancelled => Err(self.cancelled()),
+            Exit::PortIn { port, .. } => {
+                // Completed, so that the processor stands between two instructions.
+                self.processor.complete_read(0);
+                Err(misbehaved(format!("it read port {port:#x}")))
             }
+            Exit::PortOut { port, .. } => Err(misbehaved(format!("it wrote port {port:#x}"))),
+            Exit::MmioRead { gpa, .. } => {
+                self.processor.complete_read(0);
+                Err(misbehaved(format!(
+                    "it read memory that isn't there, {gpa}"
+                )))
+            }
+            Exit::Shutdown => Err(misbehaved("its processor shut down")),
+            other => Err(misbehaved(format!("it left with {other:?}"))),
         }
     }
 

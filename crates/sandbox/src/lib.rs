@@ -32,6 +32,7 @@
 //! | `fault` | what an exception means |
 //! | `host_fn` | functions of the host |
 //! | `interrupt`, `watchdog` | cancelling, from outside and by time |
+//! | `debug` | gdb, core dumps, profiles |
 //! | `snapshot`, `disk` | going back, copies, files |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
@@ -39,6 +40,7 @@
 //! way to its page tables, control, debug or model-specific registers.
 
 mod builder;
+mod debug;
 mod disk;
 mod elf;
 mod error;
@@ -57,6 +59,7 @@ mod tables;
 mod watchdog;
 
 pub use builder::{Builder, Config, Guest};
+pub use debug::{DebugError, DebugListener};
 pub use error::{BuildError, CallError, RestoreError, SnapshotError};
 pub use fault::{Access, Fault};
 pub use host_fn::{HostFn, HostFunctions};

@@ -12,6 +12,7 @@ use skerry_sandbox_abi::{
 };
 
 use crate::builder::{Builder, Config, Limits};
+use crate::debug::{DebugListener, Debugging};
 use crate::elf::Program;
 use crate::error::{BuildError, CallError};
 use crate::host_fn::HostFunctions;
@@ -94,6 +95,8 @@ pub struct Sandbox {
     pub(crate) status: Status,
     pub(crate) metrics: Metrics,
     pub(crate) mappings: Mappings,
+    /// The debugger, if one is there or waited for.
+    pub(crate) debug: Option<Box<Debugging>>,
     /// What its memory differs from.
     pub(crate) origin: Origin,
     /// Bytes of arguments of the request that is being answered.
@@ -184,6 +187,7 @@ impl Sandbox {
             status: Status::Ready,
             metrics: Metrics::default(),
             mappings: Mappings::default(),
+            debug: None,
             origin,
             input_used: 0,
             input_written: 0,
@@ -200,6 +204,7 @@ impl Sandbox {
         limits: Limits,
         functions: Arc<HostFunctions>,
         log_level: u32,
+        gdb: Option<DebugListener>,
     ) -> Result<Self, BuildError> {
         let program = Program::parse(program)?;
         let layout = Layout::new(config, program.base, program.bytes.len() as u64)?;
@@ -219,6 +224,7 @@ impl Sandbox {
             origin: Origin::empty(&layout, written),
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
+        sandbox.debug = gdb.map(Debugging::new);
         sandbox.introduce()?;
         Ok(sandbox)
     }

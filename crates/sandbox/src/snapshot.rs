@@ -231,6 +231,13 @@ impl Sandbox {
         }
     }
 
+    /// The host has written a page that no other record has.
+    pub(crate) fn remember_page(&mut self, page: u64) {
+        let mut pages = Pages::default();
+        pages.insert(page);
+        self.remember(pages);
+    }
+
     /// Puts pages back into what is known to differ from the origin.
     fn remember(&mut self, written: Pages) {
         match &mut self.origin {
@@ -353,6 +360,7 @@ impl Sandbox {
             Region::of(&snapshot.file, snapshot.layout.size).map_err(BuildError::Memory)?;
         let processor = processor::make(backend, slot(&region, &snapshot.layout))?;
         let (limits, metrics) = (self.limits, self.metrics);
+        let debug = self.debug.take();
         let made = Self::assemble(Parts {
             processor,
             region,
@@ -365,6 +373,7 @@ impl Sandbox {
         })?;
         *self = made;
         self.metrics = metrics;
+        self.debug = debug;
         Ok(())
     }
 

@@ -1,0 +1,57 @@
+//! Looking into a guest: gdb, core dumps, where its memory goes.
+//!
+//! ```text
+//!   enter ─▶ debugged: arm ─▶ Processor::run ─▶ exit: exception stub, kick, end of the call
+//!              ▲         (INT3, DR0–DR3, TF)       │
+//!              │                                   ▼ disarm; context: what the stub's frame says
+//!              └──────────── serve ◀─▶ gdbstub ◀─▶ Output, Input ◀─▶ gdb
+//! ```
+//!
+//! Nothing of this needs a backend's help: breakpoints are INT3 in the guest's code, steps and watchpoints
+//! are the processor's own, and all of them end in the host's exception stubs, from where the host
+//! sets the state back to what was interrupted.
+//!
+//! | module | job |
+//! |---|---|
+//! | `context` | the guest's own state, wherever it stands |
+//! | `image` | its program, where it lies |
+//! | `memory` | its memory, without its rights |
+//! | `registers` | registers as gdb has them |
+//! | `points` | breakpoints and watchpoints |
+//! | `listener` | the connection |
+//! | `target` | what gdb asks for |
+//! | `session` | a debugger's session: stops, and what it wants then |
+//! | `run` | the loop of a call under a debugger |
+
+mod context;
+mod image;
+mod listener;
+mod memory;
+mod points;
+mod registers;
+mod run;
+mod session;
+mod target;
+
+use std::io;
+
+use thiserror::Error;
+
+use crate::error::CallError;
+
+pub use listener::DebugListener;
+pub(crate) use session::Debugging;
+
+/// A guest could not be looked into.
+#[derive(Debug, Error)]
+pub enum DebugError {
+    /// The connection, or the file.
+    #[error("The debugger's connection failed")]
+    Connection(#[source] io::Error),
+    /// The sandbox can't be used any more.
+    #[error("The sandbox can't be used any more: {0}")]
+    Unrecoverable(String),
+    /// The guest's state can't be read.
+    #[error("The guest's state can't be read")]
+    State(#[source] Box<CallError>),
+}
