@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::debug::DebugListener;
+use crate::debug::{Aids, DebugListener};
 use crate::error::BuildError;
 use crate::host_fn::{HostFn, HostFunctions};
 use crate::processor::Backend;
@@ -96,6 +96,7 @@ pub struct Builder {
     functions: HostFunctions,
     log_level: Option<tracing::Level>,
     gdb: Option<DebugListener>,
+    aids: Aids,
 }
 
 impl Builder {
@@ -175,6 +176,13 @@ impl Builder {
         self
     }
 
+    /// Writes a core dump of each crash into this folder, `core.PROCESS.NUMBER`: faults, panics, a full
+    /// heap, what breaks the interface, and calls that take too long.
+    pub fn core_dumps(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.aids.core_dumps = Some(folder.into());
+        self
+    }
+
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
         let program = match self.guest.ok_or(BuildError::NoGuest)? {
@@ -195,6 +203,7 @@ impl Builder {
             Arc::new(self.functions),
             level,
             self.gdb,
+            self.aids,
         )
     }
 }

@@ -44,6 +44,9 @@ impl Sandbox {
         if self.control.log_len() != 0 {
             self.show_log();
         }
+        if let Err(error) = &ended {
+            self.note_failure(error);
+        }
         ended
     }
 

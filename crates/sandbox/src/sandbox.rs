@@ -12,7 +12,7 @@ use skerry_sandbox_abi::{
 };
 
 use crate::builder::{Builder, Config, Limits};
-use crate::debug::{DebugListener, Debugging};
+use crate::debug::{Aids, DebugListener, Debugging};
 use crate::elf::Program;
 use crate::error::{BuildError, CallError};
 use crate::host_fn::HostFunctions;
@@ -97,6 +97,7 @@ pub struct Sandbox {
     pub(crate) mappings: Mappings,
     /// The debugger, if one is there or waited for.
     pub(crate) debug: Option<Box<Debugging>>,
+    pub(crate) aids: Aids,
     /// What its memory differs from.
     pub(crate) origin: Origin,
     /// Bytes of arguments of the request that is being answered.
@@ -188,6 +189,7 @@ impl Sandbox {
             metrics: Metrics::default(),
             mappings: Mappings::default(),
             debug: None,
+            aids: Aids::default(),
             origin,
             input_used: 0,
             input_written: 0,
@@ -205,6 +207,7 @@ impl Sandbox {
         functions: Arc<HostFunctions>,
         log_level: u32,
         gdb: Option<DebugListener>,
+        aids: Aids,
     ) -> Result<Self, BuildError> {
         let program = Program::parse(program)?;
         let layout = Layout::new(config, program.base, program.bytes.len() as u64)?;
@@ -225,6 +228,7 @@ impl Sandbox {
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
         sandbox.debug = gdb.map(Debugging::new);
+        sandbox.aids = aids;
         sandbox.introduce()?;
         Ok(sandbox)
     }

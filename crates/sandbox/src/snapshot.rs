@@ -360,7 +360,7 @@ impl Sandbox {
             Region::of(&snapshot.file, snapshot.layout.size).map_err(BuildError::Memory)?;
         let processor = processor::make(backend, slot(&region, &snapshot.layout))?;
         let (limits, metrics) = (self.limits, self.metrics);
-        let debug = self.debug.take();
+        let (debug, aids) = (self.debug.take(), std::mem::take(&mut self.aids));
         let made = Self::assemble(Parts {
             processor,
             region,
@@ -374,6 +374,7 @@ impl Sandbox {
         *self = made;
         self.metrics = metrics;
         self.debug = debug;
+        self.aids = aids;
         Ok(())
     }
 

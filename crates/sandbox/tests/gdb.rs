@@ -698,3 +698,63 @@ fn gdb_debugs_a_guest() {
         assert!(text.contains(wanted), "{wanted:?} is not in:\n{text}");
     }
 }
+
+#[test]
+fn a_crash_leaves_a_core_dump_that_gdb_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut sandbox = builder().core_dumps(folder.path()).build().unwrap();
+    let heap: u64 = 1 << 20;
+    // On demand, of a guest that is well: nothing changes.
+    let well = folder.path().join("well");
+    sandbox.core_dump(&well).unwrap();
+    assert_eq!(
+        sandbox.call::<u64>("calculate", (5_u64, 2_u64)).unwrap(),
+        17
+    );
+    assert!(sandbox.core_dump(&well).is_err(), "no file is overwritten");
+    assert_eq!(sandbox.last_core_dump(), None);
+    sandbox.call::<u64>("crash", (0x66_u64,)).unwrap_err();
+    let path = sandbox.last_core_dump().unwrap().to_owned();
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(&path).unwrap();
+    assert!(metadata.len() > heap && metadata.blocks() * 512 < heap);
+    let core = std::fs::read(&path).unwrap();
+    let core = object::File::parse(&*core).unwrap();
+    let segments: Vec<_> = object::Object::segments(&core).collect();
+    let text = address("debug_target");
+    use object::ObjectSegment;
+    let code = segments.iter().find_map(|s| s.data_range(text, 16).ok()?);
+    let mut live = [0; 16];
+    let program = std::fs::read(program()).unwrap();
+    let program = object::File::parse(&*program).unwrap();
+    let of_file = object::Object::segments(&program).find_map(|s| s.data_range(text, 16).ok()?);
+    live.copy_from_slice(of_file.unwrap());
+    assert_eq!(code.unwrap(), live);
+    let file = self::program();
+    let arguments = [
+        format!("file {}", file.display()),
+        format!("core-file {}", path.display()),
+    ];
+    let commands = [
+        &arguments[0],
+        &arguments[1],
+        "backtrace",
+        "info registers rdi",
+        "info auxv",
+    ];
+    let Some(text) = gdb(&commands) else {
+        return;
+    };
+    println!("{text}");
+    for wanted in [
+        "Program terminated with signal SIGSEGV",
+        "debug_inner () at ",
+        "in debug_outer () at ",
+        "in crash () at ",
+        "in _start ()",
+        "0x66",
+        "AT_ENTRY",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?} is not in:\n{text}");
+    }
+}

@@ -14,6 +14,7 @@
 //! | module | job |
 //! |---|---|
 //! | `context` | the guest's own state, wherever it stands |
+//! | `core_dump` | all of it in a file |
 //! | `image` | its program, where it lies |
 //! | `memory` | its memory, without its rights |
 //! | `registers` | registers as gdb has them |
@@ -24,6 +25,7 @@
 //! | `run` | the loop of a call under a debugger |
 
 mod context;
+mod core_dump;
 mod image;
 mod listener;
 mod memory;
@@ -34,10 +36,12 @@ mod session;
 mod target;
 
 use std::io;
+use std::path::PathBuf;
 
 use thiserror::Error;
 
 use crate::error::CallError;
+use crate::sandbox::Sandbox;
 
 pub use listener::DebugListener;
 pub(crate) use session::Debugging;
@@ -45,13 +49,38 @@ pub(crate) use session::Debugging;
 /// A guest could not be looked into.
 #[derive(Debug, Error)]
 pub enum DebugError {
-    /// The connection, or the file.
+    /// The connection.
     #[error("The debugger's connection failed")]
     Connection(#[source] io::Error),
+    /// The file.
+    #[error("Can't write the core dump {path:?}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The sandbox can't be used any more.
     #[error("The sandbox can't be used any more: {0}")]
     Unrecoverable(String),
     /// The guest's state can't be read.
     #[error("The guest's state can't be read")]
     State(#[source] Box<CallError>),
+}
+
+/// What a sandbox does for those who want to know more, besides a debugger.
+#[derive(Debug, Default)]
+pub(crate) struct Aids {
+    /// Where core dumps of crashes go.
+    pub(crate) core_dumps: Option<PathBuf>,
+    /// The last that was written.
+    last_core_dump: Option<PathBuf>,
+}
+
+impl Sandbox {
+    /// A call has failed in the middle of the guest.
+    #[cold]
+    pub(crate) fn note_failure(&mut self, error: &CallError) {
+        self.dump_crash(error);
+    }
 }

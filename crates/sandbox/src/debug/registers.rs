@@ -232,11 +232,12 @@ mod tests {
         let mut registers = X86_64CoreRegs::default();
         read(&state, &mut registers);
         registers.mxcsr = 0;
-        for spoil in [
-            |r: &mut X86_64CoreRegs| r.rip = 1 << 60,
+        let spoils: [fn(&mut X86_64CoreRegs); 3] = [
+            |r| r.rip = 1 << 60,
             |r| r.segments.cs = 8,
             |r| r.mxcsr = 1 << 16,
-        ] {
+        ];
+        for spoil in spoils {
             let mut registers = registers.clone();
             spoil(&mut registers);
             assert_eq!(write(&mut state, &registers), Err(Refused));
