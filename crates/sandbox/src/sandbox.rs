@@ -144,6 +144,18 @@ pub(crate) fn slot(region: &Region, layout: &Layout) -> MemorySlot {
     }
 }
 
+/// How a sandbox is made of a program.
+pub(crate) struct Start {
+    pub(crate) backend: Backend,
+    pub(crate) config: Config,
+    pub(crate) limits: Limits,
+    pub(crate) init_timeout: Duration,
+    pub(crate) functions: Arc<HostFunctions>,
+    pub(crate) log_level: u32,
+    pub(crate) gdb: Option<DebugListener>,
+    pub(crate) aids: Aids,
+}
+
 /// The parts that a sandbox is made of.
 pub(crate) struct Parts {
     pub(crate) processor: Box<dyn Processor>,
@@ -199,18 +211,19 @@ impl Sandbox {
     }
 
     /// Loads a program and runs it until it is ready.
-    pub(crate) fn load(
-        program: &[u8],
-        backend: Backend,
-        config: &Config,
-        limits: Limits,
-        functions: Arc<HostFunctions>,
-        log_level: u32,
-        gdb: Option<DebugListener>,
-        aids: Aids,
-    ) -> Result<Self, BuildError> {
+    pub(crate) fn load(program: &[u8], start: Start) -> Result<Self, BuildError> {
+        let Start {
+            backend,
+            config,
+            limits,
+            init_timeout,
+            functions,
+            log_level,
+            gdb,
+            aids,
+        } = start;
         let program = Program::parse(program)?;
-        let layout = Layout::new(config, program.base, program.bytes.len() as u64)?;
+        let layout = Layout::new(&config, program.base, program.bytes.len() as u64)?;
         let mut region = Region::new(layout.size).map_err(BuildError::Memory)?;
         tables::build(&mut region, &layout, &program)?;
         let mut processor = processor::make(backend, slot(&region, &layout))?;
@@ -221,7 +234,10 @@ impl Sandbox {
             region,
             layout,
             functions,
-            limits,
+            limits: Limits {
+                timeout: Some(init_timeout),
+                cpu_time: None,
+            },
             exports: Exports::new(Description::default()),
             links: Vec::new(),
             origin: Origin::empty(&layout, written),
@@ -230,6 +246,10 @@ impl Sandbox {
         sandbox.debug = gdb.map(Debugging::new);
         sandbox.aids = aids;
         sandbox.introduce()?;
+        if limits == Limits::default() {
+            sandbox.timer = None;
+        }
+        sandbox.limit(limits)?;
         Ok(sandbox)
     }
 

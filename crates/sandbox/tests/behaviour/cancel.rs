@@ -1,12 +1,10 @@
 //! Cancelling: before, during and after a call, in a host function, by many threads; time limits.
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{builder, sandbox};
+use crate::common::{builder, sandbox};
 use skerry_sandbox::{CallError, InterruptHandle, Killed, Status};
 
 #[test]
@@ -245,4 +243,15 @@ fn limits_of_many_sandboxes_hold_at_once() {
     for thread in threads {
         thread.join().unwrap();
     }
+}
+
+#[test]
+fn a_guest_that_never_gets_ready_is_given_up() {
+    let started = Instant::now();
+    let error = builder()
+        .init_timeout(Duration::from_nanos(1))
+        .build()
+        .unwrap_err();
+    assert!(error.to_string().contains("initialised"), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(5));
 }

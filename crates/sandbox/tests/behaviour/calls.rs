@@ -1,8 +1,6 @@
 //! Calls: every type at its limits, every error.
 
-mod common;
-
-use common::{builder, guest, sandbox};
+use crate::common::{builder, guest, sandbox};
 use serde::{Deserialize, Serialize};
 use skerry_sandbox::{BuildError, CallError, Sandbox, Status, serde_value};
 

@@ -1,13 +1,10 @@
 //! Snapshots: going back, copies, other sandboxes, files.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::{builder, guest, sandbox};
+use crate::common::{builder, guest, sandbox};
 use skerry_sandbox::{
-    Backend, BuildError, CallError, HostFunctions, RestoreError, Sandbox, Snapshot, SnapshotError,
-    Status,
+    BuildError, CallError, HostFunctions, RestoreError, Sandbox, Snapshot, SnapshotError, Status,
 };
 
 fn functions() -> Arc<HostFunctions> {
@@ -113,7 +110,7 @@ fn copies_are_apart() {
     let snapshot = first.snapshot().unwrap();
     let functions = functions();
     let mut copies: Vec<Sandbox> = (0..50)
-        .map(|_| Sandbox::from_snapshot_on(&snapshot, &functions, Backend::Soft).unwrap())
+        .map(|_| Sandbox::from_snapshot_on(&snapshot, &functions, crate::backend()).unwrap())
         .collect();
     for (n, copy) in copies.iter_mut().enumerate() {
         for step in 0..n as i64 {
@@ -168,17 +165,17 @@ fn host_functions_must_be_there_and_nothing_changes_if_not() {
     let mut sandbox = sandbox();
     let snapshot = sandbox.snapshot().unwrap();
     let none = Arc::new(HostFunctions::new());
-    let error = Sandbox::from_snapshot_on(&snapshot, &none, Backend::Soft).unwrap_err();
+    let error = Sandbox::from_snapshot_on(&snapshot, &none, crate::backend()).unwrap_err();
     assert!(
         matches!(error, BuildError::MissingHostFunctions(_)),
         "{error}"
     );
     let mut more = (*functions()).clone();
     more.add("another", || 1_i32);
-    assert!(Sandbox::from_snapshot_on(&snapshot, &Arc::new(more), Backend::Soft).is_ok());
+    assert!(Sandbox::from_snapshot_on(&snapshot, &Arc::new(more), crate::backend()).is_ok());
     let mut plain = Sandbox::builder()
         .guest(guest("sandbox-plainguest"))
-        .backend(Backend::Soft)
+        .backend(crate::backend())
         .build()
         .unwrap();
     assert_eq!(plain.call::<i32>("double", (21,)).unwrap(), 42);
@@ -211,7 +208,7 @@ fn snapshots_go_to_disk_and_come_back() {
     assert_eq!(count(&mut sandbox), 2);
     drop((sandbox, kept));
     let loaded = Snapshot::load(folder.path(), &id).unwrap();
-    let mut sandbox = Sandbox::from_snapshot_on(&loaded, &functions(), Backend::Soft).unwrap();
+    let mut sandbox = Sandbox::from_snapshot_on(&loaded, &functions(), crate::backend()).unwrap();
     assert_eq!(count(&mut sandbox), 2);
     assert_eq!(sandbox.call::<i32>("call_host", (40, 2)).unwrap(), 42);
     sandbox.restore(&loaded).unwrap();

@@ -1,8 +1,6 @@
 //! The guest's memory: what it may do with which page, and how it is told when it does else.
 
-mod common;
-
-use common::{builder, sandbox};
+use crate::common::{builder, sandbox};
 use skerry_sandbox::{Access, CallError, Fault, Sandbox, Status};
 
 fn fault(sandbox: &mut Sandbox, name: &str, arguments: impl skerry_sandbox::Arguments) -> Fault {
@@ -144,16 +142,21 @@ fn what_ring_0_may_is_not_the_guests() {
     for which in 0..=18_u32 {
         let told = match sandbox.call::<()>("forbidden", (which,)) {
             Err(CallError::Fault(Fault::Exception { vector, .. })) => vector,
+            // A KVM that runs guests in ring 3 itself doesn't look at EFER.SCE: SYSCALL goes to where LSTAR
+            // says, 0, and nothing is there.
+            Err(CallError::Fault(Fault::AccessViolation { rip: 0, .. })) if which == 14 => 6,
             other => panic!("{which}: {other:?}"),
         };
-        let expected = match which {
-            9 | 10 | 14 => 6,
-            11 => 3,
-            13 => 0,
-            _ => 13,
+        // XSETBV without OSXSAVE and SYSCALL without SCE are invalid opcodes; a KVM that runs guests
+        // in ring 3 itself can't tell the former.
+        let expected: &[u8] = match which {
+            9 | 12 => &[6, 13],
+            10 | 14 => &[6],
+            11 => &[3],
+            13 => &[0],
+            _ => &[13],
         };
-        // XSETBV without OSXSAVE and SYSCALL without SCE are invalid opcodes.
-        assert_eq!(told, expected, "instruction {which}");
+        assert!(expected.contains(&told), "instruction {which}: {told}");
         sandbox.restore(&snapshot).unwrap();
         assert_eq!(sandbox.call::<i32>("add", (1, 2)).unwrap(), 3);
     }
@@ -163,25 +166,34 @@ fn what_ring_0_may_is_not_the_guests() {
 fn ports_that_mean_nothing_are_an_error() {
     let mut sandbox = sandbox();
     let snapshot = sandbox.snapshot().unwrap();
+    // The guest's port for reasons that there are none of; all others, the stubs' own among them, are not the
+    // guest's to use.
     let exits = [
-        (0x80_u32, 0_u32),
         (0x5c, 0),
         (0x5c, 99),
+        (0x80_u32, 0_u32),
         (0x5d, 0),
+        (0x60, 0),
         (0xffff, 7),
     ];
     for (port, value) in exits {
         let error = sandbox.call::<()>("wrong_exit", (port, value)).unwrap_err();
-        // The port of the host's own stubs tells of no exception: it makes an error like any other.
-        assert!(
-            matches!(error, CallError::Misbehaved(_) | CallError::Fault(_)),
-            "{error}"
+        let as_told = match port {
+            0x5c => matches!(error, CallError::Misbehaved(_)),
+            _ => matches!(error, CallError::Fault(Fault::Exception { vector: 13, .. })),
+        };
+        assert!(as_told, "port {port:#x}: {error}");
+        sandbox.restore(&snapshot).unwrap();
+    }
+    for (port, right) in [(0x5c_u32, true), (0x60, false)] {
+        let error = sandbox.call::<u32>("port_in", (port,)).unwrap_err();
+        assert_eq!(
+            right,
+            matches!(error, CallError::Misbehaved(_)),
+            "port {port:#x}: {error}"
         );
         sandbox.restore(&snapshot).unwrap();
     }
-    let error = sandbox.call::<u32>("port_in", (0x60_u32,)).unwrap_err();
-    assert!(matches!(error, CallError::Misbehaved(_)), "{error}");
-    sandbox.restore(&snapshot).unwrap();
     assert_eq!(sandbox.call::<i32>("add", (1, 2)).unwrap(), 3);
 }
 

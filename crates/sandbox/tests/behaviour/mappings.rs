@@ -1,12 +1,10 @@
 //! Files and shared regions in the guest's address space.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::{builder, sandbox};
+use crate::common::{builder, sandbox};
 use skerry_sandbox::{
-    Access, Backend, CallError, Fault, HostFunctions, MapFileError, MapMode, Sandbox, SharedRegion,
+    Access, CallError, Fault, HostFunctions, MapFileError, MapMode, Sandbox, SharedRegion,
     SnapshotError,
 };
 
@@ -165,7 +163,7 @@ fn mappings_belong_to_the_snapshot_that_was_taken_with_them() {
     functions.add("host_echo", |bytes: Vec<u8>| bytes);
     functions.add("host_fail", |message: String| Err::<i32, String>(message));
     let functions = Arc::new(functions);
-    let mut copy = Sandbox::from_snapshot_on(&with_both, &functions, Backend::Soft).unwrap();
+    let mut copy = Sandbox::from_snapshot_on(&with_both, &functions, crate::backend()).unwrap();
     assert_eq!(
         (
             peek(&mut copy, a.address + 80),
