@@ -209,6 +209,12 @@ impl Builder {
         self
     }
 
+    /// Counts the guest's allocations by who makes them: [`Sandbox::allocation_profile`].
+    pub fn profile_allocations(mut self) -> Self {
+        self.aids.profile = Some(Box::default());
+        self
+    }
+
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
         let program = match self.guest.ok_or(BuildError::NoGuest)? {

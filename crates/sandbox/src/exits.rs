@@ -146,7 +146,8 @@ impl Sandbox {
     pub(crate) fn show_log(&mut self) {
         let len = u64::from(self.control.log_len()).min(self.layout.log.len);
         if let Some(area) = self.region.bytes(self.layout.log.at, len) {
-            self.metrics.log_damaged += u64::from(logs::show(area));
+            self.metrics.log_damaged +=
+                u64::from(logs::show(area, self.aids.profile.as_deref_mut()));
         }
         self.control.set_log_len(0);
     }

@@ -59,14 +59,14 @@ mod tables;
 mod watchdog;
 
 pub use builder::{Builder, Config, Guest};
-pub use debug::{DebugError, DebugListener};
+pub use debug::{AllocationProfile, AllocationSite, CodeAddress, DebugError, DebugListener};
 pub use error::{BuildError, CallError, RestoreError, SnapshotError};
 pub use fault::{Access, Fault};
 pub use host_fn::{HostFn, HostFunctions};
 pub use interrupt::{CallToken, InterruptHandle, Killed};
 pub use mapping::{MapFileError, MapMode, Mapped, SharedRegion};
 pub use processor::Backend;
-pub use sandbox::{Metrics, Sandbox, Status};
+pub use sandbox::{Failures, Metrics, Sandbox, Status};
 pub use skerry_sandbox_abi::{
     Arguments, Decode, DecodeError, Description, Encode, Function, Parameter, Reader, Returned,
     Tag, Writer, serde_value,

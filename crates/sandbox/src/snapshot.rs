@@ -303,6 +303,7 @@ impl Sandbox {
         self.processor.set_state(&snapshot.state)?;
         self.input_written = 0;
         self.control.set_seed(fresh_seed());
+        self.set_profiled();
         self.metrics.restores += 1;
         self.status = Status::Ready;
         Ok(())
@@ -401,6 +402,7 @@ impl Sandbox {
             origin: Origin::Snapshot(snapshot.clone()),
         })?;
         sandbox.control.set_seed(fresh_seed());
+        sandbox.set_profiled();
         let mapped = sandbox.set_mappings(&snapshot.mappings);
         mapped.map_err(|error| BuildError::Mapping(Box::new(error)))?;
         Ok(sandbox)

@@ -192,10 +192,10 @@ impl Sandbox {
         };
         let n = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("core.{}.{n}", std::process::id()));
-        let written = self.context().and_then(|context| {
+        let written = self.context().map(|context| {
             let exception = context.exception.and_then(|_| self.crash(&context));
             let signal = exception.unwrap_or_else(|| of_error(error));
-            Ok(self.write_core(&path, &context, number(Some(signal))))
+            self.write_core(&path, &context, number(Some(signal)))
         });
         match written {
             Ok(Ok(())) => {

@@ -19,9 +19,11 @@
 //! | `memory` | its memory, without its rights |
 //! | `registers` | registers as gdb has them |
 //! | `points` | breakpoints and watchpoints |
+//! | `profile` | where allocations come from |
 //! | `listener` | the connection |
 //! | `target` | what gdb asks for |
 //! | `session` | a debugger's session: stops, and what it wants then |
+//! | `watch` | calls as spans, and their time |
 //! | `run` | the loop of a call under a debugger |
 
 mod context;
@@ -30,10 +32,12 @@ mod image;
 mod listener;
 mod memory;
 mod points;
+mod profile;
 mod registers;
 mod run;
 mod session;
 mod target;
+mod watch;
 
 use std::io;
 use std::path::PathBuf;
@@ -44,7 +48,10 @@ use crate::error::CallError;
 use crate::sandbox::Sandbox;
 
 pub use listener::DebugListener;
+pub(crate) use profile::Profile;
+pub use profile::{AllocationProfile, AllocationSite, CodeAddress};
 pub(crate) use session::Debugging;
+pub(crate) use watch::Watch;
 
 /// A guest could not be looked into.
 #[derive(Debug, Error)]
@@ -75,6 +82,10 @@ pub(crate) struct Aids {
     pub(crate) core_dumps: Option<PathBuf>,
     /// The last that was written.
     last_core_dump: Option<PathBuf>,
+    /// Whether calls are timed.
+    measures: bool,
+    /// Allocations, while they are wanted.
+    pub(crate) profile: Option<Box<Profile>>,
 }
 
 impl Sandbox {
