@@ -34,7 +34,7 @@ mod value;
 
 pub use answer::{HostError, HostReturned};
 pub use codec::{DecodeError, Reader, Tag, Writer};
-pub use describe::{Description, Function, Parameter};
+pub use describe::{Describe, Description, Function, Parameter};
 pub use layout::{
     Control, LOG_HEADER, PORT, PORT_EXCEPTION, VERSION_MAX, VERSION_MIN, boot, frames, leave,
     log_kind, request, status,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use skerry_sandbox_abi::Description;
 
 use crate::debug::{Aids, DebugListener};
 use crate::error::BuildError;
@@ -83,6 +84,7 @@ impl From<&[u8]> for Guest {
 pub(crate) struct Limits {
     pub(crate) timeout: Option<Duration>,
     pub(crate) cpu_time: Option<Duration>,
+    pub(crate) instructions: Option<u64>,
 }
 
 /// How long a guest may initialise itself, unless told.
@@ -188,6 +190,14 @@ impl Builder {
         self
     }
 
+    /// How many instructions a call may take: the same number each time, whatever else the host does. Only
+    /// `soft` counts them; a little more than that may run, see
+    /// [`BUDGET_SLACK`](skerry_hypervisor::traits::BUDGET_SLACK).
+    pub fn call_instructions(mut self, instructions: u64) -> Self {
+        self.limits.instructions = Some(instructions);
+        self
+    }
+
     /// The least severe level of the guest's log that is wanted. What the program's own `tracing`
     /// subscriber wants, unless told.
     pub fn log_level(mut self, level: Option<tracing::Level>) -> Self {
@@ -217,6 +227,15 @@ impl Builder {
 
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
+        self.start(true)
+    }
+
+    /// What the guest has and needs, without its host functions: it is run until it is ready, and no more.
+    pub fn describe(self) -> Result<Description, BuildError> {
+        Ok(self.start(false)?.description())
+    }
+
+    fn start(self, link: bool) -> Result<Sandbox, BuildError> {
         let program = match self.guest.ok_or(BuildError::NoGuest)? {
             Guest::Bytes(bytes) => bytes,
             Guest::Path(path) => match std::fs::read(&path) {
@@ -236,6 +255,7 @@ impl Builder {
             log_level: level,
             gdb: self.gdb,
             aids: self.aids,
+            link,
         };
         Sandbox::load(&program, start)
     }

@@ -27,6 +27,9 @@ impl Sandbox {
         if self.debug.is_some() {
             return self.enter_debugged();
         }
+        if self.limits.instructions.is_some() {
+            self.processor.set_budget(self.limits.instructions)?;
+        }
         let call = self.processor.begin_call();
         let timed = match &self.timer {
             Some(timer) => {
@@ -72,6 +75,10 @@ impl Sandbox {
             } => self.left(data),
             Exit::PortOut { port: STUB, .. } => Err(self.excepted()?),
             Exit::Interrupted => Ok(Next::Resume),
+            Exit::BudgetSpent => {
+                let budget = self.limits.instructions.unwrap_or_default();
+                Err(CallError::BudgetSpent(budget))
+            }
             Exit::Cancelled => Err(self.cancelled()),
             Exit::PortIn { port, .. } => {
                 // Completed, so that the processor stands between two instructions.

@@ -33,6 +33,7 @@
 //! | `host_fn` | functions of the host |
 //! | `interrupt`, `watchdog` | cancelling, from outside and by time |
 //! | `debug` | gdb, core dumps, profiles |
+//! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
@@ -42,6 +43,7 @@
 mod builder;
 mod debug;
 mod disk;
+mod dynamic;
 mod elf;
 mod error;
 mod exits;
@@ -60,6 +62,7 @@ mod watchdog;
 
 pub use builder::{Builder, Config, Guest};
 pub use debug::{AllocationProfile, AllocationSite, CodeAddress, DebugError, DebugListener};
+pub use dynamic::{NotAValue, Value};
 pub use error::{BuildError, CallError, RestoreError, SnapshotError};
 pub use fault::{Access, Fault};
 pub use host_fn::{HostFn, HostFunctions};

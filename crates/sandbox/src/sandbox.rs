@@ -80,7 +80,7 @@ pub struct Failures {
     pub faults: u64,
     /// The call was killed.
     pub cancelled: u64,
-    /// It took longer than it may, or more processor time.
+    /// It took longer than it may, or more processor time or instructions.
     pub timed_out: u64,
     /// It broke the interface.
     pub misbehaved: u64,
@@ -102,10 +102,13 @@ impl Failures {
             CallError::OutOfMemory { .. } => &mut self.out_of_memory,
             CallError::Fault(_) => &mut self.faults,
             CallError::Cancelled => &mut self.cancelled,
-            CallError::TimedOut(_) | CallError::CpuTime(_) => &mut self.timed_out,
+            CallError::TimedOut(_) | CallError::CpuTime(_) | CallError::BudgetSpent(_) => {
+                &mut self.timed_out
+            }
             CallError::Misbehaved(_) => &mut self.misbehaved,
             CallError::Run(_)
             | CallError::State(_)
+            | CallError::Budget(_)
             | CallError::Debugger(_)
             | CallError::Poisoned(_)
             | CallError::Unrecoverable(_) => &mut self.host,
@@ -208,6 +211,8 @@ pub(crate) struct Start {
     pub(crate) log_level: u32,
     pub(crate) gdb: Option<DebugListener>,
     pub(crate) aids: Aids,
+    /// Whether the host functions must be there.
+    pub(crate) link: bool,
 }
 
 /// The parts that a sandbox is made of.
@@ -275,6 +280,7 @@ impl Sandbox {
             log_level,
             gdb,
             aids,
+            link,
         } = start;
         let mut aids = aids;
         if let Some(profile) = &mut aids.profile {
@@ -294,7 +300,7 @@ impl Sandbox {
             functions,
             limits: Limits {
                 timeout: Some(init_timeout),
-                cpu_time: None,
+                ..Limits::default()
             },
             exports: Exports::new(Description::default()),
             links: Vec::new(),
@@ -305,9 +311,10 @@ impl Sandbox {
         sandbox.aids = aids;
         sandbox.set_profiled();
         sandbox.introduce()?;
-        if limits == Limits::default() {
-            sandbox.timer = None;
+        if link {
+            sandbox.links = sandbox.functions.link(&sandbox.exports.description)?;
         }
+        sandbox.timer = None;
         sandbox.limit(limits)?;
         Ok(sandbox)
     }
@@ -352,13 +359,16 @@ impl Sandbox {
         self.control.set_input_len(0);
         self.enter().map_err(init)?;
         let description = match self.control.status() {
-            status::OK => self.result::<Description>(0),
+            status::OK => self.result_with(0, |from| {
+                let description = Description::read(from)?;
+                from.end()?;
+                Ok(description)
+            }),
             other => Err(CallError::Misbehaved(format!(
                 "no description, but status {other}"
             ))),
         };
         let description = description.map_err(init)?;
-        self.links = self.functions.link(&description)?;
         self.exports = Exports::new(description);
         Ok(())
     }
@@ -411,8 +421,25 @@ impl Sandbox {
         })
     }
 
+    /// How many instructions each call may take from now on. Only `soft` counts them.
+    pub fn set_call_instructions(&mut self, instructions: Option<u64>) -> Result<(), BuildError> {
+        self.limit(Limits {
+            instructions,
+            ..self.limits
+        })
+    }
+
+    /// Instructions that the guest has run since calls were first limited in them; `None` before that.
+    pub fn instructions(&self) -> Option<u64> {
+        self.processor.instructions()
+    }
+
     fn limit(&mut self, limits: Limits) -> Result<(), BuildError> {
-        if limits != Limits::default() && self.timer.is_none() {
+        if limits.instructions != self.limits.instructions {
+            self.processor.set_budget(limits.instructions)?;
+        }
+        let timed = limits.timeout.is_some() || limits.cpu_time.is_some();
+        if timed && self.timer.is_none() {
             let timer = Timer::new(self.shared.clone()).map_err(BuildError::Memory)?;
             self.timer = Some(timer);
         }
@@ -536,12 +563,12 @@ impl Sandbox {
         self.input_written = self.input_written.max(end);
     }
 
-    fn function(&self, function: u32) -> Option<&Function> {
+    fn export(&self, function: u32) -> Option<&Function> {
         self.exports.description.exports.get(function as usize)
     }
 
     fn signature(&self, function: u32) -> String {
-        self.function(function)
+        self.export(function)
             .map_or_else(String::new, ToString::to_string)
     }
 
@@ -573,14 +600,6 @@ impl Sandbox {
             .then(|| self.region.bytes(area.at, len))
             .flatten();
         bytes.ok_or_else(|| CallError::Misbehaved("its result lies outside of its area".into()))
-    }
-
-    fn result<R: for<'a> Decode<'a>>(&mut self, function: u32) -> Result<R, CallError> {
-        self.result_with(function, |from| {
-            let value = R::decode(from)?;
-            from.end()?;
-            Ok(value)
-        })
     }
 
     #[inline]

@@ -1,12 +1,12 @@
 //! Requests of the host, and calls to it.
 
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::slice;
 
 use skerry_sandbox_abi::{
-    Control, Decode, DecodeError, Description, Encode, Function, HostError, Parameter, Reader,
-    Writer, leave, request, status,
+    Control, Decode, DecodeError, Describe, Encode, HostError, Reader, Writer, leave, request,
+    status,
 };
 
 use crate::entry::Host;
@@ -18,7 +18,7 @@ pub struct Export {
     /// Takes arguments, appends the result, says how it ended ([`status`]).
     pub call: fn(&mut Reader<'_>, &mut Writer<'_>) -> Result<u32, DecodeError>,
     /// Its signature.
-    pub describe: fn() -> Function,
+    pub describe: fn(&mut Describe<'_, '_>),
 }
 
 /// A function of the host's; made by `#[host_fn]`.
@@ -26,7 +26,7 @@ pub struct Export {
 #[derive(Debug)]
 pub struct Import {
     /// Its signature.
-    pub describe: fn() -> Function,
+    pub describe: fn(&mut Describe<'_, '_>),
 }
 
 /// What runs before the first call; made by `#[guest_init]`.
@@ -43,8 +43,9 @@ fn no_call(_: &mut Reader<'_>, _: &mut Writer<'_>) -> Result<u32, DecodeError> {
     Ok(status::NO_FUNCTION)
 }
 
-fn no_function() -> Function {
-    function("")
+fn no_function(out: &mut Describe<'_, '_>) {
+    out.function("", 0);
+    out.kind(|_| {});
 }
 
 fn no_init() {}
@@ -87,21 +88,6 @@ section!(exports: Export, __start_skerry_exports, __stop_skerry_exports);
 section!(imports: Import, __start_skerry_imports, __stop_skerry_imports);
 section!(inits: Init, __start_skerry_inits, __stop_skerry_inits);
 
-/// The beginning of a signature.
-pub fn function(name: &str) -> Function {
-    Function {
-        name: name.to_string(),
-        parameters: Vec::new(),
-        returns: String::new(),
-    }
-}
-
-/// Adds a parameter to a signature.
-pub fn parameter(function: &mut Function, name: &str, kind: String) {
-    let name = name.to_string();
-    function.parameters.push(Parameter { name, kind });
-}
-
 pub(crate) fn run_inits() {
     for init in inits() {
         (init.call)();
@@ -114,11 +100,16 @@ pub fn seed() -> u64 {
     Host::get().seed()
 }
 
-fn description() -> Description {
-    Description {
-        runtime: concat!("skerry-sandbox-rt ", env!("CARGO_PKG_VERSION")).to_string(),
-        exports: exports().iter().map(|export| (export.describe)()).collect(),
-        imports: imports().iter().map(|import| (import.describe)()).collect(),
+fn describe(out: &mut Writer<'_>) {
+    let runtime = concat!("skerry-sandbox-rt ", env!("CARGO_PKG_VERSION"));
+    let mut out = Describe::new(out, runtime);
+    out.count(exports().len());
+    for export in exports() {
+        (export.describe)(&mut out);
+    }
+    out.count(imports().len());
+    for import in imports() {
+        (import.describe)(&mut out);
     }
 }
 
@@ -143,7 +134,7 @@ pub(crate) fn serve(host: Host) {
             None => Ok(status::NO_FUNCTION),
         },
         request::DESCRIBE => {
-            description().encode(&mut out);
+            describe(&mut out);
             Ok(status::OK)
         }
         _ => Err(DecodeError::Malformed("no such request")),

@@ -36,7 +36,7 @@ mod panic;
 mod profile;
 
 pub use alloc::string::String;
-pub use calls::{Export, Import, Init, function, host_call, parameter};
+pub use calls::{Export, Import, Init, host_call};
 pub use calls::{call_by_name, control_address, seed};
 pub use skerry_sandbox_abi as abi;
 pub use skerry_sandbox_abi::serde_value;

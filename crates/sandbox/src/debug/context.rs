@@ -118,7 +118,9 @@ pub(super) fn of_vector(vector: u8) -> Signal {
 pub(super) fn of_error(error: &CallError) -> Signal {
     match error {
         CallError::Panicked(_) | CallError::OutOfMemory { .. } => Signal::SIGABRT,
-        CallError::TimedOut(_) | CallError::CpuTime(_) => Signal::SIGXCPU,
+        CallError::TimedOut(_) | CallError::CpuTime(_) | CallError::BudgetSpent(_) => {
+            Signal::SIGXCPU
+        }
         CallError::Cancelled => Signal::SIGTERM,
         CallError::Fault(_) => Signal::SIGSEGV,
         _ => Signal::SIGSYS,

@@ -186,6 +186,7 @@ impl Sandbox {
                 | CallError::Misbehaved(_)
                 | CallError::TimedOut(_)
                 | CallError::CpuTime(_)
+                | CallError::BudgetSpent(_)
         );
         let Some(folder) = self.aids.core_dumps.as_ref().filter(|_| crashed) else {
             return;

@@ -26,6 +26,9 @@ impl Sandbox {
     /// As [`Sandbox::enter`], with the debugger looking on, whose time does not count.
     pub(crate) fn enter_debugged(&mut self) -> Result<(), CallError> {
         self.connect().map_err(CallError::Debugger)?;
+        if self.limits.instructions.is_some() {
+            self.processor.set_budget(None)?;
+        }
         self.processor.begin_call();
         let ended = self.debugged();
         self.processor.end_call();

@@ -98,7 +98,7 @@ impl Drop for Debugging {
 
 impl Sandbox {
     /// Waits for a debugger at the next call, which stops before its first instruction. The debugger
-    /// stays for all calls until it leaves; time limits don't count while it is there.
+    /// stays for all calls until it leaves. Calls that begin with it have no limits of time or instructions.
     pub fn debug(&mut self, listener: DebugListener) {
         self.debug = Some(Debugging::new(listener));
     }
