@@ -758,3 +758,72 @@ fn a_crash_leaves_a_core_dump_that_gdb_reads() {
         assert!(text.contains(wanted), "{wanted:?} is not in:\n{text}");
     }
 }
+
+/// The guest as a program that can be anywhere.
+fn movable() -> PathBuf {
+    let manifest = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let manifest = manifest.join("../../guest/sandbox-rt/Cargo.toml");
+    let target = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("sandbox-guests-pie");
+    let status = Command::new(env!("CARGO"))
+        .args(["rustc", "--quiet", "--release", "--locked"])
+        .args(["-p", "sandbox-debugguest", "--manifest-path"])
+        .arg(&manifest)
+        .arg("--target-dir")
+        .arg(&target)
+        .args(["--", "-C", "link-arg=-static-pie"])
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("RUSTFLAGS")
+        .status()
+        .expect("cargo runs");
+    assert!(status.success(), "the guest doesn't build");
+    target.join("release/sandbox-debugguest")
+}
+
+#[test]
+fn gdb_finds_a_program_that_was_moved() {
+    if gdb(&["show version"]).is_none() {
+        return;
+    }
+    let program = movable();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("gdb.sock");
+    let listener = DebugListener::unix(&socket).unwrap();
+    let file = format!("file {}", program.display());
+    let remote = format!("target remote {}", socket.display());
+    let mut path = PathBuf::new();
+    let live = thread::scope(|scope| {
+        let debugger = scope.spawn(|| {
+            let commands = [
+                &file,
+                &remote,
+                "break debug_leaf",
+                "continue",
+                "backtrace",
+                "detach",
+            ];
+            gdb(&commands).unwrap()
+        });
+        let builder = Sandbox::builder()
+            .guest(program.as_path())
+            .backend(backend());
+        let made = builder.core_dumps(folder.path()).gdb(listener).build();
+        let mut sandbox = made.unwrap();
+        sandbox.call::<u64>("calculate", (1_u64, 2_u64)).unwrap();
+        sandbox.call::<u64>("crash", (0x66_u64,)).unwrap_err();
+        path.push(sandbox.last_core_dump().unwrap());
+        debugger.join().unwrap()
+    });
+    let core = format!("core-file {}", path.display());
+    let dead = gdb(&[&file, &core, "backtrace"]).unwrap();
+    println!("{live}\n{dead}");
+    for wanted in ["Breakpoint 1, ", "in debug_target () at ", "in _start ()"] {
+        assert!(live.contains(wanted), "{wanted:?} is not in:\n{live}");
+    }
+    for wanted in [
+        "debug_inner () at ",
+        "in debug_outer () at ",
+        "in _start ()",
+    ] {
+        assert!(dead.contains(wanted), "{wanted:?} is not in:\n{dead}");
+    }
+}
