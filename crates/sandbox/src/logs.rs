@@ -4,6 +4,8 @@ use skerry_sandbox_abi::{LOG_HEADER, Reader, log_kind};
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
 
+use crate::debug::Profile;
+
 /// A level as the guest has it: 1 error … 5 trace.
 pub(crate) fn number(level: Level) -> u32 {
     match level {
@@ -63,8 +65,8 @@ macro_rules! emit {
     };
 }
 
-/// Shows all records of a log area; what is none is counted.
-pub(crate) fn show(area: &[u8]) -> u32 {
+/// Shows all records of a log area, but for allocations, which go into the profile; what is none is counted.
+pub(crate) fn show(area: &[u8], mut profile: Option<&mut Profile>) -> u32 {
     let mut from = Reader::new(area);
     let mut damaged = 0;
     while from.rest().len() >= LOG_HEADER {
@@ -72,6 +74,12 @@ pub(crate) fn show(area: &[u8]) -> u32 {
         let Ok(record) = record else {
             return damaged + 1;
         };
+        if record.first() == Some(&log_kind::ALLOCATION) {
+            // Without profile they are of a guest that makes them unasked.
+            let kept = profile.as_deref_mut().and_then(|p| p.add(record));
+            damaged += u32::from(kept.is_none());
+            continue;
+        }
         match event(record) {
             None => damaged += 1,
             Some(event) => match event.level {

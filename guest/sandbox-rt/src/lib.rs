@@ -33,6 +33,7 @@ mod entry;
 mod logging;
 mod memory;
 mod panic;
+mod profile;
 
 pub use alloc::string::String;
 pub use calls::{Export, Import, Init, host_call};
