@@ -32,6 +32,7 @@
 //! | `host_fn` | functions of the host |
 //! | `interrupt`, `watchdog` | cancelling, from outside and by time |
 //! | `snapshot`, `disk` | going back, copies, files |
+//! | [`wasm`] | WebAssembly modules, by a guest that comes with the crate |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
 //! memory of the host. What is mapped where is the host's: the guest runs in ring 3 and has no
@@ -52,6 +53,7 @@ mod region;
 mod sandbox;
 mod snapshot;
 mod tables;
+pub mod wasm;
 mod watchdog;
 
 pub use builder::{Builder, Config, Guest};
