@@ -6,9 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
-use skerry_hypervisor::{DirtyLogError, Gpa, MapError, MemorySlot};
+use skerry_hypervisor::{DirtyLogError, Gpa, MapError, MemorySlot, PAGE_SIZE};
 
-use crate::sys::{SlotRegion, set_memory_slot};
+use crate::sys::{SlotRegion, dirty_log, set_memory_slot};
 
 struct Slot {
     number: u32,
@@ -74,11 +74,19 @@ struct Table {
 
 /// The slots of one VM, by first address. Holds the host memory behind them.
 #[derive(Default)]
-pub(crate) struct Slots(Mutex<Table>);
+pub(crate) struct Slots {
+    table: Mutex<Table>,
+    /// What the kernel's logs are read into: kept, so that it is made once.
+    log: Mutex<Vec<u64>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Slots {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.table)
     }
 
     pub(crate) fn map(&self, vm: &VmFd, memory: MemorySlot) -> Result<(), MapError> {
@@ -139,17 +147,44 @@ impl Slots {
         slot.set(vm).map_err(|source| slot.error(source))
     }
 
-    pub(crate) fn dirty_pages(&self, vm: &VmFd, gpa: Gpa) -> Result<Vec<u64>, DirtyLogError> {
+    fn read_log(&self, vm: &VmFd, gpa: Gpa, log: &mut Vec<u64>) -> Result<(), DirtyLogError> {
+        // Held while the kernel writes: the slot stays as long as the log has room for.
         let table = self.table();
         let slot = table
             .by_gpa
             .get(&gpa.0)
             .filter(|slot| slot.memory.log_dirty)
             .ok_or(DirtyLogError::NotLogged(gpa))?;
-        vm.get_dirty_log(slot.number, slot.memory.len)
-            .map_err(|source| DirtyLogError::Backend {
-                gpa,
-                source: Box::new(source),
-            })
+        let len = slot.memory.len;
+        log.clear();
+        log.resize(len.div_ceil(PAGE_SIZE).div_ceil(64), 0);
+        dirty_log(vm, slot.number, len, log).map_err(|source| DirtyLogError::Backend {
+            gpa,
+            source: Box::new(source),
+        })
+    }
+
+    pub(crate) fn dirty_pages(&self, vm: &VmFd, gpa: Gpa) -> Result<Vec<u64>, DirtyLogError> {
+        let mut log = Vec::new();
+        self.read_log(vm, gpa, &mut log)?;
+        Ok(log)
+    }
+
+    pub(crate) fn drain_dirty(
+        &self,
+        vm: &VmFd,
+        gpa: Gpa,
+        each: &mut dyn FnMut(u64),
+    ) -> Result<(), DirtyLogError> {
+        let mut log = locked(&self.log);
+        self.read_log(vm, gpa, &mut log)?;
+        for (word, n) in log.iter().zip(0_u64..) {
+            let mut left = *word;
+            while left != 0 {
+                each(n * 64 + u64::from(left.trailing_zeros()));
+                left &= left - 1;
+            }
+        }
+        Ok(())
     }
 }

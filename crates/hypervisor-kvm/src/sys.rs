@@ -7,14 +7,15 @@
 use std::io;
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_device_attr, kvm_interrupt,
-    kvm_userspace_memory_region, kvm_xsave,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_device_attr, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_interrupt, kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use skerry_hypervisor::RamRegion;
+use skerry_hypervisor::{PAGE_SIZE, RamRegion};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
+ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
@@ -47,6 +48,26 @@ pub(crate) fn set_memory_slot(vm: &VmFd, at: SlotRegion, region: &RamRegion) -> 
     // SAFETY: the range was checked to lie in the region, which outlives the slot (see above);
     // guest accesses to it are what volatile, shared memory is for.
     unsafe { vm.set_user_memory_region(kernel) }.map_err(io::Error::from)
+}
+
+/// Takes and clears the log of a slot of `len` bytes (`KVM_GET_DIRTY_LOG`): a bit per page.
+pub(crate) fn dirty_log(vm: &VmFd, slot: u32, len: usize, into: &mut [u64]) -> io::Result<()> {
+    if into.len() < len.div_ceil(PAGE_SIZE).div_ceil(64) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let request = kvm_dirty_log {
+        slot,
+        padding1: 0,
+        __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 {
+            dirty_bitmap: into.as_mut_ptr().cast(),
+        },
+    };
+    // SAFETY: the structure is the one that this call reads; it writes a bit for each of the slot's
+    // pages, in whole words, for which there is room, as just seen.
+    match unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG(), &request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Injects an external interrupt (`KVM_INTERRUPT`).

@@ -13,8 +13,8 @@ use skerry_hypervisor::cancel::CallWord;
 use skerry_hypervisor::portability::same_frequency;
 use skerry_hypervisor::validate::StateLimits;
 use skerry_hypervisor::{
-    BootRegisters, CallId, Canceller, CpuState, CpuidTable, CreateVcpuError, Exit, Gpa,
-    InterruptError, Irqchip, RunError, StateError, Vcpu,
+    BootRegisters, BudgetError, CallId, Canceller, CpuState, CpuidTable, CreateVcpuError, Exit,
+    Gpa, InterruptError, Irqchip, RunError, StateError, Vcpu,
 };
 
 use crate::kick::ThreadKick;
@@ -395,6 +395,14 @@ impl Vcpu for KvmVcpu {
                 return Ok(exit);
             }
         }
+    }
+
+    fn set_budget(&mut self, _: Option<u64>) -> Result<(), BudgetError> {
+        Err(BudgetError::Unsupported("KVM"))
+    }
+
+    fn instructions(&self) -> Option<u64> {
+        None
     }
 
     fn complete_read(&mut self, value: u64) {

@@ -133,6 +133,10 @@ impl Vm for KvmVm {
         self.shared.slots.dirty_pages(&self.shared.fd, gpa)
     }
 
+    fn drain_dirty(&self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError> {
+        self.shared.slots.drain_dirty(&self.shared.fd, gpa, each)
+    }
+
     fn create_vcpu(&self, id: u32, cpuid: &CpuidTable) -> Result<KvmVcpu, CreateVcpuError> {
         let bad = |reason| CreateVcpuError::BadId { id, reason };
         if id >= self.shared.max_vcpus || id >= u64::BITS {

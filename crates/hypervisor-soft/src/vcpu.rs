@@ -7,8 +7,8 @@ use rustix::time::{ClockId, clock_gettime};
 use skerry_hypervisor::cancel::CallWord;
 use skerry_hypervisor::validate::StateLimits;
 use skerry_hypervisor::{
-    BootRegisters, CallId, Canceller, CpuState, CpuidTable, CreateVcpuError, Exit, Gpa,
-    InterruptError, Irqchip, Kick, RunError, StateError, Vcpu,
+    BootRegisters, BudgetError, CallId, Canceller, CpuState, CpuidTable, CreateVcpuError, Exit,
+    Gpa, InterruptError, Irqchip, Kick, RunError, StateError, Vcpu,
 };
 use skerry_x86cpu::sys::state::Activity;
 use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host};
@@ -169,6 +169,7 @@ impl SoftVcpu {
             }
             CpuExit::IoapicEoi { vector } => Exit::IoapicEoi { vector },
             CpuExit::Shutdown => Exit::Shutdown,
+            CpuExit::BudgetSpent => Exit::BudgetSpent,
             CpuExit::Requested if self.word.is_cancelled() => self.leave(),
             CpuExit::Requested if self.word.take_kick() => Exit::Interrupted,
             // What asked for it has been dealt with.
@@ -252,6 +253,15 @@ impl Vcpu for SoftVcpu {
                 return Ok(exit);
             }
         }
+    }
+
+    fn set_budget(&mut self, instructions: Option<u64>) -> Result<(), BudgetError> {
+        self.cpu.set_budget(instructions);
+        Ok(())
+    }
+
+    fn instructions(&self) -> Option<u64> {
+        self.cpu.retired()
     }
 
     fn complete_read(&mut self, value: u64) {

@@ -28,7 +28,8 @@ pub(crate) struct VmShared {
     pub(crate) irqchip: Irqchip,
     /// The TSC offset of the first processor that was given its state since the clock was set.
     pub(crate) tsc_offset: SharedTscOffset,
-    _timers: TimerThread,
+    /// None where there are no local APICs, whose timers they are.
+    _timers: Option<TimerThread>,
 }
 
 /// A virtual machine.
@@ -53,12 +54,21 @@ impl SoftVm {
     pub(crate) fn new(spec: &VmSpec, tuning: Tuning) -> Result<Self, CreateVmError> {
         let processors = spec.max_vcpus.clamp(1, MAX_VCPUS);
         let host = Arc::new(SoftHost::new(processors as usize));
-        let timers = host
-            .start_timers()
+        let timers = match spec.irqchip {
+            Irqchip::Split => Some(host.start_timers()),
+            Irqchip::None => None,
+        };
+        let timers = timers
+            .transpose()
             .map_err(|source| CreateVmError::Backend {
                 what: "start the timer thread",
                 source: source.into(),
             })?;
+        // Without interrupts it runs functions rather than a system, and there may be many of it.
+        let tuning = Tuning {
+            small: tuning.small || spec.irqchip == Irqchip::None,
+            ..tuning
+        };
         Ok(Self {
             shared: Arc::new(VmShared {
                 machine: Arc::new(Machine::with_tuning(
@@ -143,6 +153,12 @@ impl Vm for SoftVm {
     fn dirty_pages(&self, gpa: Gpa) -> Result<Vec<u64>, DirtyLogError> {
         self.machine()
             .take_dirty(gpa.0)
+            .map_err(|_| DirtyLogError::NotLogged(gpa))
+    }
+
+    fn drain_dirty(&self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError> {
+        self.machine()
+            .drain_dirty(gpa.0, each)
             .map_err(|_| DirtyLogError::NotLogged(gpa))
     }
 

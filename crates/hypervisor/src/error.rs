@@ -18,6 +18,14 @@ pub struct Unusable {
     pub measured_mips: Option<f64>,
 }
 
+/// [`crate::Vcpu::set_budget`] failed.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum BudgetError {
+    /// The backend can't count a guest's instructions.
+    #[error("{0} doesn't count a guest's instructions, and can't stop it after a number of them")]
+    Unsupported(&'static str),
+}
+
 /// [`crate::Hypervisor::create_vm`] failed.
 #[derive(Debug, Error)]
 pub enum CreateVmError {
@@ -68,7 +76,7 @@ pub enum MapError {
     },
 }
 
-/// [`crate::Vm::dirty_pages`] failed.
+/// [`crate::Vm::dirty_pages`] or [`crate::Vm::drain_dirty`] failed.
 #[derive(Debug, Error)]
 pub enum DirtyLogError {
     /// No slot starts there, or it does not log.

@@ -59,6 +59,8 @@ pub enum Exit {
     Debug,
     /// The call that this run belongs to was cancelled; sticky until the call ends.
     Cancelled,
+    /// The budget of [`crate::Vcpu::set_budget`] is spent; sticky until another is set.
+    BudgetSpent,
     /// [`crate::Canceller::kick`] or a signal: nothing happened in the guest, run again.
     Interrupted,
 }

@@ -32,8 +32,8 @@ pub use cancel::{CallId, CancelOutcome, Canceller, Kick, cancel_all};
 pub use cpu_model::{CpuChoice, CpuModel, CpuModelError};
 pub use cpuid::{CpuidEntry, CpuidResult, CpuidTable};
 pub use error::{
-    CreateVcpuError, CreateVmError, DirtyLogError, InterruptError, MapError, RunError, StateError,
-    Unusable,
+    BudgetError, CreateVcpuError, CreateVmError, DirtyLogError, InterruptError, MapError, RunError,
+    StateError, Unusable,
 };
 pub use exit::Exit;
 pub use memory::{Gpa, GuestRam, MemorySlot, PAGE_SIZE, PageTracker, RamRegion};
@@ -41,4 +41,4 @@ pub use portability::{Loss, NotPortable};
 pub use probe::ProbeReport;
 pub use state::{BootRegisters, CpuState};
 pub use statistics::Statistics;
-pub use traits::{Capabilities, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};
+pub use traits::{BUDGET_SLACK, Capabilities, Hypervisor, Irqchip, Vcpu, Vm, VmSpec};

@@ -3,8 +3,8 @@
 use crate::cancel::{CallId, Canceller};
 use crate::cpuid::CpuidTable;
 use crate::error::{
-    CreateVcpuError, CreateVmError, DirtyLogError, InterruptError, MapError, RunError, StateError,
-    Unusable,
+    BudgetError, CreateVcpuError, CreateVmError, DirtyLogError, InterruptError, MapError, RunError,
+    StateError, Unusable,
 };
 use crate::exit::Exit;
 use crate::memory::{Gpa, MemorySlot};
@@ -108,6 +108,14 @@ pub trait Vm: Send + Sync + 'static {
     /// page, lowest first. (Host writes are in the region's own tracker.)
     fn dirty_pages(&self, gpa: Gpa) -> Result<Vec<u64>, DirtyLogError>;
 
+    /// Takes and clears the same log, and calls `each` with the index in the slot of every page in it,
+    /// ascending. Unlike [`Vm::dirty_pages`] it costs by the pages that were written and hardly by the
+    /// slot's size, where the backend can: for who does this often.
+    ///
+    /// Where processors run meanwhile, what a page holds is to be read after this has returned: until
+    /// then a processor may still write a page that `each` was told of, without logging it again.
+    fn drain_dirty(&self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError>;
+
     /// Makes processor `id` (also its APIC id). It starts as after reset; processor 0 runnable,
     /// the others waiting for INIT and SIPI. Its time-stamp counter has the frequency that the table
     /// tells; a table that tells what the backend does not accept is refused by name.
@@ -137,6 +145,9 @@ pub trait Vm: Send + Sync + 'static {
     }
 }
 
+/// Fewer instructions than this run after a budget ([`Vcpu::set_budget`]) is spent.
+pub const BUDGET_SLACK: u64 = 8192;
+
 /// A virtual processor. Owned by one thread at a time; its [`Canceller`] is for all others.
 pub trait Vcpu: Send + 'static {
     /// Its id.
@@ -153,6 +164,18 @@ pub trait Vcpu: Send + 'static {
 
     /// Runs guest code until something needs the caller.
     fn run(&mut self) -> Result<Exit, RunError>;
+
+    /// After so many more guest instructions [`Vcpu::run`] returns [`Exit::BudgetSpent`], and goes on
+    /// returning it until this is called again; `None` for no end.
+    ///
+    /// The guest may run a little further than that, because it is not looked at between any two
+    /// instructions: by less than [`BUDGET_SLACK`] of them. An instruction with a REP prefix is one,
+    /// however often it repeats. A device access whose exit was returned is finished first.
+    fn set_budget(&mut self, instructions: Option<u64>) -> Result<(), BudgetError>;
+
+    /// Guest instructions retired since [`Vcpu::set_budget`] was first called with a number; exact
+    /// between two runs. `None` before that, and where the backend can't count.
+    fn instructions(&self) -> Option<u64>;
 
     /// Gives the value of the [`Exit::PortIn`] or [`Exit::MmioRead`] that [`Vcpu::run`] just
     /// returned; bits past its size are ignored.

@@ -114,7 +114,12 @@ impl<V: Vcpu> VcpuThread<V> {
                         .write(gpa.0, &data[..usize::from(size).min(8)]);
                 }
                 Exit::IoapicEoi { vector } => self.path.ioapic.eoi(vector),
-                Exit::InterruptWindow | Exit::Interrupted | Exit::Debug | Exit::Halt => {}
+                // No machine sets a budget.
+                Exit::InterruptWindow
+                | Exit::Interrupted
+                | Exit::Debug
+                | Exit::Halt
+                | Exit::BudgetSpent => {}
                 Exit::Cancelled => return Ok(Left::Cancelled),
                 Exit::Shutdown => return Ok(Left::Shutdown),
             }

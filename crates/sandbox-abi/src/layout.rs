@@ -2,8 +2,9 @@
 
 /// The port that the guest writes to leave; EAX is one of [`leave`].
 pub const PORT: u8 = 0x5c;
-/// The port of the host's own exception stubs, which run in ring 0.
-pub const PORT_EXCEPTION: u8 = 0x5d;
+/// The port of the host's own exception stubs, which run in ring 0. Not one of the four that the guest
+/// may use.
+pub const PORT_EXCEPTION: u8 = 0x60;
 
 /// The oldest version of this interface that the host still speaks.
 pub const VERSION_MIN: u32 = 1;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::BuildError;
 use crate::host_fn::{HostFn, HostFunctions};
 use crate::processor::Backend;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Start};
 
 /// Sizes in bytes, and limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,16 +97,34 @@ pub(crate) struct Limits {
     pub(crate) cpu_time: Option<Duration>,
 }
 
+/// How long a guest may initialise itself, unless told.
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Makes a [`Sandbox`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[must_use]
 pub struct Builder {
     guest: Option<Guest>,
     backend: Backend,
     config: Config,
     limits: Limits,
+    init_timeout: Duration,
     functions: HostFunctions,
     log_level: Option<tracing::Level>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self {
+            guest: None,
+            backend: Backend::default(),
+            config: Config::default(),
+            limits: Limits::default(),
+            init_timeout: INIT_TIMEOUT,
+            functions: HostFunctions::default(),
+            log_level: None,
+        }
+    }
 }
 
 impl Builder {
@@ -166,6 +184,12 @@ impl Builder {
         self
     }
 
+    /// How long the guest may take to initialise itself (10 s unless told).
+    pub fn init_timeout(mut self, timeout: Duration) -> Self {
+        self.init_timeout = timeout;
+        self
+    }
+
     /// How much processor time a call may take.
     pub fn call_cpu_time(mut self, time: Duration) -> Self {
         self.limits.cpu_time = Some(time);
@@ -185,13 +209,14 @@ impl Builder {
         let level = self
             .log_level
             .map_or_else(crate::logs::wanted, crate::logs::number);
-        Sandbox::load(
-            &program,
-            self.backend,
-            &self.config,
-            self.limits,
-            Arc::new(self.functions),
-            level,
-        )
+        let start = Start {
+            backend: self.backend,
+            config: self.config,
+            limits: self.limits,
+            init_timeout: self.init_timeout,
+            functions: Arc::new(self.functions),
+            log_level: level,
+        };
+        Sandbox::load(&program, start)
     }
 }

@@ -33,6 +33,9 @@ fn not_one(why: impl Into<String>) -> SnapshotError {
 impl Snapshot {
     /// Writes it to the store at `root` (a folder, made if need be), and says its identity there.
     pub fn save(&self, root: &Path) -> Result<SnapshotId, SnapshotError> {
+        if !self.mappings.is_empty() {
+            return Err(SnapshotError::Mappings);
+        }
         let mut writer = SnapshotStore::open(root)?.writer(WriteOptions::default())?;
         writer.memory(self.layout.size, |pages| {
             for page in self.pages.iter() {
@@ -79,7 +82,16 @@ impl Snapshot {
         }
         let exports = Exports::new(saved.description);
         let limits = Limits::default();
-        let snapshot = Self::new(file, pages, state, saved.layout, exports, limits, None);
+        let snapshot = Self::new(
+            file,
+            pages,
+            state,
+            saved.layout,
+            exports,
+            limits,
+            Vec::new(),
+            None,
+        );
         snapshot.map_err(SnapshotError::Memory)
     }
 }

@@ -9,6 +9,7 @@ use skerry_sandbox_abi::Function;
 use thiserror::Error;
 
 use crate::fault::Fault;
+use crate::mapping::MapFileError;
 
 /// A sandbox could not be made.
 #[derive(Debug, Error)]
@@ -60,6 +61,9 @@ pub enum BuildError {
     /// The backend refused.
     #[error(transparent)]
     State(#[from] StateError),
+    /// What was mapped can't be again.
+    #[error(transparent)]
+    Mapping(Box<MapFileError>),
     /// The guest needs host functions that were not given.
     #[error("The guest needs host functions that aren't registered: {}", list(.0))]
     MissingHostFunctions(Vec<Function>),
@@ -193,6 +197,12 @@ pub enum SnapshotError {
     /// It is not usable at all.
     #[error("The sandbox can't be used any more: {0}")]
     Unrecoverable(String),
+    /// A file is mapped that the guest may have changed.
+    #[error("The sandbox has a file mapped copy-on-write, which no snapshot keeps; unmap it first")]
+    PrivateMapping,
+    /// Files or shared regions are mapped.
+    #[error("The snapshot has files or shared regions mapped, which can't go to disk with it")]
+    Mappings,
     /// No memory from the host.
     #[error("The host gives no memory for a snapshot")]
     Memory(#[source] std::io::Error),
@@ -228,4 +238,7 @@ pub enum RestoreError {
     /// The backend refused: the sandbox can't be used any more.
     #[error(transparent)]
     Rebuild(Box<BuildError>),
+    /// What was mapped can't be again: the sandbox can't be used any more.
+    #[error(transparent)]
+    Mapping(#[from] MapFileError),
 }

@@ -67,10 +67,6 @@ impl Area {
     pub(crate) fn end(&self) -> u64 {
         self.at + self.len
     }
-
-    pub(crate) fn holds(&self, gva: u64) -> bool {
-        gva.wrapping_sub(self.gva) < self.len
-    }
 }
 
 /// All of it.

@@ -27,6 +27,7 @@
 //! | `tables` | page tables, descriptor tables, exception stubs |
 //! | `region` | memory: mapped, read and written; all `unsafe` of the crate but for its mapping |
 //! | `processor` | a virtual machine of whichever backend |
+//! | `mapping` | files and shared regions in a guest's address space |
 //! | `exits` | the loop of a call |
 //! | `fault` | what an exception means |
 //! | `host_fn` | functions of the host |
@@ -48,6 +49,7 @@ mod host_fn;
 mod interrupt;
 mod layout;
 mod logs;
+mod mapping;
 mod processor;
 mod region;
 mod sandbox;
@@ -61,6 +63,7 @@ pub use error::{BuildError, CallError, RestoreError, SnapshotError};
 pub use fault::{Access, Fault};
 pub use host_fn::{HostFn, HostFunctions};
 pub use interrupt::{CallToken, InterruptHandle, Killed};
+pub use mapping::{MapFileError, MapMode, Mapped, SharedRegion};
 pub use processor::Backend;
 pub use sandbox::{Metrics, Sandbox, Status};
 pub use skerry_sandbox_abi::{

@@ -67,6 +67,7 @@ pub(crate) trait Processor: Send {
     fn state(&mut self) -> Result<CpuState, StateError>;
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError>;
     fn map(&mut self, slot: MemorySlot) -> Result<(), MapError>;
+    fn unmap(&mut self, gpa: Gpa) -> Result<(), MapError>;
     fn drain_dirty(&mut self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError>;
 }
 
@@ -120,6 +121,10 @@ impl<V: Vm> Processor for On<V> {
 
     fn map(&mut self, slot: MemorySlot) -> Result<(), MapError> {
         self.vm.map(slot)
+    }
+
+    fn unmap(&mut self, gpa: Gpa) -> Result<(), MapError> {
+        self.vm.unmap(gpa)
     }
 
     fn drain_dirty(&mut self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError> {

@@ -23,6 +23,22 @@ fn failed(error: vm_memory::mmap::MmapRegionError) -> io::Error {
     }
 }
 
+fn map_file(file: &Arc<File>, size: u64, kind: i32) -> io::Result<RamRegion> {
+    let file = FileOffset::from_arc(file.clone(), 0);
+    let flags = kind | libc::MAP_NORESERVE;
+    MmapRegion::build(Some(file), size as usize, PROTECTION, flags).map_err(failed)
+}
+
+/// What a file holds; writes stay in this mapping.
+pub(crate) fn private(file: &Arc<File>, size: u64) -> io::Result<RamRegion> {
+    map_file(file, size, libc::MAP_PRIVATE)
+}
+
+/// A file's own pages.
+pub(crate) fn shared(file: &Arc<File>, size: u64) -> io::Result<RamRegion> {
+    map_file(file, size, libc::MAP_SHARED)
+}
+
 /// The memory of one sandbox. There is one owner, the `Sandbox`, which also owns the processor: to
 /// borrow this is to know that no guest code runs.
 #[derive(Debug)]
@@ -40,10 +56,7 @@ impl Region {
 
     /// What a file holds; writes stay here.
     pub(crate) fn of(file: &Arc<File>, size: u64) -> io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        let file = FileOffset::from_arc(file.clone(), 0);
-        let ram =
-            MmapRegion::build(Some(file), size as usize, PROTECTION, flags).map_err(failed)?;
+        let ram = private(file, size)?;
         Ok(Self { ram: Arc::new(ram) })
     }
 
@@ -192,12 +205,10 @@ impl ControlPage {
             set_request request: u32;
             set_function function: u32;
             set_input_len input_len: u32;
-            set_status status: u32;
             set_host_status host_status: u32;
             set_host_detail host_detail: u32;
             set_reply_len reply_len: u32;
             set_log_len log_len: u32;
-            set_log_level log_level: u32;
             set_seed seed: u64;
         }
     }

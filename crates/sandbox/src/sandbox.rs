@@ -17,6 +17,7 @@ use crate::error::{BuildError, CallError};
 use crate::host_fn::HostFunctions;
 use crate::interrupt::{InterruptHandle, Shared};
 use crate::layout::Layout;
+use crate::mapping::Mappings;
 use crate::processor::{self, Backend, Processor};
 use crate::region::{ControlPage, Region};
 use crate::snapshot::{Origin, Snapshot};
@@ -92,6 +93,7 @@ pub struct Sandbox {
     pub(crate) limits: Limits,
     pub(crate) status: Status,
     pub(crate) metrics: Metrics,
+    pub(crate) mappings: Mappings,
     /// What its memory differs from.
     pub(crate) origin: Origin,
     /// Bytes of arguments of the request that is being answered.
@@ -138,6 +140,16 @@ pub(crate) fn slot(region: &Region, layout: &Layout) -> MemorySlot {
     }
 }
 
+/// How a sandbox is made of a program.
+pub(crate) struct Start {
+    pub(crate) backend: Backend,
+    pub(crate) config: Config,
+    pub(crate) limits: Limits,
+    pub(crate) init_timeout: Duration,
+    pub(crate) functions: Arc<HostFunctions>,
+    pub(crate) log_level: u32,
+}
+
 /// The parts that a sandbox is made of.
 pub(crate) struct Parts {
     pub(crate) processor: Box<dyn Processor>,
@@ -181,6 +193,7 @@ impl Sandbox {
             limits: Limits::default(),
             status: Status::Ready,
             metrics: Metrics::default(),
+            mappings: Mappings::default(),
             origin,
             input_used: 0,
             input_written: 0,
@@ -190,16 +203,17 @@ impl Sandbox {
     }
 
     /// Loads a program and runs it until it is ready.
-    pub(crate) fn load(
-        program: &[u8],
-        backend: Backend,
-        config: &Config,
-        limits: Limits,
-        functions: Arc<HostFunctions>,
-        log_level: u32,
-    ) -> Result<Self, BuildError> {
+    pub(crate) fn load(program: &[u8], start: Start) -> Result<Self, BuildError> {
+        let Start {
+            backend,
+            config,
+            limits,
+            init_timeout,
+            functions,
+            log_level,
+        } = start;
         let program = Program::parse(program)?;
-        let layout = Layout::new(config, program.base, program.bytes.len() as u64)?;
+        let layout = Layout::new(&config, program.base, program.bytes.len() as u64)?;
         let mut region = Region::new(layout.size).map_err(BuildError::Memory)?;
         tables::build(&mut region, &layout, &program)?;
         let mut processor = processor::make(backend, slot(&region, &layout))?;
@@ -210,13 +224,20 @@ impl Sandbox {
             region,
             layout,
             functions,
-            limits,
+            limits: Limits {
+                timeout: Some(init_timeout),
+                cpu_time: None,
+            },
             exports: Exports::new(Description::default()),
             links: Vec::new(),
             origin: Origin::empty(&layout, written),
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
         sandbox.introduce()?;
+        if limits == Limits::default() {
+            sandbox.timer = None;
+        }
+        sandbox.limit(limits)?;
         Ok(sandbox)
     }
 

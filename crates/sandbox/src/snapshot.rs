@@ -17,6 +17,7 @@ use crate::builder::Limits;
 use crate::error::{BuildError, RestoreError, SnapshotError};
 use crate::host_fn::HostFunctions;
 use crate::layout::{Layout, PAGE};
+use crate::mapping::Recipe;
 use crate::processor::{self, Backend};
 use crate::region::{Region, View};
 use crate::sandbox::{Exports, Parts, Sandbox, Status, fresh_seed, slot};
@@ -101,6 +102,8 @@ pub struct Snapshot {
     pub(crate) layout: Layout,
     pub(crate) exports: Arc<Exports>,
     pub(crate) limits: Limits,
+    /// What was mapped, to be mapped again.
+    pub(crate) mappings: Vec<Recipe>,
     /// The snapshot that it was taken after, and what is different from that.
     base: Option<(u64, Pages)>,
 }
@@ -132,6 +135,7 @@ impl Snapshot {
         layout: Layout,
         exports: Arc<Exports>,
         limits: Limits,
+        mappings: Vec<Recipe>,
         base: Option<(u64, Pages)>,
     ) -> io::Result<Arc<Self>> {
         seal(&file)?;
@@ -146,6 +150,7 @@ impl Snapshot {
             layout,
             exports,
             limits,
+            mappings,
             base,
         }))
     }
@@ -188,6 +193,9 @@ impl Sandbox {
             Status::Poisoned(why) => return Err(SnapshotError::Poisoned(why.clone())),
             Status::Unrecoverable(why) => return Err(SnapshotError::Unrecoverable(why.clone())),
         }
+        if self.mappings.recipes().iter().any(Recipe::is_private) {
+            return Err(SnapshotError::PrivateMapping);
+        }
         let state = self.processor.state()?;
         let file = memory_file(self.layout.size).map_err(SnapshotError::Memory)?;
         let written = self.written()?;
@@ -205,6 +213,7 @@ impl Sandbox {
                 self.layout,
                 self.exports.clone(),
                 self.limits,
+                self.mappings.recipes(),
                 base,
             )
         });
@@ -283,6 +292,7 @@ impl Sandbox {
         }
         self.status = Status::Unrecoverable("a restore failed".into());
         self.restore_memory(snapshot)?;
+        self.set_mappings(&snapshot.mappings)?;
         self.processor.set_state(&snapshot.state)?;
         self.input_written = 0;
         self.control.set_seed(fresh_seed());
@@ -370,7 +380,7 @@ impl Sandbox {
         let region = Region::of(&snapshot.file, layout.size).map_err(BuildError::Memory)?;
         let mut processor = processor::make(backend, slot(&region, &layout))?;
         processor.set_state(&snapshot.state)?;
-        let sandbox = Self::assemble(Parts {
+        let mut sandbox = Self::assemble(Parts {
             processor,
             region,
             layout,
@@ -381,6 +391,8 @@ impl Sandbox {
             origin: Origin::Snapshot(snapshot.clone()),
         })?;
         sandbox.control.set_seed(fresh_seed());
+        let mapped = sandbox.set_mappings(&snapshot.mappings);
+        mapped.map_err(|error| BuildError::Mapping(Box::new(error)))?;
         Ok(sandbox)
     }
 }

@@ -4,9 +4,12 @@
 //! `OUT`. The processor stands in ring 0 then; the host reads the frame (Intel SDM 3A §7.14) and
 //! never lets the stub go on.
 
+use std::io;
+use std::sync::Arc;
+
 use skerry_hypervisor::state::{DescriptorTable, Segment};
-use skerry_hypervisor::{BootRegisters, PAGE_SIZE};
-use skerry_sandbox_abi::PORT_EXCEPTION;
+use skerry_hypervisor::{BootRegisters, PAGE_SIZE, RamRegion};
+use skerry_sandbox_abi::{PORT, PORT_EXCEPTION};
 
 use crate::elf::{Program, Rights};
 use crate::error::BuildError;
@@ -16,7 +19,7 @@ use crate::region::Region;
 /// Where the parts of the first page are.
 const GDT: u64 = 0;
 const TSS: u64 = 0x80;
-const IDT: u64 = 0x100;
+const IDT: u64 = 0x200;
 const STUBS: u64 = 0x400;
 
 const USER_DATA: u16 = 0x1b;
@@ -29,6 +32,8 @@ const VECTORS: u64 = 32;
 const WITH_ERROR: u32 =
     1 << 8 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 17 | 1 << 21;
 const STUB_LEN: u64 = 8;
+/// 104 bytes, ports 0 to 127, and a byte that ends the map.
+const TSS_LEN: usize = 0x68 + 17;
 
 /// Bits of a page-table entry (Intel SDM 3A §5.5). Accessed and dirty are set from the start, so that
 /// the processor writes no table.
@@ -143,18 +148,27 @@ fn bits(rights: Rights) -> u64 {
     write | execute
 }
 
-/// A 64-bit task state segment (Intel SDM 3A §9.7): the exception stack, and no I/O permission map.
-fn task_state() -> [u8; 0x68] {
-    let mut bytes = [0; 0x68];
+/// A 64-bit task state segment (Intel SDM 3A §9.7): the exception stack, and the map of ports, of which
+/// ring 3 may use the four that [`PORT`] as 32 bits takes (Intel SDM 1 §20.5.2). Not the I/O privilege
+/// level: a KVM that runs guests in ring 3 itself has none to give.
+fn task_state() -> [u8; TSS_LEN] {
+    const PORTS: usize = 0x68;
+    let mut bytes = [0; TSS_LEN];
     bytes[4..12].copy_from_slice(&(SYSTEM + EXCEPTION_STACK).to_le_bytes());
-    bytes[0x66..].copy_from_slice(&0x68_u16.to_le_bytes());
+    bytes[0x66..PORTS].copy_from_slice(&(PORTS as u16).to_le_bytes());
+    let map = &mut bytes[PORTS..];
+    map.fill(0xff);
+    for port in PORT..PORT + 4 {
+        map[usize::from(port / 8)] &= !(1 << (port % 8));
+    }
     bytes
 }
 
 /// The descriptor table: null, ring 0 code and data, ring 3 data and code, the task (two entries).
 fn descriptors() -> [u64; 7] {
     let base = SYSTEM + TSS;
-    let task = 0x67 | (base & 0xff_ffff) << 16 | 0x8b << 40 | (base >> 24 & 0xff) << 56;
+    let task =
+        (TSS_LEN as u64 - 1) | (base & 0xff_ffff) << 16 | 0x8b << 40 | (base >> 24 & 0xff) << 56;
     [
         0,
         0x00af_9b00_0000_ffff,
@@ -247,12 +261,12 @@ pub(crate) fn build(
     put(region, layout.image.at, &program.bytes)
 }
 
-/// Ring 3, with the right to `OUT`, at the program's entry.
+/// Ring 3, at the program's entry.
 pub(crate) fn entry_registers(layout: &Layout, entry: u64) -> BootRegisters {
     const RDI: usize = 7;
     const RSP: usize = 4;
-    /// Flag 1 is always set; I/O privilege level 3.
-    const FLAGS: u64 = 0x3002;
+    /// Flag 1 is always set.
+    const FLAGS: u64 = 2;
     const CODE: u16 = 0xa0fb;
     const DATA: u16 = 0xc0f3;
     /// SSE, and its exceptions (Intel SDM 3A §2.5).
@@ -273,7 +287,7 @@ pub(crate) fn entry_registers(layout: &Layout, entry: u64) -> BootRegisters {
     system.tr = Segment {
         selector: TASK,
         base: SYSTEM + TSS,
-        limit: 0x67,
+        limit: TSS_LEN as u32 - 1,
         attributes: 0x8b,
         unusable: false,
     };
@@ -289,4 +303,90 @@ pub(crate) fn entry_registers(layout: &Layout, entry: u64) -> BootRegisters {
     system.cr4 |= CR4_OSFXSR | CR4_OSXMMEXCPT;
     system.efer |= EFER_NXE;
     registers
+}
+
+/// Page tables of a mapping.
+pub(crate) struct MappingTables {
+    /// Directories and tables, one after the other.
+    pub(crate) region: Arc<RamRegion>,
+    /// Which entries of the third-level table lead to which of them.
+    pub(crate) directories: Vec<(u64, u64)>,
+}
+
+/// Tables for `pages` pages at `gpa`, seen from `gva` on, which is where a directory begins. They will be
+/// at `at`.
+pub(crate) fn for_mapping(
+    gva: u64,
+    gpa: u64,
+    pages: u64,
+    at: u64,
+    write: bool,
+) -> io::Result<MappingTables> {
+    const PER_TABLE: u64 = 512;
+    let rights = bits(Rights {
+        write,
+        execute: false,
+    }) | USER
+        | PRESENT
+        | ACCESSED
+        | DIRTY;
+    let tables = pages.div_ceil(PER_TABLE);
+    let directories = tables.div_ceil(PER_TABLE);
+    let mut region = Region::new((directories + tables) * PAGE)?;
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut put = |table: u64, index: u64, entry: u64| {
+        let room = region
+            .bytes_mut(table * PAGE + index * 8, 8)
+            .ok_or_else(outside)?;
+        room.copy_from_slice(&entry.to_le_bytes());
+        Ok::<_, io::Error>(())
+    };
+    for page in 0..pages {
+        let table = directories + page / PER_TABLE;
+        put(table, page % PER_TABLE, (gpa + page * PAGE) | rights)?;
+    }
+    for n in 0..tables {
+        let table = at + (directories + n) * PAGE;
+        put(
+            n / PER_TABLE,
+            n % PER_TABLE,
+            table | PRESENT | WRITE | USER | ACCESSED,
+        )?;
+    }
+    let first = gva >> 30;
+    Ok(MappingTables {
+        region: region.ram().clone(),
+        directories: (0..directories)
+            .map(|n| (first + n, at + n * PAGE))
+            .collect(),
+    })
+}
+
+/// The third-level table of the guest's lower half.
+fn third_level(region: &Region, root: u64) -> Option<u64> {
+    let entry = region
+        .bytes(root, 8)?
+        .first_chunk()
+        .copied()
+        .map(u64::from_le_bytes)?;
+    (entry & PRESENT != 0).then_some(entry & ADDRESS)
+}
+
+fn set_third_level(region: &mut Region, root: u64, entry: u64, value: u64) -> Option<()> {
+    let table = third_level(region, root)?;
+    let room = region.bytes_mut(table.checked_add(entry.checked_mul(8)?)?, 8)?;
+    room.copy_from_slice(&value.to_le_bytes());
+    Some(())
+}
+
+/// Lets an entry of the third-level table lead to a directory.
+pub(crate) fn link(region: &mut Region, root: u64, entry: u64, directory: u64) -> Option<()> {
+    let value = directory | PRESENT | WRITE | USER | ACCESSED;
+    set_third_level(region, root, entry, value)
+}
+
+/// Clears an entry of the third-level table.
+pub(crate) fn unlink(region: &mut Region, root: u64, entry: u64) {
+    // Where there is no table nothing is mapped.
+    let _ = set_third_level(region, root, entry, 0);
 }

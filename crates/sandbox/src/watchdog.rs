@@ -37,6 +37,8 @@ struct Active {
 #[derive(Default)]
 struct List {
     timers: Vec<Weak<Timer>>,
+    /// How many there may be before those that are gone are looked for.
+    enough: usize,
     started: bool,
 }
 
@@ -93,7 +95,10 @@ impl Watchdog {
             thread.spawn(|| self.watch())?;
             list.started = true;
         }
-        list.timers.retain(|timer| timer.strong_count() > 0);
+        if list.timers.len() >= list.enough {
+            list.timers.retain(|timer| timer.strong_count() > 0);
+            list.enough = 2 * list.timers.len() + 16;
+        }
         list.timers.push(Arc::downgrade(timer));
         Ok(())
     }

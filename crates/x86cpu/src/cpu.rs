@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use crate::apic::LocalApic;
+use crate::budget::Budget;
 use crate::code::{BlockEnd, CodeCache, Op};
 use crate::cpuid::{CpuidTable, Features};
 use crate::flags::{LazyFlags, rflags};
 use crate::fpu::FpuState;
-use crate::mem::{DeviceReplay, Mmu, TlbView};
+use crate::mem::home::Home;
+use crate::mem::{DeviceReplay, Mmu, PAGE_SIZE, TlbView};
 use crate::shared::{CpuShared, Machine};
 use crate::sys::SystemState;
 use crate::trap::TrapState;
@@ -49,6 +51,9 @@ pub mod seg {
     /// As [`FLAT`], for stack accesses: what is wrong with the address is a stack fault.
     pub const FLAT_SS: u8 = 7;
 }
+
+/// Bytes of the home of a processor that begins small, with some for alignment.
+const HOME: usize = Mmu::HOME + CodeCache::HOME + 4 * PAGE_SIZE;
 
 /// One virtual processor.
 ///
@@ -95,6 +100,8 @@ pub struct Cpu {
     /// Instructions interpreted (whole blocks are counted at their start). Those that run in compiled
     /// code are counted nowhere.
     pub instructions: u64,
+    /// How many more may run.
+    pub(crate) budget: Budget,
     /// Number of the processor, also its initial APIC id.
     pub id: u32,
     /// CPUID as the guest sees it.
@@ -118,7 +125,8 @@ impl Cpu {
             .set(shared.clone())
             .ok()?;
         let features = Features::from_table(&cpuid);
-        let mut mmu = Box::new(Mmu::new(machine.memory.slots()));
+        let mut home = machine.tuning.small.then(|| Home::new(HOME));
+        let mut mmu = Box::new(Mmu::new(machine.memory.slots(), home.as_mut()));
         mmu.set_physical_bits(cpuid.physical_address_bits());
         let mut cpu = Box::new(Self {
             gpr: [0; 32],
@@ -136,9 +144,10 @@ impl Cpu {
             fpu: FpuState::default(),
             sys: SystemState::reset(),
             apic: LocalApic::new(id),
-            code: CodeCache::new(machine.tuning),
+            code: CodeCache::new(machine.tuning, home.as_mut()),
             devices: DeviceReplay::default(),
             instructions: 0,
+            budget: Budget::default(),
             id,
             cpuid,
             features,

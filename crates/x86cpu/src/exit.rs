@@ -52,6 +52,8 @@ pub enum CpuExit {
     },
     /// Triple fault.
     Shutdown,
+    /// The budget of [`crate::Cpu::set_budget`] is spent.
+    BudgetSpent,
     /// Somebody asked for an exit ([`crate::shared::CpuShared::request_exit`]).
     Requested,
 }

@@ -17,6 +17,7 @@
 //! runs it again. All that several threads touch is in [`shared`] and [`mem::Memory`].
 
 mod apic;
+mod budget;
 pub mod code;
 mod cpu;
 mod cpuid;

@@ -55,6 +55,9 @@ impl Cpu {
                     .fetch_and(!request::EXIT, Ordering::SeqCst);
                 return CpuExit::Requested;
             }
+            if let Some(exit) = self.budget_exit() {
+                return exit;
+            }
             if requests & request::MEMORY != 0 {
                 self.shared
                     .requests

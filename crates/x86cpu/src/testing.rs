@@ -95,9 +95,12 @@ impl TestCpu {
         if let Err(error) = machine.map(0, RAM as u64, &backing, 0, false, false) {
             panic!("{error}");
         }
-        let Some(cpu) = Cpu::new(&machine, 0, Self::cpuid()) else {
+        let Some(mut cpu) = Cpu::new(&machine, 0, Self::cpuid()) else {
             panic!("processor 0 is free");
         };
+        // Tests look at memory before it runs.
+        cpu.catch_up_with_memory();
+        cpu.leave_memory();
         Self {
             cpu,
             machine,

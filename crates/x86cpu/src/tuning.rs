@@ -15,6 +15,9 @@ pub struct Tuning {
     pub code_bytes: usize,
     /// Whether compiled code is told to Linux `perf`, in `/tmp/perf-PID.map`.
     pub perf_map: bool,
+    /// Whether tables begin small: for many machines in one process that run little each. They grow to what
+    /// the rest says when that turns out to be too little.
+    pub small: bool,
     /// Whether compiled code holds speculation back where a TLB miss could be taken for a hit.
     pub hardened: bool,
 }
@@ -36,6 +39,7 @@ impl Tuning {
         threshold: 16,
         code_bytes: Self::CODE_BYTES,
         perf_map: false,
+        small: false,
         hardened: false,
     };
     /// Everything is compiled the first time that it runs, into as little memory as will do. For

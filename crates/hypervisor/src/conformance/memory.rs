@@ -1,5 +1,6 @@
 //! Memory slots.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use iced_x86::code_asm::*;
@@ -160,7 +161,19 @@ pub(super) fn dirty_log_is_exact<H: Hypervisor>(hypervisor: &H) {
             .filter(|page| log[page / 64] >> (page % 64) & 1 != 0)
             .collect()
     };
-    let take = || pages(guest.vm.dirty_pages(Gpa(EXTRA)).expect("a log"));
+    // Both ways of taking it, in turn.
+    let turn = Cell::new(false);
+    let take = || {
+        if turn.replace(!turn.get()) {
+            return pages(guest.vm.dirty_pages(Gpa(EXTRA)).expect("a log"));
+        }
+        let mut pages = Vec::new();
+        guest
+            .vm
+            .drain_dirty(Gpa(EXTRA), &mut |page| pages.push(page as usize))
+            .expect("a log");
+        pages
+    };
     assert_eq!(take(), [0; 0], "nothing ran yet");
     // The first touch of a page that is only read (70) may count as a write.
     reported(&mut vcpu);
@@ -181,6 +194,11 @@ pub(super) fn dirty_log_is_exact<H: Hypervisor>(hypervisor: &H) {
         .expect("logging to stop");
     reported(&mut vcpu);
     let refused = guest.vm.dirty_pages(Gpa(EXTRA));
+    assert!(
+        matches!(refused, Err(DirtyLogError::NotLogged(Gpa(EXTRA)))),
+        "{refused:?}"
+    );
+    let refused = guest.vm.drain_dirty(Gpa(EXTRA), &mut |_| {});
     assert!(
         matches!(refused, Err(DirtyLogError::NotLogged(Gpa(EXTRA)))),
         "{refused:?}"

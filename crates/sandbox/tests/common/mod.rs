@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use skerry_sandbox::{Backend, Builder, Sandbox};
+use skerry_sandbox::{Builder, Sandbox};
 
 /// Builds a package of the guests' workspace and says where its program is.
 pub fn guest(package: &str) -> PathBuf {
@@ -23,6 +23,9 @@ pub fn guest(package: &str) -> PathBuf {
                 "--release",
                 "--locked",
                 "--workspace",
+                // It comes built.
+                "--exclude",
+                "sandbox-wasm",
                 "--manifest-path",
             ])
             .arg(&manifest)
@@ -42,7 +45,7 @@ pub fn guest(package: &str) -> PathBuf {
 pub fn builder() -> Builder {
     Sandbox::builder()
         .guest(guest("sandbox-testguest"))
-        .backend(Backend::Soft)
+        .backend(crate::backend())
         .host_fn("host_add", |a: i32, b: i32| a.wrapping_add(b))
         .host_fn("host_echo", |bytes: Vec<u8>| bytes)
         .host_fn("host_fail", |message: String| Err::<i32, String>(message))

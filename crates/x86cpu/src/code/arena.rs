@@ -1,14 +1,15 @@
 //! Memory for decoded code: taken from the host a stretch at a time, handed out front to back, and
 //! given back all at once.
-#![expect(unsafe_code, reason = "maps memory of its own")]
+#![expect(unsafe_code, reason = "hands out memory of its own")]
 
-use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
 
+use crate::mem::home::{Home, Part};
 use crate::mem::{HOST_LARGE_PAGE, PAGE_SIZE};
 
 /// What is taken at a time, the least and the most: a fault for each page would take longer than all
-/// else that is done for a block.
+/// else that is done for a block. The first of them is for a processor that begins small.
+const SHORT_STRETCH: usize = 16 << 10;
 const STRETCH: usize = 64 << 10;
 const LONGEST_STRETCH: usize = 512 << 10;
 /// What is taken before large pages are asked for: to clear one takes longer than to run what most
@@ -28,6 +29,9 @@ pub(super) struct Arena {
     used: usize,
     /// As much has been asked of the host.
     taken: usize,
+    /// What is asked for at a time, at least.
+    stretch: usize,
+    _part: Part,
 }
 
 // SAFETY: it owns its memory, like a box; what lies in it stays on the processor's thread.
@@ -36,37 +40,31 @@ unsafe impl Send for Arena {}
 impl Arena {
     /// Reserves address space for `capacity` bytes, a multiple of [`STRETCH`].
     pub(super) fn new(capacity: usize) -> Self {
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                capacity,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
-        if let Some(base) = base {
-            // What has grown beyond that is all over the place, and asked for by address.
-            let small = base.align_offset(HOST_LARGE_PAGE) + SMALL;
-            if let Some(rest) = capacity.checked_sub(small) {
-                // SAFETY: within the mapping, as just seen; it changes where its bytes are kept, not
-                // what they are.
-                unsafe { libc::madvise(base.byte_add(small), rest, libc::MADV_HUGEPAGE) };
-            }
+        let arena = Self::of(Part::alone(capacity), STRETCH);
+        // What has grown beyond that is all over the place, and asked for by address.
+        let small = arena.base.align_offset(HOST_LARGE_PAGE) + SMALL;
+        if let Some(rest) = capacity.checked_sub(small) {
+            let start = arena.base.as_ptr().wrapping_add(small);
+            // SAFETY: within the mapping, as just seen; it changes where its bytes are kept, not
+            // what they are.
+            unsafe { libc::madvise(start.cast(), rest, libc::MADV_HUGEPAGE) };
         }
-        match base.and_then(|base| NonNull::new(base.cast())) {
-            Some(base) => Self {
-                base,
-                capacity,
-                used: 0,
-                taken: 0,
-            },
-            None => handle_alloc_error(
-                Layout::from_size_align(capacity, UNIT).unwrap_or(Layout::new::<u64>()),
-            ),
+        arena
+    }
+
+    /// A small one in the processor's home.
+    pub(super) fn small(home: &mut Home, capacity: usize) -> Self {
+        Self::of(home.part(capacity, PAGE_SIZE), SHORT_STRETCH)
+    }
+
+    fn of(part: Part, stretch: usize) -> Self {
+        Self {
+            base: part.base(),
+            capacity: part.len(),
+            used: 0,
+            taken: 0,
+            stretch,
+            _part: part,
         }
     }
 
@@ -78,6 +76,11 @@ impl Arena {
     /// Bytes handed out.
     pub(super) fn used(&self) -> usize {
         self.used
+    }
+
+    /// Leaves out the first piece, without taking memory for it.
+    pub(super) fn skip_first(&mut self) {
+        self.used = self.used.max(UNIT);
     }
 
     /// A piece of `len` bytes that nobody else has, until all is forgotten; `None` if there is no
@@ -98,8 +101,10 @@ impl Arena {
 
     #[cold]
     fn take_stretch(&mut self) {
-        let more = (self.taken / 4).clamp(STRETCH, LONGEST_STRETCH);
-        let end = (self.taken + more).max(self.used).next_multiple_of(STRETCH);
+        let more = (self.taken / 4).clamp(self.stretch, LONGEST_STRETCH);
+        let end = (self.taken + more)
+            .max(self.used)
+            .next_multiple_of(self.stretch);
         let end = end.min(self.capacity);
         // SAFETY: the range is within the mapping. If the kernel doesn't know how, pages come as
         // they are touched.
@@ -163,7 +168,7 @@ impl Arena {
     /// Forgets all pieces, and gives back what memory there is beyond `keep` bytes.
     pub(super) fn clear(&mut self, keep: usize) {
         self.used = 0;
-        self.give_back_from(keep.next_multiple_of(STRETCH));
+        self.give_back_from(keep.next_multiple_of(STRETCH).min(self.capacity));
     }
 
     /// Forgets all pieces, and gives their memory back to the host.
@@ -206,13 +211,6 @@ pub(crate) fn populate<T>(table: &mut [T]) {
             len & !(PAGE_SIZE - 1),
             libc::MADV_POPULATE_WRITE,
         );
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this size.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.capacity) };
     }
 }
 

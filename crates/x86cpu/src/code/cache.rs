@@ -20,8 +20,11 @@ use crate::code::found::Found;
 use crate::code::fuse::Lowered;
 use crate::code::lower::no_forms;
 use crate::code::op::Op;
+use crate::code::pool::Pool;
 use crate::cpu::{Cpu, seg};
+use crate::cpuid::Features;
 use crate::jit::Jit;
+use crate::mem::home::{Home, Table, Zeroed};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PageState, code_changes};
 use crate::simd::fused::FusedCode;
 use crate::tuning::{Counters, Tuning};
@@ -38,8 +41,9 @@ const LARGEST: usize = 64 << 10;
 const MUCH: usize = 1 << 20;
 /// Bytes of blocks from which on a guest is taken to run on for a while, and to need its tables.
 const SOME: usize = 192 << 10;
-/// Entries of the jump cache.
+/// Entries of the jump cache; of a processor that begins small.
 const JUMPS: usize = 1 << 14;
+const FEW_JUMPS: usize = 1 << 8;
 /// Ops that run one after the other, right behind this in memory.
 #[repr(C)]
 pub(crate) struct Block {
@@ -335,8 +339,13 @@ const NO_JUMP: Jump = Jump {
     block: 0,
 };
 
+// SAFETY: zeros are `NO_JUMP`.
+unsafe impl Zeroed for Jump {}
+
 /// Memory for decoding, kept from block to block.
 pub(super) struct Scratch {
+    /// What the forms were found out for.
+    features: Features,
     /// By instruction form: see [`no_forms`].
     pub(super) forms: Box<[u8]>,
     pub(super) ops: Vec<Op>,
@@ -347,14 +356,27 @@ pub(super) struct Scratch {
     pub(super) parts: Vec<Op>,
 }
 
+/// What processors that begin small take turns with.
+static POOL: Pool<Scratch> = Pool::new();
+
 impl Scratch {
-    fn new() -> Self {
+    /// None, until there is something to decode.
+    fn none() -> Self {
         Self {
-            forms: no_forms(),
+            features: Features::default(),
+            forms: Box::default(),
             ops: Vec::new(),
             lowered: Vec::new(),
             out: Vec::new(),
             parts: Vec::new(),
+        }
+    }
+
+    fn new(features: Features) -> Self {
+        Self {
+            features,
+            forms: no_forms(),
+            ..Self::none()
         }
     }
 }
@@ -363,7 +385,7 @@ impl Scratch {
 pub struct CodeCache {
     arena: Arena,
     directory: Directory,
-    jumps: Box<[Jump; JUMPS]>,
+    jumps: Table<Jump>,
     /// What was asked for last.
     found: Found,
     /// Address space, mode, privilege and epoch: what must agree beside the linear address.
@@ -377,6 +399,7 @@ pub struct CodeCache {
     /// Base of CS, as code is addressed.
     base: u64,
     limit: u32,
+    /// There while it decodes, and afterwards unless others may need it.
     pub(super) scratch: Scratch,
     /// Code that ops of blocks call.
     pub(crate) fused: FusedCode,
@@ -386,8 +409,12 @@ pub struct CodeCache {
     pub(super) clears: u64,
     /// The tables have their memory.
     has_tables: bool,
-    /// An eighth of [`Tuning::code_bytes`].
+    /// An eighth of [`Tuning::code_bytes`], or of what is small.
     eighth: usize,
+    /// It is small, and has this size once it grows.
+    grows_to: Option<usize>,
+    /// [`CodeCache::decoded`] when all was last forgotten.
+    forgotten: u64,
     pub(crate) jit: Jit,
 }
 
@@ -395,35 +422,85 @@ pub struct CodeCache {
 unsafe impl Send for CodeCache {}
 
 impl CodeCache {
-    /// Empty.
-    pub fn new(tuning: Tuning) -> Self {
-        let eighth = tuning.code_bytes.max(Tuning::LEAST_CODE_BYTES) / 8;
+    /// Empty: small, with its tables in the processor's home, if it has one.
+    pub(crate) fn new(tuning: Tuning, mut home: Option<&mut Home>) -> Self {
+        let bytes = tuning.code_bytes.max(Tuning::LEAST_CODE_BYTES);
+        let grows_to = home.is_some().then_some(bytes);
+        let bytes = grows_to.map_or(bytes, |_| Tuning::LEAST_CODE_BYTES);
+        let jumps = if home.is_some() { FEW_JUMPS } else { JUMPS };
         let mut cache = Self {
-            arena: Arena::new((eighth * MOST).next_multiple_of(LARGEST)),
-            jit: Jit::new(tuning),
+            jumps: Table::new(home.as_deref_mut(), jumps),
+            found: Found::new(home.as_deref_mut()),
+            arena: match home {
+                Some(home) => Arena::small(home, capacity(bytes / 8)),
+                None => Arena::new(capacity(bytes / 8)),
+            },
+            jit: Jit::new(Tuning {
+                code_bytes: bytes,
+                ..tuning
+            }),
             directory: Directory::new(),
-            jumps: no_jumps(),
-            found: Found::new(),
             key: 0,
             global_key: 0,
             epoch: 0,
             pages: Box::new([0; 64]),
             base: 0,
             limit: 0,
-            scratch: Scratch::new(),
+            scratch: Scratch::none(),
             fused: FusedCode::default(),
             decoded: 0,
             clears: 0,
             has_tables: false,
-            eighth,
+            eighth: bytes / 8,
+            grows_to,
+            forgotten: 0,
         };
         cache.begin();
         cache
     }
 
+    /// Bytes of a home for what is small here.
+    pub(crate) const HOME: usize =
+        capacity(Tuning::LEAST_CODE_BYTES / 8) + FEW_JUMPS * size_of::<Jump>() + Found::FEW_BYTES;
+
+    /// Whether it is small, and has turned out to be too small: rather than go to and fro it grows.
+    pub(crate) fn wants_to_grow(&self) -> bool {
+        self.grows_to.is_some() && (!self.has_room() || self.jit.is_filling())
+    }
+
+    /// Forgets all, and has its full size from here on.
+    fn grow(&mut self) {
+        let Some(bytes) = self.grows_to.take() else {
+            return;
+        };
+        self.eighth = bytes / 8;
+        self.clear();
+        self.jit.grow(bytes);
+        self.arena = Arena::new(capacity(self.eighth));
+        self.begin();
+        self.jumps = Table::new(None, JUMPS);
+        self.found = Found::new(None);
+    }
+
     /// Makes index 0 no block's.
     fn begin(&mut self) {
-        let _ = self.arena.take(UNIT);
+        self.forgotten = self.decoded;
+        self.arena.skip_first();
+    }
+
+    /// Takes the memory for decoding, if it isn't there.
+    pub(super) fn take_scratch(&mut self, features: Features) {
+        if self.scratch.forms.is_empty() {
+            let pooled = POOL.take().filter(|scratch| scratch.features == features);
+            self.scratch = pooled.unwrap_or_else(|| Scratch::new(features));
+        }
+    }
+
+    /// Lets others have it.
+    pub(super) fn share_scratch(&mut self) {
+        if self.grows_to.is_some() {
+            POOL.give(std::mem::replace(&mut self.scratch, Scratch::none()));
+        }
     }
 
     /// Forgets all blocks. Every [`BlockRef`] is void from here on.
@@ -437,10 +514,14 @@ impl CodeCache {
     /// again that they need.
     pub(super) fn clear_blocks(&mut self) {
         self.clears += 1;
+        if self.decoded == self.forgotten {
+            // Nothing is anywhere.
+            return;
+        }
         self.arena.clear(self.eighth * LEAST);
         self.begin();
         self.directory.clear();
-        self.jumps.fill(NO_JUMP);
+        self.jumps.all_mut().fill(NO_JUMP);
         self.found.clear();
         self.fused.clear();
         self.jit.lose_blocks();
@@ -449,15 +530,16 @@ impl CodeCache {
     /// The same, and gives the memory back to the host.
     fn give_back(&mut self) {
         self.clears += 1;
+        self.grow();
         self.arena.give_back();
         self.begin();
         self.directory.clear();
-        self.jumps = no_jumps();
-        self.found = Found::new();
+        self.jumps = Table::new(None, JUMPS);
+        self.found = Found::new(None);
         self.has_tables = false;
         self.pages.fill(0);
         self.fused = FusedCode::default();
-        self.scratch = Scratch::new();
+        self.scratch = Scratch::none();
         self.jit.give_back();
     }
 
@@ -473,7 +555,7 @@ impl CodeCache {
         self.epoch += 1;
         if self.epoch == 1 << (u32::BITS - EPOCH_SHIFT) {
             self.epoch = 0;
-            self.jumps.fill(NO_JUMP);
+            self.jumps.all_mut().fill(NO_JUMP);
         }
     }
 
@@ -486,7 +568,7 @@ impl CodeCache {
     pub(super) fn take_tables(&mut self) {
         self.has_tables = true;
         self.found.populate();
-        populate(&mut self.jumps[..]);
+        populate(self.jumps.all_mut());
     }
 
     /// Whether any block fits, with the code that its ops call, without forgetting all.
@@ -653,15 +735,14 @@ fn listed(arena: &Arena, index: u32) -> Option<BlockRef> {
     (index != 0).then(|| BlockRef(arena.at(index).cast()))
 }
 
-/// A jump cache that takes memory as it is touched.
-fn no_jumps() -> Box<[Jump; JUMPS]> {
-    // SAFETY: jumps of zeros are `NO_JUMP`.
-    unsafe { Box::<[Jump; JUMPS]>::new_zeroed().assume_init() }
+/// What decoded blocks may take, of so much in an eighth.
+const fn capacity(eighth: usize) -> usize {
+    (eighth * MOST).next_multiple_of(LARGEST)
 }
 
 #[inline(always)]
 fn jump_index(linear: u64) -> usize {
-    (linear ^ (linear >> 14)) as usize & (JUMPS - 1)
+    (linear ^ (linear >> 14)) as usize
 }
 
 impl Cpu {
@@ -676,6 +757,13 @@ impl Cpu {
         self.code.give_back();
         self.mmu.drop_jumps();
         self.mmu.give_back();
+    }
+
+    /// Forgets all code, if that takes little room, and has room for more than a little from here on.
+    pub(super) fn grow_code(&mut self) {
+        self.code.grow();
+        self.mmu.grow_jumps();
+        Counters::add(&self.shared.counters.flushes, 1);
     }
 
     /// Linear address of the next instruction.
@@ -731,7 +819,7 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn quick_block(&self) -> Option<BlockRef> {
         let linear = self.code_linear();
-        let jump = &self.code.jumps[jump_index(linear)];
+        let jump = self.code.jumps.at(jump_index(linear));
         let known = jump.key == self.code.key || jump.key == self.code.global_key;
         if jump.linear == linear && known && jump.block != 0 {
             Some(BlockRef(self.code.arena.at(jump.block).cast()))
@@ -743,7 +831,7 @@ impl Cpu {
     /// Remembers a block by the current RIP; `global` says that its page is in all address spaces.
     pub(super) fn remember_block(&mut self, linear: u64, global: bool, block: BlockRef) {
         self.code.note_page(linear);
-        self.code.jumps[jump_index(linear)] = Jump {
+        *self.code.jumps.at_mut(jump_index(linear)) = Jump {
             linear,
             key: if global {
                 self.code.global_key

@@ -89,6 +89,9 @@ impl Cpu {
     /// Decodes at `linear`, which is `gpa`.
     fn decode_block(&mut self, linear: u64, gpa: u64, bits: u64) -> Result<BlockRef, Trap> {
         // Not later: ops refer to the code that goes with the blocks.
+        if self.code.wants_to_grow() {
+            self.grow_code();
+        }
         if !self.code.has_room() {
             self.flush_blocks();
         }
@@ -98,9 +101,11 @@ impl Cpu {
                 self.mmu.take_jumps();
             }
         }
+        self.code.take_scratch(self.features);
         let mut ops = std::mem::take(&mut self.code.scratch.ops);
         let result = self.decode_into(&mut ops, linear, gpa, bits);
         self.code.scratch.ops = ops;
+        self.code.share_scratch();
         result
     }
 

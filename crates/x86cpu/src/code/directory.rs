@@ -7,7 +7,7 @@ use crate::code::arena::{Arena, Plain};
 const GRANULE_SHIFT: u32 = 6;
 const LISTS: usize = 4096 >> GRANULE_SHIFT;
 /// Slots at first, a power of two.
-const SLOTS: usize = 256;
+const SLOTS: usize = 32;
 
 /// The blocks of a granule.
 #[derive(Clone, Copy, Default)]

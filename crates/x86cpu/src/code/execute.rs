@@ -64,7 +64,7 @@ impl Cpu {
         let mut last: Option<(BlockRef, u64)> = None;
         self.forget_way();
         loop {
-            if shared.requests.load(Ordering::Relaxed) != 0 {
+            if shared.requests.load(Ordering::Relaxed) != 0 || self.budget_exit().is_some() {
                 return Ok(());
             }
             let block = match self.quick_block() {
@@ -97,7 +97,11 @@ impl Cpu {
                     continue;
                 }
                 if std::mem::take(&mut self.code.jit.wants_room) {
-                    self.flush_blocks();
+                    if self.code.wants_to_grow() {
+                        self.grow_code();
+                    } else {
+                        self.flush_blocks();
+                    }
                     last = None;
                     continue;
                 }
@@ -130,7 +134,7 @@ impl Cpu {
                         break;
                     }
                 }
-                if shared.requests.load(Ordering::Relaxed) != 0 {
+                if shared.requests.load(Ordering::Relaxed) != 0 || self.budget_exit().is_some() {
                     return Ok(());
                 }
             }

@@ -1,18 +1,15 @@
 //! What was found under a key last: a table beside the lists of blocks, which takes one look.
-#![expect(
-    unsafe_code,
-    reason = "a large table begins as zeros that nobody has written"
-)]
-
 use std::cell::Cell;
 
 use super::arena::populate;
 use super::cache::KEY_SHIFT;
 use super::directory::granule;
 use crate::mem::PAGE_SHIFT;
+use crate::mem::home::{Home, Table, Zeroed};
 
-/// Entries of the table.
+/// Entries of the table; of a processor that begins small.
 const ENTRIES: usize = 1 << 16;
+const FEW: usize = 1 << 8;
 
 /// What was found under a key, or will be: all zeros is nothing.
 #[derive(Clone, Copy, Default)]
@@ -28,28 +25,35 @@ struct Entry {
 
 const _: () = assert!(size_of::<Entry>() == 16);
 
+// SAFETY: zeros are key 0, and no block.
+#[expect(unsafe_code, reason = "a table of it begins as zeros")]
+unsafe impl Zeroed for Cell<Entry> {}
+
 /// Blocks and their code by key, each where its key's hash says.
-pub(super) struct Found(Box<[Cell<Entry>; ENTRIES]>);
+pub(super) struct Found(Table<Cell<Entry>>);
 
 impl Found {
-    /// Empty; it takes memory as it is touched.
-    pub(super) fn new() -> Self {
-        // SAFETY: zeros are key 0, and no block.
-        Self(unsafe { Box::<[Cell<Entry>; ENTRIES]>::new_zeroed().assume_init() })
+    /// Bytes of a small one.
+    pub(super) const FEW_BYTES: usize = FEW * size_of::<Entry>();
+
+    /// Empty: small, in the processor's home, if it has one. It takes memory as it is touched.
+    pub(super) fn new(home: Option<&mut Home>) -> Self {
+        let entries = if home.is_some() { FEW } else { ENTRIES };
+        Self(Table::new(home, entries))
     }
 
     pub(super) fn clear(&mut self) {
-        self.0.fill(Cell::default());
+        self.0.all_mut().fill(Cell::default());
     }
 
     /// Takes the memory for all of it.
     pub(super) fn populate(&mut self) {
-        populate(&mut self.0[..]);
+        populate(self.0.all_mut());
     }
 
     #[inline(always)]
     fn slot(&self, key: u64) -> &Cell<Entry> {
-        &self.0[index(key)]
+        self.0.at(index(key))
     }
 
     /// The block under a key.
@@ -82,9 +86,11 @@ impl Found {
 
     /// Forgets all code, but not the blocks.
     pub(super) fn forget_codes(&self) {
-        for slot in self.0.iter() {
+        for slot in self.0.all() {
             let entry = slot.get();
-            slot.set(Entry { code: 0, ..entry });
+            if entry.code != 0 {
+                slot.set(Entry { code: 0, ..entry });
+            }
         }
     }
 }
@@ -96,7 +102,7 @@ fn index(key: u64) -> usize {
     let gpa = key >> KEY_SHIFT;
     let hash = (gpa >> PAGE_SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
     let line = hash ^ granule(gpa) as u64;
-    (line << 2 | gpa >> 4 & 3) as usize & (ENTRIES - 1)
+    (line << 2 | gpa >> 4 & 3) as usize
 }
 
 #[cfg(test)]
@@ -105,7 +111,7 @@ mod tests {
 
     #[test]
     fn what_is_noted_is_found_until_another_takes_its_place() {
-        let mut found = Found::new();
+        let mut found = Found::new(None);
         let key = |n: u64| (0x1000_0000 + n * 0x11) << KEY_SHIFT | 3;
         for n in 0..1000 {
             found.note_code(key(n), 5);

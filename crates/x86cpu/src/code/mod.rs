@@ -9,6 +9,7 @@ mod found;
 mod fuse;
 mod lower;
 mod op;
+mod pool;
 
 pub use cache::CodeCache;
 pub use lower::{Family, Lowering, nop};
@@ -17,3 +18,4 @@ pub use op::{Handler, Op, op_flag};
 pub(crate) use arena::populate;
 pub(crate) use cache::{Block, BlockEnd, BlockIndex, BlockRef, Indexer};
 pub(crate) use fuse::{Window, apart, last_part_failed};
+pub(crate) use pool::Pool;

@@ -17,6 +17,7 @@ impl Compiler<'_> {
     pub(super) fn go(&mut self, exit: Exit) {
         self.noted = exit.noted;
         self.store_noted();
+        self.count(exit.done);
         let offset = super::trace::in_page(exit.target);
         let Some(offset) = offset else {
             self.asm.load(R11, Mem::frame(offset_of!(Frame, rip_page)));
@@ -154,6 +155,7 @@ impl Compiler<'_> {
                 self.asm.load(R11, from);
                 self.indirect(Work::Jump, n);
                 self.asm.lea(GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
+                self.count(n + 1);
                 self.jump_found();
             }
             Branch::Indirect { call, register } => {
@@ -165,6 +167,7 @@ impl Compiler<'_> {
                     self.push_return(n, after);
                     self.asm.load(R11, target);
                 }
+                self.count(n + 1);
                 self.jump_found();
             }
         }
@@ -182,6 +185,7 @@ impl Compiler<'_> {
             target,
             poll: self.went_back || target <= i64::from(step.at),
             noted: self.noted,
+            done: self.current + 1,
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::mem::{offset_of, take};
 
-use super::asm::{Asm, Mem, Near, R11, RCX};
+use super::asm::{Asm, Mem, Near, R11, RCX, Short};
 use super::classify::Align;
 use super::forms::Forms;
 use super::glue::Glue;
@@ -157,6 +157,11 @@ pub(super) struct Scratch {
     windows: windows::Kept,
 }
 
+// SAFETY: the pointers that steps have are those of a trace in the making. There are no steps but while
+// one is made.
+#[expect(unsafe_code, reason = "steps have pointers to blocks")]
+unsafe impl Send for Scratch {}
+
 impl Scratch {
     pub(super) fn new(features: Features) -> Self {
         Self {
@@ -194,6 +199,8 @@ pub(super) struct Request<'a> {
     pub origin: usize,
     pub glue: Glue,
     pub hardened: bool,
+    /// Instructions are counted.
+    pub counted: bool,
     /// Offsets of instructions whose accesses must not open a window.
     pub plain: &'a [u16],
 }
@@ -237,6 +244,8 @@ pub(super) struct Compiler<'a> {
     /// Which window's pointer is in R11.
     pub(super) held: Option<usize>,
     pub(super) shares: Vec<[Option<Share>; 2]>,
+    /// Number of the instruction.
+    pub(super) current: usize,
     /// Accesses of the instruction that have been made.
     pub(super) made: usize,
     /// See [`Compiler::went`].
@@ -255,6 +264,8 @@ pub(super) struct Exit {
     pub(super) target: i64,
     pub(super) poll: bool,
     pub(super) noted: Noted,
+    /// Instructions that have run when it is taken.
+    pub(super) done: usize,
 }
 
 /// What is still to be stored of the last x87 instruction.
@@ -353,6 +364,7 @@ impl<'a> Compiler<'a> {
             head,
             held: None,
             shares: Vec::new(),
+            current: 0,
             made: 0,
             went_back: false,
             noted_x87: false,
@@ -429,6 +441,29 @@ impl<'a> Compiler<'a> {
         let quiet = self.asm.jrcxz();
         self.leave(target, Link::None);
         self.asm.here(quiet);
+        if self.request.counted {
+            let goes_on = self.budget();
+            self.leave(target, Link::None);
+            self.asm.here(goes_on);
+        }
+    }
+
+    /// Counts instructions, if that is asked for.
+    pub(super) fn count(&mut self, instructions: usize) {
+        if self.request.counted && instructions > 0 {
+            let left = Mem::frame(offset_of!(Frame, left));
+            self.asm.load(RCX, left);
+            self.asm.lea(RCX, Mem::base(RCX, -(instructions as i32)));
+            self.asm.store(left, RCX);
+        }
+    }
+
+    /// Goes where the jump leads to as long as not all of the budget is spent.
+    pub(super) fn budget(&mut self) -> Short {
+        self.asm.load(RCX, Mem::frame(offset_of!(Frame, left)));
+        self.asm
+            .pext(RCX, RCX, Mem::frame(offset_of!(Frame, sign_mask)));
+        self.asm.jrcxz()
     }
 
     /// Leaves for an offset from the page's start.
@@ -535,12 +570,17 @@ impl<'a> Compiler<'a> {
     /// Whether a way out is but to another trace of the page.
     fn is_plain(&self, exit: Exit) -> bool {
         let other = super::trace::in_page(exit.target).is_some_and(|offset| offset != self.head);
-        other && !exit.poll && !self.noted_x87 && exit.noted == Noted::default()
+        other
+            && !exit.poll
+            && !self.request.counted
+            && !self.noted_x87
+            && exit.noted == Noted::default()
     }
 
     /// Compiles one instruction; `true` if nothing comes after it.
     pub(super) fn step(&mut self, n: usize, step: &Step, ready: &Ready, bytes: &[u8]) -> bool {
         let before = self.slow.len();
+        self.current = n;
         self.made = 0;
         let done = self.one(n, step, ready, bytes);
         if self.slow.len() != before {
@@ -562,6 +602,7 @@ impl<'a> Compiler<'a> {
                 target,
                 poll: self.went_back,
                 noted: self.noted,
+                done: n + 1,
             });
             return true;
         }

@@ -18,7 +18,7 @@ use super::registers::{SPILLED, pinned};
 use super::runtime::TRAP;
 use crate::Cpu;
 use crate::fpu::FpuState;
-use crate::mem::area::{Area, Frame, JUMP_GROUP, JUMP_ROTATE, JUMPS};
+use crate::mem::area::{Area, Frame, JUMP_GROUP, JUMP_ROTATE};
 use crate::mem::jumps::{self, Jump, JumpKeys};
 
 /// Numbers of conditions.
@@ -41,10 +41,11 @@ pub(super) struct Glue {
 
 /// What moves from frame to frame when [`Frame::other`] becomes the running one. The bytes that tell
 /// what can't be used as it is are in one word.
-const MOVED: [usize; 15] = [
+const MOVED: [usize; 17] = [
     offset_of!(Frame, uppers),
     offset_of!(Frame, cross_key),
     offset_of!(Frame, jumps),
+    offset_of!(Frame, jumps_mask),
     offset_of!(Frame, jump_keys),
     offset_of!(Frame, rip_page),
     offset_of!(Frame, r10),
@@ -57,6 +58,7 @@ const MOVED: [usize; 15] = [
     offset_of!(Frame, x87_note),
     offset_of!(Frame, x87_page),
     offset_of!(Frame, x87_dp),
+    offset_of!(Frame, left),
 ];
 
 const _: () = assert!(offset_of!(Frame, waiting) == offset_of!(Frame, sse_away) + 7);
@@ -339,7 +341,8 @@ fn find_jump(asm: &mut Asm) -> Near {
     asm.op64(0x33, RAX, Rm::Reg(R11));
     let salt = called(keys + offset_of!(JumpKeys, salt));
     asm.op32(0x33, RAX, Rm::Mem(salt));
-    and_constant(asm, RAX, jumps::MASK);
+    // AND.
+    asm.op32(0x23, RAX, Rm::Mem(called(offset_of!(Frame, jumps_mask))));
     asm.lea(RAX, Mem::indexed(RAX, RAX, 0, 0));
     asm.load(RCX, called(offset_of!(Frame, jumps)));
     asm.lea(RAX, Mem::indexed(RCX, RAX, 3, 0));
@@ -373,7 +376,8 @@ fn enter_found(asm: &mut Asm) {
     let column = |offset: usize| Mem::indexed(RSP, RAX, 3, offset as i32 + 8 - BIAS);
     asm.rorx(RAX, R11, JUMP_ROTATE as u8);
     asm.op64(0x03, RAX, Rm::Reg(R11));
-    and_constant(asm, RAX, JUMPS as u32 - 1);
+    // AND.
+    asm.op64(0x23, RAX, Rm::Mem(called(offset_of!(Frame, jump_mask))));
     asm.store(column(offset_of!(Area, jump_code)), RCX);
     // NEG, before and after.
     asm.op64(0xf7, 3, Rm::Reg(R11));
@@ -394,9 +398,4 @@ fn enter_found(asm: &mut Asm) {
         )),
     );
     asm.byte(1);
-}
-
-fn and_constant(asm: &mut Asm, reg: u8, mask: u32) {
-    asm.op32(0x81, 4, Rm::Reg(reg));
-    asm.dword(mask as i32);
 }

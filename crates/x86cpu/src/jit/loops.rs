@@ -103,6 +103,12 @@ impl Compiler<'_> {
         let none = self.asm.jrcxz();
         self.asm.lea(RCX, Mem::base(RCX, -1));
         self.asm.store(count(), RCX);
+        if self.request.counted {
+            let goes_on = self.budget();
+            let gate = self.asm.jmp();
+            self.asm.bind(gate, self.direct);
+            self.asm.here(goes_on);
+        }
         let again = self.asm.jmp();
         self.asm.bind(again, self.warm);
         self.asm.here(none);

@@ -187,6 +187,8 @@ pub(crate) struct Jit {
     refused: bool,
     traces: Vec<Entry>,
     calls: Places<PackedCall>,
+    /// Where instructions are counted: how many a trace has run before a call, that it hasn't counted.
+    counts: Option<Vec<u16>>,
     ways: Places<Way>,
     pages: ByAddress<usize, PageTraces>,
     /// [`crate::mem::code_changes`] that have been dealt with.
@@ -261,6 +263,7 @@ impl Jit {
             refused: !tuning.compile || !host_can(),
             traces: Vec::new(),
             calls: Places::new(),
+            counts: None,
             ways: Places::new(),
             pages: ByAddress::default(),
             seen: 0,
@@ -318,6 +321,24 @@ impl Jit {
         Some(())
     }
 
+    /// Whether so much room is taken that blocks have to be hotter than at first.
+    pub(crate) fn is_filling(&self) -> bool {
+        self.sixteenths() >= 9
+    }
+
+    fn sixteenths(&self) -> usize {
+        let eighth = self.tuning.code_bytes / 8;
+        (self.code_used() * 16 / (eighth * CODE)).max(self.side_tables() * 16 / (eighth * TABLES))
+    }
+
+    /// Has more room from here on. There must be no traces.
+    pub(crate) fn grow(&mut self, code_bytes: usize) {
+        self.tuning.code_bytes = code_bytes;
+        self.tuning.small = false;
+        self.made = None;
+        self.set_threshold();
+    }
+
     /// How hot a block must be.
     #[inline(always)]
     pub(crate) fn threshold(&self) -> u16 {
@@ -328,10 +349,7 @@ impl Jit {
     /// go for what is lukewarm; and hotter at first, for most commands are over soon. Who wants everything
     /// compiled gets that.
     fn set_threshold(&mut self) {
-        let eighth = self.tuning.code_bytes / 8;
-        let sixteenths = (self.code_used() * 16 / (eighth * CODE))
-            .max(self.side_tables() * 16 / (eighth * TABLES));
-        let factor = match sixteenths {
+        let factor = match self.sixteenths() {
             _ if self.tuning.threshold == 1 => 1,
             ..9 if self.traces.len() < VERY_FIRST => 32,
             ..9 if self.traces.len() < FIRST => 4,
@@ -375,6 +393,9 @@ impl Jit {
         self.first_call = 0;
         self.traces.clear();
         self.calls.clear();
+        if let Some(counts) = &mut self.counts {
+            counts.clear();
+        }
         self.ways.clear();
         self.pages.clear();
         self.plain.clear();
@@ -394,13 +415,14 @@ impl Jit {
         self.scratch = None;
         self.traces = Vec::new();
         self.calls = Places::new();
+        self.counts = self.counts.take().map(|_| Vec::new());
         self.ways = Places::new();
         self.pages = ByAddress::default();
     }
 
     fn made(&mut self) -> Option<&mut Made> {
         if self.made.is_none() && !self.refused {
-            match Made::new(self.tuning.code_bytes / 8 * CODE) {
+            match Made::new(self.tuning.code_bytes / 8 * CODE, self.tuning.small) {
                 Some(made) => self.made = Some(made),
                 None => self.refused = true,
             }
@@ -448,6 +470,13 @@ impl Jit {
                 Resume::At(at) => at as i64 - end as i64,
                 _ => 0,
             };
+            if let Some(counts) = &mut self.counts {
+                counts.push(match call.work {
+                    // What comes before has been counted already.
+                    Work::Goto => 0,
+                    _ => call.step as u16,
+                });
+            }
             self.calls.push(PackedCall {
                 end: offset + end as u32,
                 block: index.block(step.block),
@@ -542,6 +571,13 @@ impl Jit {
     fn place(&self, address: u64) -> Option<u32> {
         let made = self.made.as_ref()?;
         address.checked_sub(made.base)?.try_into().ok()
+    }
+
+    /// How many instructions a trace has run before a call, that it hasn't counted.
+    fn counted_before(&self, call: u32) -> u64 {
+        let counts = self.counts.as_ref();
+        let before = counts.and_then(|counts| counts.get(call as usize));
+        before.copied().unwrap_or_default().into()
     }
 
     /// The trace that makes a call.
@@ -679,8 +715,13 @@ fn page_version(page: usize) -> u32 {
 }
 
 impl Made {
-    fn new(capacity: usize) -> Option<Self> {
-        let mut buffer = CodeBuffer::new(capacity).ok()?;
+    fn new(capacity: usize, small: bool) -> Option<Self> {
+        let buffer = if small {
+            CodeBuffer::small(capacity)
+        } else {
+            CodeBuffer::new(capacity)
+        };
+        let mut buffer = buffer.ok()?;
         let (code, glue) = glue::glue(std::arch::is_x86_feature_detected!("avx"));
         let base = buffer.push(&code)?.as_ptr() as u64;
         Some(Self {

@@ -8,7 +8,7 @@ use super::classify::Align;
 use super::compile::{self, Request, Scratch, Work};
 use super::trace::Trace;
 use super::{Call, PATIENCE, Way};
-use crate::code::{BlockRef, Op};
+use crate::code::{BlockRef, Op, Pool};
 use crate::cpu::{Cpu, reg, seg};
 use crate::flags::rflags;
 use crate::fpu::{Ymm, attention, blocked, prepare_x87};
@@ -36,6 +36,9 @@ pub(super) const TRAP: u64 = 2;
 /// Runs that one counts for which compiled code was left for: it costs as much as so many, and what hot
 /// code leads to gets hot.
 const LEFT: u16 = 4;
+
+/// What processors that begin small take turns with.
+static POOL: Pool<Box<Scratch>> = Pool::new();
 
 /// Flags as LAHF and SETO give them, at their places in RFLAGS.
 fn to_bits(flags: u32) -> u64 {
@@ -108,7 +111,7 @@ impl Cpu {
             found.set_heat(u16::MAX);
             return 0;
         }
-        if self.code.has_too_many_blocks() {
+        if self.code.has_too_many_blocks() || self.code.wants_to_grow() {
             self.code.jit.wants_room = true;
             return 0;
         }
@@ -144,12 +147,17 @@ impl Cpu {
     }
 
     fn compile_now(&mut self, block: BlockRef) -> Option<u32> {
-        let kept = self.code.jit.scratch.take();
+        let kept = self.code.jit.scratch.take().or_else(|| POOL.take());
         let mut scratch = kept
             .filter(|scratch| *scratch.forms.features() == self.features)
             .unwrap_or_else(|| Box::new(Scratch::new(self.features)));
         let number = self.compile_with(block, &mut scratch);
-        self.code.jit.scratch = Some(scratch);
+        if self.code.jit.tuning.small {
+            scratch.steps.clear();
+            POOL.give(scratch);
+        } else {
+            self.code.jit.scratch = Some(scratch);
+        }
         number
     }
 
@@ -198,6 +206,7 @@ impl Cpu {
             origin,
             glue,
             hardened: self.code.jit.tuning.hardened,
+            counted: self.code.jit.counts.is_some(),
             plain: self.code.jit.plain(found),
         };
         let compiled = match second {
@@ -330,6 +339,7 @@ impl Cpu {
         self.prepare(frame);
         frame.rip_page = rip_page;
         frame.flags = from_bits(self.flags.bits());
+        frame.left = self.budget_left();
         self.refresh(frame);
         self.shared.set_doing(Doing::Compiled);
         Counters::add(&self.shared.counters.entries, 1);
@@ -346,6 +356,9 @@ impl Cpu {
         let frame = unsafe { &mut *frame };
         self.follow_frame(frame);
         self.take_x87_note(frame);
+        if self.budget.counting {
+            self.set_budget_left(frame.left);
+        }
         let (from, page, target) = (frame.resume, frame.rip_page, frame.target);
         self.flags.set_bits(to_bits(frame.flags));
         self.left(out, from, page, target)
@@ -423,6 +436,7 @@ impl Cpu {
         let uppers = self.fpu.ymm.iter().map(Ymm::high);
         frame.uppers = u64::from(uppers.fold(0, |all, upper| all | upper) != 0);
         (frame.jumps, frame.jump_keys) = self.mmu.jumps();
+        frame.jumps_mask = self.mmu.jumps_mask();
         frame.x87_dp = self.fpu.last_dp;
         frame.backwards = u8::from(self.rflags & rflags::DF != 0);
         frame.x87_away = u8::from(!x87);
@@ -511,6 +525,38 @@ impl Cpu {
                 }
             }
         }
+    }
+
+    /// The same where instructions are counted. The trace counts those that the interpreter does for it if
+    /// it goes on; if it doesn't, it hasn't counted those before.
+    #[cold]
+    fn serve_counted(&mut self, call: Call, frame: &mut Frame) -> u64 {
+        self.set_budget_left(frame.left);
+        let before = self.code.jit.counted_before(frame.number);
+        let interpreted = self.instructions;
+        let out = self.serve(call, frame);
+        let interpreted = self.instructions.wrapping_sub(interpreted);
+        match (out, call.work) {
+            // What comes next in the trace is a jump.
+            (BACK, Work::Cross) => {}
+            (BACK, _) => self.add_compiled(interpreted.wrapping_neg()),
+            _ => self.add_compiled(before),
+        }
+        let left = self.budget_left();
+        if out > TRAP {
+            // SAFETY: the frame to go on with, of an area of the processor; nobody uses it now. It may be
+            // the one that is lent to this.
+            unsafe { (*(out as *mut Frame)).left = left };
+        } else {
+            frame.left = left;
+        }
+        out
+    }
+
+    /// Has compiled code count from here on.
+    pub(crate) fn count_in_compiled_code(&mut self) {
+        self.flush_traces();
+        self.code.jit.counts = Some(Vec::new());
     }
 
     /// Has what compiled code asks for where it expects it. `false` if that can't be, or if it asks for
@@ -605,9 +651,9 @@ impl Cpu {
             // SAFETY: that many ops of the instruction follow each other.
             let op: &Op = unsafe { &*first.add(n) };
             if (op.run)(self, op).is_err() {
+                self.instructions -= 1;
                 if !matches!(self.trap.kind, TrapKind::Resume) {
                     self.rip = self.own_rip(op);
-                    self.instructions -= 1;
                 }
                 frame.flags = from_bits(self.flags.bits());
                 return TRAP;
@@ -645,7 +691,11 @@ pub(super) extern "sysv64" fn replay(cpu: *mut Cpu, frame: *mut Frame) -> u64 {
             frame.resume = frame.resume.wrapping_add_signed(i64::from(call.resume));
             let call = call.unpack(cpu.code.indexer());
             cpu.follow_frame(frame);
-            cpu.serve(call, frame)
+            if cpu.budget.counting {
+                cpu.serve_counted(call, frame)
+            } else {
+                cpu.serve(call, frame)
+            }
         }
         None => LEAVE,
     };

@@ -6,23 +6,27 @@
 //!                                   ▲ RSP while compiled code runs
 //! ```
 //! The same code runs on every area, and so needs to know neither address space nor privilege.
-#![expect(unsafe_code, reason = "maps memory, and hands out pointers into it")]
+#![expect(unsafe_code, reason = "hands out pointers into memory of its own")]
 
-use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
 
 use crate::flags::rflags;
+use crate::mem::home::{Home, Part};
 use crate::mem::jumps::JumpKeys;
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
-/// Entries of a first-level TLB, at first and once they have turned out to be too few.
+/// Entries of a first-level TLB: of a processor that begins small, at first, and once they have turned out
+/// to be too few.
+const FEWEST: usize = 64;
 const FEW: usize = 1024;
 const MANY: usize = 8192;
-/// How often each of the few may be filled, on the average, before there are more: where two pages that
+/// How often each of fewer may be filled, on the average, before there are more: where two pages that
 /// are used in turn have the same index, that is soon.
 const PATIENCE: usize = 4;
 /// Entries of a jump cache: few enough to stay in the host's, what doesn't fit is in [`super::jumps`].
-pub(crate) const JUMPS: usize = 4096;
+const JUMPS: usize = 4096;
+/// The same for a processor that begins small.
+const FEW_JUMPS: usize = 256;
 /// Log2 of how many of them are dropped together.
 pub(crate) const JUMP_GROUP: u32 = 6;
 /// Jumps are told apart by their address plus the same rotated right by so much, so that both the
@@ -120,18 +124,29 @@ pub(crate) struct Frame {
     pub helper: u64,
     /// [`super::jumps::Jumps`], the keys of what counts there, and what its code is relative to.
     pub jumps: u64,
+    pub jumps_mask: u64,
     pub jump_keys: JumpKeys,
     pub code_base: u64,
     /// The guest's RAX while that is looked at.
     pub rax: u64,
     /// The guest's flags while a loop looks its pointers up.
     pub loop_flags: u64,
+    /// Where instructions are counted: how many may still run, less one; and the bit that tells that it
+    /// is less, for PEXT.
+    pub left: u64,
+    pub sign_mask: u64,
 }
 
 /// See the module's text.
 #[repr(C)]
 pub(crate) struct Area {
     pub frame: Frame,
+    /// Which groups of jumps may have any.
+    pub jump_used: [u8; JUMPS >> JUMP_GROUP],
+    /// How often entries of the TLB have been filled since it was empty.
+    fills: usize,
+    /// How many it has when it is empty.
+    least: usize,
     /// Minus the linear page that may be read; by index.
     pub read: [u64; MANY],
     /// Minus the linear page that may be written.
@@ -144,16 +159,6 @@ pub(crate) struct Area {
     pub jump_tag: [u64; JUMPS],
     /// Its code.
     pub jump_code: [u64; JUMPS],
-    /// Which groups of jumps may have any.
-    pub jump_used: [u8; JUMPS >> JUMP_GROUP],
-    /// How often entries of the TLB have been filled since it was empty.
-    fills: usize,
-}
-
-/// The index of a jump's target.
-#[inline(always)]
-pub(crate) const fn jump_index(linear: u64) -> usize {
-    linear.wrapping_add(linear.rotate_right(JUMP_ROTATE)) as usize & (JUMPS - 1)
 }
 
 /// Bit of [`Area::gpa`].
@@ -168,13 +173,28 @@ const fn no_jump(index: usize) -> u64 {
 }
 
 impl Area {
-    fn init(&mut self) {
+    fn init(&mut self, small: bool) {
+        self.least = if small { FEWEST } else { FEW };
+        let jumps = if small { FEW_JUMPS } else { JUMPS };
         self.frame.masks = [!PAGE_MASK, !PAGE_MASK | 15, !PAGE_MASK | 31];
-        self.frame.jump_mask = (JUMPS as u64) - 1;
+        self.frame.jump_mask = jumps as u64 - 1;
         self.frame.interrupt_mask = rflags::IF;
         self.frame.bit_masks = [31, 63];
-        self.set_entries(FEW);
+        self.frame.sign_mask = 1 << 63;
+        self.set_entries(self.least);
         self.jump_tag[0] = no_jump(0);
+    }
+
+    /// The index of a jump's target.
+    #[inline(always)]
+    pub(crate) fn jump_index(&self, linear: u64) -> usize {
+        let mask = self.frame.jump_mask as usize & (JUMPS - 1);
+        linear.wrapping_add(linear.rotate_right(JUMP_ROTATE)) as usize & mask
+    }
+
+    /// Has room for as many jumps as there can be. There must be none yet.
+    pub(super) fn grow_jumps(&mut self) {
+        self.frame.jump_mask = JUMPS as u64 - 1;
     }
 
     /// How many entries there are.
@@ -212,7 +232,7 @@ impl Area {
 
     /// Empties the TLB.
     pub(super) fn drop_all(&mut self) {
-        self.set_entries(FEW);
+        self.set_entries(self.least);
     }
 
     fn drop_entry(&mut self, n: usize) {
@@ -242,7 +262,7 @@ impl Area {
 
     /// Takes the pages that all address spaces have from another address space's area; all others go.
     pub(super) fn take_global(&mut self, from: &Self) {
-        self.set_entries(FEW);
+        self.set_entries(self.least);
         for old in 0..from.entries() {
             if from.gpa[old] & GLOBAL == 0 {
                 continue;
@@ -268,8 +288,9 @@ impl Area {
     /// Enters a page for reading, and for writing if `write`; `gpa` as in [`Area::gpa`].
     pub(super) fn fill(&mut self, linear: u64, host: usize, gpa: u64, write: bool) {
         self.fills += 1;
-        if self.fills > FEW * PATIENCE && self.entries() == FEW {
-            self.grow();
+        let entries = self.entries();
+        if self.fills > entries * PATIENCE && entries != MANY {
+            self.grow(if entries == FEWEST { FEW } else { MANY });
         }
         let page = linear & !PAGE_MASK;
         let tag = page.wrapping_neg();
@@ -281,15 +302,16 @@ impl Area {
         self.gpa[n] = gpa;
     }
 
-    /// Has more entries from here on; what is known stays so. Those beyond the few are empty.
-    fn grow(&mut self) {
-        self.frame.index_mask = (MANY as u64 - 1) << PAGE_SHIFT;
-        self.drop_entry(MANY - 1);
-        for n in 0..FEW {
+    /// Has more entries from here on; what is known stays so. Those beyond the fewer are empty.
+    fn grow(&mut self, entries: usize) {
+        let before = self.entries();
+        self.frame.index_mask = (entries as u64 - 1) << PAGE_SHIFT;
+        self.drop_entry(entries - 1);
+        for n in 0..before {
             let tag = self.read[n];
             let to = self.index(tag.wrapping_neg());
             // The tag of an empty entry is that of a page of another index.
-            if to == n || to % FEW != n {
+            if to == n || to % before != n {
                 continue;
             }
             self.read[to] = tag;
@@ -303,7 +325,7 @@ impl Area {
     }
 
     pub(crate) fn enter_jump(&mut self, linear: u64, code: u64) {
-        let n = jump_index(linear);
+        let n = self.jump_index(linear);
         self.jump_tag[n] = linear.wrapping_neg();
         self.jump_code[n] = code;
         self.jump_used[n >> JUMP_GROUP] = 1;
@@ -324,6 +346,7 @@ impl Area {
 /// An area in memory of its own.
 pub(crate) struct OwnArea {
     area: NonNull<Area>,
+    _part: Part,
 }
 
 // SAFETY: it owns its memory, like a box.
@@ -331,34 +354,26 @@ unsafe impl Send for OwnArea {}
 
 /// Bytes in front of an area: guard and room.
 const FRONT: usize = PAGE_SIZE + SIGNAL_ROOM;
-const SIZE: usize = (FRONT + size_of::<Area>()).next_multiple_of(PAGE_SIZE);
+/// Bytes of all.
+pub(super) const SIZE: usize = FRONT + size_of::<Area>();
 
 impl OwnArea {
     pub(super) fn new() -> Self {
-        // SAFETY: a new mapping at an address of the kernel's choice, then its first page alone.
-        let base = unsafe {
-            let base = libc::mmap(
-                std::ptr::null_mut(),
-                SIZE,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            );
-            if base != libc::MAP_FAILED {
-                libc::mprotect(base, PAGE_SIZE, libc::PROT_NONE);
-            }
-            base
-        };
-        let base = Some(base).filter(|&base| base != libc::MAP_FAILED);
-        let Some(base) = base.and_then(|base| NonNull::new(base.cast::<u8>())) else {
-            handle_alloc_error(Layout::new::<Area>());
-        };
-        // SAFETY: within the mapping, aligned, and all zeros, which make an area.
-        let mut area = unsafe { base.add(FRONT).cast::<Area>() };
+        Self::at(Part::alone(SIZE), false)
+    }
+
+    /// A small one.
+    pub(super) fn small(home: &mut Home) -> Self {
+        Self::at(home.part(SIZE, PAGE_SIZE), true)
+    }
+
+    fn at(part: Part, small: bool) -> Self {
+        part.guard();
+        // SAFETY: within the part, aligned, and all zeros, which make an area.
+        let mut area = unsafe { part.base().add(FRONT).cast::<Area>() };
         // SAFETY: as above, and nobody else has it.
-        unsafe { area.as_mut() }.init();
-        Self { area }
+        unsafe { area.as_mut() }.init(small);
+        Self { area, _part: part }
     }
 
     pub(crate) fn pointer(&self) -> NonNull<Area> {
@@ -367,16 +382,9 @@ impl OwnArea {
 
     /// The area. Not while compiled code runs on it.
     pub(crate) fn get(&mut self) -> &mut Area {
-        // SAFETY: allocated in `new`, freed in `drop` only; others read it through pointers on the
-        // same thread, while no method of this runs.
+        // SAFETY: within the part, which is this one's; others read it through pointers on the same
+        // thread, while no method of this runs.
         unsafe { self.area.as_mut() }
-    }
-}
-
-impl Drop for OwnArea {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this size and offset; pointers to it are not used any more.
-        unsafe { libc::munmap(self.area.as_ptr().byte_sub(FRONT).cast(), SIZE) };
     }
 }
 

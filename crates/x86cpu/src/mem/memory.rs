@@ -12,6 +12,7 @@ use thiserror::Error;
 use vm_memory::MmapRegion;
 use vm_memory::bitmap::Bitmap;
 
+use crate::mem::dirty::{self, DirtyLog};
 use crate::mem::int::{copy_in, copy_out};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 use crate::shared::{CpuShared, Machine, request};
@@ -268,7 +269,7 @@ pub struct Slot {
     /// Guest writes become exits.
     pub read_only: bool,
     /// Pages that the guest wrote, a bit each, if that is logged.
-    log: Option<Arc<[AtomicU64]>>,
+    log: Option<Arc<DirtyLog>>,
 }
 
 /// A page of RAM, found by its guest-physical address.
@@ -280,8 +281,9 @@ pub(crate) struct RamPage<'a> {
     pub read_only: bool,
     /// What is known of it.
     pub state: &'a PageState,
-    log: Option<&'a AtomicU64>,
-    log_bit: u64,
+    log: Option<&'a DirtyLog>,
+    /// Number of the page in its slot.
+    number: usize,
 }
 
 impl RamPage<'_> {
@@ -295,10 +297,8 @@ impl RamPage<'_> {
 
     /// Logs a guest write.
     pub(super) fn log_write(&self) {
-        if let Some(word) = self.log
-            && word.load(Ordering::Relaxed) & self.log_bit == 0
-        {
-            word.fetch_or(self.log_bit, Ordering::SeqCst);
+        if let Some(log) = self.log {
+            log.add(self.number);
         }
     }
 }
@@ -324,8 +324,8 @@ impl SlotTable {
             host: slot.backing.address + offset,
             read_only: slot.read_only,
             state: &slot.backing.pages[offset / PAGE_SIZE],
-            log: slot.log.as_ref().map(|log| &log[number / 64]),
-            log_bit: 1 << (number % 64),
+            log: slot.log.as_deref(),
+            number,
         })
     }
 }
@@ -374,9 +374,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-fn new_log(len: u64) -> Arc<[AtomicU64]> {
-    let words = (len >> PAGE_SHIFT).div_ceil(64);
-    (0..words).map(|_| AtomicU64::new(0)).collect()
+fn new_log(len: u64) -> Arc<DirtyLog> {
+    Arc::new(DirtyLog::new((len >> PAGE_SHIFT) as usize))
 }
 
 impl Memory {
@@ -552,15 +551,42 @@ impl Machine {
     /// A write that a processor makes until this returns is in what was taken: the bits go first,
     /// then every processor gives up the entries through which it writes without logging.
     pub fn take_dirty(&self, gpa: u64) -> Result<Vec<u64>, MapRefused> {
+        let log = self.log(gpa)?;
+        let mut taken = vec![0; log.words()];
+        self.take_log(&log, |word, bits| taken[word] = bits);
+        Ok(taken)
+    }
+
+    /// Takes and clears the same log, and names the pages in it, ascending.
+    ///
+    /// As with [`Machine::take_dirty`], but `each` is called before processors have given up their
+    /// entries: what the pages hold is for later.
+    pub fn drain_dirty(&self, gpa: u64, each: &mut dyn FnMut(u64)) -> Result<(), MapRefused> {
+        let log = self.log(gpa)?;
+        self.take_log(&log, |word, taken| {
+            for bit in dirty::bits(taken) {
+                each((word * 64) as u64 + u64::from(bit));
+            }
+        });
+        Ok(())
+    }
+
+    fn log(&self, gpa: u64) -> Result<Arc<DirtyLog>, MapRefused> {
         let table = self.memory.slots();
         let slot = &table.slots[position(&table.slots, gpa)?];
-        let log = slot.log.as_ref().ok_or(MapRefused::NotLogged(gpa))?;
-        let taken = log
-            .iter()
-            .map(|word| word.swap(0, Ordering::SeqCst))
-            .collect();
-        self.memory_changed(None);
-        Ok(taken)
+        slot.log.clone().ok_or(MapRefused::NotLogged(gpa))
+    }
+
+    /// Where nothing was logged, no processor has an entry through which it writes without logging.
+    fn take_log(&self, log: &DirtyLog, mut each: impl FnMut(usize, u64)) {
+        let mut any = false;
+        log.take(|word, taken| {
+            any = true;
+            each(word, taken);
+        });
+        if any {
+            self.memory_changed(None);
+        }
     }
 
     /// Makes every processor bring its TLB up to date, and waits until those that run guest code

@@ -8,6 +8,7 @@ use crate::cpu::Cpu;
 use crate::flags::rflags;
 use crate::mem::PAGE_MASK;
 use crate::mem::area::Area;
+use crate::mem::home::{Home, Table as Entries};
 use crate::mem::jumps::JumpKeys;
 use crate::mem::memory::SlotTable;
 use crate::mem::tlb::{FirstLevel, LAST_ASID, Mapping, SecondLevel, Table, Target, TlbView};
@@ -38,17 +39,25 @@ pub struct Mmu {
     pdptes: [u64; 4],
     physical_bits: u8,
     table: Table,
-    /// Address space of each PCID; 0 for none yet.
-    asids: Box<[u16; PCIDS]>,
+    /// Address space of PCID 0, which most have to do with only, and of all others; 0 for none yet.
+    first_asid: u16,
+    asids: Entries<u16>,
+    /// One beyond the last of them that there may be.
+    pcids: usize,
     /// Of the current PCID.
     asid: u16,
     /// Under which the second level keeps global pages.
     global: u16,
     last_asid: u16,
     /// Hashes of 2 MiB (and 1 GiB) regions that large pages have been entered for.
-    large: Box<[u64; LARGE_WORDS]>,
+    large: Entries<u64>,
+    /// There may be some.
+    any_large: bool,
     /// Writes that found no code left in a page that had some.
     idle_writes: u32,
+    /// The processor has begun to run code. Before that no access has a fast path, and none needs an area
+    /// of its own.
+    started: bool,
 }
 
 /// How an access is made, for [`Cpu::load_lin`] and its kin.
@@ -77,23 +86,35 @@ pub(crate) enum Place {
 }
 
 impl Mmu {
-    pub(crate) fn new(slots: Arc<SlotTable>) -> Self {
+    /// Bytes of a home for what is small here.
+    pub(crate) const HOME: usize = FirstLevel::HOME
+        + SecondLevel::HOME
+        + PCIDS * size_of::<u16>()
+        + LARGE_WORDS * size_of::<u64>();
+
+    /// Tables are in the processor's home, if it has one.
+    pub(crate) fn new(slots: Arc<SlotTable>, mut home: Option<&mut Home>) -> Self {
         let (asid, global, last_asid) = FIRST_ASIDS;
         Self {
-            first: FirstLevel::new(),
-            second: SecondLevel::new(),
+            // It has a guard, and comes first.
+            first: FirstLevel::new(home.as_deref_mut()),
+            second: SecondLevel::new(home.as_deref_mut()),
             slots,
             generation: 0,
             paging: Paging::default(),
             pdptes: [0; 4],
             physical_bits: 36,
             table: Table::Supervisor,
-            asids: zeroed(),
+            first_asid: 0,
+            asids: Entries::new(home.as_deref_mut(), PCIDS),
+            pcids: 0,
             asid,
             global,
             last_asid,
-            large: zeroed(),
+            large: Entries::new(home, LARGE_WORDS),
+            any_large: false,
             idle_writes: 0,
+            started: false,
         }
     }
 
@@ -102,6 +123,9 @@ impl Mmu {
     }
 
     pub(crate) fn view(&mut self) -> TlbView {
+        if !self.started {
+            return FirstLevel::no_view();
+        }
         self.first.view(self.table, self.asid)
     }
 
@@ -149,7 +173,33 @@ impl Mmu {
 
     /// Whether accesses of instructions may take the fast path.
     pub(crate) fn is_fast(&self) -> bool {
-        self.table != Table::Slow
+        self.table != Table::Slow && self.started
+    }
+
+    /// What an index into the second level of the jump cache is cut down to.
+    pub(crate) fn jumps_mask(&self) -> u64 {
+        self.first.jumps.mask().into()
+    }
+
+    /// Has room for as many jumps as there can be; there are none after that.
+    pub(crate) fn grow_jumps(&mut self) {
+        self.first.grow_jumps();
+    }
+
+    fn asid_of(&self, pcid: usize) -> u16 {
+        match pcid {
+            0 => self.first_asid,
+            _ => *self.asids.at(pcid),
+        }
+    }
+
+    fn set_asid(&mut self, pcid: usize, asid: u16) {
+        if pcid == 0 {
+            self.first_asid = asid;
+        } else {
+            *self.asids.at_mut(pcid) = asid;
+            self.pcids = self.pcids.max(pcid % PCIDS + 1);
+        }
     }
 
     /// The area of the same address space and privilege for when RFLAGS.AC is the other way, if under
@@ -179,8 +229,12 @@ impl Mmu {
     fn flush_all(&mut self) {
         self.first.clear();
         self.second.clear();
-        self.large.fill(0);
-        self.asids.fill(0);
+        if std::mem::take(&mut self.any_large) {
+            self.large.all_mut().fill(0);
+        }
+        self.first_asid = 0;
+        let pcids = std::mem::take(&mut self.pcids);
+        self.asids.all_mut()[..pcids].fill(0);
         (self.asid, self.global, self.last_asid) = FIRST_ASIDS;
     }
 
@@ -196,7 +250,8 @@ impl Mmu {
     fn note_large(&mut self, linear: u64, shift: u32) {
         let shift = if shift == 30 { 30 } else { 21 };
         let (word, bit) = Self::large_key(linear, shift);
-        self.large[word] |= bit;
+        self.any_large = true;
+        *self.large.at_mut(word) |= bit;
     }
 
     fn may_be_large(&self, linear: u64) -> bool {
@@ -205,17 +260,8 @@ impl Mmu {
             .into_iter()
             .any(|(linear, shift)| {
                 let (word, bit) = Self::large_key(linear, shift);
-                self.large[word] & bit != 0
+                self.large.at(word) & bit != 0
             })
-    }
-}
-
-/// An array of zeros, not made on the stack first.
-fn zeroed<T: Copy + Default, const N: usize>() -> Box<[T; N]> {
-    match vec![T::default(); N].into_boxed_slice().try_into() {
-        Ok(array) => array,
-        // It was made with as many.
-        Err(_) => unreachable!("an array of {N}"),
     }
 }
 
@@ -281,7 +327,7 @@ impl Cpu {
     pub fn tlb_flush_all(&mut self) {
         self.mmu.flush_all();
         let pcid = self.pcid(self.sys.cr3);
-        self.mmu.asids[pcid] = self.mmu.asid;
+        self.mmu.set_asid(pcid, self.mmu.asid);
         self.code_mappings_changed();
         self.view_changed();
     }
@@ -312,12 +358,12 @@ impl Cpu {
 
     fn switch_address_space(&mut self, cr3: u64, flush: bool) {
         let pcid = self.pcid(cr3);
-        let known = self.mmu.asids[pcid];
+        let known = self.mmu.asid_of(pcid);
         self.mmu.asid = if flush || known == 0 {
             let Some(asid) = self.mmu.new_asid() else {
                 return self.tlb_flush_all();
             };
-            self.mmu.asids[pcid] = asid;
+            self.mmu.set_asid(pcid, asid);
             asid
         } else {
             known
@@ -346,7 +392,7 @@ impl Cpu {
         if self.pcid(self.sys.cr3) == usize::from(pcid) {
             self.tlb_flush_non_global();
         } else {
-            self.mmu.asids[usize::from(pcid) % PCIDS] = 0;
+            self.mmu.set_asid(usize::from(pcid), 0);
         }
     }
 
@@ -355,7 +401,7 @@ impl Cpu {
         if self.mmu.may_be_large(linear) {
             self.tlb_flush_pcid(pcid);
         } else {
-            let asid = self.mmu.asids[usize::from(pcid) % PCIDS];
+            let asid = self.mmu.asid_of(usize::from(pcid));
             self.mmu.second.drop_page(linear, asid);
             self.tlb_flush_page(linear);
         }
@@ -396,6 +442,10 @@ impl Cpu {
     /// Takes note of changes of the memory map and of pages that became code elsewhere. To be
     /// called between instructions only.
     pub(crate) fn catch_up_with_memory(&mut self) {
+        if !self.mmu.started {
+            self.mmu.started = true;
+            self.view_changed();
+        }
         loop {
             let generation = self.machine.memory.generation();
             if generation != self.mmu.generation {

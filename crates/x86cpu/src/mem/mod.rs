@@ -10,6 +10,8 @@ mod access;
 pub(crate) mod area;
 mod bulk;
 mod device;
+mod dirty;
+pub(crate) mod home;
 mod int;
 pub(crate) mod jumps;
 mod memory;

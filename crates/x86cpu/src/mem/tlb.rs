@@ -5,14 +5,17 @@
 )]
 
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
-use crate::mem::area::{Area, GLOBAL as GLOBAL_PAGE, OwnArea, jump_index};
+use crate::mem::area::{Area, GLOBAL as GLOBAL_PAGE, OwnArea, SIZE as AREA_SIZE};
+use crate::mem::home::{Home, Table as Entries};
 use crate::mem::jumps::{JumpKeys, Jumps};
 use crate::mem::{PAGE_MASK, PAGE_SHIFT};
 
-/// Entries of the second level.
+/// Entries of the second level; of a processor that begins small.
 const SECOND: usize = 4096;
-/// Matches no address: there is no address space 0. Tables of it needn't be written when they are made.
+const FEW_SECOND: usize = 256;
+/// Matches no address: there is no address space 0. A table of zeros has none.
 const NEVER: u64 = 0;
 /// Numbers of address spaces: 1 to this.
 pub(super) const LAST_ASID: u16 = 0xffe;
@@ -58,9 +61,9 @@ impl TlbView {
     /// The code that jumps to a linear address go to.
     #[inline]
     pub(crate) fn jump(&self, linear: u64) -> Option<u64> {
-        let n = jump_index(linear);
         // SAFETY: as in `read`.
         let area = unsafe { self.area.as_ref() };
+        let n = area.jump_index(linear);
         (area.jump_tag[n].wrapping_add(linear) == 0).then(|| area.jump_code[n])
     }
 
@@ -100,19 +103,32 @@ pub(super) struct FirstLevel {
     spaces: [Space; SPACES],
     current: usize,
     switches: u64,
-    slow: OwnArea,
+    /// The first area that is asked for.
+    spare: Option<OwnArea>,
     /// The second level of their jump caches.
     pub(super) jumps: Jumps,
 }
 
+/// The area of [`Table::Slow`], of which nothing ever hits: one for all processors.
+fn slow() -> NonNull<Area> {
+    struct Shared(OwnArea);
+    // SAFETY: nobody writes it once it is made.
+    unsafe impl Sync for Shared {}
+    static SLOW: OnceLock<Shared> = OnceLock::new();
+    SLOW.get_or_init(|| Shared(OwnArea::new())).0.pointer()
+}
+
 impl FirstLevel {
-    pub(super) fn new() -> Self {
+    /// Bytes of a home for what is small here.
+    pub(super) const HOME: usize = AREA_SIZE + Jumps::FEW_BYTES;
+
+    pub(super) fn new(mut home: Option<&mut Home>) -> Self {
         Self {
             spaces: Default::default(),
             current: 0,
             switches: 0,
-            slow: OwnArea::new(),
-            jumps: Jumps::new(),
+            spare: home.as_deref_mut().map(OwnArea::small),
+            jumps: Jumps::new(home),
         }
     }
 
@@ -164,19 +180,24 @@ impl FirstLevel {
         }
     }
 
-    /// The area of a table in the current address space.
-    fn own(&mut self, table: Table) -> &mut OwnArea {
-        match self.spaces[self.current].areas.get_mut(table as usize) {
-            Some(area) => area.get_or_insert_with(OwnArea::new),
-            None => &mut self.slow,
-        }
+    /// The area of a table in the current address space; none for [`Table::Slow`].
+    fn own(&mut self, table: Table) -> Option<&mut OwnArea> {
+        let spare = &mut self.spare;
+        let area = self.spaces[self.current].areas.get_mut(table as usize)?;
+        Some(area.get_or_insert_with(|| spare.take().unwrap_or_else(OwnArea::new)))
     }
 
     pub(super) fn view(&mut self, table: Table, asid: u16) -> TlbView {
         self.switch(asid);
+        let own = self.own(table).map(|area| area.pointer());
         TlbView {
-            area: self.own(table).pointer(),
+            area: own.unwrap_or_else(slow),
         }
+    }
+
+    /// A view through which nothing hits.
+    pub(super) fn no_view() -> TlbView {
+        TlbView { area: slow() }
     }
 
     /// Enters a page for reading, and for writing if `write`.
@@ -190,9 +211,9 @@ impl FirstLevel {
         write: bool,
     ) {
         self.switch(asid);
-        if table != Table::Slow {
+        if let Some(area) = self.own(table) {
             let gpa = mapping.gpa | if mapping.global { GLOBAL_PAGE } else { 0 };
-            self.own(table).get().fill(linear, host, gpa, write);
+            area.get().fill(linear, host, gpa, write);
         }
     }
 
@@ -261,6 +282,18 @@ impl FirstLevel {
         self.jumps.clear();
     }
 
+    /// Has room for as many jumps as there can be; there are none after that.
+    pub(super) fn grow_jumps(&mut self) {
+        self.drop_jumps();
+        for area in self.all() {
+            area.get().grow_jumps();
+        }
+        if let Some(area) = &mut self.spare {
+            area.get().grow_jumps();
+        }
+        self.jumps.give_back();
+    }
+
     /// Gives the memory back to the host that is not needed until guest code runs again.
     pub(super) fn give_back(&mut self) {
         let current = self.current;
@@ -305,25 +338,40 @@ const GLOBAL: u64 = 1 << 4;
 
 /// The second level: the outcome of walks, for all kinds of access.
 pub(super) struct SecondLevel {
-    entries: Box<[(u64, u64)]>,
+    entries: Entries<(u64, u64)>,
+    /// Which groups of entries may have any.
+    used: u64,
 }
 
+/// Groups of entries.
+const GROUPS: usize = 64;
+
 impl SecondLevel {
-    pub(super) fn new() -> Self {
+    /// Bytes in a home.
+    pub(super) const HOME: usize = FEW_SECOND * size_of::<(u64, u64)>();
+
+    pub(super) fn new(home: Option<&mut Home>) -> Self {
+        let entries = if home.is_some() { FEW_SECOND } else { SECOND };
         Self {
-            entries: vec![(NEVER, 0); SECOND].into_boxed_slice(),
+            entries: Entries::new(home, entries),
+            used: 0,
         }
     }
 
-    fn slot(linear: u64, asid: u16) -> usize {
+    fn slot(&self, linear: u64, asid: u16) -> usize {
         let page = linear >> PAGE_SHIFT;
         // User and kernel stacks and text tend to agree in their low bits, and so do the pages of
         // several processes.
-        (page ^ (page >> 12) ^ (u64::from(asid) * 0x9e5)) as usize & (SECOND - 1)
+        (page ^ (page >> 12) ^ (u64::from(asid) * 0x9e5)) as usize & self.entries.mask()
+    }
+
+    /// Entries of a group.
+    fn group(&self) -> usize {
+        (self.entries.mask() + 1) / GROUPS
     }
 
     fn value(&self, linear: u64, asid: u16) -> Option<u64> {
-        let (tag, value) = self.entries[Self::slot(linear, asid)];
+        let (tag, value) = *self.entries.at(self.slot(linear, asid));
         (tag == (linear & !PAGE_MASK) | u64::from(asid)).then_some(value)
     }
 
@@ -351,12 +399,15 @@ impl SecondLevel {
             | pick(mapping.executable, EXECUTABLE)
             | pick(mapping.dirty, DIRTY)
             | pick(mapping.global, GLOBAL);
-        self.entries[Self::slot(linear, asid)] = ((linear & !PAGE_MASK) | u64::from(asid), value);
+        let slot = self.slot(linear, asid);
+        self.used |= 1 << (slot / self.group());
+        *self.entries.at_mut(slot) = ((linear & !PAGE_MASK) | u64::from(asid), value);
     }
 
     /// Drops a linear page of an address space.
     pub(super) fn drop_page(&mut self, linear: u64, asid: u16) {
-        let entry = &mut self.entries[Self::slot(linear, asid)];
+        let slot = self.slot(linear, asid);
+        let entry = self.entries.at_mut(slot);
         if entry.0 == (linear & !PAGE_MASK) | u64::from(asid) {
             entry.0 = NEVER;
         }
@@ -364,6 +415,13 @@ impl SecondLevel {
 
     /// Drops everything.
     pub(super) fn clear(&mut self) {
-        self.entries.fill((NEVER, 0));
+        let group = self.group();
+        let groups = self.entries.all_mut().chunks_exact_mut(group);
+        for (n, group) in groups.enumerate() {
+            if self.used >> n & 1 != 0 {
+                group.fill((NEVER, 0));
+            }
+        }
+        self.used = 0;
     }
 }

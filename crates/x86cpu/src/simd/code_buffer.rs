@@ -7,6 +7,7 @@
 use std::io;
 use std::ptr::NonNull;
 
+use super::code_slab::{SLICE, Slice};
 use crate::mem::HOST_LARGE_PAGE as LARGE;
 
 /// Start of each piece of code: a fetch line's half, so that short pieces take one fetch.
@@ -20,9 +21,18 @@ pub struct CodeBuffer {
     used: usize,
     /// So much from the start on is in large pages, or was refused them.
     large: usize,
+    _owned: Owned,
 }
 
-// SAFETY: the two mappings belong to this value alone; writing takes `&mut self`, and what has been
+/// What keeps a buffer's memory.
+enum Owned {
+    /// Mappings of its own.
+    Alone { _mapped: [Mapped; 2] },
+    /// A slice of what is shared.
+    Slice { _slice: Slice },
+}
+
+// SAFETY: the memory belongs to this value alone; writing takes `&mut self`, and what has been
 // handed out for execution isn't written again before it is void.
 unsafe impl Send for CodeBuffer {}
 
@@ -35,20 +45,33 @@ impl CodeBuffer {
         let capacity = capacity.next_multiple_of(4096);
         let file = File::create(capacity)?;
         let writable = file.map(capacity, libc::PROT_READ | libc::PROT_WRITE)?;
-        let executable = match file.map(capacity, libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(executable) => executable,
-            Err(e) => {
-                // SAFETY: mapped above, of this size, and nobody has the address.
-                unsafe { libc::munmap(writable.as_ptr().cast(), capacity) };
-                return Err(e);
-            }
-        };
+        let executable = file.map(capacity, libc::PROT_READ | libc::PROT_EXEC)?;
         Ok(Self {
-            writable,
-            executable,
+            writable: writable.at(0),
+            executable: executable.at(0),
             capacity,
             used: 0,
             large: 0,
+            _owned: Owned::Alone {
+                _mapped: [writable, executable],
+            },
+        })
+    }
+
+    /// A buffer of at most `capacity` bytes, and of few, which has no mapping of its own.
+    ///
+    /// # Errors
+    /// As with [`CodeBuffer::new`].
+    pub fn small(capacity: usize) -> io::Result<Self> {
+        let slice = Slice::new()?;
+        let [writable, executable] = slice.places();
+        Ok(Self {
+            writable,
+            executable,
+            capacity: capacity.min(SLICE),
+            used: 0,
+            large: 0,
+            _owned: Owned::Slice { _slice: slice },
         })
     }
 
@@ -148,21 +171,38 @@ impl CodeBuffer {
     }
 }
 
-impl Drop for CodeBuffer {
+/// One mapping of a file.
+pub(super) struct Mapped {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: it owns its memory, like a box; who has parts of it keeps to them.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// So far from its start.
+    pub(super) fn at(&self, offset: usize) -> NonNull<u8> {
+        assert!(offset < self.len, "within the mapping");
+        // SAFETY: as just seen.
+        unsafe { self.base.add(offset) }
+    }
+}
+
+impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: both were mapped in `new` with this size; users of the code hold the buffer.
-        unsafe {
-            libc::munmap(self.writable.as_ptr().cast(), self.capacity);
-            libc::munmap(self.executable.as_ptr().cast(), self.capacity);
-        }
+        // SAFETY: mapped by `File::map` with this size; who has parts of it has this too.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
 
 /// The file behind the mappings, closed once they are made.
-struct File(i32);
+pub(super) struct File(i32);
 
 impl File {
-    fn create(size: usize) -> io::Result<Self> {
+    pub(super) fn create(size: usize) -> io::Result<Self> {
         let flags = libc::MFD_CLOEXEC;
         // Kernels from 6.3 on want to hear that the file may be executed; older ones refuse the flag.
         let mut fd = -1;
@@ -185,7 +225,7 @@ impl File {
         Ok(file)
     }
 
-    fn map(&self, size: usize, protection: i32) -> io::Result<NonNull<u8>> {
+    pub(super) fn map(&self, size: usize, protection: i32) -> io::Result<Mapped> {
         // Large pages are only where addresses and places in the file agree. What never gets any can be
         // anywhere.
         let (start, fixed) = match size {
@@ -203,7 +243,9 @@ impl File {
             }
             return Err(error);
         }
-        NonNull::new(address.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))
+        let base =
+            NonNull::new(address.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
+        Ok(Mapped { base, len: size })
     }
 }
 

@@ -6,6 +6,7 @@
 //! other and touch no memory become one op in [`fused`].
 
 mod code_buffer;
+mod code_slab;
 pub(crate) mod fused;
 mod gather;
 mod masked;

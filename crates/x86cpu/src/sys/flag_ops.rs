@@ -37,6 +37,8 @@ impl Cpu {
     fn flags_changed(&mut self, op: &Op) -> Result<(), Trap> {
         if self.must_leave_block() {
             self.rip = self.next_rip(op);
+            // It is complete, and whoever ran it takes it off with the rest of its block.
+            self.instructions += 1;
             return Err(self.resume());
         }
         Ok(())

@@ -18,6 +18,7 @@ pub const TUNINGS: [(&str, Tuning); 4] = [
         "hardened",
         Tuning {
             hardened: true,
+            small: true,
             ..Tuning::STRESS
         },
     ),

@@ -7,6 +7,7 @@ mod apic;
 #[path = "../common/assemble.rs"]
 mod assemble;
 mod atomics;
+mod budget;
 mod changes;
 mod cross;
 mod edges;

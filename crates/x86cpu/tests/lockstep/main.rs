@@ -88,14 +88,21 @@ pub struct Worlds {
     others: Vec<(&'static str, World)>,
 }
 
+/// Whether instructions are counted.
+fn counted(number: u64) -> bool {
+    (number / RENEWED_AFTER) % 2 == 1
+}
+
 /// How compiled code runs, and whether it is interrupted all the time.
 fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
     let hardened = (number / RENEWED_AFTER) % 4 == 3;
+    let small = (number / RENEWED_AFTER) % 3 == 0;
     vec![
         (
             "stress",
             Tuning {
                 hardened,
+                small,
                 ..Tuning::STRESS
             },
             false,
@@ -104,6 +111,7 @@ fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
             "jit",
             Tuning {
                 threshold: 6,
+                small,
                 ..Tuning::JIT
             },
             true,
@@ -115,10 +123,14 @@ impl Worlds {
     /// New machines for the case of this number.
     pub fn new(number: u64, watch: &Watch) -> Self {
         Self {
-            interpreter: World::new(Tuning::INTERPRETER, watch, false),
+            interpreter: World::new(Tuning::INTERPRETER, watch, false, counted(number)),
             others: tunings(number)
                 .into_iter()
-                .map(|(name, tuning, pest)| (name, World::new(tuning, watch, pest)))
+                // What interrupts run is counted too, and chance.
+                .map(|(name, tuning, pest)| {
+                    let counted = counted(number) && !pest;
+                    (name, World::new(tuning, watch, pest, counted))
+                })
                 .collect(),
         }
     }

@@ -52,6 +52,9 @@ pub fn differences(
             number(&place, name, a.gpr[k], b.gpr[k]);
         }
         number(&place, "rip", a.rip, b.rip);
+        if let (Some(a), Some(b)) = (a.retired, b.retired) {
+            number(&place, "instructions", a, b);
+        }
         number(
             &place,
             "flags",

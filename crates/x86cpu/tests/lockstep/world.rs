@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use skerry_x86cpu::sys::state::{DescriptorTable, Segment, cr4};
 use skerry_x86cpu::testing::TestCpu;
-use skerry_x86cpu::{CpuExit, CpuShared, Tuning};
+use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Tuning};
 
 use crate::program::{Behind, END, Image, Program};
 use crate::state::{DATA, DATA_LEN, DATA_WRITABLE};
@@ -76,6 +76,8 @@ pub struct Stop {
     pub gpr: [u64; 16],
     pub rip: u64,
     pub flags: u64,
+    /// Instructions of the program so far, where they are counted.
+    pub retired: Option<u64>,
 }
 
 /// A fault, as the handler saw it.
@@ -201,10 +203,14 @@ pub struct World {
 }
 
 impl World {
-    /// A machine; with `pestered`, one that is interrupted all the time.
-    pub fn new(tuning: Tuning, watch: &Watch, pestered: bool) -> Self {
+    /// A machine; with `pestered`, one that is interrupted all the time; with `counted`, one that counts
+    /// its instructions.
+    pub fn new(tuning: Tuning, watch: &Watch, pestered: bool, counted: bool) -> Self {
         let mut t = TestCpu::with_tuning(1, tuning);
         TestCpu::set_up_64(&mut t.cpu);
+        if counted {
+            t.cpu.set_budget(Some(u64::MAX));
+        }
         t.cpu.sys.cr4 |= cr4::FSGSBASE;
         t.cpu.sys.cr3 = TABLES;
         let mut world = Self {
@@ -445,6 +451,8 @@ impl World {
         let shared = self.t.cpu.shared.clone();
         self.watch.set(Some((Instant::now(), shared)));
         let mut stops: Vec<Stop> = Vec::new();
+        let before = self.t.cpu.retired().unwrap_or_default();
+        let retired = |cpu: &Cpu| Some(cpu.retired()? - before);
         let started = Instant::now();
         while stops.len() < EXITS {
             let exit = self.t.cpu.run();
@@ -466,6 +474,7 @@ impl World {
                 gpr,
                 rip: cpu.rip,
                 flags: cpu.rflags_full(),
+                retired: retired(cpu),
             });
             let answer = (stops.len() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             match exit {

@@ -253,10 +253,11 @@ fn seed() -> u64 {
     skerry_sandbox_rt::seed()
 }
 
-/// Leaves values in SSE registers, x87 and flags.
+/// Leaves values in SSE registers and x87.
+#[cfg(target_feature = "sse2")]
 #[guest_fn]
 fn leave_traces(value: u64) {
-    // SAFETY: the registers are named; the direction flag is cleared by who clears it: the test.
+    // SAFETY: the registers are named.
     unsafe {
         core::arch::asm!(
             "movq xmm15, {0}", "movq xmm14, {0}", "movq xmm7, {0}",
@@ -266,6 +267,7 @@ fn leave_traces(value: u64) {
     }
 }
 
+#[cfg(target_feature = "sse2")]
 #[guest_fn]
 fn find_traces() -> Vec<u64> {
     let (a, b, c): (u64, u64, u64);

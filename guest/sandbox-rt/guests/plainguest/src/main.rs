@@ -1,0 +1,11 @@
+//! A guest that needs nothing of its host.
+
+#![no_std]
+#![no_main]
+
+use skerry_sandbox_rt::guest_fn;
+
+#[guest_fn]
+fn double(value: i32) -> i32 {
+    value.wrapping_mul(2)
+}
