@@ -36,7 +36,8 @@ mod panic;
 
 pub use alloc::string::String;
 pub use calls::{Export, Import, Init, function, host_call, parameter};
-pub use calls::{call_by_name, control_address, seed};
+pub use calls::{call_by_name, call_by_name_with, control_address, register, seed};
+pub use logging::write_log;
 pub use skerry_sandbox_abi as abi;
 pub use skerry_sandbox_abi::serde_value;
 pub use skerry_sandbox_abi::{HostError, HostReturned};
