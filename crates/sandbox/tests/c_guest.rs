@@ -10,7 +10,7 @@ mod plain;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use skerry_sandbox::{Backend, Builder, CallError, Fault, Sandbox};
+use skerry_sandbox::{Backend, BuildError, Builder, CallError, Fault, Sandbox};
 
 /// What the other tests' helpers run on.
 fn backend() -> Backend {
@@ -180,7 +180,12 @@ fn a_guest_in_c_without_sse_is_called_like_any() {
                 Some(found) => assert_eq!(found, [""; 0], "SSE registers are used"),
                 None => println!("not checked for SSE registers: no objdump"),
             }
-            behaves(builder(program));
+            behaves(builder(program.clone()));
+            match builder(program.clone()).backend(Backend::Kvm).build() {
+                Ok(_) => behaves(builder(program).backend(Backend::Kvm)),
+                Err(error @ BuildError::Unusable { .. }) => println!("not on KVM: {error}"),
+                Err(error) => panic!("the guest doesn't start on KVM: {error:?}"),
+            }
         }
         Err(why) => println!("skipped: {why}"),
     }
