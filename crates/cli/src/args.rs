@@ -8,6 +8,7 @@ mod network;
 mod networks;
 mod pool;
 mod resources;
+mod sandbox;
 mod serve;
 mod snapshot;
 mod soft;
@@ -26,6 +27,7 @@ pub use network::*;
 pub use networks::*;
 pub use pool::*;
 pub use resources::*;
+pub use sandbox::*;
 pub use serve::*;
 pub use snapshot::*;
 pub use soft::*;
@@ -136,6 +138,8 @@ pub enum Command {
     Volume(VolumeArgs),
     /// Look at snapshots, carry them about, remove them
     Snapshot(SnapshotArgs),
+    /// Call functions of small programs, each in a virtual machine of its own, without a kernel
+    Sandbox(SandboxArgs),
     /// Answer at a socket: the same over HTTP, for programs and for docker's client
     Serve(ServeArgs),
     /// Look after what Skerry keeps on this machine

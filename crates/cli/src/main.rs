@@ -75,6 +75,7 @@ fn main() -> ExitCode {
         Command::Image(args) => commands::images::execute(&args),
         Command::Volume(args) => commands::volume::volume(args),
         Command::Snapshot(args) => commands::snapshot::execute(&args),
+        Command::Sandbox(args) => commands::sandbox::execute(&args),
         Command::Serve(args) => commands::serve::execute(&args),
         Command::System(args) => commands::system::execute(&args),
         Command::Doctor(args) => commands::doctor::execute(&args),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::{PORT, Small, assemble, fill, many_blocks, out_loop, ram, slot, soft, work_loop};
 use iced_x86::code_asm::*;
-use skerry_hypervisor::{CancelOutcome, Exit, Gpa, Hypervisor, Vcpu, Vm};
+use skerry_hypervisor::{BootRegisters, CancelOutcome, Exit, Gpa, Hypervisor, Vcpu, Vm};
 use skerry_hypervisor_soft::Tuning;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -143,7 +143,10 @@ fn states() {
         guest.vcpu.set_state(&state).expect("a state");
         guest.out();
     });
-    let registers = guest.vcpu.boot_registers().expect("registers");
+    let registers = BootRegisters {
+        general: state.general,
+        system: state.system,
+    };
     measure("set boot registers, 150 instructions", 50, 1000, || {
         guest
             .vcpu
@@ -238,16 +241,6 @@ fn endless() -> Vec<(&'static str, Vec<u8>)> {
             }),
         ),
         (
-            "rep stosb onto one address, huge count",
-            assemble(|a| {
-                let mut again = a.create_label();
-                a.set_label(&mut again)?;
-                a.mov(rcx, -1_i64 as u64)?;
-                a.rep().lodsb()?;
-                a.jmp(again)
-            }),
-        ),
-        (
             "two pages that jump to each other",
             assemble(|a| {
                 let (mut here, mut there) = (a.create_label(), a.create_label());
@@ -303,11 +296,14 @@ fn cancel() {
                 println!("{name}, {way}: the guest ended by itself");
                 continue;
             }
+            // On a busy host these are times of its scheduler, but for the best.
+            let best = times.iter().min().copied().unwrap_or_default();
             let worst = times.iter().max().copied().unwrap_or_default();
             println!(
-                "{:40} {:>10.3} µs, at worst {:.1}",
+                "{:40} {:>10.3} µs, at best {:.1}, at worst {:.1}",
                 format!("cancel {name}, {way}"),
                 median(times).as_nanos() as f64 / 1e3,
+                best.as_nanos() as f64 / 1e3,
                 worst.as_nanos() as f64 / 1e3
             );
         }

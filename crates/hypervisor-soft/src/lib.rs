@@ -8,6 +8,9 @@
 //!                 └─ SoftHost: clock, timer thread, wake-ups ───────────┘ (any thread: MSI, kick)
 //! ```
 //!
+//! A machine without interrupt controllers has no timer thread, and a processor that begins small
+//! ([`Tuning::small`]): it is for functions, of which there may be thousands in a process.
+//!
 //! Called by `engine` (which picks the backend) and, through the contract, by `machine`. The
 //! processor itself (registers, MMU, interpreter, local APIC) is `skerry-x86cpu`, which knows
 //! nothing of VMMs; this crate gives it threads, time and memory.

@@ -1,9 +1,10 @@
 //! What the software processor offers on this host, and how fast it is.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use skerry_hypervisor::probe::{self, GuestSpeed};
+use skerry_hypervisor::validate::StateLimits;
 use skerry_hypervisor::{Capabilities, CpuidTable, CreateVmError, Hypervisor, Unusable, VmSpec};
 use skerry_x86cpu::{HostFeatures, TSC_HZ, Tuning};
 
@@ -32,11 +33,47 @@ pub(crate) fn supported() -> CpuidTable {
 }
 
 /// Every CPUID bit that a guest from elsewhere may have been shown.
-pub(crate) fn accepted() -> CpuidTable {
+pub(crate) fn accepted() -> &'static CpuidTable {
     static TABLE: OnceLock<CpuidTable> = OnceLock::new();
-    TABLE
-        .get_or_init(|| state::cpuid_from(&skerry_x86cpu::accepted(&HostFeatures::detect())))
-        .clone()
+    TABLE.get_or_init(|| state::cpuid_from(&skerry_x86cpu::accepted(&HostFeatures::detect())))
+}
+
+/// What follows from a CPUID table that a processor is made with.
+pub(crate) struct Model {
+    /// The table itself.
+    table: CpuidTable,
+    /// The same as the processor has it.
+    pub(crate) own: skerry_x86cpu::CpuidTable,
+    /// A feature that it offers and that can't be had.
+    pub(crate) missing: Option<String>,
+    pub(crate) khz: u32,
+    /// With and without local APIC.
+    limits: [StateLimits; 2],
+}
+
+impl Model {
+    /// Of a table. Most that are asked for are like the one before, of which this is found out once.
+    pub(crate) fn of(table: &CpuidTable) -> Arc<Self> {
+        static LAST: Mutex<Option<Arc<Model>>> = Mutex::new(None);
+        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = last.as_ref().filter(|known| known.table == *table) {
+            return known.clone();
+        }
+        let made = Arc::new(Self {
+            table: table.clone(),
+            own: state::cpuid_to(table),
+            missing: table.missing_from(accepted()).into_iter().next(),
+            khz: table.tsc_khz().unwrap_or(TSC_KHZ),
+            limits: [false, true].map(|lapic| StateLimits::of(table, lapic)),
+        });
+        *last = Some(made.clone());
+        made
+    }
+
+    /// What a state of such a processor can hold.
+    pub(crate) fn limits(&self, lapic: bool) -> StateLimits {
+        self.limits[usize::from(lapic)]
+    }
 }
 
 impl Soft {
@@ -98,7 +135,7 @@ impl Hypervisor for Soft {
         })?;
         Ok(Self {
             supported_cpuid: supported(),
-            accepted_cpuid: accepted(),
+            accepted_cpuid: accepted().clone(),
             tuning: Tuning::default(),
         })
     }

@@ -14,6 +14,7 @@ use skerry_x86cpu::sys::state::Activity;
 use skerry_x86cpu::{Cpu, CpuExit, CpuShared, Host};
 
 use crate::host::SoftHost;
+use crate::probe::Model;
 use crate::state;
 use crate::vm::{MAX_VCPUS, VmShared};
 
@@ -104,16 +105,13 @@ impl SoftVcpu {
             return Err(bad("there is one with this id"));
         }
         let unsupported = |feature| CreateVcpuError::Unsupported { id, feature };
-        if let Some(feature) = cpuid
-            .missing_from(&crate::probe::accepted())
-            .into_iter()
-            .next()
-        {
-            return Err(unsupported(feature));
+        let model = Model::of(cpuid);
+        if let Some(feature) = &model.missing {
+            return Err(unsupported(feature.clone()));
         }
-        let mut cpu = Cpu::new(&vm.machine, id, state::cpuid_to(cpuid))
-            .ok_or(bad("there is one with this id"))?;
-        let khz = cpuid.tsc_khz().unwrap_or(crate::probe::TSC_KHZ);
+        let mut cpu =
+            Cpu::new(&vm.machine, id, model.own.clone()).ok_or(bad("there is one with this id"))?;
+        let khz = model.khz;
         if !cpu.set_tsc_khz(khz) {
             return Err(unsupported(format!("a time-stamp counter of {khz} kHz")));
         }
@@ -128,7 +126,7 @@ impl SoftVcpu {
         });
         Ok(Self {
             cpu,
-            limits: StateLimits::of(cpuid, vm.irqchip == Irqchip::Split),
+            limits: model.limits(vm.irqchip == Irqchip::Split),
             word: Arc::default(),
             kick,
             queued: None,

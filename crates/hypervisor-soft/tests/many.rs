@@ -76,7 +76,7 @@ fn three_hundred_at_once() {
 }
 
 #[test]
-#[ignore = "takes a gigabyte and half a minute"]
+#[ignore = "takes two gigabytes and some seconds"]
 fn ten_thousand_at_once() {
     check(10_000);
 }

@@ -70,7 +70,9 @@ impl CallWord {
         self.kicked.load(Ordering::SeqCst)
     }
 
-    fn cancel(&self, call: CallId) -> CancelOutcome {
+    /// Marks the call, and says whether it is the first to do so: one kick is enough, and many who cancel
+    /// the same call would keep its thread busy with theirs.
+    fn cancel(&self, call: CallId) -> (CancelOutcome, bool) {
         let active = call.0 | ACTIVE;
         match self.word.compare_exchange(
             active,
@@ -78,9 +80,9 @@ impl CallWord {
             Ordering::SeqCst,
             Ordering::SeqCst,
         ) {
-            Ok(_) => CancelOutcome::Cancelled,
-            Err(now) if now == active | CANCELLED => CancelOutcome::Cancelled,
-            Err(_) => CancelOutcome::NotActive,
+            Ok(_) => (CancelOutcome::Cancelled, true),
+            Err(now) if now == active | CANCELLED => (CancelOutcome::Cancelled, false),
+            Err(_) => (CancelOutcome::NotActive, false),
         }
     }
 
@@ -118,8 +120,8 @@ impl Canceller {
 
     /// Cancels `call`: its run, or its next run, returns [`crate::Exit::Cancelled`].
     pub fn cancel(&self, call: CallId) -> CancelOutcome {
-        let outcome = self.word.cancel(call);
-        if outcome == CancelOutcome::Cancelled {
+        let (outcome, first) = self.word.cancel(call);
+        if first {
             self.kick.kick();
         }
         outcome
@@ -139,15 +141,15 @@ pub fn cancel_all(cancellers: &[Canceller]) -> Vec<CancelOutcome> {
         .iter()
         .map(|c| match c.word.current() {
             Some(call) => c.word.cancel(call),
-            None => CancelOutcome::NotActive,
+            None => (CancelOutcome::NotActive, false),
         })
         .collect();
-    for (canceller, outcome) in cancellers.iter().zip(&outcomes) {
-        if *outcome == CancelOutcome::Cancelled {
+    for (canceller, (_, first)) in cancellers.iter().zip(&outcomes) {
+        if *first {
             canceller.kick.kick();
         }
     }
-    outcomes
+    outcomes.into_iter().map(|(outcome, _)| outcome).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::codec::{DecodeError, Reader, Writer};
+
 /// One parameter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parameter {
@@ -65,4 +67,107 @@ pub struct Description {
     pub imports: Vec<Function>,
 }
 
-crate::serde_value!(Description);
+/// Writes a description as it travels: texts with their length in two bytes, in front of each function the
+/// number of its parameters. A guest does this once, with one buffer for the names of types.
+#[derive(Debug)]
+pub struct Describe<'a, 'b> {
+    out: &'a mut Writer<'b>,
+    kind: String,
+}
+
+impl<'a, 'b> Describe<'a, 'b> {
+    /// Begins with the runtime's name; then come the exports and the imports, each with their number.
+    pub fn new(out: &'a mut Writer<'b>, runtime: &str) -> Self {
+        let kind = String::new();
+        let mut describe = Self { out, kind };
+        describe.text(runtime);
+        describe
+    }
+
+    /// How many functions come.
+    pub fn count(&mut self, functions: usize) {
+        self.out.put(&(functions as u32).to_le_bytes());
+    }
+
+    fn text(&mut self, text: &str) {
+        put_text(self.out, text);
+    }
+
+    /// A function begins; `parameters` of them follow, then what it returns.
+    pub fn function(&mut self, name: &str, parameters: u8) {
+        self.text(name);
+        self.out.put(&[parameters]);
+    }
+
+    /// A parameter.
+    pub fn parameter(&mut self, name: &str, kind: impl FnOnce(&mut String)) {
+        self.text(name);
+        self.kind(kind);
+    }
+
+    /// A type: of what the function returns.
+    pub fn kind(&mut self, kind: impl FnOnce(&mut String)) {
+        self.kind.clear();
+        kind(&mut self.kind);
+        put_text(self.out, &self.kind);
+    }
+
+    /// A whole function.
+    pub fn whole(&mut self, function: &Function) {
+        self.function(&function.name, function.parameters.len() as u8);
+        for Parameter { name, kind } in &function.parameters {
+            self.parameter(name, |out| out.push_str(kind));
+        }
+        self.kind(|out| out.push_str(&function.returns));
+    }
+}
+
+fn put_text(out: &mut Writer<'_>, text: &str) {
+    // A name is not longer than that; one that is makes a description that none reads.
+    out.put(&(text.len() as u16).to_le_bytes());
+    out.put(text.as_bytes());
+}
+
+fn text(from: &mut Reader<'_>) -> Result<String, DecodeError> {
+    let len = from.array().map(u16::from_le_bytes)?;
+    let bytes = from.take(len.into())?;
+    let text = core::str::from_utf8(bytes);
+    Ok(text
+        .map_err(|_| DecodeError::Malformed("a name is not UTF-8"))?
+        .into())
+}
+
+fn functions(from: &mut Reader<'_>) -> Result<Vec<Function>, DecodeError> {
+    let count = from.u32()? as usize;
+    // Each takes five bytes at least: a count that lies makes no large allocation.
+    let mut functions = Vec::with_capacity(count.min(from.rest().len() / 5));
+    for _ in 0..count {
+        let name = text(from)?;
+        let [parameters] = from.array()?;
+        let parameter = |_| {
+            let name = text(from)?;
+            Ok(Parameter {
+                name,
+                kind: text(from)?,
+            })
+        };
+        let parameters: Result<_, DecodeError> = (0..parameters).map(parameter).collect();
+        functions.push(Function {
+            name,
+            parameters: parameters?,
+            returns: text(from)?,
+        });
+    }
+    Ok(functions)
+}
+
+impl Description {
+    /// Reads what [`Describe`] wrote.
+    pub fn read(from: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            runtime: text(from)?,
+            exports: functions(from)?,
+            imports: functions(from)?,
+        })
+    }
+}

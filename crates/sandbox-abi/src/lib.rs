@@ -35,7 +35,7 @@ pub mod wasm;
 
 pub use answer::{HostError, HostReturned};
 pub use codec::{DecodeError, Reader, Tag, Writer};
-pub use describe::{Description, Function, Parameter};
+pub use describe::{Describe, Description, Function, Parameter};
 pub use layout::{
     Control, LOG_HEADER, PORT, PORT_EXCEPTION, VERSION_MAX, VERSION_MIN, boot, leave, log_kind,
     request, status,

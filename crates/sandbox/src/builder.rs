@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use skerry_sandbox_abi::Description;
+
 use crate::error::BuildError;
 use crate::host_fn::{HostFn, HostFunctions};
 use crate::processor::Backend;
@@ -95,6 +97,7 @@ impl From<&[u8]> for Guest {
 pub(crate) struct Limits {
     pub(crate) timeout: Option<Duration>,
     pub(crate) cpu_time: Option<Duration>,
+    pub(crate) instructions: Option<u64>,
 }
 
 /// How long a guest may initialise itself, unless told.
@@ -196,6 +199,14 @@ impl Builder {
         self
     }
 
+    /// How many instructions a call may take: the same number each time, whatever else the host does. Only
+    /// `soft` counts them; a little more than that may run, see
+    /// [`BUDGET_SLACK`](skerry_hypervisor::traits::BUDGET_SLACK).
+    pub fn call_instructions(mut self, instructions: u64) -> Self {
+        self.limits.instructions = Some(instructions);
+        self
+    }
+
     /// The least severe level of the guest's log that is wanted. What the program's own `tracing`
     /// subscriber wants, unless told.
     pub fn log_level(mut self, level: Option<tracing::Level>) -> Self {
@@ -205,6 +216,15 @@ impl Builder {
 
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
+        self.start(true)
+    }
+
+    /// What the guest has and needs, without its host functions: it is run until it is ready, and no more.
+    pub fn describe(self) -> Result<Description, BuildError> {
+        Ok(self.start(false)?.description())
+    }
+
+    fn start(self, link: bool) -> Result<Sandbox, BuildError> {
         let program = self.guest.ok_or(BuildError::NoGuest)?.read()?;
         let level = self
             .log_level
@@ -216,6 +236,7 @@ impl Builder {
             init_timeout: self.init_timeout,
             functions: Arc::new(self.functions),
             log_level: level,
+            link,
         };
         Sandbox::load(&program, start)
     }

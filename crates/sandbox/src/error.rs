@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use skerry_hypervisor::{
-    CreateVcpuError, CreateVmError, DirtyLogError, MapError, RunError, StateError, Unusable,
+    BudgetError, CreateVcpuError, CreateVmError, DirtyLogError, MapError, RunError, StateError,
+    Unusable,
 };
 use skerry_sandbox_abi::Function;
 use thiserror::Error;
@@ -64,6 +65,9 @@ pub enum BuildError {
     /// What was mapped can't be again.
     #[error(transparent)]
     Mapping(Box<MapFileError>),
+    /// Instructions can't be counted.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
     /// The guest needs host functions that were not given.
     #[error("The guest needs host functions that aren't registered: {}", list(.0))]
     MissingHostFunctions(Vec<Function>),
@@ -171,6 +175,9 @@ pub enum CallError {
     /// It took more processor time than it may.
     #[error("The call took more than {0:?} of processor time")]
     CpuTime(std::time::Duration),
+    /// It ran more instructions than it may.
+    #[error("The call took more than {0} instructions")]
+    BudgetSpent(u64),
     /// The guest did what the interface doesn't know.
     #[error("The guest broke the interface: {0}")]
     Misbehaved(String),
@@ -186,6 +193,9 @@ pub enum CallError {
     /// The backend refused.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Instructions can't be counted.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
 }
 
 /// A snapshot could not be taken, kept or read.

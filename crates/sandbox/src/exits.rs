@@ -6,7 +6,6 @@ use skerry_sandbox_abi::{Control, Encode, PORT, PORT_EXCEPTION, Reader, Writer, 
 use crate::error::CallError;
 use crate::fault::Frame;
 use crate::interrupt::Reason;
-use crate::logs;
 use crate::sandbox::Sandbox;
 
 /// What an exit of the guest's leads to.
@@ -24,6 +23,9 @@ fn misbehaved(what: impl Into<String>) -> CallError {
 impl Sandbox {
     /// Runs the guest until it has answered the request that is in the control page, or has failed.
     pub(crate) fn enter(&mut self) -> Result<(), CallError> {
+        if self.limits.instructions.is_some() {
+            self.processor.set_budget(self.limits.instructions)?;
+        }
         let call = self.processor.begin_call();
         let timed = match &self.timer {
             Some(timer) => {
@@ -40,6 +42,10 @@ impl Sandbox {
         }
         if self.control.log_len() != 0 {
             self.show_log();
+        }
+        match &ended {
+            Ok(()) => self.spans.leave_all(),
+            Err(_) => self.spans.close_all(),
         }
         ended
     }
@@ -59,6 +65,10 @@ impl Sandbox {
                 },
                 Exit::PortOut { port: STUB, .. } => return Err(self.excepted()?),
                 Exit::Interrupted => {}
+                Exit::BudgetSpent => {
+                    let budget = self.limits.instructions.unwrap_or_default();
+                    return Err(CallError::BudgetSpent(budget));
+                }
                 Exit::Cancelled => return Err(self.cancelled()),
                 Exit::PortIn { port, .. } => {
                     // Completed, so that the processor stands between two instructions.
@@ -86,6 +96,10 @@ impl Sandbox {
             leave::RETURN => Ok(Next::Answered),
             leave::HOST_CALL => {
                 self.metrics.host_calls += 1;
+                // So that what the function logs comes after it, and lies in the guest's spans.
+                if self.control.log_len() != 0 {
+                    self.show_log();
+                }
                 self.host_call()?;
                 Ok(Next::Resume)
             }
@@ -136,7 +150,7 @@ impl Sandbox {
     pub(crate) fn show_log(&mut self) {
         let len = u64::from(self.control.log_len()).min(self.layout.log.len);
         if let Some(area) = self.region.bytes(self.layout.log.at, len) {
-            self.metrics.log_damaged += u64::from(logs::show(area));
+            self.metrics.log_damaged += u64::from(self.spans.show(area));
         }
         self.control.set_log_len(0);
     }

@@ -32,6 +32,7 @@
 //! | `fault` | what an exception means |
 //! | `host_fn` | functions of the host |
 //! | `interrupt`, `watchdog` | cancelling, from outside and by time |
+//! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
 //! | [`wasm`] | WebAssembly modules, by a guest that comes with the crate |
 //!
@@ -41,6 +42,7 @@
 
 mod builder;
 mod disk;
+mod dynamic;
 mod elf;
 mod error;
 mod exits;
@@ -59,6 +61,7 @@ pub mod wasm;
 mod watchdog;
 
 pub use builder::{Builder, Config, Guest};
+pub use dynamic::{NotAValue, Value};
 pub use error::{BuildError, CallError, RestoreError, SnapshotError};
 pub use fault::{Access, Fault};
 pub use host_fn::{HostFn, HostFunctions};

@@ -5,9 +5,9 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use skerry_hypervisor::{
-    BootRegisters, CallId, Canceller, Capabilities, CpuModel, CpuState, CpuidTable, DirtyLogError,
-    Exit, Gpa, Hypervisor, Irqchip, MapError, MemorySlot, RunError, StateError, Unusable, Vcpu, Vm,
-    VmSpec,
+    BootRegisters, BudgetError, CallId, Canceller, Capabilities, CpuModel, CpuState, CpuidTable,
+    DirtyLogError, Exit, Gpa, Hypervisor, Irqchip, MapError, MemorySlot, RunError, StateError,
+    Unusable, Vcpu, Vm, VmSpec,
 };
 use skerry_hypervisor_kvm::Kvm;
 use skerry_hypervisor_soft::Soft;
@@ -60,6 +60,8 @@ pub(crate) trait Processor: Send {
     fn begin_call(&mut self) -> CallId;
     fn end_call(&mut self);
     fn run(&mut self) -> Result<Exit, RunError>;
+    fn set_budget(&mut self, instructions: Option<u64>) -> Result<(), BudgetError>;
+    fn instructions(&self) -> Option<u64>;
     fn complete_read(&mut self, value: u64);
     fn canceller(&self) -> Canceller;
     fn registers(&self) -> Result<BootRegisters, StateError>;
@@ -95,6 +97,14 @@ impl<V: Vm> Processor for On<V> {
         self.vcpu.run()
     }
 
+    fn set_budget(&mut self, instructions: Option<u64>) -> Result<(), BudgetError> {
+        self.vcpu.set_budget(instructions)
+    }
+
+    fn instructions(&self) -> Option<u64> {
+        self.vcpu.instructions()
+    }
+
     fn complete_read(&mut self, value: u64) {
         self.vcpu.complete_read(value);
     }
@@ -128,14 +138,7 @@ impl<V: Vm> Processor for On<V> {
     }
 
     fn drain_dirty(&mut self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError> {
-        for (n, word) in self.vm.dirty_pages(gpa)?.into_iter().enumerate() {
-            let mut word = word;
-            while word != 0 {
-                each(n as u64 * 64 + u64::from(word.trailing_zeros()));
-                word &= word - 1;
-            }
-        }
-        Ok(())
+        self.vm.drain_dirty(gpa, each)
     }
 }
 

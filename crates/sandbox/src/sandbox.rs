@@ -17,6 +17,7 @@ use crate::error::{BuildError, CallError};
 use crate::host_fn::HostFunctions;
 use crate::interrupt::{InterruptHandle, Shared};
 use crate::layout::Layout;
+use crate::logs::Spans;
 use crate::mapping::Mappings;
 use crate::processor::{self, Backend, Processor};
 use crate::region::{ControlPage, Region};
@@ -93,6 +94,8 @@ pub struct Sandbox {
     pub(crate) limits: Limits,
     pub(crate) status: Status,
     pub(crate) metrics: Metrics,
+    /// The guest's spans that are open.
+    pub(crate) spans: Spans,
     pub(crate) mappings: Mappings,
     /// What its memory differs from.
     pub(crate) origin: Origin,
@@ -148,6 +151,8 @@ pub(crate) struct Start {
     pub(crate) init_timeout: Duration,
     pub(crate) functions: Arc<HostFunctions>,
     pub(crate) log_level: u32,
+    /// Whether the host functions must be there.
+    pub(crate) link: bool,
 }
 
 /// The parts that a sandbox is made of.
@@ -193,6 +198,7 @@ impl Sandbox {
             limits: Limits::default(),
             status: Status::Ready,
             metrics: Metrics::default(),
+            spans: Spans::default(),
             mappings: Mappings::default(),
             origin,
             input_used: 0,
@@ -211,6 +217,7 @@ impl Sandbox {
             init_timeout,
             functions,
             log_level,
+            link,
         } = start;
         let program = Program::parse(program)?;
         let layout = Layout::new(&config, program.base, program.bytes.len() as u64)?;
@@ -226,7 +233,7 @@ impl Sandbox {
             functions,
             limits: Limits {
                 timeout: Some(init_timeout),
-                cpu_time: None,
+                ..Limits::default()
             },
             exports: Exports::new(Description::default()),
             links: Vec::new(),
@@ -234,9 +241,10 @@ impl Sandbox {
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
         sandbox.introduce()?;
-        if limits == Limits::default() {
-            sandbox.timer = None;
+        if link {
+            sandbox.links = sandbox.functions.link(&sandbox.exports.description)?;
         }
+        sandbox.timer = None;
         sandbox.limit(limits)?;
         Ok(sandbox)
     }
@@ -281,13 +289,16 @@ impl Sandbox {
         self.control.set_input_len(0);
         self.enter().map_err(init)?;
         let description = match self.control.status() {
-            status::OK => self.result::<Description>(0),
+            status::OK => self.result_with(0, |from| {
+                let description = Description::read(from)?;
+                from.end()?;
+                Ok(description)
+            }),
             other => Err(CallError::Misbehaved(format!(
                 "no description, but status {other}"
             ))),
         };
         let description = description.map_err(init)?;
-        self.links = self.functions.link(&description)?;
         self.exports = Exports::new(description);
         Ok(())
     }
@@ -340,8 +351,25 @@ impl Sandbox {
         })
     }
 
+    /// How many instructions each call may take from now on. Only `soft` counts them.
+    pub fn set_call_instructions(&mut self, instructions: Option<u64>) -> Result<(), BuildError> {
+        self.limit(Limits {
+            instructions,
+            ..self.limits
+        })
+    }
+
+    /// Instructions that the guest has run since calls were first limited in them; `None` before that.
+    pub fn instructions(&self) -> Option<u64> {
+        self.processor.instructions()
+    }
+
     fn limit(&mut self, limits: Limits) -> Result<(), BuildError> {
-        if limits != Limits::default() && self.timer.is_none() {
+        if limits.instructions != self.limits.instructions {
+            self.processor.set_budget(limits.instructions)?;
+        }
+        let timed = limits.timeout.is_some() || limits.cpu_time.is_some();
+        if timed && self.timer.is_none() {
             let timer = Timer::new(self.shared.clone()).map_err(BuildError::Memory)?;
             self.timer = Some(timer);
         }
@@ -443,12 +471,12 @@ impl Sandbox {
         self.input_written = self.input_written.max(end);
     }
 
-    fn function(&self, function: u32) -> Option<&Function> {
+    fn export(&self, function: u32) -> Option<&Function> {
         self.exports.description.exports.get(function as usize)
     }
 
     fn signature(&self, function: u32) -> String {
-        self.function(function)
+        self.export(function)
             .map_or_else(String::new, ToString::to_string)
     }
 
@@ -480,14 +508,6 @@ impl Sandbox {
             .then(|| self.region.bytes(area.at, len))
             .flatten();
         bytes.ok_or_else(|| CallError::Misbehaved("its result lies outside of its area".into()))
-    }
-
-    fn result<R: for<'a> Decode<'a>>(&mut self, function: u32) -> Result<R, CallError> {
-        self.result_with(function, |from| {
-            let value = R::decode(from)?;
-            from.end()?;
-            Ok(value)
-        })
     }
 
     #[inline]

@@ -124,7 +124,7 @@ impl Cpu {
             .get(usize::try_from(id).ok()?)?
             .set(shared.clone())
             .ok()?;
-        let features = Features::from_table(&cpuid);
+        let features = cpuid.features();
         let mut home = machine.tuning.small.then(|| Home::new(HOME));
         let mut mmu = Box::new(Mmu::new(machine.memory.slots(), home.as_mut()));
         mmu.set_physical_bits(cpuid.physical_address_bits());

@@ -1,6 +1,7 @@
 //! CPUID: the table that the guest sees, what the decoder makes of it, and what can be offered.
 
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::sync::Arc;
 
 use iced_x86::{CpuidFeature, DecoderOptions};
 
@@ -32,10 +33,20 @@ pub struct CpuidEntry {
 }
 
 /// Everything that CPUID answers.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+///
+/// Copies of it are one: a processor has one of its own, and there may be many.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuidTable {
     /// Sorted by leaf and sub-leaf.
-    entries: Vec<CpuidEntry>,
+    entries: Arc<[CpuidEntry]>,
+    /// What follows from them.
+    features: Features,
+}
+
+impl Default for CpuidTable {
+    fn default() -> Self {
+        Self::new([])
+    }
 }
 
 /// Register of a leaf.
@@ -53,7 +64,17 @@ impl CpuidTable {
         let mut entries: Vec<_> = entries.into_iter().collect();
         entries.sort_by_key(|e| (e.leaf, e.subleaf));
         entries.dedup_by_key(|e| (e.leaf, e.subleaf));
-        Self { entries }
+        let mut table = Self {
+            entries: entries.into(),
+            features: Features::default(),
+        };
+        table.features = Features::from_table(&table);
+        table
+    }
+
+    /// The instructions that it offers.
+    pub fn features(&self) -> Features {
+        self.features
     }
 
     /// The entries, sorted.
@@ -446,8 +467,8 @@ pub fn supported(host: &HostFeatures) -> CpuidTable {
 /// [`supported`] has, and defences against faults that this processor is free of. They are not
 /// offered to guests that start here, which would only lose time with them.
 pub fn accepted(host: &HostFeatures) -> CpuidTable {
-    let mut table = supported(host);
-    for entry in &mut table.entries {
+    let mut entries = supported(host).entries.to_vec();
+    for entry in &mut entries {
         let result = &mut entry.result;
         match entry.leaf {
             7 => {
@@ -466,7 +487,7 @@ pub fn accepted(host: &HostFeatures) -> CpuidTable {
             _ => {}
         }
     }
-    table
+    CpuidTable::new(entries)
 }
 
 /// Frequency of the time-stamp counter, where a guest was told no other, and of the APIC timer.

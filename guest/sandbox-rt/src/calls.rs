@@ -1,14 +1,14 @@
 //! Requests of the host, and calls to it.
 
 use alloc::boxed::Box;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
 use core::slice;
 
 use skerry_sandbox_abi::{
-    Control, Decode, DecodeError, Description, Encode, Function, HostError, Parameter, Reader,
-    Writer, leave, request, status,
+    Control, Decode, DecodeError, Describe, Encode, Function, HostError, Reader, Writer, leave,
+    request, status,
 };
 
 use crate::entry::Host;
@@ -20,7 +20,7 @@ pub struct Export {
     /// Takes arguments, appends the result, says how it ended ([`status`]).
     pub call: fn(&mut Reader<'_>, &mut Writer<'_>) -> Result<u32, DecodeError>,
     /// Its signature.
-    pub describe: fn() -> Function,
+    pub describe: fn(&mut Describe<'_, '_>),
 }
 
 /// A function of the host's; made by `#[host_fn]`.
@@ -28,7 +28,7 @@ pub struct Export {
 #[derive(Debug)]
 pub struct Import {
     /// Its signature.
-    pub describe: fn() -> Function,
+    pub describe: fn(&mut Describe<'_, '_>),
 }
 
 /// What runs before the first call; made by `#[guest_init]`.
@@ -45,8 +45,9 @@ fn no_call(_: &mut Reader<'_>, _: &mut Writer<'_>) -> Result<u32, DecodeError> {
     Ok(status::NO_FUNCTION)
 }
 
-fn no_function() -> Function {
-    function("")
+fn no_function(out: &mut Describe<'_, '_>) {
+    out.function("", 0);
+    out.kind(|_| {});
 }
 
 fn no_init() {}
@@ -132,21 +133,6 @@ pub fn register(
     late.functions.push((signature, Box::new(call)));
 }
 
-/// The beginning of a signature.
-pub fn function(name: &str) -> Function {
-    Function {
-        name: name.to_string(),
-        parameters: Vec::new(),
-        returns: String::new(),
-    }
-}
-
-/// Adds a parameter to a signature.
-pub fn parameter(function: &mut Function, name: &str, kind: String) {
-    let name = name.to_string();
-    function.parameters.push(Parameter { name, kind });
-}
-
 pub(crate) fn run_inits() {
     for init in inits() {
         (init.call)();
@@ -161,13 +147,19 @@ pub fn seed() -> u64 {
     Host::get().seed()
 }
 
-fn description() -> Description {
-    Description {
-        runtime: concat!("skerry-sandbox-rt ", env!("CARGO_PKG_VERSION")).to_string(),
-        exports: (exports().iter().map(|export| (export.describe)()))
-            .chain(registered().iter().map(|(signature, _)| signature.clone()))
-            .collect(),
-        imports: imports().iter().map(|import| (import.describe)()).collect(),
+fn describe(out: &mut Writer<'_>) {
+    let runtime = concat!("skerry-sandbox-rt ", env!("CARGO_PKG_VERSION"));
+    let mut out = Describe::new(out, runtime);
+    out.count(exports().len() + registered().len());
+    for export in exports() {
+        (export.describe)(&mut out);
+    }
+    for (signature, _) in registered() {
+        out.whole(signature);
+    }
+    out.count(imports().len());
+    for import in imports() {
+        (import.describe)(&mut out);
     }
 }
 
@@ -192,7 +184,7 @@ pub(crate) fn serve(host: Host) {
             None => late(host.function(), &mut Reader::new(arguments), &mut out),
         },
         request::DESCRIBE => {
-            description().encode(&mut out);
+            describe(&mut out);
             Ok(status::OK)
         }
         _ => Err(DecodeError::Malformed("no such request")),

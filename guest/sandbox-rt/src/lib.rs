@@ -33,9 +33,11 @@ mod entry;
 mod logging;
 mod memory;
 mod panic;
+#[cfg(feature = "tracing")]
+mod spans;
 
 pub use alloc::string::String;
-pub use calls::{Export, Import, Init, function, host_call, parameter};
+pub use calls::{Export, Import, Init, host_call};
 pub use calls::{call_by_name, call_by_name_with, control_address, register, seed};
 pub use logging::write_log;
 pub use skerry_sandbox_abi as abi;

@@ -145,4 +145,6 @@ pub(crate) fn init() {
     // Fails only where a guest has set one of its own in an earlier life.
     let _ = log::set_logger(&LOGGER);
     log::set_max_level(level);
+    #[cfg(feature = "tracing")]
+    crate::spans::init();
 }

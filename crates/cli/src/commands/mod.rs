@@ -13,6 +13,7 @@ pub mod networks;
 pub mod pool;
 pub mod registry;
 pub mod run;
+pub mod sandbox;
 pub mod serve;
 pub mod snapshot;
 pub mod stats;

@@ -22,7 +22,11 @@ fn with_no_call_active_a_kill_says_so_and_the_next_call_is_not_hit() {
 
 /// Kills as soon as a call is active.
 fn killer(handle: InterruptHandle) -> std::thread::JoinHandle<()> {
-    std::thread::spawn(move || while handle.kill() == Killed::NothingActive {})
+    std::thread::spawn(move || {
+        while handle.kill() == Killed::NothingActive {
+            std::thread::yield_now();
+        }
+    })
 }
 
 #[test]
@@ -103,22 +107,25 @@ fn many_threads_may_kill_one_call() {
     for _ in 0..10 {
         let start = Arc::new(Barrier::new(5));
         let hit = Arc::new(AtomicU64::new(0));
+        let done = Arc::new(AtomicBool::new(false));
         let threads: Vec<_> = (0..4)
             .map(|_| {
-                let (handle, start, hit) = (sandbox.interrupt_handle(), start.clone(), hit.clone());
+                let (handle, start) = (sandbox.interrupt_handle(), start.clone());
+                let (hit, done) = (hit.clone(), done.clone());
                 std::thread::spawn(move || {
                     start.wait();
-                    let until = Instant::now() + Duration::from_millis(20);
-                    while Instant::now() < until {
+                    while !done.load(Ordering::SeqCst) {
                         if handle.kill() == Killed::Call {
                             hit.fetch_add(1, Ordering::Relaxed);
                         }
+                        std::thread::yield_now();
                     }
                 })
             })
             .collect();
         start.wait();
         let error = sandbox.call::<()>("spin", ()).unwrap_err();
+        done.store(true, Ordering::SeqCst);
         assert!(matches!(error, CallError::Cancelled), "{error}");
         for thread in threads {
             thread.join().unwrap();
@@ -133,7 +140,11 @@ fn many_threads_may_kill_one_call() {
 /// each a restored sandbox works. `SKERRY_TEST_KILLS=100000` is the long form.
 #[test]
 fn kills_at_any_moment() {
-    let kills: u64 = std::env::var("SKERRY_TEST_KILLS").map_or(3000, |n| n.parse().unwrap());
+    let short = match crate::backend() {
+        skerry_sandbox::Backend::Kvm => 300,
+        _ => 3000,
+    };
+    let kills: u64 = std::env::var("SKERRY_TEST_KILLS").map_or(short, |n| n.parse().unwrap());
     let mut sandbox = sandbox();
     let snapshot = sandbox.snapshot().unwrap();
     let stop = Arc::new(AtomicBool::new(false));
@@ -152,6 +163,7 @@ fn kills_at_any_moment() {
                 if handle.kill() == Killed::Call {
                     sent.fetch_add(1, Ordering::Relaxed);
                 }
+                std::thread::yield_now();
             }
         })
     };
@@ -254,4 +266,57 @@ fn a_guest_that_never_gets_ready_is_given_up() {
         .unwrap_err();
     assert!(error.to_string().contains("initialised"), "{error}");
     assert!(started.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn instructions_are_limited_and_counted() {
+    const LIMIT: u64 = 100_000;
+    let made = builder().call_instructions(LIMIT).build();
+    if crate::backend() == skerry_sandbox::Backend::Kvm {
+        assert!(matches!(made, Err(skerry_sandbox::BuildError::Budget(_))));
+        return;
+    }
+    let mut sandbox = made.unwrap();
+    let snapshot = sandbox.snapshot().unwrap();
+    for _ in 0..50 {
+        let before = sandbox.instructions().unwrap();
+        assert_eq!(sandbox.call::<i32>("add", (1, 2)).unwrap(), 3);
+        let add = sandbox.instructions().unwrap() - before;
+        assert!((20..600).contains(&add), "{add}");
+        let before = sandbox.instructions().unwrap();
+        let error = sandbox.call::<()>("spin", ()).unwrap_err();
+        assert!(matches!(error, CallError::BudgetSpent(LIMIT)), "{error}");
+        let spent = sandbox.instructions().unwrap() - before;
+        assert!((LIMIT..LIMIT + 8192).contains(&spent), "{spent}");
+        sandbox.restore(&snapshot).unwrap();
+    }
+    // A budget that is not spent is not carried over.
+    for _ in 0..1000 {
+        assert!(sandbox.call::<u64>("work", (1000_u64,)).is_ok());
+    }
+    sandbox.set_call_instructions(None).unwrap();
+    assert!(sandbox.call::<u64>("work", (200_000_u64,)).is_ok());
+}
+
+/// What the issue promises of a call's cost, wherever it runs.
+#[test]
+fn a_call_takes_few_instructions() {
+    if crate::backend() == skerry_sandbox::Backend::Kvm {
+        return;
+    }
+    let mut sandbox = builder().call_instructions(u64::MAX).build().unwrap();
+    let mut count = |name: &str| {
+        let mut last = 0;
+        // Cold, interpreted, compiled: it is the same number.
+        for n in 0..3000 {
+            let before = sandbox.instructions().unwrap();
+            assert_eq!(sandbox.call::<i32>(name, (n, 2)).unwrap(), n + 2);
+            last = sandbox.instructions().unwrap() - before;
+        }
+        last
+    };
+    let (plain, with_host) = (count("add"), count("call_host"));
+    println!("a call {plain} instructions, one with a host call {with_host}");
+    assert!(plain < 600, "{plain}");
+    assert!(with_host - plain < 500, "{with_host} - {plain}");
 }

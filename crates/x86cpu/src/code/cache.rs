@@ -759,7 +759,8 @@ impl Cpu {
         self.mmu.give_back();
     }
 
-    /// Forgets all code, if that takes little room, and has room for more than a little from here on.
+    /// Forgets all code, if that takes little room, and has room for more than a little from here on. Not
+    /// while compiled code waits for something: it goes, and so does what it came by.
     pub(super) fn grow_code(&mut self) {
         self.code.grow();
         self.mmu.grow_jumps();

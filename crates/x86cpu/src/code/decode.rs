@@ -89,9 +89,6 @@ impl Cpu {
     /// Decodes at `linear`, which is `gpa`.
     fn decode_block(&mut self, linear: u64, gpa: u64, bits: u64) -> Result<BlockRef, Trap> {
         // Not later: ops refer to the code that goes with the blocks.
-        if self.code.wants_to_grow() {
-            self.grow_code();
-        }
         if !self.code.has_room() {
             self.flush_blocks();
         }

@@ -72,6 +72,10 @@ impl Cpu {
                 Some(block) if unsafe { block.get() }.is_current() => block,
                 _ => {
                     let cleared = self.code.clears;
+                    // Not later: what decodes may have been called by compiled code, which goes.
+                    if self.code.wants_to_grow() {
+                        self.grow_code();
+                    }
                     let block = self.find_block(0)?;
                     if self.code.clears != cleared {
                         last = None;

@@ -394,24 +394,30 @@ mod tests {
 
     #[test]
     fn what_is_known_stays_so_when_there_are_more_entries() {
-        let mut own = OwnArea::new();
+        stays_known(OwnArea::new(), FEW, MANY);
+        stays_known(OwnArea::small(&mut Home::new(SIZE)), FEWEST, FEW);
+    }
+
+    fn stays_known(mut own: OwnArea, few: usize, many: usize) {
         let area = own.get();
         // Every index of the few, the first and the last too, in pages all over; one in three may be
         // written.
-        let page = |n: usize| ((n * 37 % 64 * FEW + n) as u64) << PAGE_SHIFT;
+        let page = |n: usize| ((n * 37 % 64 * few + n) as u64) << PAGE_SHIFT;
         for _ in 0..PATIENCE {
-            for n in 0..FEW {
+            for n in 0..few {
                 area.fill(page(n), 0x10_0000 + (n << PAGE_SHIFT), 0, n % 3 == 0);
             }
         }
-        assert_eq!(area.entries(), FEW);
+        assert_eq!(area.entries(), few);
         let more = 5_u64 << 40;
         area.fill(more, 0x10_0000, 0, false);
-        assert_eq!(area.entries(), MANY);
-        for n in 0..FEW {
+        assert_eq!(area.entries(), many);
+        let mut lost = 0;
+        for n in 0..few {
             let tag = page(n).wrapping_neg();
             let at = area.index(page(n));
             if at == area.index(more) {
+                lost += 1;
                 continue;
             }
             assert_eq!(area.read[at], tag, "{n}");
@@ -421,11 +427,33 @@ mod tests {
         }
         // Nothing else is found.
         let known = |at: usize| area.index(area.read[at].wrapping_neg()) == at;
-        assert_eq!(
-            (0..MANY).filter(|&at| known(at)).count(),
-            FEW + 1 - usize::from(area.index(more) == area.index(page(0)))
-        );
+        assert_eq!((0..many).filter(|&at| known(at)).count(), few + 1 - lost);
         area.drop_all();
-        assert!((0..FEW).all(|at| area.index(area.read[at].wrapping_neg()) != at));
+        assert_eq!(area.entries(), few);
+        assert!((0..few).all(|at| area.index(area.read[at].wrapping_neg()) != at));
+    }
+
+    #[test]
+    fn a_small_one_has_room_for_all_jumps_once_it_has_grown() {
+        let mut own = OwnArea::small(&mut Home::new(SIZE));
+        let area = own.get();
+        let find = |area: &Area, linear: u64| {
+            let n = area.jump_index(linear);
+            (area.jump_tag[n].wrapping_add(linear) == 0).then(|| area.jump_code[n])
+        };
+        let places = || (0..FEW_JUMPS as u64).map(|n| 0x40_0000 + n * 16);
+        let known = |area: &Area| {
+            let known = places().filter(|&linear| find(area, linear) == Some(linear + 1));
+            known.count()
+        };
+        places().for_each(|linear| area.enter_jump(linear, linear + 1));
+        assert!((1..FEW_JUMPS / 2).contains(&known(area)), "{}", known(area));
+        area.drop_jumps();
+        area.grow_jumps();
+        assert_eq!((known(area), find(area, 0)), (0, None));
+        places().for_each(|linear| area.enter_jump(linear, linear + 1));
+        assert_eq!(known(area), FEW_JUMPS);
+        area.drop_jumps();
+        assert_eq!(known(area), 0);
     }
 }

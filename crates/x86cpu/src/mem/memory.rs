@@ -5,7 +5,7 @@
 )]
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use thiserror::Error;
@@ -24,6 +24,8 @@ pub struct PageState {
     granules: AtomicU64,
     /// Changes whenever decoded code of the page may be stale.
     version: AtomicU32,
+    /// Some processor has found a page table in it.
+    table: AtomicBool,
     /// Bit 31: holds code, so that writes take the slow path. Those below: which processors (id mod
     /// 31) may hold a TLB entry through which they write. From bit 32: how often the page has become
     /// data again.
@@ -104,6 +106,14 @@ impl PageState {
                 (users & CODE == 0).then_some(users | u64::from(writer_bit(cpu)))
             })
             .is_ok()
+    }
+
+    /// Takes note that there is a page table in the page.
+    #[inline]
+    pub(super) fn note_table(&self) {
+        if !self.table.load(Ordering::Relaxed) {
+            self.table.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Whether the page, although it is taken for one of code, has none left.
@@ -192,6 +202,8 @@ pub struct Backing {
     address: usize,
     len: usize,
     pages: Box<[PageState]>,
+    /// How often the host wrote to page tables.
+    table_writes: AtomicU64,
     _mapping: Box<dyn Send + Sync>,
 }
 
@@ -220,6 +232,7 @@ impl Backing {
             address,
             len,
             pages,
+            table_writes: AtomicU64::new(0),
             _mapping: Box::new(mapping),
         }))
     }
@@ -234,7 +247,8 @@ impl Backing {
         self.len == 0
     }
 
-    /// To be called after the host has written `len` bytes at `offset`: decoded code of them goes.
+    /// To be called after the host has written `len` bytes at `offset`: decoded code of them goes, and a
+    /// processor that is given a state next forgets its translations, if there was a page table.
     pub fn host_wrote(&self, offset: usize, len: usize) {
         if len == 0 {
             return;
@@ -245,10 +259,13 @@ impl Backing {
         let mut at = offset;
         while at <= last {
             let end = (at | (PAGE_SIZE - 1)).min(last);
-            if let Some(page) = self.pages.get(at / PAGE_SIZE)
-                && page.is_code()
-            {
-                page.wrote(at, end - at + 1);
+            if let Some(page) = self.pages.get(at / PAGE_SIZE) {
+                if page.is_code() {
+                    page.wrote(at, end - at + 1);
+                }
+                if page.table.load(Ordering::Relaxed) {
+                    self.table_writes.fetch_add(1, Ordering::SeqCst);
+                }
             }
             at = end + 1;
         }
@@ -310,6 +327,14 @@ pub(crate) struct SlotTable {
 }
 
 impl SlotTable {
+    /// A number that is another one when the host has written to page tables.
+    pub(crate) fn table_writes(&self) -> u64 {
+        let backings = self.slots.iter().map(|slot| &slot.backing);
+        backings.fold(0, |all, backing| {
+            all.wrapping_add(backing.table_writes.load(Ordering::SeqCst))
+        })
+    }
+
     /// The page of RAM at `gpa`.
     pub(crate) fn page(&self, gpa: u64) -> Option<RamPage<'_>> {
         let after = self.slots.partition_point(|slot| slot.gpa <= gpa);

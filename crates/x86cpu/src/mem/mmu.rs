@@ -53,6 +53,8 @@ pub struct Mmu {
     large: Entries<u64>,
     /// There may be some.
     any_large: bool,
+    /// [`SlotTable::table_writes`] when all translations were dropped last.
+    table_writes: u64,
     /// Writes that found no code left in a page that had some.
     idle_writes: u32,
     /// The processor has begun to run code. Before that no access has a fast path, and none needs an area
@@ -113,6 +115,7 @@ impl Mmu {
             last_asid,
             large: Entries::new(home, LARGE_WORDS),
             any_large: false,
+            table_writes: 0,
             idle_writes: 0,
             started: false,
         }
@@ -325,11 +328,17 @@ impl Cpu {
 
     /// Drops every translation, global ones too.
     pub fn tlb_flush_all(&mut self) {
+        self.mmu.table_writes = self.mmu.slots.table_writes();
         self.mmu.flush_all();
         let pcid = self.pcid(self.sys.cr3);
         self.mmu.set_asid(pcid, self.mmu.asid);
         self.code_mappings_changed();
         self.view_changed();
+    }
+
+    /// Whether the host has written to page tables since all translations were dropped last.
+    pub(crate) fn tables_were_written(&self) -> bool {
+        self.mmu.table_writes != self.mmu.slots.table_writes()
     }
 
     /// The local APIC's page has moved, or is there no more.

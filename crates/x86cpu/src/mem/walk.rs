@@ -126,8 +126,12 @@ struct Slot<'a> {
 
 impl<'a> Slot<'a> {
     fn new(slots: &'a SlotTable, address: u64, wide: bool) -> Self {
+        let page = slots.page(address);
+        if let Some(page) = &page {
+            page.state.note_table();
+        }
         Self {
-            page: slots.page(address),
+            page,
             offset: address & PAGE_MASK,
             wide,
         }

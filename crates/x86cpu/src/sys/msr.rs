@@ -245,15 +245,15 @@ pub(crate) fn is_constant(index: u32) -> bool {
 impl Cpu {
     /// Whether CPUID offers the register, for those that depend on it.
     pub(crate) fn msr_offered(&self, index: u32) -> bool {
-        let leaf8_ebx = self.cpuid.get(0x8000_0008, 0).unwrap_or_default().ebx;
-        let leaf7_edx = self.cpuid.get(7, 0).unwrap_or_default().edx;
-        let speculation = leaf7_edx & (1 << 26) != 0;
+        let leaf8_ebx = || self.cpuid.get(0x8000_0008, 0).unwrap_or_default().ebx;
+        let leaf7_edx = || self.cpuid.get(7, 0).unwrap_or_default().edx;
+        let speculation = || leaf7_edx() & (1 << 26) != 0;
         match index {
-            index::SPEC_CTRL => speculation || leaf8_ebx & 0x0100_c000 != 0,
-            index::PRED_CMD => speculation || leaf8_ebx & (1 << 12) != 0,
-            index::VIRT_SPEC_CTRL => leaf8_ebx & (1 << 25) != 0,
-            index::ARCH_CAPABILITIES => leaf7_edx & (1 << 29) != 0,
-            index::FLUSH_CMD => leaf7_edx & (1 << 28) != 0,
+            index::SPEC_CTRL => speculation() || leaf8_ebx() & 0x0100_c000 != 0,
+            index::PRED_CMD => speculation() || leaf8_ebx() & (1 << 12) != 0,
+            index::VIRT_SPEC_CTRL => leaf8_ebx() & (1 << 25) != 0,
+            index::ARCH_CAPABILITIES => leaf7_edx() & (1 << 29) != 0,
+            index::FLUSH_CMD => leaf7_edx() & (1 << 28) != 0,
             index::TSC_ADJUST => self.cpuid.structured_ebx() & 2 != 0,
             index::TSC_DEADLINE => self.cpuid.feature_ecx() & (1 << 24) != 0,
             index::TSC_AUX => {

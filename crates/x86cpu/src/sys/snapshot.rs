@@ -303,12 +303,13 @@ impl Cpu {
         // The last check is the one that sets, or does nothing.
         self.set_xsave_image(&state.xsave)
             .map_err(|_| InvalidState::Xsave)?;
+        let before = self.translation();
         self.sys = sys;
         self.apic = apic;
         self.drop_posted();
         self.set_general(&state.general);
         self.restore_tsc(state.tsc, self.moment_of(state));
-        self.commit_loaded();
+        self.commit_loaded(before);
         self.publish_system_time();
         if let MpState::SipiReceived(vector) = state.mp_state {
             use std::sync::atomic::Ordering;
@@ -351,12 +352,13 @@ impl Cpu {
             apic.set_base(system.apic_base);
         }
         apic.set_cr8(system.cr8);
+        let before = self.translation();
         self.sys = sys;
         self.sys.activity = Activity::Running;
         self.sys.events = EventState::default();
         self.apic = apic;
         self.set_general(general);
-        self.commit_loaded();
+        self.commit_loaded(before);
         Ok(())
     }
 
@@ -378,8 +380,19 @@ impl Cpu {
         self.rflags = (general.rflags & !rflags::ARITHMETIC) | rflags::FIXED;
     }
 
-    /// Brings everything that is derived up to date with registers set from outside.
-    fn commit_loaded(&mut self) {
+    /// What linear addresses and their rights follow from, beside the tables themselves.
+    fn translation(&self) -> [u64; 5] {
+        let sys = &self.sys;
+        [sys.cr0, sys.cr3, sys.cr4, sys.efer, self.apic.base()]
+    }
+
+    /// Brings everything that is derived up to date with registers set from outside. Translations stay if
+    /// what they follow from is what it was `before`, and the host hasn't written to page tables; in PAE
+    /// paging they follow from registers besides.
+    fn commit_loaded(&mut self, before: [u64; 5]) {
+        let same = before == self.translation()
+            && self.sys.efer & efer::LMA != 0
+            && !self.tables_were_written();
         for index in 0..6u8 {
             let segment = self.sys.segments[usize::from(index)];
             self.set_segment(index, segment);
@@ -394,9 +407,10 @@ impl Cpu {
             // The table changed under the state: the entries read as not present.
             self.trap.kind = crate::trap::TrapKind::None;
         }
-        self.tlb_flush_all();
+        if !same {
+            self.tlb_flush_all();
+        }
         self.apic.publish(&self.shared);
-        self.apic_page_moved();
         self.apic_arm_timer();
         self.want_events();
     }

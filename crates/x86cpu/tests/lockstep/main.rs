@@ -96,7 +96,7 @@ fn counted(number: u64) -> bool {
 /// How compiled code runs, and whether it is interrupted all the time.
 fn tunings(number: u64) -> Vec<(&'static str, Tuning, bool)> {
     let hardened = (number / RENEWED_AFTER) % 4 == 3;
-    let small = (number / RENEWED_AFTER) % 3 == 0;
+    let small = (number / RENEWED_AFTER).is_multiple_of(3);
     vec![
         (
             "stress",

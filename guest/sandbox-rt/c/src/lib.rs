@@ -21,20 +21,20 @@ use alloc::vec::Vec;
 use core::ffi::{CStr, c_char};
 use core::slice;
 
-use skerry_sandbox_rt::abi::{Encode, Reader, Tag, Writer, status};
-use skerry_sandbox_rt::{call_by_name_with, function, guest_init, parameter, write_log};
+use skerry_sandbox_rt::abi::{Encode, Function, Parameter, Reader, Tag, Writer, status};
+use skerry_sandbox_rt::{call_by_name_with, guest_init, write_log};
 
 use value::Value;
 
 /// `skerry_function`.
-type Function = unsafe extern "C" fn(*const Value, *mut Value) -> bool;
+type Called = unsafe extern "C" fn(*const Value, *mut Value) -> bool;
 
 /// `skerry_export`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Export {
     name: *const c_char,
-    function: Option<Function>,
+    function: Option<Called>,
     parameters: *const u8,
     count: usize,
     returns: u64,
@@ -136,13 +136,17 @@ pub unsafe extern "C" fn skerry_register(record: *const Export) {
     let Some(call) = record.function else {
         panic!("skerry_register without a function");
     };
-    let mut signature = function(&name);
     let types: Vec<Tag> = parameters.iter().map(|&n| tag(n.into())).collect();
-    for kind in &types {
-        parameter(&mut signature, "", kind.name().to_string());
-    }
     let returns = tag(record.returns);
-    signature.returns.push_str(returns.name());
+    let parameters = types.iter().map(|kind| Parameter {
+        name: String::new(),
+        kind: kind.name().to_string(),
+    });
+    let signature = Function {
+        name,
+        parameters: parameters.collect(),
+        returns: returns.name().to_string(),
+    };
     skerry_sandbox_rt::register(signature, move |from, out| {
         from.arity(types.len() as u32)?;
         let mut arguments = Vec::with_capacity(types.len());

@@ -44,20 +44,16 @@ fn returned(output: &ReturnType) -> Tokens {
     }
 }
 
-/// The statement that describes a function, `kind` being `Encode` or `Decode` for its parameters.
+/// The function that describes a function, `kind` being `Encode` or `Decode` for its parameters.
 fn description(name: &str, parameters: &[Parameter], kind: &Tokens, returns: &Tokens) -> Tokens {
     let names = parameters.iter().map(|(name, _)| name.to_string());
     let types = parameters.iter().map(|(_, kind)| kind);
+    let count = parameters.len() as u8;
     quote! {
-        fn __skerry_describe() -> ::skerry_sandbox_rt::abi::Function {
-            let mut function = ::skerry_sandbox_rt::function(#name);
-            #({
-                let mut kind = ::skerry_sandbox_rt::String::new();
-                <#types as ::skerry_sandbox_rt::abi::#kind>::type_name(&mut kind);
-                ::skerry_sandbox_rt::parameter(&mut function, #names, kind);
-            })*
-            #returns
-            function
+        fn __skerry_describe(out: &mut ::skerry_sandbox_rt::abi::Describe<'_, '_>) {
+            out.function(#name, #count);
+            #(out.parameter(#names, <#types as ::skerry_sandbox_rt::abi::#kind>::type_name);)*
+            out.kind(#returns::type_name);
         }
     }
 }
@@ -71,7 +67,7 @@ fn guest(item: &ItemFn) -> Result<Tokens, Error> {
     let indices = 0..count;
     let output = returned(&item.sig.output);
     let returns = quote! {
-        <#output as ::skerry_sandbox_rt::abi::Returned>::type_name(&mut function.returns);
+        <#output as ::skerry_sandbox_rt::abi::Returned>
     };
     let describe = description(&name, &parameters, &quote!(Decode), &returns);
     Ok(quote! {
@@ -108,7 +104,7 @@ fn host(item: &ForeignItemFn) -> Result<Tokens, Error> {
     let names = parameters.iter().map(|(name, _)| name);
     let output = returned(&item.sig.output);
     let returns = quote! {
-        <#output as ::skerry_sandbox_rt::HostReturned>::type_name(&mut function.returns);
+        <#output as ::skerry_sandbox_rt::HostReturned>
     };
     let describe = description(&name, &parameters, &quote!(Encode), &returns);
     Ok(quote! {
