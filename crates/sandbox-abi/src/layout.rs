@@ -66,7 +66,7 @@ pub mod status {
 pub mod log_kind {
     /// A message: level, line, target, file, text.
     pub const EVENT: u8 = 1;
-    /// A span begins: level, id, target, name, fields as text.
+    /// A span begins: level, line, id, target, file, name, fields as text.
     pub const SPAN_NEW: u8 = 2;
     /// A span is entered: id.
     pub const SPAN_ENTER: u8 = 3;
@@ -74,9 +74,11 @@ pub mod log_kind {
     pub const SPAN_EXIT: u8 = 4;
     /// A span has ended: id.
     pub const SPAN_CLOSE: u8 = 5;
+    /// A span has more fields: id, fields as text.
+    pub const SPAN_RECORD: u8 = 6;
     /// An allocation: how its callers were found ([`super::frames`]), their number, bytes, their return
     /// addresses from the innermost on.
-    pub const ALLOCATION: u8 = 6;
+    pub const ALLOCATION: u8 = 7;
 }
 
 /// How return addresses were found: the second byte of a [`log_kind::ALLOCATION`].

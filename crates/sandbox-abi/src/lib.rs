@@ -31,6 +31,7 @@ mod codec;
 mod describe;
 mod layout;
 mod value;
+pub mod wasm;
 
 pub use answer::{HostError, HostReturned};
 pub use codec::{DecodeError, Reader, Tag, Writer};

@@ -49,6 +49,19 @@ pub enum Guest {
     Bytes(Arc<[u8]>),
 }
 
+impl Guest {
+    /// Its bytes.
+    pub(crate) fn read(self) -> Result<Arc<[u8]>, BuildError> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes),
+            Self::Path(path) => match std::fs::read(&path) {
+                Ok(bytes) => Ok(bytes.into()),
+                Err(source) => Err(BuildError::Read { path, source }),
+            },
+        }
+    }
+}
+
 impl From<&str> for Guest {
     fn from(path: &str) -> Self {
         Self::Path(path.into())
@@ -242,13 +255,7 @@ impl Builder {
     }
 
     fn start(self, link: bool) -> Result<Sandbox, BuildError> {
-        let program = match self.guest.ok_or(BuildError::NoGuest)? {
-            Guest::Bytes(bytes) => bytes,
-            Guest::Path(path) => match std::fs::read(&path) {
-                Ok(bytes) => bytes.into(),
-                Err(source) => return Err(BuildError::Read { path, source }),
-            },
-        };
+        let program = self.guest.ok_or(BuildError::NoGuest)?.read()?;
         let level = self
             .log_level
             .map_or_else(crate::logs::wanted, crate::logs::number);

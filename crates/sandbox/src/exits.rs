@@ -6,7 +6,6 @@ use skerry_sandbox_abi::{Control, Encode, PORT, PORT_EXCEPTION, Reader, Writer, 
 use crate::error::CallError;
 use crate::fault::Frame;
 use crate::interrupt::Reason;
-use crate::logs;
 use crate::sandbox::Sandbox;
 
 /// What an exit of the guest's leads to.
@@ -47,8 +46,12 @@ impl Sandbox {
         if self.control.log_len() != 0 {
             self.show_log();
         }
-        if let Err(error) = &ended {
-            self.note_failure(error);
+        match &ended {
+            Ok(()) => self.spans.leave_all(),
+            Err(error) => {
+                self.spans.close_all();
+                self.note_failure(error);
+            }
         }
         ended
     }
@@ -103,6 +106,10 @@ impl Sandbox {
             leave::RETURN => Ok(Next::Answered),
             leave::HOST_CALL => {
                 self.metrics.host_calls += 1;
+                // So that what the function logs comes after it, and lies in the guest's spans.
+                if self.control.log_len() != 0 {
+                    self.show_log();
+                }
                 self.host_call()?;
                 Ok(Next::Resume)
             }
@@ -153,8 +160,8 @@ impl Sandbox {
     pub(crate) fn show_log(&mut self) {
         let len = u64::from(self.control.log_len()).min(self.layout.log.len);
         if let Some(area) = self.region.bytes(self.layout.log.at, len) {
-            self.metrics.log_damaged +=
-                u64::from(logs::show(area, self.aids.profile.as_deref_mut()));
+            let profile = self.aids.profile.as_deref_mut();
+            self.metrics.log_damaged += u64::from(self.spans.show(area, profile));
         }
         self.control.set_log_len(0);
     }

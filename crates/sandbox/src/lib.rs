@@ -35,6 +35,7 @@
 //! | `debug` | gdb, core dumps, profiles |
 //! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
+//! | [`wasm`] | WebAssembly modules, by a guest that comes with the crate |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
 //! memory of the host. What is mapped where is the host's: the guest runs in ring 3 and has no
@@ -60,6 +61,7 @@ mod region;
 mod sandbox;
 mod snapshot;
 mod tables;
+pub mod wasm;
 mod watchdog;
 
 pub use builder::{Builder, Config, Guest};

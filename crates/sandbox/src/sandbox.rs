@@ -18,6 +18,7 @@ use crate::error::{BuildError, CallError};
 use crate::host_fn::HostFunctions;
 use crate::interrupt::{InterruptHandle, Shared};
 use crate::layout::Layout;
+use crate::logs::Spans;
 use crate::mapping::Mappings;
 use crate::processor::{self, Backend, Processor};
 use crate::region::{ControlPage, Region};
@@ -151,6 +152,8 @@ pub struct Sandbox {
     pub(crate) limits: Limits,
     pub(crate) status: Status,
     pub(crate) metrics: Metrics,
+    /// The guest's spans that are open.
+    pub(crate) spans: Spans,
     pub(crate) mappings: Mappings,
     /// The debugger, if one is there or waited for.
     pub(crate) debug: Option<Box<Debugging>>,
@@ -258,6 +261,7 @@ impl Sandbox {
             limits: Limits::default(),
             status: Status::Ready,
             metrics: Metrics::default(),
+            spans: Spans::default(),
             mappings: Mappings::default(),
             debug: None,
             aids: Aids::default(),

@@ -298,6 +298,7 @@ impl Sandbox {
             self.exports = snapshot.exports.clone();
         }
         self.status = Status::Unrecoverable("a restore failed".into());
+        self.spans.close_all();
         self.restore_memory(snapshot)?;
         self.set_mappings(&snapshot.mappings)?;
         self.processor.set_state(&snapshot.state)?;

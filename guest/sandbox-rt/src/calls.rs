@@ -1,12 +1,14 @@
 //! Requests of the host, and calls to it.
 
+use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::cell::UnsafeCell;
 use core::slice;
 
 use skerry_sandbox_abi::{
-    Control, Decode, DecodeError, Describe, Encode, HostError, Reader, Writer, leave, request,
-    status,
+    Control, Decode, DecodeError, Describe, Encode, Function, HostError, Reader, Writer, leave,
+    request, status,
 };
 
 use crate::entry::Host;
@@ -88,10 +90,55 @@ section!(exports: Export, __start_skerry_exports, __stop_skerry_exports);
 section!(imports: Import, __start_skerry_imports, __stop_skerry_imports);
 section!(inits: Init, __start_skerry_inits, __stop_skerry_inits);
 
+/// Takes arguments, appends the result, says how it ended ([`status`]).
+type Call = dyn Fn(&mut Reader<'_>, &mut Writer<'_>) -> Result<u32, DecodeError>;
+
+/// Functions that were registered when the guest ran, behind those of the section, and whether there
+/// can be no more.
+struct Late {
+    functions: Vec<(Function, Box<Call>)>,
+    closed: bool,
+}
+
+struct Registered(UnsafeCell<Late>);
+
+// SAFETY: there is one thread, and no interrupt returns to guest code.
+unsafe impl Sync for Registered {}
+
+static REGISTERED: Registered = Registered(UnsafeCell::new(Late {
+    functions: Vec::new(),
+    closed: false,
+}));
+
+fn registered() -> &'static [(Function, Box<Call>)] {
+    // SAFETY: written by `register` only, which refuses to once a request was served; before that
+    // nobody asks.
+    unsafe { &(*REGISTERED.0.get()).functions }
+}
+
+/// Makes a function one that the host can call, whose types are known only now: for interpreters and
+/// other languages. It gets the arguments as they come, their number first.
+///
+/// # Panics
+/// After the guest's initialisation (`#[guest_init]`): the host has been told the functions by then.
+pub fn register(
+    signature: Function,
+    call: impl Fn(&mut Reader<'_>, &mut Writer<'_>) -> Result<u32, DecodeError> + 'static,
+) {
+    // SAFETY: one thread, and no reference to it is alive: those of `registered` begin when `closed`.
+    let late = unsafe { &mut *REGISTERED.0.get() };
+    if late.closed {
+        panic!("functions are registered before the first call");
+    }
+    late.functions.push((signature, Box::new(call)));
+}
+
 pub(crate) fn run_inits() {
     for init in inits() {
         (init.call)();
     }
+    // SAFETY: one thread, and no reference to it is alive.
+    unsafe { (*REGISTERED.0.get()).closed = true };
 }
 
 /// A number that the host has given to no other sandbox, for hash seeds and the like. It is a new one
@@ -103,9 +150,12 @@ pub fn seed() -> u64 {
 fn describe(out: &mut Writer<'_>) {
     let runtime = concat!("skerry-sandbox-rt ", env!("CARGO_PKG_VERSION"));
     let mut out = Describe::new(out, runtime);
-    out.count(exports().len());
+    out.count(exports().len() + registered().len());
     for export in exports() {
         (export.describe)(&mut out);
+    }
+    for (signature, _) in registered() {
+        out.whole(signature);
     }
     out.count(imports().len());
     for import in imports() {
@@ -131,7 +181,7 @@ pub(crate) fn serve(host: Host) {
     let ended = match host.request() {
         request::CALL => match exports().get(host.function() as usize) {
             Some(export) => (export.call)(&mut Reader::new(arguments), &mut out),
-            None => Ok(status::NO_FUNCTION),
+            None => late(host.function(), &mut Reader::new(arguments), &mut out),
         },
         request::DESCRIBE => {
             describe(&mut out);
@@ -144,6 +194,16 @@ pub(crate) fn serve(host: Host) {
         Err(error) => refuse(host, error, &mut out),
     };
     finish(host, status, out);
+}
+
+/// Calls a function that was registered when the guest ran.
+#[inline(never)]
+fn late(index: u32, from: &mut Reader<'_>, out: &mut Writer<'_>) -> Result<u32, DecodeError> {
+    let index = (index as usize).wrapping_sub(exports().len());
+    match registered().get(index) {
+        Some((_, call)) => call(from, out),
+        None => Ok(status::NO_FUNCTION),
+    }
 }
 
 #[inline]
@@ -203,11 +263,19 @@ pub fn host_call(
 /// Calls a function of the host's by name, with arguments that were encoded elsewhere: their number
 /// as `u32`, then the values. For interpreters, which have no declarations.
 pub fn call_by_name(name: &str, arguments: &[u8]) -> Result<Vec<u8>, HostError> {
-    let answer = call_host(Control::BY_NAME, |out| {
+    call_by_name_with(name, |out| out.put(arguments)).map(|from| from.rest().to_vec())
+}
+
+/// As [`call_by_name`], with arguments that are encoded in place. The answer is there until the next
+/// call.
+pub fn call_by_name_with(
+    name: &str,
+    arguments: impl FnOnce(&mut Writer<'_>),
+) -> Result<Reader<'static>, HostError> {
+    call_host(Control::BY_NAME, |out| {
         name.encode(out);
-        out.put(arguments);
-    });
-    answer.map(|from| from.rest().to_vec())
+        arguments(out);
+    })
 }
 
 #[inline]

@@ -34,10 +34,13 @@ mod logging;
 mod memory;
 mod panic;
 mod profile;
+#[cfg(feature = "tracing")]
+mod spans;
 
 pub use alloc::string::String;
 pub use calls::{Export, Import, Init, host_call};
-pub use calls::{call_by_name, control_address, seed};
+pub use calls::{call_by_name, call_by_name_with, control_address, register, seed};
+pub use logging::write_log;
 pub use skerry_sandbox_abi as abi;
 pub use skerry_sandbox_abi::serde_value;
 pub use skerry_sandbox_abi::{HostError, HostReturned};

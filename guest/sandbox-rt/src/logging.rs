@@ -119,17 +119,35 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) {
             return;
         }
-        append(|piece| {
-            piece(Piece::Byte(log_kind::EVENT));
-            piece(Piece::Byte(number(record.level())));
-            piece(Piece::Number(record.line().unwrap_or(0)));
-            piece(Piece::Text(record.target()));
-            piece(Piece::Text(record.file().unwrap_or("")));
-            piece(Piece::Format(*record.args()));
-        });
+        event(
+            number(record.level()),
+            (record.file().unwrap_or(""), record.line().unwrap_or(0)),
+            record.target(),
+            *record.args(),
+        );
     }
 
     fn flush(&self) {}
+}
+
+/// A message, from `file` and line.
+pub(crate) fn event(level: u8, (file, line): (&str, u32), target: &str, text: fmt::Arguments<'_>) {
+    append(|piece| {
+        piece(Piece::Byte(log_kind::EVENT));
+        piece(Piece::Byte(level));
+        piece(Piece::Number(line));
+        piece(Piece::Text(target));
+        piece(Piece::Text(file));
+        piece(Piece::Format(text));
+    });
+}
+
+/// A message that doesn't come from Rust: level 1 (error) to 5 (trace), if the host wants so much.
+pub fn write_log(level: u8, file: &str, line: u32, target: &str, text: &str) {
+    let wanted = Host::get().log_level();
+    if (1..=5).contains(&level) && u32::from(level) <= wanted {
+        event(level, (file, line), target, format_args!("{text}"));
+    }
 }
 
 pub(crate) fn init() {
@@ -144,4 +162,6 @@ pub(crate) fn init() {
     // Fails only where a guest has set one of its own in an earlier life.
     let _ = log::set_logger(&LOGGER);
     log::set_max_level(level);
+    #[cfg(feature = "tracing")]
+    crate::spans::init();
 }

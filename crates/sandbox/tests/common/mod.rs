@@ -6,36 +6,40 @@ use std::sync::OnceLock;
 
 use skerry_sandbox::{Builder, Sandbox};
 
+/// Builds packages of the guests' workspace, and says where the programs are.
+pub fn build(packages: &[&str]) -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/sandbox-rt/Cargo.toml");
+    let target = std::env::var_os("CARGO_TARGET_TMPDIR")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
+    let target = target.join("sandbox-guests");
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--release", "--locked"])
+        .args(packages)
+        .arg("--manifest-path")
+        .arg(&manifest)
+        .arg("--target-dir")
+        .arg(&target)
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("RUSTFLAGS")
+        .status()
+        .expect("cargo runs");
+    assert!(status.success(), "the guests don't build");
+    target.join("release")
+}
+
 /// Builds a package of the guests' workspace and says where its program is.
 pub fn guest(package: &str) -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let folder = BUILT.get_or_init(|| {
-        let manifest =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/sandbox-rt/Cargo.toml");
-        let target = std::env::var_os("CARGO_TARGET_TMPDIR")
-            .map(PathBuf::from)
-            .unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
-        let target = target.join("sandbox-guests");
-        let status = Command::new(env!("CARGO"))
-            .args([
-                "build",
-                "--quiet",
-                "--release",
-                "--locked",
-                "--workspace",
-                "--manifest-path",
-            ])
-            .arg(&manifest)
-            .arg("--target-dir")
-            .arg(&target)
-            .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .env_remove("RUSTFLAGS")
-            .status()
-            .expect("cargo runs");
-        assert!(status.success(), "the guests don't build");
-        target.join("release")
-    });
-    folder.join(package)
+    // The one comes built, the other has the runtime library with other features.
+    let all = [
+        "--workspace",
+        "--exclude",
+        "sandbox-wasm",
+        "--exclude",
+        "sandbox-tracedguest",
+    ];
+    BUILT.get_or_init(|| build(&all)).join(package)
 }
 
 /// A builder with the test guest and the host functions that it needs.

@@ -50,7 +50,7 @@ fn description(name: &str, parameters: &[Parameter], kind: &Tokens, returns: &To
     let types = parameters.iter().map(|(_, kind)| kind);
     let count = parameters.len() as u8;
     quote! {
-        fn describe(out: &mut ::skerry_sandbox_rt::abi::Describe<'_, '_>) {
+        fn __skerry_describe(out: &mut ::skerry_sandbox_rt::abi::Describe<'_, '_>) {
             out.function(#name, #count);
             #(out.parameter(#names, <#types as ::skerry_sandbox_rt::abi::#kind>::type_name);)*
             out.kind(#returns::type_name);
@@ -73,7 +73,8 @@ fn guest(item: &ItemFn) -> Result<Tokens, Error> {
     Ok(quote! {
         #item
         const _: () = {
-            fn call(
+            // Not names that a guest's own function may have: it is called from here.
+            fn __skerry_call(
                 from: &mut ::skerry_sandbox_rt::abi::Reader<'_>,
                 out: &mut ::skerry_sandbox_rt::abi::Writer<'_>,
             ) -> ::core::result::Result<u32, ::skerry_sandbox_rt::abi::DecodeError> {
@@ -87,7 +88,10 @@ fn guest(item: &ItemFn) -> Result<Tokens, Error> {
             #describe
             #[used]
             #[unsafe(link_section = "skerry_exports")]
-            static EXPORT: ::skerry_sandbox_rt::Export = ::skerry_sandbox_rt::Export { call, describe };
+            static EXPORT: ::skerry_sandbox_rt::Export = ::skerry_sandbox_rt::Export {
+                call: __skerry_call,
+                describe: __skerry_describe,
+            };
         };
     })
 }
@@ -109,7 +113,9 @@ fn host(item: &ForeignItemFn) -> Result<Tokens, Error> {
             #describe
             #[used]
             #[unsafe(link_section = "skerry_imports")]
-            static IMPORT: ::skerry_sandbox_rt::Import = ::skerry_sandbox_rt::Import { describe };
+            static IMPORT: ::skerry_sandbox_rt::Import = ::skerry_sandbox_rt::Import {
+                describe: __skerry_describe,
+            };
             let answer = ::skerry_sandbox_rt::host_call(&IMPORT, |out| {
                 out.put(&#count.to_le_bytes());
                 #(::skerry_sandbox_rt::abi::Encode::encode(&#names, out);)*
@@ -131,12 +137,12 @@ fn init(item: &ItemFn) -> Result<Tokens, Error> {
     Ok(quote! {
         #item
         const _: () = {
-            fn call() {
+            fn __skerry_call() {
                 #function();
             }
             #[used]
             #[unsafe(link_section = "skerry_inits")]
-            static INIT: ::skerry_sandbox_rt::Init = ::skerry_sandbox_rt::Init { call };
+            static INIT: ::skerry_sandbox_rt::Init = ::skerry_sandbox_rt::Init { call: __skerry_call };
         };
     })
 }
