@@ -86,6 +86,12 @@ impl From<Vec<u8>> for Guest {
     }
 }
 
+impl From<Arc<[u8]>> for Guest {
+    fn from(bytes: Arc<[u8]>) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
 impl From<&[u8]> for Guest {
     fn from(bytes: &[u8]) -> Self {
         Self::Bytes(bytes.into())
