@@ -76,6 +76,17 @@ pub mod log_kind {
     pub const SPAN_CLOSE: u8 = 5;
     /// A span has more fields: id, fields as text.
     pub const SPAN_RECORD: u8 = 6;
+    /// An allocation: how its callers were found ([`super::frames`]), their number, bytes, their return
+    /// addresses from the innermost on.
+    pub const ALLOCATION: u8 = 7;
+}
+
+/// How return addresses were found: the second byte of a [`log_kind::ALLOCATION`].
+pub mod frames {
+    /// By frame pointers, all the way to the guest's entry.
+    pub const CHAIN: u8 = 0;
+    /// By what on the stack lies in the program: some may be of calls that have ended.
+    pub const SCAN: u8 = 1;
 }
 
 /// Bytes in front of each log record: its length, without these, as a little-endian `u32`.
@@ -145,6 +156,11 @@ pub struct Control {
     pub allocated_peak: u64,
     /// Host: a number that no other sandbox has, new after each restore.
     pub seed: u64,
+    /// Host: address of the program.
+    pub image: u64,
+    /// Host: its size; other than 0 while it wants a record of each allocation. A guest that doesn't know
+    /// this field makes none.
+    pub profiled: u64,
 }
 
 impl Control {
@@ -152,4 +168,4 @@ impl Control {
     pub const BY_NAME: u32 = u32::MAX;
 }
 
-const _: () = assert!(core::mem::size_of::<Control>() == 72 + 12 * 8);
+const _: () = assert!(core::mem::size_of::<Control>() == 72 + 14 * 8);

@@ -37,8 +37,8 @@ pub use answer::{HostError, HostReturned};
 pub use codec::{DecodeError, Reader, Tag, Writer};
 pub use describe::{Describe, Description, Function, Parameter};
 pub use layout::{
-    Control, LOG_HEADER, PORT, PORT_EXCEPTION, VERSION_MAX, VERSION_MIN, boot, leave, log_kind,
-    request, status,
+    Control, LOG_HEADER, PORT, PORT_EXCEPTION, VERSION_MAX, VERSION_MIN, boot, frames, leave,
+    log_kind, request, status,
 };
 pub use value::{Arguments, Bytes, Decode, Encode, Returned};
 #[doc(hidden)]

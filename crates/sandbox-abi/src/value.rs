@@ -269,14 +269,17 @@ impl<T: Encode + ?Sized> Encode for Box<T> {
 
 /// A `serde` value as one CBOR item. A type that can't be told in CBOR makes a value that none reads.
 pub fn encode_struct<T: Serialize>(value: &T, out: &mut Writer<'_>) {
-    let item = minicbor_serde::to_vec(value).unwrap_or_default();
+    let mut item = Vec::new();
+    if ciborium::into_writer(value, &mut item).is_err() {
+        item.clear();
+    }
     out.block(Tag::Struct, &item);
 }
 
 /// A `serde` value from one CBOR item.
 pub fn decode_struct<T: DeserializeOwned>(from: &mut Reader<'_>) -> Result<T, DecodeError> {
     let item = from.block(Tag::Struct)?;
-    minicbor_serde::from_slice(item)
+    ciborium::from_reader(item)
         .map_err(|_| DecodeError::Malformed("a structure has other fields than are wanted"))
 }
 
@@ -400,5 +403,64 @@ impl<T: Encode, E: Display> Returned for Result<T, E> {
                 status::FAILED
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::collections::BTreeMap;
+    use serde::Deserialize;
+
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    enum Kind {
+        Unit,
+        Tuple(i32, String),
+        Named { unit: (), option: Option<()> },
+    }
+
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    struct All {
+        kinds: Vec<Kind>,
+        map: BTreeMap<String, f64>,
+        unit: (),
+        nested: Option<Box<All>>,
+        #[serde(default)]
+        added: u8,
+    }
+
+    crate::serde_value!(All);
+
+    fn round(value: &All) -> All {
+        let mut area = [0; 4096];
+        let mut out = Writer::new(&mut area);
+        value.encode(&mut out);
+        let len = out.finish().unwrap();
+        let mut from = Reader::new(&area[..len]);
+        let back = All::decode(&mut from).unwrap();
+        from.end().unwrap();
+        back
+    }
+
+    #[test]
+    fn structures_of_all_kinds_go_round() {
+        let inner = All {
+            kinds: alloc::vec![Kind::Unit, Kind::Tuple(-1, "x".into())],
+            map: BTreeMap::from([("a".into(), 1.5)]),
+            unit: (),
+            nested: None,
+            added: 255,
+        };
+        let named = Kind::Named {
+            unit: (),
+            option: None,
+        };
+        let outer = All {
+            kinds: alloc::vec![named],
+            nested: Some(Box::new(inner.clone())),
+            ..inner.clone()
+        };
+        assert_eq!(round(&inner), inner);
+        assert_eq!(round(&outer), outer);
     }
 }

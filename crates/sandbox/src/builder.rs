@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-
 use skerry_sandbox_abi::Description;
 
+use crate::debug::{Aids, DebugListener};
 use crate::error::BuildError;
 use crate::host_fn::{HostFn, HostFunctions};
 use crate::processor::Backend;
@@ -120,6 +120,8 @@ pub struct Builder {
     init_timeout: Duration,
     functions: HostFunctions,
     log_level: Option<tracing::Level>,
+    gdb: Option<DebugListener>,
+    aids: Aids,
 }
 
 impl Default for Builder {
@@ -132,6 +134,8 @@ impl Default for Builder {
             init_timeout: INIT_TIMEOUT,
             functions: HostFunctions::default(),
             log_level: None,
+            gdb: None,
+            aids: Aids::default(),
         }
     }
 }
@@ -220,6 +224,26 @@ impl Builder {
         self
     }
 
+    /// Waits for a debugger, and stops before the guest's first instruction. As
+    /// [`Sandbox::debug`] does for a sandbox that there is.
+    pub fn gdb(mut self, listener: DebugListener) -> Self {
+        self.gdb = Some(listener);
+        self
+    }
+
+    /// Writes a core dump of each crash into this folder, `core.PROCESS.NUMBER`: faults, panics, a full
+    /// heap, what breaks the interface, and calls that take too long.
+    pub fn core_dumps(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.aids.core_dumps = Some(folder.into());
+        self
+    }
+
+    /// Counts the guest's allocations by who makes them: [`Sandbox::allocation_profile`].
+    pub fn profile_allocations(mut self) -> Self {
+        self.aids.profile = Some(Box::default());
+        self
+    }
+
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
         self.start(true)
@@ -242,6 +266,8 @@ impl Builder {
             init_timeout: self.init_timeout,
             functions: Arc::new(self.functions),
             log_level: level,
+            gdb: self.gdb,
+            aids: self.aids,
             link,
         };
         Sandbox::load(&program, start)

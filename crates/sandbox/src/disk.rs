@@ -1,5 +1,6 @@
 //! Snapshots on disk, in the project's snapshot format: an OCI image layout with the memory's pages.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,11 +20,48 @@ const VERSION: u32 = 1;
 
 /// The configuration blob.
 #[derive(Serialize, Deserialize)]
-struct Saved {
+pub(crate) struct Saved {
     /// Nothing else has this field.
     function_sandbox: u32,
-    layout: Layout,
+    pub(crate) layout: Layout,
     description: Description,
+}
+
+impl Saved {
+    /// Checks what no digest vouches for; `memory` is the size of what was kept.
+    pub(crate) fn check(&self, memory: u64) -> Result<(), SnapshotError> {
+        let found = self.function_sandbox;
+        if found != VERSION {
+            let why = format!("it has version {found}, and this build reads {VERSION}");
+            return Err(not_one(why));
+        }
+        if !self.layout.is_sound() || memory != self.layout.size {
+            return Err(not_one("its memory is laid out as none is"));
+        }
+        Ok(())
+    }
+
+    /// The snapshot, with memory and processor.
+    pub(crate) fn snapshot(
+        self,
+        file: File,
+        pages: Pages,
+        state: CpuState,
+    ) -> Result<Arc<Snapshot>, SnapshotError> {
+        let exports = Exports::new(self.description);
+        let limits = Limits::default();
+        let made = Snapshot::new(
+            file,
+            pages,
+            state,
+            self.layout,
+            exports,
+            limits,
+            Vec::new(),
+            None,
+        );
+        made.map_err(SnapshotError::Memory)
+    }
 }
 
 fn not_one(why: impl Into<String>) -> SnapshotError {
@@ -46,12 +84,16 @@ impl Snapshot {
         })?;
         let state = serde_json::to_vec(&self.state).map_err(|error| not_one(error.to_string()))?;
         writer.state(&state)?;
-        let saved = Saved {
+        Ok(writer.commit(&self.saved())?)
+    }
+
+    /// The configuration that goes to disk.
+    pub(crate) fn saved(&self) -> Saved {
+        Saved {
             function_sandbox: VERSION,
             layout: self.layout,
             description: self.exports.description.clone(),
-        };
-        Ok(writer.commit(&saved)?)
+        }
     }
 
     /// Reads one from the store at `root`: by identity, a part of it, or a name. Its digests are checked;
@@ -61,15 +103,7 @@ impl Snapshot {
         let id = store.resolve(name)?;
         let kept = store.get(&id, Trust::Seal)?;
         let saved: Saved = kept.config().map_err(|_| not_one("it is of a machine"))?;
-        if saved.function_sandbox != VERSION {
-            let found = saved.function_sandbox;
-            return Err(not_one(format!(
-                "it has version {found}, and this build reads {VERSION}"
-            )));
-        }
-        if !saved.layout.is_sound() || kept.memory_size() != saved.layout.size {
-            return Err(not_one("its memory is laid out as none is"));
-        }
+        saved.check(kept.memory_size())?;
         let state: CpuState =
             serde_json::from_slice(kept.state()).map_err(|error| not_one(error.to_string()))?;
         let file = memory_file(saved.layout.size).map_err(SnapshotError::Memory)?;
@@ -80,19 +114,7 @@ impl Snapshot {
                 pages.insert(page);
             }
         }
-        let exports = Exports::new(saved.description);
-        let limits = Limits::default();
-        let snapshot = Self::new(
-            file,
-            pages,
-            state,
-            saved.layout,
-            exports,
-            limits,
-            Vec::new(),
-            None,
-        );
-        snapshot.map_err(SnapshotError::Memory)
+        saved.snapshot(file, pages, state)
     }
 }
 

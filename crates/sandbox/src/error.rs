@@ -181,6 +181,9 @@ pub enum CallError {
     /// The guest did what the interface doesn't know.
     #[error("The guest broke the interface: {0}")]
     Misbehaved(String),
+    /// No debugger could connect; the call has not begun.
+    #[error("No debugger could connect")]
+    Debugger(#[source] std::io::Error),
     /// An earlier call left the guest in an unknown state.
     #[error("The sandbox is poisoned by what happened before ({0}); restore a snapshot first")]
     Poisoned(String),

@@ -9,7 +9,7 @@ use crate::interrupt::Reason;
 use crate::sandbox::Sandbox;
 
 /// What an exit of the guest's leads to.
-enum Next {
+pub(crate) enum Next {
     /// Back into the guest.
     Resume,
     /// The request is answered.
@@ -23,6 +23,9 @@ fn misbehaved(what: impl Into<String>) -> CallError {
 impl Sandbox {
     /// Runs the guest until it has answered the request that is in the control page, or has failed.
     pub(crate) fn enter(&mut self) -> Result<(), CallError> {
+        if self.debug.is_some() {
+            return self.enter_debugged();
+        }
         if self.limits.instructions.is_some() {
             self.processor.set_budget(self.limits.instructions)?;
         }
@@ -45,48 +48,55 @@ impl Sandbox {
         }
         match &ended {
             Ok(()) => self.spans.leave_all(),
-            Err(_) => self.spans.close_all(),
+            Err(error) => {
+                self.spans.close_all();
+                self.note_failure(error);
+            }
         }
         ended
     }
 
-    fn exits(&mut self) -> Result<(), CallError> {
+    pub(crate) fn exits(&mut self) -> Result<(), CallError> {
+        loop {
+            let exit = self.processor.run()?;
+            if let Next::Answered = self.exit(exit)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// What an exit leads to.
+    #[inline(always)]
+    pub(crate) fn exit(&mut self, exit: Exit) -> Result<Next, CallError> {
         const GUEST: u16 = PORT as u16;
         const STUB: u16 = PORT_EXCEPTION as u16;
-        loop {
-            match self.processor.run()? {
-                Exit::PortOut {
-                    port: GUEST,
-                    size: 4,
-                    data,
-                } => match self.left(data)? {
-                    Next::Resume => {}
-                    Next::Answered => return Ok(()),
-                },
-                Exit::PortOut { port: STUB, .. } => return Err(self.excepted()?),
-                Exit::Interrupted => {}
-                Exit::BudgetSpent => {
-                    let budget = self.limits.instructions.unwrap_or_default();
-                    return Err(CallError::BudgetSpent(budget));
-                }
-                Exit::Cancelled => return Err(self.cancelled()),
-                Exit::PortIn { port, .. } => {
-                    // Completed, so that the processor stands between two instructions.
-                    self.processor.complete_read(0);
-                    return Err(misbehaved(format!("it read port {port:#x}")));
-                }
-                Exit::PortOut { port, .. } => {
-                    return Err(misbehaved(format!("it wrote port {port:#x}")));
-                }
-                Exit::MmioRead { gpa, .. } => {
-                    self.processor.complete_read(0);
-                    return Err(misbehaved(format!(
-                        "it read memory that isn't there, {gpa}"
-                    )));
-                }
-                Exit::Shutdown => return Err(misbehaved("its processor shut down")),
-                other => return Err(misbehaved(format!("it left with {other:?}"))),
+        match exit {
+            Exit::PortOut {
+                port: GUEST,
+                size: 4,
+                data,
+            } => self.left(data),
+            Exit::PortOut { port: STUB, .. } => Err(self.excepted()?),
+            Exit::Interrupted => Ok(Next::Resume),
+            Exit::BudgetSpent => {
+                let budget = self.limits.instructions.unwrap_or_default();
+                Err(CallError::BudgetSpent(budget))
             }
+            Exit::Cancelled => Err(self.cancelled()),
+            Exit::PortIn { port, .. } => {
+                // Completed, so that the processor stands between two instructions.
+                self.processor.complete_read(0);
+                Err(misbehaved(format!("it read port {port:#x}")))
+            }
+            Exit::PortOut { port, .. } => Err(misbehaved(format!("it wrote port {port:#x}"))),
+            Exit::MmioRead { gpa, .. } => {
+                self.processor.complete_read(0);
+                Err(misbehaved(format!(
+                    "it read memory that isn't there, {gpa}"
+                )))
+            }
+            Exit::Shutdown => Err(misbehaved("its processor shut down")),
+            other => Err(misbehaved(format!("it left with {other:?}"))),
         }
     }
 
@@ -150,7 +160,8 @@ impl Sandbox {
     pub(crate) fn show_log(&mut self) {
         let len = u64::from(self.control.log_len()).min(self.layout.log.len);
         if let Some(area) = self.region.bytes(self.layout.log.at, len) {
-            self.metrics.log_damaged += u64::from(self.spans.show(area));
+            let profile = self.aids.profile.as_deref_mut();
+            self.metrics.log_damaged += u64::from(self.spans.show(area, profile));
         }
         self.control.set_log_len(0);
     }

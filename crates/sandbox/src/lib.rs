@@ -32,6 +32,7 @@
 //! | `fault` | what an exception means |
 //! | `host_fn` | functions of the host |
 //! | `interrupt`, `watchdog` | cancelling, from outside and by time |
+//! | `debug` | gdb, core dumps, profiles |
 //! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
 //! | [`wasm`] | WebAssembly modules, by a guest that comes with the crate |
@@ -41,12 +42,15 @@
 //! way to its page tables, control, debug or model-specific registers.
 
 mod builder;
+mod debug;
 mod disk;
 mod dynamic;
 mod elf;
 mod error;
 mod exits;
 mod fault;
+#[doc(hidden)]
+pub mod fuzz;
 mod host_fn;
 mod interrupt;
 mod layout;
@@ -61,6 +65,7 @@ pub mod wasm;
 mod watchdog;
 
 pub use builder::{Builder, Config, Guest};
+pub use debug::{AllocationProfile, AllocationSite, CodeAddress, DebugError, DebugListener};
 pub use dynamic::{NotAValue, Value};
 pub use error::{BuildError, CallError, RestoreError, SnapshotError};
 pub use fault::{Access, Fault};
@@ -68,7 +73,7 @@ pub use host_fn::{HostFn, HostFunctions};
 pub use interrupt::{CallToken, InterruptHandle, Killed};
 pub use mapping::{MapFileError, MapMode, Mapped, SharedRegion};
 pub use processor::Backend;
-pub use sandbox::{Metrics, Sandbox, Status};
+pub use sandbox::{Failures, Metrics, Sandbox, Status};
 pub use skerry_sandbox_abi::{
     Arguments, Decode, DecodeError, Description, Encode, Function, Parameter, Reader, Returned,
     Tag, Writer, serde_value,

@@ -10,6 +10,8 @@ use skerry_sandbox_abi::{LOG_HEADER, Reader, log_kind};
 use tracing::level_filters::LevelFilter;
 use tracing::{Level, Span};
 
+use crate::debug::Profile;
+
 /// The most spans that a guest can have open.
 const OPEN_MAX: usize = 1024;
 /// The most that can be current at once.
@@ -100,8 +102,9 @@ pub(crate) struct Spans {
 }
 
 impl Spans {
-    /// Shows all records of a log area; those that are none are counted.
-    pub(crate) fn show(&mut self, area: &[u8]) -> u32 {
+    /// Shows all records of a log area, but for allocations, which go into the profile; those that are
+    /// none are counted.
+    pub(crate) fn show(&mut self, area: &[u8], mut profile: Option<&mut Profile>) -> u32 {
         let mut from = Reader::new(area);
         let mut damaged = 0;
         while from.rest().len() >= LOG_HEADER {
@@ -109,7 +112,12 @@ impl Spans {
             let Ok(record) = record else {
                 return damaged + 1;
             };
-            damaged += u32::from(self.record(record).is_none());
+            let shown = match record.first() {
+                // Without profile they are of a guest that makes them unasked.
+                Some(&log_kind::ALLOCATION) => profile.as_deref_mut().and_then(|p| p.add(record)),
+                _ => self.record(record),
+            };
+            damaged += u32::from(shown.is_none());
         }
         damaged
     }
@@ -221,10 +229,10 @@ mod tests {
     fn a_span_that_is_not_there_is_counted() {
         let mut spans = Spans::default();
         for kind in log_kind::SPAN_ENTER..=log_kind::SPAN_RECORD {
-            assert_eq!(spans.show(&framed(&[kind, 9, 0, 0, 0])), 1, "{kind}");
+            assert_eq!(spans.show(&framed(&[kind, 9, 0, 0, 0]), None), 1, "{kind}");
         }
-        assert_eq!(spans.show(&framed(&[0xee])), 1);
-        assert_eq!(spans.show(&framed(&[])), 1);
+        assert_eq!(spans.show(&framed(&[0xee]), None), 1);
+        assert_eq!(spans.show(&framed(&[]), None), 1);
     }
 
     #[test]
@@ -235,11 +243,11 @@ mod tests {
         let mut damaged = 0;
         for n in 0..OPEN_MAX as u32 + 10 {
             new[6..10].copy_from_slice(&n.to_le_bytes());
-            damaged += spans.show(&framed(&new));
+            damaged += spans.show(&framed(&new), None);
         }
         assert_eq!((damaged, spans.open.len()), (10, OPEN_MAX));
         let enter = framed(&[log_kind::SPAN_ENTER, 1, 0, 0, 0]);
-        let refused: u32 = (0..ENTERED_MAX + 5).map(|_| spans.show(&enter)).sum();
+        let refused: u32 = (0..ENTERED_MAX + 5).map(|_| spans.show(&enter, None)).sum();
         assert_eq!((refused, spans.entered.len()), (5, ENTERED_MAX));
         spans.close_all();
         assert!(spans.open.is_empty() && spans.entered.is_empty());
@@ -259,7 +267,7 @@ mod tests {
                 area.extend(framed(&bytes));
             }
             area.extend(&tail);
-            prop_assert!(spans.show(&area) <= records.len() as u32 + 5);
+            prop_assert!(spans.show(&area, None) <= records.len() as u32 + 5);
             spans.close_all();
         }
     }

@@ -134,6 +134,16 @@ enum Source {
     },
 }
 
+impl Source {
+    /// Whether the guest may write to it.
+    fn writable(&self) -> bool {
+        match self {
+            Self::File { mode, .. } => *mode == MapMode::CopyOnWrite,
+            Self::Shared { write, .. } => *write,
+        }
+    }
+}
+
 /// How a mapping is made again, for a snapshot's other sandboxes.
 #[derive(Clone, Debug)]
 pub(crate) struct Recipe {
@@ -156,15 +166,40 @@ impl Recipe {
     }
 }
 
+/// The host's mappings of a source, with their offsets in it.
+type Parts = Vec<(u64, Arc<RamRegion>)>;
+
 /// All mappings of a sandbox.
 #[derive(Debug, Default)]
 pub(crate) struct Mappings {
     made: Vec<(Recipe, Vec<Gpa>)>,
+    /// The data of each, in the same order.
+    data: Vec<Parts>,
 }
 
 impl Mappings {
     pub(crate) fn recipes(&self) -> Vec<Recipe> {
         self.made.iter().map(|(recipe, _)| recipe.clone()).collect()
+    }
+
+    /// Where each is, and whether the guest may write to it.
+    pub(crate) fn places(&self) -> impl Iterator<Item = (Mapped, bool)> {
+        self.made
+            .iter()
+            .map(|(recipe, _)| (recipe.mapped, recipe.source.writable()))
+    }
+
+    /// What the guest has at an address: the memory, and the offset in it.
+    pub(crate) fn data_at(&self, gva: u64) -> Option<(&Arc<RamRegion>, usize)> {
+        let mut all = self.made.iter().zip(&self.data);
+        let ((recipe, _), parts) = all.find(|((recipe, _), _)| {
+            let Mapped { address, len } = recipe.mapped;
+            gva.wrapping_sub(address) < len.next_multiple_of(PAGE)
+        })?;
+        let at = gva - recipe.mapped.address;
+        let inside = |part: &&(u64, Arc<RamRegion>)| at.wrapping_sub(part.0) < part.1.size() as u64;
+        let (start, ram) = parts.iter().find(inside)?;
+        Some((ram, (at - start) as usize))
     }
 
     /// Whether these are the ones of a snapshot.
@@ -196,6 +231,7 @@ impl Mappings {
                 processor.unmap(*gpa)?;
             }
             self.made.pop();
+            self.data.pop();
         }
         Ok(())
     }
@@ -209,10 +245,7 @@ impl Mappings {
         root: u64,
     ) -> Result<(), MapFileError> {
         let pages = recipe.mapped.len.div_ceil(PAGE);
-        let write = match &recipe.source {
-            Source::File { mode, .. } => *mode == MapMode::CopyOnWrite,
-            Source::Shared { write, .. } => *write,
-        };
+        let write = recipe.source.writable();
         let mut slots = Vec::new();
         let slot = |gpa: u64, region: Arc<RamRegion>, read_only| MemorySlot {
             gpa: Gpa(gpa),
@@ -223,8 +256,9 @@ impl Mappings {
             log_dirty: false,
         };
         let mut made = Vec::new();
-        for (at, region) in data(&recipe.source, recipe.mapped.len).map_err(MapFileError::Memory)? {
-            made.push(slot(recipe.gpa + at, region, !write));
+        let parts = data(&recipe.source, recipe.mapped.len).map_err(MapFileError::Memory)?;
+        for (at, region) in &parts {
+            made.push(slot(recipe.gpa + at, region.clone(), !write));
         }
         let tables_at = recipe.gpa + pages * PAGE;
         let tables =
@@ -247,6 +281,7 @@ impl Mappings {
             linked.ok_or(MapFileError::NoRoom(recipe.mapped.len))?;
         }
         self.made.push((recipe.clone(), slots));
+        self.data.push(parts);
         Ok(())
     }
 }
@@ -258,7 +293,7 @@ fn tables_size(len: u64) -> u64 {
 
 /// The host's mappings of a source, with their offsets. The rest of a file's last page is zero, and a page of
 /// its own, so that nothing lies behind the file's end.
-fn data(source: &Source, len: u64) -> io::Result<Vec<(u64, Arc<RamRegion>)>> {
+fn data(source: &Source, len: u64) -> io::Result<Parts> {
     let mut parts = Vec::new();
     match source {
         Source::Shared { region, .. } => {

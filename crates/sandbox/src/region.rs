@@ -210,6 +210,8 @@ impl ControlPage {
             set_reply_len reply_len: u32;
             set_log_len log_len: u32;
             set_seed seed: u64;
+            set_image image: u64;
+            set_profiled profiled: u64;
         }
     }
 

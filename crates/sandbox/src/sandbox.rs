@@ -12,6 +12,7 @@ use skerry_sandbox_abi::{
 };
 
 use crate::builder::{Builder, Config, Limits};
+use crate::debug::{Aids, DebugListener, Debugging, Watch};
 use crate::elf::Program;
 use crate::error::{BuildError, CallError};
 use crate::host_fn::HostFunctions;
@@ -57,6 +58,63 @@ pub struct Metrics {
     pub allocated: u64,
     /// The most that were at once.
     pub allocated_peak: u64,
+    /// Why calls have failed.
+    pub failures: Failures,
+    /// Time of calls, the host functions that they call included: zero unless
+    /// [`Sandbox::measure_time`] was asked for.
+    pub time: Duration,
+}
+
+/// How many calls have failed, by kind. [`Metrics::failed`] is all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Failures {
+    /// The function returned an error.
+    pub returned: u64,
+    /// Other arguments or results than the function's, or too large.
+    pub mismatched: u64,
+    /// The guest panicked.
+    pub panicked: u64,
+    /// Its heap was full.
+    pub out_of_memory: u64,
+    /// It did what its memory or its rights don't allow.
+    pub faults: u64,
+    /// The call was killed.
+    pub cancelled: u64,
+    /// It took longer than it may, or more processor time or instructions.
+    pub timed_out: u64,
+    /// It broke the interface.
+    pub misbehaved: u64,
+    /// The backend failed, or a debugger.
+    pub host: u64,
+}
+
+impl Failures {
+    #[cold]
+    fn count(&mut self, error: &CallError) {
+        *match error {
+            CallError::Failed(_) => &mut self.returned,
+            CallError::NoFunction { .. }
+            | CallError::Arity { .. }
+            | CallError::ArgumentType { .. }
+            | CallError::ReturnType { .. }
+            | CallError::TooLarge { .. } => &mut self.mismatched,
+            CallError::Panicked(_) => &mut self.panicked,
+            CallError::OutOfMemory { .. } => &mut self.out_of_memory,
+            CallError::Fault(_) => &mut self.faults,
+            CallError::Cancelled => &mut self.cancelled,
+            CallError::TimedOut(_) | CallError::CpuTime(_) | CallError::BudgetSpent(_) => {
+                &mut self.timed_out
+            }
+            CallError::Misbehaved(_) => &mut self.misbehaved,
+            CallError::Run(_)
+            | CallError::State(_)
+            | CallError::Budget(_)
+            | CallError::Debugger(_)
+            | CallError::Poisoned(_)
+            | CallError::Unrecoverable(_) => &mut self.host,
+        } += 1;
+    }
 }
 
 /// What a guest has, shared by all sandboxes of a snapshot.
@@ -97,6 +155,9 @@ pub struct Sandbox {
     /// The guest's spans that are open.
     pub(crate) spans: Spans,
     pub(crate) mappings: Mappings,
+    /// The debugger, if one is there or waited for.
+    pub(crate) debug: Option<Box<Debugging>>,
+    pub(crate) aids: Aids,
     /// What its memory differs from.
     pub(crate) origin: Origin,
     /// Bytes of arguments of the request that is being answered.
@@ -151,6 +212,8 @@ pub(crate) struct Start {
     pub(crate) init_timeout: Duration,
     pub(crate) functions: Arc<HostFunctions>,
     pub(crate) log_level: u32,
+    pub(crate) gdb: Option<DebugListener>,
+    pub(crate) aids: Aids,
     /// Whether the host functions must be there.
     pub(crate) link: bool,
 }
@@ -200,6 +263,8 @@ impl Sandbox {
             metrics: Metrics::default(),
             spans: Spans::default(),
             mappings: Mappings::default(),
+            debug: None,
+            aids: Aids::default(),
             origin,
             input_used: 0,
             input_written: 0,
@@ -217,8 +282,14 @@ impl Sandbox {
             init_timeout,
             functions,
             log_level,
+            gdb,
+            aids,
             link,
         } = start;
+        let mut aids = aids;
+        if let Some(profile) = &mut aids.profile {
+            profile.set_program(program);
+        }
         let program = Program::parse(program)?;
         let layout = Layout::new(&config, program.base, program.bytes.len() as u64)?;
         let mut region = Region::new(layout.size).map_err(BuildError::Memory)?;
@@ -240,6 +311,9 @@ impl Sandbox {
             origin: Origin::empty(&layout, written),
         })?;
         sandbox.control.set_all(sandbox.first_control(log_level));
+        sandbox.debug = gdb.map(Debugging::new);
+        sandbox.aids = aids;
+        sandbox.set_profiled();
         sandbox.introduce()?;
         if link {
             sandbox.links = sandbox.functions.link(&sandbox.exports.description)?;
@@ -410,7 +484,27 @@ impl Sandbox {
     /// Calls a function whose types are known only now: `encode` appends the arguments, their number
     /// first, as [`Arguments`] does; `decode` takes the value, which may be borrowed from the
     /// guest's memory as long as it runs.
+    ///
+    /// With a `tracing` subscriber that wants it, each call is a span `call` of the target
+    /// `skerry_sandbox::call` at the level `TRACE`, with the function's name, and with the duration in
+    /// microseconds and the error at its end; the guest's own events are in it.
     pub fn call_with<R>(
+        &mut self,
+        name: &str,
+        encode: impl FnOnce(&mut Writer<'_>),
+        decode: impl FnOnce(&mut Reader<'_>) -> Result<R, DecodeError>,
+    ) -> Result<R, CallError> {
+        let watch = Watch::begin(name, self.aids.measures());
+        let ended = self.call_unwatched(name, encode, decode);
+        if let Some(watch) = watch {
+            let error = ended.as_ref().err();
+            self.metrics.time += watch.end(error);
+        }
+        ended
+    }
+
+    #[inline]
+    fn call_unwatched<R>(
         &mut self,
         name: &str,
         encode: impl FnOnce(&mut Writer<'_>),
@@ -439,6 +533,7 @@ impl Sandbox {
         self.status = Status::Poisoned(String::new());
         if let Err(error) = self.enter() {
             self.metrics.failed += 1;
+            self.metrics.failures.count(&error);
             self.status = Status::Poisoned(error.to_string());
             return Err(error);
         }
@@ -447,8 +542,9 @@ impl Sandbox {
             status::OK => self.result_with(function, decode),
             other => Err(self.refused(function, other)),
         };
-        if ended.is_err() {
+        if let Err(error) = &ended {
             self.metrics.failed += 1;
+            self.metrics.failures.count(error);
         }
         ended
     }

@@ -231,6 +231,13 @@ impl Sandbox {
         }
     }
 
+    /// The host has written a page that no other record has.
+    pub(crate) fn remember_page(&mut self, page: u64) {
+        let mut pages = Pages::default();
+        pages.insert(page);
+        self.remember(pages);
+    }
+
     /// Puts pages back into what is known to differ from the origin.
     fn remember(&mut self, written: Pages) {
         match &mut self.origin {
@@ -297,6 +304,7 @@ impl Sandbox {
         self.processor.set_state(&snapshot.state)?;
         self.input_written = 0;
         self.control.set_seed(fresh_seed());
+        self.set_profiled();
         self.metrics.restores += 1;
         self.status = Status::Ready;
         Ok(())
@@ -354,6 +362,7 @@ impl Sandbox {
             Region::of(&snapshot.file, snapshot.layout.size).map_err(BuildError::Memory)?;
         let processor = processor::make(backend, slot(&region, &snapshot.layout))?;
         let (limits, metrics) = (self.limits, self.metrics);
+        let (debug, aids) = (self.debug.take(), std::mem::take(&mut self.aids));
         let made = Self::assemble(Parts {
             processor,
             region,
@@ -366,6 +375,8 @@ impl Sandbox {
         })?;
         *self = made;
         self.metrics = metrics;
+        self.debug = debug;
+        self.aids = aids;
         Ok(())
     }
 
@@ -392,6 +403,7 @@ impl Sandbox {
             origin: Origin::Snapshot(snapshot.clone()),
         })?;
         sandbox.control.set_seed(fresh_seed());
+        sandbox.set_profiled();
         let mapped = sandbox.set_mappings(&snapshot.mappings);
         mapped.map_err(|error| BuildError::Mapping(Box::new(error)))?;
         Ok(sandbox)

@@ -390,3 +390,25 @@ pub(crate) fn unlink(region: &mut Region, root: u64, entry: u64) {
     // Where there is no table nothing is mapped.
     let _ = set_third_level(region, root, entry, 0);
 }
+
+/// An entry of a page table that ring 3 may use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    /// What it leads to.
+    pub(crate) address: u64,
+    pub(crate) write: bool,
+    pub(crate) execute: bool,
+    /// In a page directory: it is a page of 2 MiB.
+    pub(crate) large: bool,
+}
+
+impl Entry {
+    pub(crate) fn of(bits: u64) -> Option<Self> {
+        (bits & PRESENT != 0 && bits & USER != 0).then_some(Self {
+            address: bits & ADDRESS,
+            write: bits & WRITE != 0,
+            execute: bits & NO_EXECUTE == 0,
+            large: bits & LARGE_PAGE != 0,
+        })
+    }
+}

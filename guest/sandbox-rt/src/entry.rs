@@ -92,6 +92,8 @@ impl Host {
         allocated: u64;
         allocated_peak: u64;
         seed: u64;
+        image: u64;
+        profiled: u64;
     }
 
     answers! {
@@ -114,6 +116,7 @@ impl Host {
 extern "C" fn start(control: *mut Control) -> ! {
     // SAFETY: the first thing that runs.
     unsafe { CONTROL = control };
+    crate::profile::init();
     let host = Host::get();
     let newest = host.version_max().min(VERSION_MAX);
     if newest < host.version_min().max(VERSION_MIN) {

@@ -33,6 +33,7 @@ mod entry;
 mod logging;
 mod memory;
 mod panic;
+mod profile;
 #[cfg(feature = "tracing")]
 mod spans;
 

@@ -2,6 +2,7 @@
 
 use core::fmt::{self, Write};
 use core::slice;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use skerry_sandbox_abi::{LOG_HEADER, leave, log_kind};
@@ -38,6 +39,19 @@ impl Write for Room {
 /// Appends a record; where there is no room the host empties the area first. One that is larger than
 /// the area is counted and dropped.
 pub(crate) fn append(record: impl Fn(&mut dyn FnMut(Piece<'_>))) {
+    BUSY.store(true, Ordering::Relaxed);
+    put(record);
+    BUSY.store(false, Ordering::Relaxed);
+}
+
+/// Whether a record is being made: what makes one now would be lost in it.
+pub(crate) fn is_busy() -> bool {
+    BUSY.load(Ordering::Relaxed)
+}
+
+static BUSY: AtomicBool = AtomicBool::new(false);
+
+fn put(record: impl Fn(&mut dyn FnMut(Piece<'_>))) {
     let host = Host::get();
     for _ in 0..2 {
         // SAFETY: the area is mapped and only used here; a record's own `Display` that logs makes a
@@ -52,6 +66,7 @@ pub(crate) fn append(record: impl Fn(&mut dyn FnMut(Piece<'_>))) {
         record(&mut |piece| match piece {
             Piece::Byte(byte) => room.put(&[byte]),
             Piece::Number(number) => room.put(&number.to_le_bytes()),
+            Piece::Word(word) => room.put(&word.to_le_bytes()),
             Piece::Text(text) => room.text(text),
             Piece::Format(format) => {
                 let _ = room.write_fmt(format);
@@ -78,6 +93,8 @@ pub(crate) enum Piece<'a> {
     Byte(u8),
     /// Four bytes.
     Number(u32),
+    /// Eight bytes.
+    Word(u64),
     /// Length and bytes.
     Text(&'a str),
     /// Text to the end of the record.

@@ -52,6 +52,10 @@ fn count(block: *mut u8, before: usize, size: usize) {
         .wrapping_sub(before as u64)
         .wrapping_add(size as u64);
     host.set_allocations(host.allocations() + 1);
+    if host.profiled() != 0 {
+        let below = crate::profile::stack_pointer();
+        crate::profile::record(size.saturating_sub(before) as u64, below);
+    }
     host.set_allocated(allocated);
     if allocated > host.allocated_peak() {
         host.set_allocated_peak(allocated);
