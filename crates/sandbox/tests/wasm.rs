@@ -495,3 +495,33 @@ fn modules_that_want_too_much_are_typed_errors() {
         "{full:?}"
     );
 }
+
+#[test]
+fn what_of_webassembly_there_is() {
+    for (there, text) in [
+        (true, "(module (memory 1) (memory 1))"),
+        (
+            true,
+            "(module (func $f) (func (export \"g\") (return_call $f)))",
+        ),
+        (
+            true,
+            "(module (global i32 (i32.add (i32.const 1) (i32.const 2))))",
+        ),
+        (
+            false,
+            "(module (func (result v128) (v128.const i64x2 1 2)))",
+        ),
+        (false, "(module (memory i64 1))"),
+        (false, "(module (memory 1 1 shared))"),
+        (false, "(module (type (struct)))"),
+        (false, "(module (tag (param i32)))"),
+        (false, "(component)"),
+    ] {
+        match builder(text).build() {
+            Ok(_) => assert!(there, "{text}"),
+            Err(WasmError::Module(why)) => assert!(!there, "{text}: {why}"),
+            Err(other) => panic!("{text}: {other}"),
+        }
+    }
+}
