@@ -174,7 +174,7 @@ impl Bench {
             "create_elf_us" => samples(self.samples.min(300), || timed(|| self.build(1 << 20))),
             "create_snapshot_us" => {
                 let snapshot = self.warm()?;
-                samples(self.samples, || Ok(timed(|| self.copy(&snapshot))?))
+                samples(self.samples, || timed(|| self.copy(&snapshot)))
             }
             "call_us" => self.call("add"),
             "host_call_us" => self.call("call_host"),
