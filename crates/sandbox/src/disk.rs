@@ -53,7 +53,7 @@ impl Saved {
         let made = Snapshot::new(
             file,
             pages,
-            state,
+            (state, false),
             self.layout,
             exports,
             limits,
