@@ -13,7 +13,7 @@ use crate::builder::Limits;
 use crate::error::SnapshotError;
 use crate::layout::{Layout, PAGE};
 use crate::sandbox::Exports;
-use crate::snapshot::{Pages, Snapshot, memory_file};
+use crate::snapshot::{Kept, Pages, Snapshot, memory_file};
 
 /// What makes a snapshot one of a sandbox; raised with every change of what is in it.
 const VERSION: u32 = 1;
@@ -48,18 +48,17 @@ impl Saved {
         pages: Pages,
         state: CpuState,
     ) -> Result<Arc<Snapshot>, SnapshotError> {
-        let exports = Exports::new(self.description);
-        let limits = Limits::default();
-        let made = Snapshot::new(
+        let made = Snapshot::new(Kept {
             file,
             pages,
-            (state, false),
-            self.layout,
-            exports,
-            limits,
-            Vec::new(),
-            None,
-        );
+            state,
+            plain: false,
+            layout: self.layout,
+            exports: Exports::new(self.description),
+            limits: Limits::default(),
+            mappings: Vec::new(),
+            base: None,
+        });
         made.map_err(SnapshotError::Memory)
     }
 }
@@ -118,4 +117,4 @@ impl Snapshot {
     }
 }
 
-const _: () = assert!(skerry_snapshot::PAGE_SIZE as u64 == PAGE);
+const _: () = assert!(skerry_snapshot::PAGE_SIZE == PAGE);

@@ -75,9 +75,9 @@ pub enum BuildError {
     #[error("The guest calls the host function {wanted}, and the one registered is {found}")]
     HostFunctionMismatch {
         /// As the guest declares it.
-        wanted: Function,
+        wanted: Box<Function>,
         /// As the host has it.
-        found: Function,
+        found: Box<Function>,
     },
     /// The guest speaks another interface.
     #[error("The guest speaks no version of the interface that this host offers ({min} to {max})")]

@@ -154,8 +154,8 @@ impl HostFunctions {
                     let found = &self.entries[*index].signature;
                     if !found.same_types(wanted) {
                         return Err(BuildError::HostFunctionMismatch {
-                            wanted: wanted.clone(),
-                            found: found.clone(),
+                            wanted: Box::new(wanted.clone()),
+                            found: Box::new(found.clone()),
                         });
                     }
                     links.push(Some(*index));

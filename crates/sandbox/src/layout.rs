@@ -225,7 +225,9 @@ impl Layout {
         ];
         let mut at = TABLES;
         for area in areas {
-            let whole = [area.at, area.len, area.gva].iter().all(|n| n % PAGE == 0);
+            let whole = [area.at, area.len, area.gva]
+                .iter()
+                .all(|n| n.is_multiple_of(PAGE));
             let Some(end) = area.at.checked_add(area.len) else {
                 return false;
             };
@@ -237,7 +239,7 @@ impl Layout {
         self.control.len == PAGE
             && self.input.len <= IO_MAX
             && self.output.len <= IO_MAX
-            && self.size % PAGE == 0
+            && self.size.is_multiple_of(PAGE)
             && self.size <= HEAP_MAX + 4 * IO_MAX
     }
 }

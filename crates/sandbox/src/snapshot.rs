@@ -110,6 +110,20 @@ pub struct Snapshot {
     base: Option<(u64, Pages)>,
 }
 
+/// What a snapshot is made of; the fields as there.
+pub(crate) struct Kept {
+    pub(crate) file: File,
+    pub(crate) pages: Pages,
+    pub(crate) state: CpuState,
+    /// See [`Snapshot::plain`].
+    pub(crate) plain: bool,
+    pub(crate) layout: Layout,
+    pub(crate) exports: Arc<Exports>,
+    pub(crate) limits: Limits,
+    pub(crate) mappings: Vec<Recipe>,
+    pub(crate) base: Option<(u64, Pages)>,
+}
+
 /// A memory file to be filled.
 pub(crate) fn memory_file(size: u64) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
@@ -130,16 +144,18 @@ fn next_id() -> u64 {
 }
 
 impl Snapshot {
-    pub(crate) fn new(
-        file: File,
-        pages: Pages,
-        (state, plain): (CpuState, bool),
-        layout: Layout,
-        exports: Arc<Exports>,
-        limits: Limits,
-        mappings: Vec<Recipe>,
-        base: Option<(u64, Pages)>,
-    ) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(kept: Kept) -> io::Result<Arc<Self>> {
+        let Kept {
+            file,
+            pages,
+            state,
+            plain,
+            layout,
+            exports,
+            limits,
+            mappings,
+            base,
+        } = kept;
         seal(&file)?;
         let file = Arc::new(file);
         let view = View::of(&file, layout.size)?;
@@ -209,16 +225,17 @@ impl Sandbox {
         pages.join(&written);
         let kept = self.keep(&file, &mut pages);
         let snapshot = kept.and_then(|()| {
-            Snapshot::new(
+            Snapshot::new(Kept {
                 file,
                 pages,
-                (state, self.plain),
-                self.layout,
-                self.exports.clone(),
-                self.limits,
-                self.mappings.recipes(),
+                state,
+                plain: self.plain,
+                layout: self.layout,
+                exports: self.exports.clone(),
+                limits: self.limits,
+                mappings: self.mappings.recipes(),
                 base,
-            )
+            })
         });
         match snapshot {
             Ok(snapshot) => {

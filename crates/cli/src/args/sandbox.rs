@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Format, HypervisorArg, Size, Span};
 
@@ -29,7 +29,7 @@ pub enum SandboxVerb {
 /// What a sandbox is made of.
 #[derive(Debug, Args)]
 pub struct SandboxGuestArgs {
-    /// The guest's program
+    /// The guest's program, or a WebAssembly module
     #[arg(value_name = "GUEST")]
     pub guest: PathBuf,
 
@@ -66,6 +66,19 @@ pub struct SandboxLimitArgs {
     pub instructions: Option<u64>,
 }
 
+/// A capability of WASI's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GrantArg {
+    /// The time
+    Clock,
+    /// Random numbers
+    Random,
+    /// What this program gets on stdin
+    Stdin,
+    /// This program's environment
+    Env,
+}
+
 /// `skerry sandbox call`.
 #[derive(Debug, Args)]
 pub struct SandboxCallArgs {
@@ -81,7 +94,11 @@ pub struct SandboxCallArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// The function
+    /// What a WebAssembly module may have besides stdout and stderr; more than once
+    #[arg(long = "grant", value_enum, value_name = "NAME")]
+    pub grants: Vec<GrantArg>,
+
+    /// The function; `_start` of a WebAssembly module is its program, which gets the arguments as words
     #[arg(value_name = "FUNCTION")]
     pub function: String,
 

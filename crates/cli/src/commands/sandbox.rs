@@ -1,16 +1,21 @@
 //! `skerry sandbox`: functions in virtual machines of their own.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
-use skerry_sandbox::{Backend, Builder, CallError, Function, HostFunctions, Sandbox, Value};
+use skerry_sandbox::wasm::{self, Exported, Grants, Kind, Wasm, WasmError};
+use skerry_sandbox::{
+    Backend, Builder, CallError, Description, Function, HostFunctions, Parameter, Sandbox, Value,
+};
 
 use crate::args::{
-    Format, HypervisorArg, SandboxArgs, SandboxBenchArgs, SandboxCallArgs, SandboxGuestArgs,
-    SandboxInspectArgs, SandboxLimitArgs, SandboxVerb,
+    Format, GrantArg, HypervisorArg, SandboxArgs, SandboxBenchArgs, SandboxCallArgs,
+    SandboxGuestArgs, SandboxInspectArgs, SandboxLimitArgs, SandboxVerb,
 };
 use crate::output;
 
@@ -28,15 +33,18 @@ pub fn execute(args: &SandboxArgs) -> Result<u8> {
     }
 }
 
-fn builder(args: &SandboxGuestArgs) -> Builder {
-    let backend = match args.hypervisor {
+fn backend(hypervisor: HypervisorArg) -> Backend {
+    match hypervisor {
         HypervisorArg::Auto => Backend::Auto,
         HypervisorArg::Kvm => Backend::Kvm,
         HypervisorArg::Soft => Backend::Soft,
-    };
+    }
+}
+
+fn builder(args: &SandboxGuestArgs) -> Builder {
     Sandbox::builder()
         .guest(args.guest.as_path())
-        .backend(backend)
+        .backend(backend(args.hypervisor))
         .heap(args.heap.0)
         .stack(args.stack.0)
         .buffers(args.buffers.0)
@@ -94,7 +102,146 @@ fn signature(sandbox: &Sandbox, name: &str) -> Result<Function> {
     )
 }
 
+/// Whether a file is a WebAssembly module, which the guest that comes with Skerry runs.
+fn is_wasm(path: &Path) -> Result<bool> {
+    let mut magic = Vec::new();
+    let file = File::open(path).with_context(|| format!("Can't read the guest {path:?}"))?;
+    file.take(4)
+        .read_to_end(&mut magic)
+        .with_context(|| format!("Can't read the guest {path:?}"))?;
+    Ok(magic == *b"\0asm")
+}
+
+fn grants(args: &SandboxCallArgs) -> Grants {
+    // The module's own output: where it can't be written the module has lost its reader, as any program.
+    let grants = Grants::new()
+        .stdout(|bytes| drop(std::io::stdout().write_all(&bytes)))
+        .stderr(|bytes| drop(std::io::stderr().write_all(&bytes)));
+    let words = std::iter::once(args.guest.guest.to_string_lossy().into_owned());
+    let grants = grants.args(words.chain(args.arguments.iter().cloned()));
+    args.grants
+        .iter()
+        .fold(grants, |grants, grant| match grant {
+            GrantArg::Clock => grants.clock(),
+            GrantArg::Random => grants.random(),
+            GrantArg::Env => grants.env(std::env::vars()),
+            GrantArg::Stdin => grants.stdin(|len| {
+                let mut bytes = Vec::new();
+                // An error is the end, as far as the module is told.
+                let _ = std::io::stdin().take(len.into()).read_to_end(&mut bytes);
+                bytes
+            }),
+        })
+}
+
+fn wasm(
+    args: &SandboxGuestArgs,
+    limits: Option<&SandboxLimitArgs>,
+    grants: &Grants,
+) -> Result<Wasm> {
+    let mut builder = Wasm::builder()
+        .module(args.guest.as_path())
+        .grants(grants)
+        .backend(backend(args.hypervisor));
+    if let Some(limits) = limits {
+        if let Some(timeout) = &limits.timeout {
+            builder = builder.call_timeout(timeout.0);
+        }
+        if let Some(time) = &limits.cpu_time {
+            builder = builder.call_cpu_time(time.0);
+        }
+    }
+    let mut wasm = builder.build()?;
+    if let Some(limits) = limits {
+        wasm.sandbox().set_call_instructions(limits.instructions)?;
+    }
+    Ok(wasm)
+}
+
+/// The numbers that a module's function takes.
+fn numbers(function: &Exported, words: &[String]) -> Result<Vec<wasm::Value>> {
+    if words.len() != function.parameters.len() {
+        let wanted = function.parameters.len();
+        bail!(
+            "{} takes {wanted} arguments, and {} were given",
+            function.name,
+            words.len()
+        );
+    }
+    let each = function.parameters.iter().zip(words);
+    each.map(|(kind, word)| {
+        let value = match kind {
+            Kind::I32 => word.parse().ok().map(wasm::Value::I32),
+            Kind::I64 => word.parse().ok().map(wasm::Value::I64),
+            Kind::F32 => word.parse().ok().map(wasm::Value::F32),
+            Kind::F64 => word.parse().ok().map(wasm::Value::F64),
+        };
+        value.with_context(|| format!("{word:?} is no {kind}, which {} takes", function.name))
+    })
+    .collect()
+}
+
+fn call_wasm(args: &SandboxCallArgs) -> Result<u8> {
+    const PROGRAM: &str = "_start";
+    let mut wasm = wasm(&args.guest, Some(&args.limits), &grants(args))?;
+    let ended = match args.function.as_str() {
+        PROGRAM => wasm.run().map(|code| (Vec::new(), code as u8)),
+        name => {
+            let exports = wasm.exports()?;
+            let function = exports.iter().find(|function| function.name == name);
+            let Some(function) = function else {
+                let names: Vec<_> = exports.iter().map(|f| f.name.as_str()).collect();
+                bail!(
+                    "The module exports no function {name:?}; it has: {}",
+                    names.join(", ")
+                );
+            };
+            let values = numbers(function, &args.arguments)?;
+            wasm.call_values(name, &values).map(|values| (values, 0))
+        }
+    };
+    match ended {
+        Ok((values, status)) => {
+            let values = values.iter().map(|value| match value {
+                wasm::Value::I32(value) => Value::I32(*value),
+                wasm::Value::I64(value) => Value::I64(*value),
+                wasm::Value::F32(value) => Value::F32(*value),
+                wasm::Value::F64(value) => Value::F64(*value),
+            });
+            for value in values {
+                print(&value, args.json)?;
+            }
+            Ok(status)
+        }
+        Err(error) => {
+            let status = match &error {
+                WasmError::Call(error) => failed(error),
+                _ => FUNCTION_FAILED,
+            };
+            output::error(&error.into());
+            Ok(status)
+        }
+    }
+}
+
+/// The exit status for a call that failed.
+fn failed(error: &CallError) -> u8 {
+    match error {
+        CallError::TimedOut(_) | CallError::CpuTime(_) | CallError::BudgetSpent(_) => OUT_OF_TIME,
+        _ => FUNCTION_FAILED,
+    }
+}
+
 fn call(args: &SandboxCallArgs) -> Result<u8> {
+    if is_wasm(&args.guest.guest)? {
+        return call_wasm(args);
+    }
+    if !args.grants.is_empty() {
+        bail!(
+            "--grant is for WebAssembly modules, and {:?} is none",
+            args.guest.guest
+        );
+    }
     let mut sandbox = limited(builder(&args.guest), &args.limits).build()?;
     let function = signature(&sandbox, &args.function)?;
     let arguments = arguments(&function, &args.arguments)?;
@@ -104,12 +251,7 @@ fn call(args: &SandboxCallArgs) -> Result<u8> {
             Ok(0)
         }
         Err(error) => {
-            let status = match error {
-                CallError::TimedOut(_) | CallError::CpuTime(_) | CallError::BudgetSpent(_) => {
-                    OUT_OF_TIME
-                }
-                _ => FUNCTION_FAILED,
-            };
+            let status = failed(&error);
             output::error(&error.into());
             Ok(status)
         }
@@ -130,8 +272,36 @@ fn print(value: &Value, json: bool) -> Result<()> {
     .context("Can't write the result")
 }
 
+/// A module's functions, as those of any guest are told.
+fn describe_wasm(args: &SandboxGuestArgs) -> Result<Description> {
+    let function = |function: Exported| {
+        let results: Vec<_> = function.results.iter().map(ToString::to_string).collect();
+        let parameter = |kind: &Kind| Parameter {
+            name: String::new(),
+            kind: kind.to_string(),
+        };
+        Function {
+            name: function.name,
+            parameters: function.parameters.iter().map(parameter).collect(),
+            returns: match results.as_slice() {
+                [one] => one.clone(),
+                all => format!("({})", all.join(", ")),
+            },
+        }
+    };
+    let exports = wasm(args, None, &Grants::new())?.exports()?;
+    Ok(Description {
+        runtime: "WebAssembly".into(),
+        exports: exports.into_iter().map(function).collect(),
+        imports: Vec::new(),
+    })
+}
+
 fn inspect(args: &SandboxInspectArgs) -> Result<u8> {
-    let description = builder(&args.guest).describe()?;
+    let description = match is_wasm(&args.guest.guest)? {
+        true => describe_wasm(&args.guest)?,
+        false => builder(&args.guest).describe()?,
+    };
     let mut out = std::io::stdout().lock();
     if args.format == Format::Json {
         writeln!(out, "{}", serde_json::to_string_pretty(&description)?)?;
@@ -186,6 +356,12 @@ fn timed<T, E>(what: impl FnOnce() -> Result<T, E>) -> Result<Duration, E> {
 }
 
 fn bench(args: &SandboxBenchArgs) -> Result<u8> {
+    if is_wasm(&args.guest.guest)? {
+        bail!(
+            "bench measures programs, and {:?} is a WebAssembly module",
+            args.guest.guest
+        );
+    }
     let functions = Arc::new(HostFunctions::new());
     let creations = args.count.min(1000);
     let mut rows = vec![measure("create", creations, || {

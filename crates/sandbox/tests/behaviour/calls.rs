@@ -151,7 +151,7 @@ fn sixty_four_mebibytes_go_in_and_out() {
         .buffers(SIZE as u64 + 4096)
         .build()
         .unwrap();
-    let bytes: Vec<u8> = (0..SIZE).map(|n| (n * 7 >> 8) as u8).collect();
+    let bytes: Vec<u8> = (0..SIZE).map(|n| ((n * 7) >> 8) as u8).collect();
     // Borrowed on both sides.
     assert_eq!(
         sandbox.call::<u64>("length", (&bytes[..],)).unwrap(),

@@ -98,6 +98,7 @@ fn checksum(bytes: &[u8]) -> u64 {
 }
 
 #[guest_fn]
+#[expect(clippy::too_many_arguments, reason = "as many types as there are")]
 fn many(a: i32, b: u32, c: i64, d: u64, e: f32, f: f64, g: bool, h: &str) -> String {
     alloc::format!("{a} {b} {c} {d} {e} {f} {g} {h}")
 }

@@ -1,0 +1,6 @@
+//! Any bytes as the program of a function sandbox's guest.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| skerry_sandbox::fuzz::program(bytes));

@@ -1,0 +1,6 @@
+//! Any bytes as the documents of a function sandbox's snapshot.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| skerry_sandbox::fuzz::saved(bytes));
