@@ -1,14 +1,15 @@
 //! Opening `/dev/kvm`, and finding out whether it truly runs guests.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use kvm_ioctls::{Cap, Kvm as KvmDevice};
+use kvm_bindings::KVM_CAP_ENFORCE_PV_FEATURE_CPUID;
+use kvm_ioctls::{Cap, Kvm as KvmDevice, VcpuFd, VmFd};
 use skerry_hypervisor::probe::{self, GuestSpeed};
 use skerry_hypervisor::{Capabilities, CpuidTable, CreateVmError, Hypervisor, Unusable, VmSpec};
 
-use crate::convert;
 use crate::vm::KvmVm;
+use crate::{convert, sys};
 
 const DEVICE: &str = "/dev/kvm";
 /// The version that every kernel since 2.6.22 has, and that the interface is frozen at.
@@ -32,6 +33,52 @@ pub(crate) struct HostFacts {
     /// Whether a guest's time-stamp counter can have another frequency than the host's. Without, the
     /// kernel would accept a higher one and have the counter stand and jump.
     pub(crate) tsc_scaling: bool,
+    /// What the first VM without interrupt controllers was told. Those are made often and live shortly;
+    /// others ask for themselves.
+    pub(crate) vm: OnceLock<VmFacts>,
+    /// What its processor was told.
+    pub(crate) vcpu: OnceLock<VcpuFacts>,
+}
+
+/// What the kernel says of a VM; the same for every one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VmFacts {
+    pub(crate) immediate_exit: bool,
+    pub(crate) readonly_memory: bool,
+    /// Bytes of the XSAVE area; 0 if the kernel has only the old calls for it.
+    pub(crate) xsave2_size: usize,
+    /// Whether paravirtual features that CPUID does not show can be refused (Linux 5.8).
+    pub(crate) enforces_features: bool,
+}
+
+impl VmFacts {
+    pub(crate) fn ask(vm: &VmFd) -> Self {
+        let enforces = vm.check_extension_raw(KVM_CAP_ENFORCE_PV_FEATURE_CPUID.into());
+        Self {
+            immediate_exit: vm.check_extension(Cap::ImmediateExit),
+            readonly_memory: vm.check_extension(Cap::ReadonlyMem),
+            xsave2_size: usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0),
+            enforces_features: enforces > 0,
+        }
+    }
+}
+
+/// What the kernel says of a processor that was just made; the same for every one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VcpuFacts {
+    /// Frequency of its time-stamp counter, in kHz.
+    pub(crate) tsc_khz: u32,
+    /// Whether the counter's offset can be set by itself.
+    pub(crate) tsc_offset: bool,
+}
+
+impl VcpuFacts {
+    pub(crate) fn ask(vcpu: &VcpuFd) -> Self {
+        Self {
+            tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
+            tsc_offset: sys::has_tsc_offset(vcpu),
+        }
+    }
 }
 
 /// The KVM of this host.
@@ -175,6 +222,8 @@ impl Hypervisor for Kvm {
             supported_cpuid,
             msr_indices,
             tsc_scaling: device.check_extension(Cap::TscControl),
+            vm: OnceLock::new(),
+            vcpu: OnceLock::new(),
         };
         Ok(Self {
             device,

@@ -3,7 +3,9 @@
 use std::error::Error;
 use std::io;
 
-use skerry_hypervisor::state::{CPU_STATE_VERSION, LocalApicState};
+use skerry_hypervisor::state::{
+    CPU_STATE_VERSION, DebugRegisters, GeneralRegisters, LocalApicState, SystemRegisters,
+};
 use skerry_hypervisor::{BootRegisters, CpuState, Irqchip, StateError, msr};
 
 use crate::sys::{self, XsaveBuffer};
@@ -36,7 +38,7 @@ impl KvmVcpu {
 
     /// Bytes of the kernel's XSAVE area.
     fn xsave_buffer_size(&self) -> usize {
-        self.vm.xsave2_size.max(4096)
+        self.vm.facts.xsave2_size.max(4096)
     }
 
     pub(crate) fn read_boot_registers(&self) -> Result<BootRegisters, StateError> {
@@ -61,15 +63,7 @@ impl KvmVcpu {
         self.limits.check_boot(registers)?;
         self.abandon_instruction()
             .map_err(self.backend("leave an instruction"))?;
-        let BootRegisters { general, system } = registers;
-        self.fd
-            .set_sregs(&convert::system_to(system))
-            .map_err(self.backend("set the system registers"))?;
-        self.fd
-            .set_regs(&convert::general_to(general))
-            .map_err(self.backend("set the general registers"))?;
-        self.page.set_cr8(system.cr8);
-        Ok(())
+        self.write_registers(&registers.general, &registers.system)
     }
 
     pub(crate) fn read_state(&mut self) -> Result<CpuState, StateError> {
@@ -99,7 +93,7 @@ impl KvmVcpu {
         let mut xsave = XsaveBuffer::new(self.xsave_buffer_size())
             .map_err(self.backend("make room for the XSAVE area"))?;
         xsave
-            .read(&self.fd, self.vm.xsave2_size != 0)
+            .read(&self.fd, self.vm.facts.xsave2_size != 0)
             .map_err(self.backend("read the XSAVE area"))?;
         let xcrs = self.fd.get_xcrs().map_err(self.backend("read XCR0"))?;
         let xcr0 = xcrs
@@ -172,17 +166,10 @@ impl KvmVcpu {
                 .set_mp_state(convert::mp_state_to(*mp_state))
                 .map_err(self.backend("set the activity state"))?;
         }
-        self.fd
-            .set_sregs(&convert::system_to(&system))
-            .map_err(self.backend("set the system registers"))?;
-        self.fd
-            .set_regs(&convert::general_to(general))
-            .map_err(self.backend("set the general registers"))?;
-        self.page.set_cr8(system.cr8);
-        self.write_xsave(*xcr0, xsave)?;
-        self.fd
-            .set_debug_regs(&convert::debug_to(debug))
-            .map_err(self.backend("set the debug registers"))?;
+        self.write_registers(general, &system)?;
+        self.write_xcr0(*xcr0)?;
+        self.write_xsave(xsave)?;
+        self.write_debug(debug)?;
         self.write_tsc(*tsc, *clock_ns)
             .map_err(self.backend("set the time-stamp counter"))?;
         self.write_msrs(msrs)?;
@@ -195,13 +182,65 @@ impl KvmVcpu {
             .map_err(self.backend("set the events"))
     }
 
-    fn write_xsave(&self, xcr0: u64, xsave: &[u8]) -> Result<(), StateError> {
+    /// Sets what a guest's ring 3 can change: a fifth of the calls.
+    pub(crate) fn write_user_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        // The kernel's local APIC has more to set, and it is for `write_state` to set XCR0.
+        if self.has_apic() || self.xcr0 != Some(state.xcr0) {
+            return self.write_state(state);
+        }
+        self.limits.check(state)?;
+        let system = convert::system_for(&state.system, &self.vm.host.supported_cpuid)?;
+        self.abandon_instruction()
+            .map_err(self.backend("leave an instruction"))?;
+        self.write_registers(&state.general, &system)?;
+        self.write_xsave(&state.xsave)?;
+        // Single steps and INT1, which any guest can have, leave marks in DR6.
+        if self.debug != Some(state.debug) {
+            self.write_debug(&state.debug)?;
+        }
+        // Last: setting registers drops what is pending.
+        self.fd
+            .set_vcpu_events(&convert::events_to(&state.events, state.mp_state))
+            .map_err(self.backend("set the events"))
+    }
+
+    fn write_registers(
+        &mut self,
+        general: &GeneralRegisters,
+        system: &SystemRegisters,
+    ) -> Result<(), StateError> {
+        self.fd
+            .set_sregs(&convert::system_to(system))
+            .map_err(self.backend("set the system registers"))?;
+        self.fd
+            .set_regs(&convert::general_to(general))
+            .map_err(self.backend("set the general registers"))?;
+        self.page.set_cr8(system.cr8);
+        Ok(())
+    }
+
+    fn write_debug(&mut self, debug: &DebugRegisters) -> Result<(), StateError> {
+        self.debug = None;
+        self.fd
+            .set_debug_regs(&convert::debug_to(debug))
+            .map_err(self.backend("set the debug registers"))?;
+        self.debug = Some(*debug);
+        Ok(())
+    }
+
+    fn write_xcr0(&mut self, xcr0: u64) -> Result<(), StateError> {
+        self.xcr0 = None;
         let mut xcrs = kvm_bindings::kvm_xcrs {
             nr_xcrs: 1,
             ..Default::default()
         };
         xcrs.xcrs[0].value = xcr0;
         self.fd.set_xcrs(&xcrs).map_err(self.backend("set XCR0"))?;
+        self.xcr0 = Some(xcr0);
+        Ok(())
+    }
+
+    fn write_xsave(&self, xsave: &[u8]) -> Result<(), StateError> {
         XsaveBuffer::from_bytes(self.xsave_buffer_size(), xsave)
             .and_then(|buffer| buffer.write(&self.fd))
             .map_err(self.backend("set the XSAVE area"))

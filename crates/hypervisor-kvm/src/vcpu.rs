@@ -8,9 +8,10 @@ use kvm_bindings::{
     KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
     kvm_cpuid_entry2, kvm_enable_cap,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::VcpuFd;
 use skerry_hypervisor::cancel::CallWord;
 use skerry_hypervisor::portability::same_frequency;
+use skerry_hypervisor::state::DebugRegisters;
 use skerry_hypervisor::validate::StateLimits;
 use skerry_hypervisor::{
     BootRegisters, BudgetError, CallId, Canceller, CpuState, CpuidTable, CreateVcpuError, Exit,
@@ -18,6 +19,7 @@ use skerry_hypervisor::{
 };
 
 use crate::kick::ThreadKick;
+use crate::probe::VcpuFacts;
 use crate::run_page::{PortAccess, RawExit, RunPage};
 use crate::sys;
 use crate::vm::VmShared;
@@ -50,6 +52,10 @@ pub struct KvmVcpu {
     pub(crate) tsc_khz: u32,
     /// Whether its offset can be set.
     pub(crate) tsc_offset: bool,
+    /// XCR0 as it was set last, if that is known. Only ring 0 of a guest can change it.
+    pub(crate) xcr0: Option<u64>,
+    /// The debug registers, while they are known: until the guest runs.
+    pub(crate) debug: Option<DebugRegisters>,
     word: Arc<CallWord>,
     kick: Arc<ThreadKick>,
     pending: Pending,
@@ -60,8 +66,8 @@ pub struct KvmVcpu {
 
 /// Has the kernel refuse the guest paravirtual features that its table does not show: what they do to
 /// guest memory would not travel. Kernels before 5.8 can't.
-fn enforce_features(fd: &VcpuFd, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-    if vm.check_extension_raw(KVM_CAP_ENFORCE_PV_FEATURE_CPUID.into()) <= 0 {
+fn enforce_features(fd: &VcpuFd, possible: bool) -> Result<(), kvm_ioctls::Error> {
+    if !possible {
         return Ok(());
     }
     let mut request = kvm_enable_cap {
@@ -77,9 +83,9 @@ fn set_frequency(
     fd: &VcpuFd,
     id: u32,
     cpuid: &CpuidTable,
+    here: u32,
     scaling: bool,
 ) -> Result<u32, CreateVcpuError> {
-    let here = fd.get_tsc_khz().unwrap_or(0);
     let asked = cpuid.tsc_khz().unwrap_or(here);
     if same_frequency(here, asked) {
         return Ok(asked);
@@ -140,10 +146,13 @@ impl KvmVcpu {
         })?;
         fd.set_cpuid2(&table)
             .map_err(|e| backend("set the CPUID table", e.into()))?;
-        enforce_features(&fd, &vm.fd)
+        enforce_features(&fd, vm.facts.enforces_features)
             .map_err(|e| backend("restrict the paravirtual features", e.into()))?;
-        let tsc_khz = set_frequency(&fd, id, cpuid, vm.host.tsc_scaling)?;
-        let tsc_offset = sys::has_tsc_offset(&fd);
+        let facts = match vm.irqchip {
+            Irqchip::None => *vm.host.vcpu.get_or_init(|| VcpuFacts::ask(&fd)),
+            Irqchip::Split => VcpuFacts::ask(&fd),
+        };
+        let tsc_khz = set_frequency(&fd, id, cpuid, facts.tsc_khz, vm.host.tsc_scaling)?;
         let limits = StateLimits::of(cpuid, vm.irqchip == Irqchip::Split);
         Ok(Self {
             fd,
@@ -151,7 +160,14 @@ impl KvmVcpu {
             id,
             limits,
             tsc_khz,
-            tsc_offset,
+            tsc_offset: facts.tsc_offset,
+            // After reset (Intel SDM 3A §10.1.1).
+            xcr0: Some(1),
+            debug: Some(DebugRegisters {
+                address: [0; 4],
+                dr6: 0xffff_0ff0,
+                dr7: 0x400,
+            }),
             word: Arc::default(),
             kick: Arc::default(),
             pending: Pending::None,
@@ -267,6 +283,8 @@ impl KvmVcpu {
             _ => {}
         }
         self.page.immediate_exit().store(1, Ordering::SeqCst);
+        // A step over the instruction leaves its mark.
+        self.debug = None;
         let raw = enter(&mut self.fd, &self.page, self.id);
         self.page.immediate_exit().store(0, Ordering::SeqCst);
         self.pending = Pending::None;
@@ -379,6 +397,7 @@ impl Vcpu for KvmVcpu {
                         return Ok(Exit::Interrupted);
                     }
                     self.pending = Pending::None;
+                    self.debug = None;
                     let raw = enter(&mut self.fd, &self.page, self.id);
                     drop(running);
                     raw?
@@ -449,5 +468,9 @@ impl Vcpu for KvmVcpu {
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         self.write_state(state)
+    }
+
+    fn set_user_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.write_user_state(state)
     }
 }

@@ -9,14 +9,14 @@ use kvm_bindings::{
     kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_msi, kvm_msi,
 };
-use kvm_ioctls::{Cap, Kvm as KvmDevice, VmFd};
+use kvm_ioctls::{Kvm as KvmDevice, VmFd};
 use skerry_hypervisor::state::SharedTscOffset;
 use skerry_hypervisor::{
     CpuidTable, CreateVcpuError, CreateVmError, DirtyLogError, Gpa, InterruptError, Irqchip,
     MapError, MemorySlot, StateError, Vm, VmSpec,
 };
 
-use crate::probe::HostFacts;
+use crate::probe::{HostFacts, VmFacts};
 use crate::slots::Slots;
 use crate::vcpu::KvmVcpu;
 
@@ -33,7 +33,7 @@ pub(crate) struct VmShared {
     pub(crate) fd: VmFd,
     pub(crate) irqchip: Irqchip,
     pub(crate) host: Arc<HostFacts>,
-    pub(crate) xsave2_size: usize,
+    pub(crate) facts: VmFacts,
     pub(crate) tsc_offset: SharedTscOffset,
     max_vcpus: u32,
     created: AtomicU64,
@@ -70,16 +70,24 @@ impl KvmVm {
         let fd = device
             .create_vm()
             .map_err(backend("make the kernel's part"))?;
-        if !fd.check_extension(Cap::ImmediateExit) {
+        let facts = match spec.irqchip {
+            Irqchip::None => *host.vm.get_or_init(|| VmFacts::ask(&fd)),
+            Irqchip::Split => VmFacts::ask(&fd),
+        };
+        if !facts.immediate_exit {
             return Err(CreateVmError::Unsupported(
                 "way to cancel without races (KVM_CAP_IMMEDIATE_EXIT; Linux 4.12 has it)",
             ));
         }
-        if !fd.check_extension(Cap::ReadonlyMem) {
+        if !facts.readonly_memory {
             return Err(CreateVmError::Unsupported("read-only memory"));
         }
-        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
-            .map_err(backend("place the identity map"))?;
+        if spec.irqchip == Irqchip::Split {
+            // This is where the kernel has it by default (kernel's Documentation/virt/kvm/api.rst,
+            // KVM_SET_IDENTITY_MAP_ADDR).
+            fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+                .map_err(backend("place the identity map"))?;
+        }
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(backend("place the task state segment"))?;
         enable(&fd, KVM_CAP_EXCEPTION_PAYLOAD, 1).map_err(backend("enable exception payloads"))?;
@@ -89,13 +97,12 @@ impl KvmVm {
             let x2apic = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
             enable(&fd, KVM_CAP_X2APIC_API, x2apic.into()).map_err(backend("enable x2APIC ids"))?;
         }
-        let xsave2_size = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             shared: Arc::new(VmShared {
                 fd,
                 irqchip: spec.irqchip,
                 host,
-                xsave2_size,
+                facts,
                 tsc_offset: SharedTscOffset::default(),
                 max_vcpus: spec.max_vcpus.max(1),
                 created: AtomicU64::new(0),

@@ -206,4 +206,14 @@ pub trait Vcpu: Send + 'static {
     /// Sets everything; what was left of an access whose exit was returned is forgotten. The state
     /// is checked first; if it is refused as [`StateError::Invalid`] nothing was changed.
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError>;
+
+    /// Sets what code in ring 3 of a machine without interrupt controllers can have changed: general,
+    /// system and debug registers, the XSAVE area, pending events; and XCR0 where it differs from what
+    /// was set last. Model-specific registers and time may stay as they are. It is for a guest that has
+    /// run nothing in ring 0 that changes those, since the processor was made or [`Vcpu::set_state`]
+    /// was called. The state is checked as there, but for whether the backend has its model-specific
+    /// registers.
+    fn set_user_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.set_state(state)
+    }
 }

@@ -52,6 +52,7 @@ impl Saved {
             file,
             pages,
             state,
+            plain: false,
             layout: self.layout,
             exports: Exports::new(self.description),
             limits: Limits::default(),

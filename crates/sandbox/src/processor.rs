@@ -68,6 +68,7 @@ pub(crate) trait Processor: Send {
     fn set_registers(&mut self, registers: &BootRegisters) -> Result<(), StateError>;
     fn state(&mut self) -> Result<CpuState, StateError>;
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError>;
+    fn set_user_state(&mut self, state: &CpuState) -> Result<(), StateError>;
     fn map(&mut self, slot: MemorySlot) -> Result<(), MapError>;
     fn unmap(&mut self, gpa: Gpa) -> Result<(), MapError>;
     fn drain_dirty(&mut self, gpa: Gpa, each: &mut dyn FnMut(u64)) -> Result<(), DirtyLogError>;
@@ -127,6 +128,10 @@ impl<V: Vm> Processor for On<V> {
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         self.vcpu.set_state(state)
+    }
+
+    fn set_user_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.vcpu.set_user_state(state)
     }
 
     fn map(&mut self, slot: MemorySlot) -> Result<(), MapError> {

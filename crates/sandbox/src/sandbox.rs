@@ -160,6 +160,8 @@ pub struct Sandbox {
     pub(crate) aids: Aids,
     /// What its memory differs from.
     pub(crate) origin: Origin,
+    /// Whether nothing but plain snapshots ([`Snapshot::plain`](crate::Snapshot)) was set on its processor.
+    pub(crate) plain: bool,
     /// Bytes of arguments of the request that is being answered.
     pub(crate) input_used: u64,
     /// Bytes at the start of the input area that the host has written since the origin.
@@ -266,6 +268,7 @@ impl Sandbox {
             debug: None,
             aids: Aids::default(),
             origin,
+            plain: true,
             input_used: 0,
             input_written: 0,
         };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use skerry_hypervisor::{CpuState, Gpa, PAGE_SIZE};
+use skerry_hypervisor::{CpuState, Gpa, PAGE_SIZE, StateError};
 
 use crate::builder::Limits;
 use crate::error::{BuildError, RestoreError, SnapshotError};
@@ -99,6 +99,8 @@ pub struct Snapshot {
     /// The pages that are in the file; all others are zero.
     pub(crate) pages: Pages,
     pub(crate) state: CpuState,
+    /// Whether it is known to be of a guest that was never anywhere but in ring 3 and in the host's stubs.
+    pub(crate) plain: bool,
     pub(crate) layout: Layout,
     pub(crate) exports: Arc<Exports>,
     pub(crate) limits: Limits,
@@ -113,6 +115,8 @@ pub(crate) struct Kept {
     pub(crate) file: File,
     pub(crate) pages: Pages,
     pub(crate) state: CpuState,
+    /// See [`Snapshot::plain`].
+    pub(crate) plain: bool,
     pub(crate) layout: Layout,
     pub(crate) exports: Arc<Exports>,
     pub(crate) limits: Limits,
@@ -145,6 +149,7 @@ impl Snapshot {
             file,
             pages,
             state,
+            plain,
             layout,
             exports,
             limits,
@@ -160,6 +165,7 @@ impl Snapshot {
             view,
             pages,
             state,
+            plain,
             layout,
             exports,
             limits,
@@ -223,6 +229,7 @@ impl Sandbox {
                 file,
                 pages,
                 state,
+                plain: self.plain,
                 layout: self.layout,
                 exports: self.exports.clone(),
                 limits: self.limits,
@@ -314,13 +321,23 @@ impl Sandbox {
         self.spans.close_all();
         self.restore_memory(snapshot)?;
         self.set_mappings(&snapshot.mappings)?;
-        self.processor.set_state(&snapshot.state)?;
+        self.set_processor(snapshot)?;
         self.input_written = 0;
         self.control.set_seed(fresh_seed());
         self.set_profiled();
         self.metrics.restores += 1;
         self.status = Status::Ready;
         Ok(())
+    }
+
+    /// Sets the registers; only those that code in ring 3 can change, if no other code has run here. A
+    /// snapshot from a file may be in any ring.
+    fn set_processor(&mut self, snapshot: &Snapshot) -> Result<(), StateError> {
+        self.plain &= snapshot.plain;
+        match self.plain {
+            true => self.processor.set_user_state(&snapshot.state),
+            false => self.processor.set_state(&snapshot.state),
+        }
     }
 
     fn restore_memory(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), RestoreError> {
@@ -403,8 +420,7 @@ impl Sandbox {
         let links = functions.link(&snapshot.exports.description)?;
         let layout = snapshot.layout;
         let region = Region::of(&snapshot.file, layout.size).map_err(BuildError::Memory)?;
-        let mut processor = processor::make(backend, slot(&region, &layout))?;
-        processor.set_state(&snapshot.state)?;
+        let processor = processor::make(backend, slot(&region, &layout))?;
         let mut sandbox = Self::assemble(Parts {
             processor,
             region,
@@ -415,6 +431,7 @@ impl Sandbox {
             links,
             origin: Origin::Snapshot(snapshot.clone()),
         })?;
+        sandbox.set_processor(snapshot)?;
         sandbox.control.set_seed(fresh_seed());
         sandbox.set_profiled();
         let mapped = sandbox.set_mappings(&snapshot.mappings);

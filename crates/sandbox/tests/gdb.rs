@@ -337,6 +337,31 @@ fn what_a_debugger_writes_is_restored() {
 }
 
 #[test]
+fn a_restore_leaves_no_watchpoint_of_a_call_that_was_killed() {
+    let (mut sandbox, at) = debugged();
+    let watched = address("DEBUG_WATCHED");
+    let before = sandbox.snapshot().unwrap();
+    with(
+        at,
+        |mut client| {
+            assert_eq!(client.ask(&format!("Z2,{watched:x},8")), "OK");
+            let stop = client.go();
+            assert!(stop.contains(&format!("watch:{watched:x}")), "{stop}");
+            client.send("k");
+        },
+        || {
+            let killed = sandbox.call::<u64>("leaf_often", (20_000_u64,));
+            assert!(matches!(killed, Err(CallError::Cancelled)), "{killed:?}");
+            assert!(!sandbox.is_debugged());
+            sandbox.restore(&before).unwrap();
+            // It would end in the stub of the debug exception.
+            let sum = sandbox.call::<u64>("leaf_often", (20_000_u64,)).unwrap();
+            assert_eq!(sandbox.call::<u64>("watched", ()).unwrap(), sum);
+        },
+    );
+}
+
+#[test]
 fn registers_of_each_kind_are_read_and_written() {
     const XMM3: usize = 276 + 3 * 16;
     const R12: usize = 12 * 8;

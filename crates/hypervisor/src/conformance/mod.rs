@@ -141,6 +141,7 @@ pub fn cases<H: Hypervisor>() -> Vec<Case<H>> {
         restore::halted_goes_on_in_fresh_vm,
         restore::damaged_states_are_refused,
         restore::random_states_do_no_harm,
+        restore::user_state_replaces_what_a_guest_left,
         time::tsc_is_monotonic_after_restore,
         time::tsc_has_the_frequency_told(SPEED),
         time::tsc_has_another_frequency_or_none(SPEED),

@@ -12,7 +12,7 @@ use crate::error::StateError;
 use crate::exit::Exit;
 use crate::probe::chain;
 use crate::state::{CpuState, MpState};
-use crate::traits::{Hypervisor, Vcpu, Vm};
+use crate::traits::{Hypervisor, Irqchip, Vcpu, Vm};
 
 const A_WHILE: Duration = Duration::from_millis(10);
 
@@ -209,6 +209,75 @@ pub(super) fn damaged_states_are_refused<H: Hypervisor>(hypervisor: &H) {
         2,
         "the processor goes on as if nothing had happened"
     );
+}
+
+/// A guest without interrupt controllers that leaves something of itself in registers of each kind.
+fn traces<H: Hypervisor>(hypervisor: &H) -> Guest<H> {
+    let guest = Guest::bare(hypervisor, Irqchip::None);
+    guest.load(|a| {
+        report_value(a, 1)?;
+        a.mov(rbx, 0x5ec2_e700_5ec2_u64)?;
+        a.mov(dr0, rbx)?;
+        // Of whatever was set: single step, and breakpoint 3.
+        a.mov(ecx, 0xffff_4ff8_u32)?;
+        a.mov(dr6, rcx)?;
+        a.mov(ecx, 0x10)?;
+        a.mov(ds, ecx)?;
+        a.std()?;
+        report_value(a, 2)?;
+        stop(a)?;
+        Ok(vec![])
+    });
+    guest
+}
+
+pub(super) fn user_state_replaces_what_a_guest_left<H: Hypervisor>(hypervisor: &H) {
+    let guest = traces(hypervisor);
+    let mut vcpu = guest.start();
+    assert_eq!(reported(&mut vcpu), 1);
+    let clean = vcpu.state().expect("a state");
+    for round in 0..3 {
+        // With the exit of the second report pending, which must not be finished into the new state.
+        assert_eq!(reported(&mut vcpu), 2);
+        if round == 1 {
+            let mut left = vcpu.state().expect("a state");
+            assert_ne!(left.debug.address[0], clean.debug.address[0]);
+            assert_ne!(left.debug.dr6, clean.debug.dr6);
+            // XMM7: not every processor here can execute what sets it.
+            left.xsave[160 + 7 * 16] = 0x5e;
+            left.xsave[512] |= 2;
+            vcpu.set_state(&left)
+                .unwrap_or_else(|e| panic!("{}", chain(&e)));
+        }
+        vcpu.set_user_state(&clean)
+            .unwrap_or_else(|e| panic!("{}", chain(&e)));
+        assert_same(&vcpu.state().expect("a state"), &clean, "over its own");
+    }
+    // A new processor has all else as that one had it.
+    let other = traces(hypervisor);
+    let mut fresh = other.vcpu(0);
+    fresh
+        .set_user_state(&clean)
+        .unwrap_or_else(|e| panic!("{}", chain(&e)));
+    assert_same(&fresh.state().expect("a state"), &clean, "in a fresh one");
+    fresh.begin_call();
+    assert_eq!(reported(&mut fresh), 2);
+    // Debug registers and XCR0 of the state, not those that the processor happens to have.
+    let mut watching = clean.clone();
+    watching.debug.address[1] = 0x1234;
+    watching.debug.dr7 |= 1 << 2;
+    watching.xcr0 = 3;
+    for state in [&watching, &clean, &watching] {
+        fresh
+            .set_user_state(state)
+            .unwrap_or_else(|e| panic!("{}", chain(&e)));
+        assert_same(&fresh.state().expect("a state"), state, "one after another");
+    }
+    let mut bad = clean.clone();
+    bad.general.rflags = 0;
+    let refused = fresh.set_user_state(&bad);
+    assert!(matches!(refused, Err(StateError::Invalid { .. })));
+    assert_same(&fresh.state().expect("a state"), &watching, "refused");
 }
 
 /// Random changes of a good state are taken or refused; the process and the machine survive, and
