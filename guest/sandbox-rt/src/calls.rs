@@ -20,7 +20,46 @@ pub struct Export {
     /// Takes arguments, appends the result, says how it ended ([`status`]).
     pub call: fn(&mut Reader<'_>, &mut Writer<'_>) -> Result<u32, DecodeError>,
     /// Its signature.
-    pub describe: fn(&mut Describe<'_, '_>),
+    pub signature: Signature,
+}
+
+/// Names and types of a function.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Signature {
+    /// Its name.
+    pub name: &'static str,
+    /// Its parameters.
+    pub parameters: &'static [Named],
+    /// Appends the type of what it returns.
+    pub returns: fn(&mut String),
+}
+
+/// A parameter.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Named {
+    /// Its name.
+    pub name: &'static str,
+    /// Appends its type.
+    pub kind: fn(&mut String),
+}
+
+impl Signature {
+    /// Of a function that is none.
+    const NONE: Self = Self {
+        name: "",
+        parameters: &[],
+        returns: |_| {},
+    };
+
+    fn describe(&self, out: &mut Describe<'_, '_>) {
+        out.function(self.name, self.parameters.len() as u8);
+        for parameter in self.parameters {
+            out.parameter(parameter.name, parameter.kind);
+        }
+        out.kind(self.returns);
+    }
 }
 
 /// A function of the host's; made by `#[host_fn]`.
@@ -28,7 +67,7 @@ pub struct Export {
 #[derive(Debug)]
 pub struct Import {
     /// Its signature.
-    pub describe: fn(&mut Describe<'_, '_>),
+    pub signature: Signature,
 }
 
 /// What runs before the first call; made by `#[guest_init]`.
@@ -45,24 +84,19 @@ fn no_call(_: &mut Reader<'_>, _: &mut Writer<'_>) -> Result<u32, DecodeError> {
     Ok(status::NO_FUNCTION)
 }
 
-fn no_function(out: &mut Describe<'_, '_>) {
-    out.function("", 0);
-    out.kind(|_| {});
-}
-
 fn no_init() {}
 
 #[used]
 #[unsafe(link_section = "skerry_exports")]
 static NO_EXPORT: Export = Export {
     call: no_call,
-    describe: no_function,
+    signature: Signature::NONE,
 };
 
 #[used]
 #[unsafe(link_section = "skerry_imports")]
 static NO_IMPORT: Import = Import {
-    describe: no_function,
+    signature: Signature::NONE,
 };
 
 #[used]
@@ -152,14 +186,14 @@ fn describe(out: &mut Writer<'_>) {
     let mut out = Describe::new(out, runtime);
     out.count(exports().len() + registered().len());
     for export in exports() {
-        (export.describe)(&mut out);
+        export.signature.describe(&mut out);
     }
     for (signature, _) in registered() {
         out.whole(signature);
     }
     out.count(imports().len());
     for import in imports() {
-        (import.describe)(&mut out);
+        import.signature.describe(&mut out);
     }
 }
 

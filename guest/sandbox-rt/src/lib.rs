@@ -38,7 +38,7 @@ mod profile;
 mod spans;
 
 pub use alloc::string::String;
-pub use calls::{Export, Import, Init, host_call};
+pub use calls::{Export, Import, Init, Named, Signature, host_call};
 pub use calls::{call_by_name, call_by_name_with, control_address, register, seed};
 pub use logging::write_log;
 pub use skerry_sandbox_abi as abi;

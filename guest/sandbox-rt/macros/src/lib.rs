@@ -44,16 +44,19 @@ fn returned(output: &ReturnType) -> Tokens {
     }
 }
 
-/// The function that describes a function, `kind` being `Encode` or `Decode` for its parameters.
+/// The signature of a function, `kind` being `Encode` or `Decode` for its parameters. Data, not code: it is
+/// looked at once, and code that runs once is what starting a guest costs most.
 fn description(name: &str, parameters: &[Parameter], kind: &Tokens, returns: &Tokens) -> Tokens {
     let names = parameters.iter().map(|(name, _)| name.to_string());
     let types = parameters.iter().map(|(_, kind)| kind);
-    let count = parameters.len() as u8;
     quote! {
-        fn __skerry_describe(out: &mut ::skerry_sandbox_rt::abi::Describe<'_, '_>) {
-            out.function(#name, #count);
-            #(out.parameter(#names, <#types as ::skerry_sandbox_rt::abi::#kind>::type_name);)*
-            out.kind(#returns::type_name);
+        ::skerry_sandbox_rt::Signature {
+            name: #name,
+            parameters: &[#(::skerry_sandbox_rt::Named {
+                name: #names,
+                kind: <#types as ::skerry_sandbox_rt::abi::#kind>::type_name,
+            }),*],
+            returns: #returns::type_name,
         }
     }
 }
@@ -85,12 +88,11 @@ fn guest(item: &ItemFn) -> Result<Tokens, Error> {
                     ::skerry_sandbox_rt::abi::Returned::put(#function(#(#names),*), out),
                 )
             }
-            #describe
             #[used]
             #[unsafe(link_section = "skerry_exports")]
             static EXPORT: ::skerry_sandbox_rt::Export = ::skerry_sandbox_rt::Export {
                 call: __skerry_call,
-                describe: __skerry_describe,
+                signature: #describe,
             };
         };
     })
@@ -110,11 +112,10 @@ fn host(item: &ForeignItemFn) -> Result<Tokens, Error> {
     Ok(quote! {
         #(#attributes)*
         #visibility #signature {
-            #describe
             #[used]
             #[unsafe(link_section = "skerry_imports")]
             static IMPORT: ::skerry_sandbox_rt::Import = ::skerry_sandbox_rt::Import {
-                describe: __skerry_describe,
+                signature: #describe,
             };
             let answer = ::skerry_sandbox_rt::host_call(&IMPORT, |out| {
                 out.put(&#count.to_le_bytes());
