@@ -151,7 +151,12 @@ impl Sandbox {
     }
 
     fn excepted(&mut self) -> Result<CallError, CallError> {
-        let address = self.processor.registers()?.system.cr2;
+        let system = self.processor.registers()?.system;
+        let address = system.cr2;
+        // The port is the stubs', which run in ring 0; ring 3 that writes it tells of no exception.
+        if system.segments[1].selector & 3 != 0 {
+            return Err(misbehaved("it wrote the port of exceptions"));
+        }
         let frame = Frame::read(&self.region).ok_or_else(|| misbehaved("no exception frame"))?;
         Ok(frame.fault(address, &self.layout).into())
     }

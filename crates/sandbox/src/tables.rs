@@ -149,8 +149,8 @@ fn bits(rights: Rights) -> u64 {
 }
 
 /// A 64-bit task state segment (Intel SDM 3A §9.7): the exception stack, and the map of ports, of which
-/// ring 3 may use the four that [`PORT`] as 32 bits takes (Intel SDM 1 §20.5.2). Not the I/O privilege
-/// level: a KVM that runs guests in ring 3 itself has none to give.
+/// ring 3 may use the four that [`PORT`] as 32 bits takes (Intel SDM 1 §20.5.2), for where the I/O
+/// privilege level is not looked at.
 fn task_state() -> [u8; TSS_LEN] {
     const PORTS: usize = 0x68;
     let mut bytes = [0; TSS_LEN];
@@ -265,8 +265,10 @@ pub(crate) fn build(
 pub(crate) fn entry_registers(layout: &Layout, entry: u64) -> BootRegisters {
     const RDI: usize = 7;
     const RSP: usize = 4;
-    /// Flag 1 is always set.
-    const FLAGS: u64 = 2;
+    /// Flag 1 is always set; I/O privilege level 3, by which ring 3 may leave (any port but the one that
+    /// is meant ends the call). Where a KVM runs guests in ring 3 itself there is none to give, and the
+    /// task's map of ports counts; QEMU's nested SVM, in turn, finds no map in a busy task.
+    const FLAGS: u64 = 0x3002;
     const CODE: u16 = 0xa0fb;
     const DATA: u16 = 0xc0f3;
     /// SSE, and its exceptions (Intel SDM 3A §2.5).

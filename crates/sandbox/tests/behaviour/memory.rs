@@ -162,12 +162,23 @@ fn what_ring_0_may_is_not_the_guests() {
     }
 }
 
+/// Whether a port that means nothing has ended a call as it should.
+fn as_told(port: u32, error: &CallError) -> bool {
+    match (port, error) {
+        (_, CallError::Misbehaved(_)) => true,
+        // The guest's own port is always let through.
+        (0x5c, _) => false,
+        (_, CallError::Fault(Fault::Exception { vector, .. })) => *vector == 13,
+        _ => false,
+    }
+}
+
 #[test]
 fn ports_that_mean_nothing_are_an_error() {
     let mut sandbox = sandbox();
     let snapshot = sandbox.snapshot().unwrap();
     // The guest's port for reasons that there are none of; all others, the stubs' own among them, are not the
-    // guest's to use.
+    // guest's to use: they end the call, or on a KVM without I/O privilege levels the instruction faults.
     let exits = [
         (0x5c, 0),
         (0x5c, 99),
@@ -178,20 +189,12 @@ fn ports_that_mean_nothing_are_an_error() {
     ];
     for (port, value) in exits {
         let error = sandbox.call::<()>("wrong_exit", (port, value)).unwrap_err();
-        let as_told = match port {
-            0x5c => matches!(error, CallError::Misbehaved(_)),
-            _ => matches!(error, CallError::Fault(Fault::Exception { vector: 13, .. })),
-        };
-        assert!(as_told, "port {port:#x}: {error}");
+        assert!(as_told(port, &error), "port {port:#x}: {error}");
         sandbox.restore(&snapshot).unwrap();
     }
-    for (port, right) in [(0x5c_u32, true), (0x60, false)] {
+    for port in [0x5c_u32, 0x60] {
         let error = sandbox.call::<u32>("port_in", (port,)).unwrap_err();
-        assert_eq!(
-            right,
-            matches!(error, CallError::Misbehaved(_)),
-            "port {port:#x}: {error}"
-        );
+        assert!(as_told(port, &error), "port {port:#x}: {error}");
         sandbox.restore(&snapshot).unwrap();
     }
     assert_eq!(sandbox.call::<i32>("add", (1, 2)).unwrap(), 3);
