@@ -72,7 +72,7 @@ fn mistakes_are_one_line_and_say_what_there_is() {
     let plain = guest("sandbox-plainguest");
     let plain = plain.to_str().unwrap();
     let cases: [(&[&str], &str); 5] = [
-        (&["call", plain, "half", "1"], "it has: double"),
+        (&["call", plain, "half", "1"], "it has: double, divide"),
         (
             &["call", plain, "double"],
             "takes 1 arguments, and 0 were given",
@@ -165,6 +165,38 @@ fn a_time_limit_is_exit_status_124() {
     let (status, _, stderr) = said(&skerry(&limited));
     assert_eq!(status, Some(124), "{stderr}");
     assert!(stderr.contains("50000000 instructions"), "{stderr}");
+}
+
+#[test]
+fn a_crash_leaves_a_core_dump_where_one_is_wanted() {
+    let folder = tempfile::tempdir().unwrap();
+    let dumps = folder.path().join("dumps");
+    std::fs::create_dir(&dumps).unwrap();
+    let crashing = guest("sandbox-plainguest");
+    let arguments = [
+        "call",
+        "--hypervisor",
+        "soft",
+        "--core-dumps",
+        dumps.to_str().unwrap(),
+    ];
+    let output = skerry(
+        &[
+            &arguments[..],
+            &[crashing.to_str().unwrap(), "divide", "1", "0"],
+        ]
+        .concat(),
+    );
+    let (status, stdout, stderr) = said(&output);
+    assert_eq!((status, stdout.as_str()), (Some(1), ""), "{stderr}");
+    assert!(
+        stderr.contains("divide by zero") && stderr.contains("Core dump: "),
+        "{stderr}"
+    );
+    let dump = std::fs::read_dir(&dumps).unwrap().next().unwrap().unwrap();
+    assert!(std::fs::read(dump.path()).unwrap().starts_with(b"\x7fELF"));
+    let (status, _, stderr) = said(&skerry(&["call", "--gdb", "nowhere:x", "a", "f"]));
+    assert_eq!(status, Some(125), "{stderr}");
 }
 
 #[test]

@@ -94,6 +94,15 @@ pub struct SandboxCallArgs {
     #[arg(long)]
     pub json: bool,
 
+    /// Wait for gdb there and stop before the guest's first instruction: ADDRESS:PORT, or the path of a
+    /// socket
+    #[arg(long, value_name = "WHERE")]
+    pub gdb: Option<String>,
+
+    /// Write a core dump into this folder if the guest crashes
+    #[arg(long, value_name = "FOLDER")]
+    pub core_dumps: Option<PathBuf>,
+
     /// What a WebAssembly module may have besides stdout and stderr; more than once
     #[arg(long = "grant", value_enum, value_name = "NAME")]
     pub grants: Vec<GrantArg>,

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use skerry_sandbox::wasm::{self, Exported, Grants, Kind, Wasm, WasmError};
 use skerry_sandbox::{
-    Backend, Builder, CallError, Description, Function, HostFunctions, Parameter, Sandbox, Value,
+    Backend, Builder, CallError, DebugListener, Description, Function, HostFunctions, Parameter,
+    Sandbox, Value,
 };
 
 use crate::args::{
@@ -181,7 +182,23 @@ fn numbers(function: &Exported, words: &[String]) -> Result<Vec<wasm::Value>> {
     .collect()
 }
 
+/// Where gdb will connect.
+fn listener(place: &str) -> Result<DebugListener> {
+    let listener = match place.contains('/') {
+        true => DebugListener::unix(place),
+        false => DebugListener::tcp(place),
+    };
+    let listener = listener.with_context(|| format!("Can't listen for gdb at {place}"))?;
+    let at = listener.local_address();
+    let at = at.map_or_else(|| place.to_owned(), |address| address.to_string());
+    output::note(&format!("gdb: target remote {at}"));
+    Ok(listener)
+}
+
 fn call_wasm(args: &SandboxCallArgs) -> Result<u8> {
+    if args.gdb.is_some() || args.core_dumps.is_some() {
+        bail!("--gdb and --core-dumps are for programs: a WebAssembly module isn't x86 code");
+    }
     const PROGRAM: &str = "_start";
     let mut wasm = wasm(&args.guest, Some(&args.limits), &grants(args))?;
     let ended = match args.function.as_str() {
@@ -242,7 +259,14 @@ fn call(args: &SandboxCallArgs) -> Result<u8> {
             args.guest.guest
         );
     }
-    let mut sandbox = limited(builder(&args.guest), &args.limits).build()?;
+    let mut builder = limited(builder(&args.guest), &args.limits);
+    if let Some(place) = &args.gdb {
+        builder = builder.gdb(listener(place)?);
+    }
+    if let Some(folder) = &args.core_dumps {
+        builder = builder.core_dumps(folder);
+    }
+    let mut sandbox = builder.build()?;
     let function = signature(&sandbox, &args.function)?;
     let arguments = arguments(&function, &args.arguments)?;
     match sandbox.call_dynamic(&args.function, &arguments) {
@@ -253,6 +277,9 @@ fn call(args: &SandboxCallArgs) -> Result<u8> {
         Err(error) => {
             let status = failed(&error);
             output::error(&error.into());
+            if let Some(path) = sandbox.last_core_dump() {
+                output::note(&format!("Core dump: {}", path.display()));
+            }
             Ok(status)
         }
     }
