@@ -89,13 +89,14 @@ fn count(backend: &str, what: &str) -> Option<f64> {
 #[test]
 fn calls_restores_and_copies_take_few_system_calls() {
     let _guest = common::guest("sandbox-testguest");
+    // What one more would be over; the rest is for threads that wake up in one run and not in another.
     let limits = [
         (
             "soft",
             [
-                ("call", 0.2),
-                ("host", 0.2),
-                ("restore", 0.2),
+                ("call", 0.9),
+                ("host", 0.9),
+                ("restore", 0.9),
                 ("copy", 15.0),
             ],
         ),
@@ -105,7 +106,7 @@ fn calls_restores_and_copies_take_few_system_calls() {
                 ("call", 3.0),
                 ("host", 4.0),
                 ("restore", 8.0),
-                ("copy", 15.2),
+                ("copy", 15.9),
             ],
         ),
     ];
