@@ -4,13 +4,12 @@
 mod common;
 
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::registry::{Demands, Line, Proxy, Registry, hex, layout};
-use common::{Ran, noise, run_with, skerry};
+use common::{Ran, copy_program, noise, run_with, skerry};
 
 /// Everything that a user has, in one folder.
 struct User(tempfile::TempDir);
@@ -180,9 +179,11 @@ fn only_who_has_a_login_gets_in() {
         "#!/bin/sh\nread host\n[ \"$1 $host\" = \"get {host}\" ] || exit 1\n\
          echo '{{\"Username\": \"jo\", \"Secret\": \"pass:word\"}}'\n"
     );
-    user.write("bin/docker-credential-test", &helper);
-    let path = user.path("bin/docker-credential-test");
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).expect("a program");
+    user.write("bin/helper", &helper);
+    copy_program(
+        user.path("bin/helper"),
+        &user.path("bin/docker-credential-test"),
+    );
     let search = format!(
         "{}:{}",
         user.path("bin").display(),

@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use common::{Ran, eventually, run_with};
+use common::{Ran, copy_program, eventually, run_with};
 use serde_json::Value;
 
 /// Linux's user and group that own nothing.
@@ -32,7 +32,7 @@ impl User {
         let own = rustix::process::geteuid();
         let other = own.is_root().then_some(NOBODY);
         let program = home.path().join("skerry");
-        std::fs::copy(env!("CARGO_BIN_EXE_skerry"), &program).expect("a copy");
+        copy_program(env!("CARGO_BIN_EXE_skerry"), &program);
         if other.is_some() {
             chown(home.path(), other, other).expect("chown");
         }

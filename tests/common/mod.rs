@@ -72,6 +72,15 @@ fn in_mode(args: &[&str], mode: Option<String>) -> Vec<String> {
     args
 }
 
+/// Copies a program that is to be run, by another process: a file that this one writes would be open in every
+/// child that another test starts meanwhile, and a program that is open for writing doesn't run (ETXTBSY).
+pub fn copy_program(from: impl AsRef<std::ffi::OsStr>, to: &std::path::Path) {
+    let mut copy = Command::new("install");
+    copy.args(["-m", "755"]).arg(from).arg(to);
+    let status = copy.status().expect("install starts");
+    assert!(status.success(), "install: {status}");
+}
+
 /// `skerry` with these arguments, its own data folder and a clean environment.
 pub fn skerry(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_skerry"));
