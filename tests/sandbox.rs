@@ -95,6 +95,15 @@ fn mistakes_are_one_line_and_say_what_there_is() {
             "{stderr}"
         );
     }
+    let module = module();
+    let module = module.to_str().unwrap();
+    for flag in ["--stack", "--buffers"] {
+        let (status, _, stderr) = said(&skerry(&["call", flag, "1m", module, "_start"]));
+        assert_eq!(status, Some(125), "{stderr}");
+        assert!(stderr.contains("are for programs"), "{stderr}");
+    }
+    let (status, _, stderr) = said(&skerry(&["call", "--heap", "64k", module, "_start"]));
+    assert_eq!(status, Some(125), "{stderr}");
     let needy = guest("sandbox-exampleguest");
     let (status, _, stderr) = said(&skerry(&["call", needy.to_str().unwrap(), "picky", "x"]));
     assert_eq!(status, Some(125));

@@ -37,17 +37,17 @@ pub struct SandboxGuestArgs {
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     pub hypervisor: HypervisorArg,
 
-    /// The guest's heap: a number of bytes, or with k, m, g
-    #[arg(long, value_name = "SIZE", default_value = "1m")]
-    pub heap: Size,
+    /// The guest's heap: a number of bytes, or with k, m, g; a WebAssembly module's own default is larger `[default: 1m]`
+    #[arg(long, value_name = "SIZE")]
+    pub heap: Option<Size>,
 
-    /// The guest's stack
-    #[arg(long, value_name = "SIZE", default_value = "256k")]
-    pub stack: Size,
+    /// The guest's stack; not for WebAssembly modules `[default: 256k]`
+    #[arg(long, value_name = "SIZE")]
+    pub stack: Option<Size>,
 
-    /// Room for the arguments of a call, and for what it returns
-    #[arg(long, value_name = "SIZE", default_value = "1m")]
-    pub buffers: Size,
+    /// Room for the arguments of a call, and for what it returns; not for WebAssembly modules `[default: 1m]`
+    #[arg(long, value_name = "SIZE")]
+    pub buffers: Option<Size>,
 }
 
 /// What a call may take.

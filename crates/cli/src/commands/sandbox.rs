@@ -43,12 +43,19 @@ fn backend(hypervisor: HypervisorArg) -> Backend {
 }
 
 fn builder(args: &SandboxGuestArgs) -> Builder {
-    Sandbox::builder()
+    let mut builder = Sandbox::builder()
         .guest(args.guest.as_path())
-        .backend(backend(args.hypervisor))
-        .heap(args.heap.0)
-        .stack(args.stack.0)
-        .buffers(args.buffers.0)
+        .backend(backend(args.hypervisor));
+    if let Some(heap) = &args.heap {
+        builder = builder.heap(heap.0);
+    }
+    if let Some(stack) = &args.stack {
+        builder = builder.stack(stack.0);
+    }
+    if let Some(buffers) = &args.buffers {
+        builder = builder.buffers(buffers.0);
+    }
+    builder
 }
 
 fn limited(mut builder: Builder, limits: &SandboxLimitArgs) -> Builder {
@@ -140,10 +147,18 @@ fn wasm(
     limits: Option<&SandboxLimitArgs>,
     grants: &Grants,
 ) -> Result<Wasm> {
+    if args.stack.is_some() || args.buffers.is_some() {
+        bail!(
+            "--stack and --buffers are for programs: those of the guest that runs WebAssembly modules are fixed"
+        );
+    }
     let mut builder = Wasm::builder()
         .module(args.guest.as_path())
         .grants(grants)
         .backend(backend(args.hypervisor));
+    if let Some(heap) = &args.heap {
+        builder = builder.heap(heap.0);
+    }
     if let Some(limits) = limits {
         if let Some(timeout) = &limits.timeout {
             builder = builder.call_timeout(timeout.0);
