@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use skerry_benches::repository;
+use skerry_benches::{median, repository};
 use skerry_sandbox::{Backend, CallError, HostFunctions, Killed, Sandbox, Snapshot};
 
 /// Function sandboxes beside hyperlight-host, in one run.
@@ -78,15 +78,10 @@ fn functions() -> Arc<HostFunctions> {
     Arc::new(functions)
 }
 
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    let middle = times.get(times.len() / 2).copied().unwrap_or_default();
-    middle.as_nanos() as f64 / 1000.0
-}
-
 fn samples(count: usize, mut one: impl FnMut() -> Result<Duration>) -> Result<f64> {
-    let times = (0..count).map(|_| one()).collect::<Result<Vec<_>>>()?;
-    Ok(median(times))
+    let micros = |_| Ok(one()?.as_nanos() as f64 / 1000.0);
+    let mut times = (0..count).map(micros).collect::<Result<Vec<_>>>()?;
+    Ok(median(&mut times))
 }
 
 fn timed<T, E>(what: impl FnOnce() -> Result<T, E>) -> Result<Duration, E> {

@@ -48,8 +48,7 @@ impl Saved {
         pages: Pages,
         state: CpuState,
     ) -> Result<Arc<Snapshot>, SnapshotError> {
-        let made = Snapshot::new(Kept {
-            file,
+        let kept = Kept {
             pages,
             state,
             plain: false,
@@ -58,8 +57,8 @@ impl Saved {
             limits: Limits::default(),
             mappings: Vec::new(),
             base: None,
-        });
-        made.map_err(SnapshotError::Memory)
+        };
+        Snapshot::new(file, kept).map_err(SnapshotError::Memory)
     }
 }
 
@@ -70,18 +69,19 @@ fn not_one(why: impl Into<String>) -> SnapshotError {
 impl Snapshot {
     /// Writes it to the store at `root` (a folder, made if need be), and says its identity there.
     pub fn save(&self, root: &Path) -> Result<SnapshotId, SnapshotError> {
-        if !self.mappings.is_empty() {
+        if !self.kept.mappings.is_empty() {
             return Err(SnapshotError::Mappings);
         }
         let mut writer = SnapshotStore::open(root)?.writer(WriteOptions::default())?;
-        writer.memory(self.layout.size, |pages| {
-            for page in self.pages.iter() {
+        writer.memory(self.kept.layout.size, |pages| {
+            for page in self.kept.pages.iter() {
                 let bytes = self.view.page(page).unwrap_or_default();
                 pages.write(page, bytes)?;
             }
             Ok::<_, skerry_snapshot::Error>(())
         })?;
-        let state = serde_json::to_vec(&self.state).map_err(|error| not_one(error.to_string()))?;
+        let state =
+            serde_json::to_vec(&self.kept.state).map_err(|error| not_one(error.to_string()))?;
         writer.state(&state)?;
         Ok(writer.commit(&self.saved())?)
     }
@@ -90,8 +90,8 @@ impl Snapshot {
     pub(crate) fn saved(&self) -> Saved {
         Saved {
             function_sandbox: VERSION,
-            layout: self.layout,
-            description: self.exports.description.clone(),
+            layout: self.kept.layout,
+            description: self.kept.exports.description.clone(),
         }
     }
 

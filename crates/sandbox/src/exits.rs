@@ -4,7 +4,7 @@ use skerry_hypervisor::Exit;
 use skerry_sandbox_abi::{Control, Encode, PORT, PORT_EXCEPTION, Reader, Writer, leave, status};
 
 use crate::error::CallError;
-use crate::fault::Frame;
+use crate::fault::{Frame, in_stub};
 use crate::interrupt::Reason;
 use crate::sandbox::Sandbox;
 
@@ -30,19 +30,20 @@ impl Sandbox {
             self.processor.set_budget(self.limits.instructions)?;
         }
         let call = self.processor.begin_call();
-        let timed = match &self.timer {
-            Some(timer) => {
-                self.shared.take_reason();
-                timer.set(call, self.limits.timeout, self.limits.cpu_time);
-                true
-            }
-            None => false,
-        };
+        if let Some(timer) = &self.timer {
+            self.shared.take_reason();
+            timer.set(call, self.limits.timeout, self.limits.cpu_time);
+        }
         let ended = self.exits();
         self.processor.end_call();
-        if timed && let Some(timer) = &self.timer {
+        if let Some(timer) = &self.timer {
             timer.clear();
         }
+        self.entered(ended)
+    }
+
+    /// What follows every request, however it has ended.
+    pub(crate) fn entered(&mut self, ended: Result<(), CallError>) -> Result<(), CallError> {
         if self.control.log_len() != 0 {
             self.show_log();
         }
@@ -50,7 +51,7 @@ impl Sandbox {
             Ok(()) => self.spans.leave_all(),
             Err(error) => {
                 self.spans.close_all();
-                self.note_failure(error);
+                self.dump_crash(error);
             }
         }
         ended
@@ -152,13 +153,12 @@ impl Sandbox {
 
     fn excepted(&mut self) -> Result<CallError, CallError> {
         let system = self.processor.registers()?.system;
-        let address = system.cr2;
-        // The port is the stubs', which run in ring 0; ring 3 that writes it tells of no exception.
-        if system.segments[1].selector & 3 != 0 {
-            return Err(misbehaved("it wrote the port of exceptions"));
+        // Ring 3 that writes the stubs' port tells of no exception.
+        if !in_stub(&system) {
+            return Err(misbehaved("it used the exception stubs' port"));
         }
         let frame = Frame::read(&self.region).ok_or_else(|| misbehaved("no exception frame"))?;
-        Ok(frame.fault(address, &self.layout).into())
+        Ok(frame.fault(system.cr2, &self.layout).into())
     }
 
     /// Shows what is in the log area, and empties it.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use skerry_hypervisor::state::SystemRegisters;
 use thiserror::Error;
 
 use crate::layout::{EXCEPTION_STACK, GUARD, Layout, PAGE};
@@ -100,6 +101,12 @@ fn name(vector: u8) -> &'static str {
         19 => "a SIMD floating-point exception",
         _ => "a reserved exception",
     }
+}
+
+/// Whether a processor stands in ring 0, which is the stubs (the level of CS: Intel SDM 3A §6.5).
+pub(crate) fn in_stub(system: &SystemRegisters) -> bool {
+    const CS: usize = 1;
+    system.segments[CS].attributes >> 5 & 3 == 0
 }
 
 /// An interrupted guest, as the stub's stack has it. Ring 3 can't write there.

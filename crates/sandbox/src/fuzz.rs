@@ -194,7 +194,7 @@ pub fn saved_seed() -> Vec<u8> {
     snapshot.map_or_else(Vec::new, |snapshot| {
         let mut bytes = serde_json::to_vec(&snapshot.saved()).unwrap_or_default();
         bytes.push(0);
-        bytes.extend(serde_json::to_vec(&snapshot.state).unwrap_or_default());
+        bytes.extend(serde_json::to_vec(&snapshot.kept.state).unwrap_or_default());
         bytes
     })
 }

@@ -169,36 +169,41 @@ impl Recipe {
 /// The host's mappings of a source, with their offsets in it.
 type Parts = Vec<(u64, Arc<RamRegion>)>;
 
+/// A mapping as it is made.
+#[derive(Debug)]
+struct Made {
+    recipe: Recipe,
+    slots: Vec<Gpa>,
+    data: Parts,
+}
+
 /// All mappings of a sandbox.
 #[derive(Debug, Default)]
 pub(crate) struct Mappings {
-    made: Vec<(Recipe, Vec<Gpa>)>,
-    /// The data of each, in the same order.
-    data: Vec<Parts>,
+    made: Vec<Made>,
 }
 
 impl Mappings {
     pub(crate) fn recipes(&self) -> Vec<Recipe> {
-        self.made.iter().map(|(recipe, _)| recipe.clone()).collect()
+        self.made.iter().map(|made| made.recipe.clone()).collect()
     }
 
     /// Where each is, and whether the guest may write to it.
     pub(crate) fn places(&self) -> impl Iterator<Item = (Mapped, bool)> {
         self.made
             .iter()
-            .map(|(recipe, _)| (recipe.mapped, recipe.source.writable()))
+            .map(|Made { recipe, .. }| (recipe.mapped, recipe.source.writable()))
     }
 
     /// What the guest has at an address: the memory, and the offset in it.
     pub(crate) fn data_at(&self, gva: u64) -> Option<(&Arc<RamRegion>, usize)> {
-        let mut all = self.made.iter().zip(&self.data);
-        let ((recipe, _), parts) = all.find(|((recipe, _), _)| {
-            let Mapped { address, len } = recipe.mapped;
+        let Made { recipe, data, .. } = self.made.iter().find(|made| {
+            let Mapped { address, len } = made.recipe.mapped;
             gva.wrapping_sub(address) < len.next_multiple_of(PAGE)
         })?;
         let at = gva - recipe.mapped.address;
         let inside = |part: &&(u64, Arc<RamRegion>)| at.wrapping_sub(part.0) < part.1.size() as u64;
-        let (start, ram) = parts.iter().find(inside)?;
+        let (start, ram) = data.iter().find(inside)?;
         Some((ram, (at - start) as usize))
     }
 
@@ -206,13 +211,13 @@ impl Mappings {
     pub(crate) fn are(&self, recipes: &[Recipe]) -> bool {
         self.made
             .iter()
-            .map(|(recipe, _)| recipe.id)
+            .map(|made| made.recipe.id)
             .eq(recipes.iter().map(|recipe| recipe.id))
     }
 
     /// The first guest-physical address that is free, and the first entry of the third-level table.
     fn free(&self, memory: u64) -> (u64, u64) {
-        let next = |(recipe, _): &(Recipe, Vec<Gpa>)| {
+        let next = |Made { recipe, .. }: &Made| {
             let Mapped { address, len } = recipe.mapped;
             let end = recipe.gpa + len + tables_size(len);
             (end.next_multiple_of(LARGE), (address + len).div_ceil(GIB))
@@ -226,12 +231,11 @@ impl Mappings {
 
     /// Takes all slots away. The guest's tables are the caller's.
     pub(crate) fn drop_slots(&mut self, processor: &mut dyn Processor) -> Result<(), MapError> {
-        while let Some((_, slots)) = self.made.last() {
-            for gpa in slots {
+        while let Some(made) = self.made.last() {
+            for gpa in &made.slots {
                 processor.unmap(*gpa)?;
             }
             self.made.pop();
-            self.data.pop();
         }
         Ok(())
     }
@@ -256,8 +260,8 @@ impl Mappings {
             log_dirty: false,
         };
         let mut made = Vec::new();
-        let parts = data(&recipe.source, recipe.mapped.len).map_err(MapFileError::Memory)?;
-        for (at, region) in &parts {
+        let data = data(&recipe.source, recipe.mapped.len).map_err(MapFileError::Memory)?;
+        for (at, region) in &data {
             made.push(slot(recipe.gpa + at, region.clone(), !write));
         }
         let tables_at = recipe.gpa + pages * PAGE;
@@ -280,8 +284,11 @@ impl Mappings {
             let linked = tables::link(memory, root, entry, directory);
             linked.ok_or(MapFileError::NoRoom(recipe.mapped.len))?;
         }
-        self.made.push((recipe.clone(), slots));
-        self.data.push(parts);
+        self.made.push(Made {
+            recipe: recipe.clone(),
+            slots,
+            data,
+        });
         Ok(())
     }
 }
@@ -409,7 +416,7 @@ impl Sandbox {
             return Ok(());
         }
         let root = self.layout.tables.at;
-        for (recipe, _) in &self.mappings.made {
+        for Made { recipe, .. } in &self.mappings.made {
             let first = recipe.mapped.address / GIB;
             let last = (recipe.mapped.address + recipe.mapped.len - 1) / GIB;
             for entry in first..=last {

@@ -23,20 +23,20 @@ fn failed(error: vm_memory::mmap::MmapRegionError) -> io::Error {
     }
 }
 
-fn map_file(file: &Arc<File>, size: u64, kind: i32) -> io::Result<RamRegion> {
+fn map_file(file: &Arc<File>, size: u64, protection: i32, kind: i32) -> io::Result<RamRegion> {
     let file = FileOffset::from_arc(file.clone(), 0);
     let flags = kind | libc::MAP_NORESERVE;
-    MmapRegion::build(Some(file), size as usize, PROTECTION, flags).map_err(failed)
+    MmapRegion::build(Some(file), size as usize, protection, flags).map_err(failed)
 }
 
 /// What a file holds; writes stay in this mapping.
 pub(crate) fn private(file: &Arc<File>, size: u64) -> io::Result<RamRegion> {
-    map_file(file, size, libc::MAP_PRIVATE)
+    map_file(file, size, PROTECTION, libc::MAP_PRIVATE)
 }
 
 /// A file's own pages.
 pub(crate) fn shared(file: &Arc<File>, size: u64) -> io::Result<RamRegion> {
-    map_file(file, size, libc::MAP_SHARED)
+    map_file(file, size, PROTECTION, libc::MAP_SHARED)
 }
 
 /// The memory of one sandbox. There is one owner, the `Sandbox`, which also owns the processor: to
@@ -230,10 +230,7 @@ pub(crate) struct View {
 
 impl View {
     pub(crate) fn of(file: &Arc<File>, size: u64) -> io::Result<Self> {
-        let file = FileOffset::from_arc(file.clone(), 0);
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        let ram =
-            MmapRegion::build(Some(file), size as usize, libc::PROT_READ, flags).map_err(failed)?;
+        let ram = map_file(file, size, libc::PROT_READ, libc::MAP_SHARED)?;
         Ok(Self { ram })
     }
 

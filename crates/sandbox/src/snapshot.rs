@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,15 +23,16 @@ use crate::processor::{self, Backend};
 use crate::region::{Region, View};
 use crate::sandbox::{Exports, Parts, Sandbox, Status, fresh_seed, slot};
 
+/// The pages that a range touches.
+fn pages_of(at: u64, len: u64) -> Range<u64> {
+    at / PAGE..(at + len).div_ceil(PAGE)
+}
+
 /// A set of pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pages(Vec<u64>);
 
 impl Pages {
-    fn with(size: u64) -> Self {
-        Self(vec![0; (size / PAGE).div_ceil(64) as usize])
-    }
-
     pub(crate) fn insert(&mut self, page: u64) {
         let word = (page / 64) as usize;
         if word >= self.0.len() {
@@ -45,9 +47,7 @@ impl Pages {
     }
 
     fn insert_bytes(&mut self, at: u64, len: u64) {
-        for page in at / PAGE..(at + len).div_ceil(PAGE) {
-            self.insert(page);
-        }
+        pages_of(at, len).for_each(|page| self.insert(page));
     }
 
     fn join(&mut self, other: &Self) {
@@ -93,9 +93,15 @@ impl Origin {
 /// it and go back to it.
 #[derive(Debug)]
 pub struct Snapshot {
-    pub(crate) id: u64,
-    pub(crate) file: Arc<File>,
+    id: u64,
+    file: Arc<File>,
     pub(crate) view: View,
+    pub(crate) kept: Kept,
+}
+
+/// What a snapshot keeps besides the content of its memory.
+#[derive(Debug)]
+pub(crate) struct Kept {
     /// The pages that are in the file; all others are zero.
     pub(crate) pages: Pages,
     pub(crate) state: CpuState,
@@ -107,20 +113,6 @@ pub struct Snapshot {
     /// What was mapped, to be mapped again.
     pub(crate) mappings: Vec<Recipe>,
     /// The snapshot that it was taken after, and what is different from that.
-    base: Option<(u64, Pages)>,
-}
-
-/// What a snapshot is made of; the fields as there.
-pub(crate) struct Kept {
-    pub(crate) file: File,
-    pub(crate) pages: Pages,
-    pub(crate) state: CpuState,
-    /// See [`Snapshot::plain`].
-    pub(crate) plain: bool,
-    pub(crate) layout: Layout,
-    pub(crate) exports: Arc<Exports>,
-    pub(crate) limits: Limits,
-    pub(crate) mappings: Vec<Recipe>,
     pub(crate) base: Option<(u64, Pages)>,
 }
 
@@ -144,48 +136,42 @@ fn next_id() -> u64 {
 }
 
 impl Snapshot {
-    pub(crate) fn new(kept: Kept) -> io::Result<Arc<Self>> {
-        let Kept {
-            file,
-            pages,
-            state,
-            plain,
-            layout,
-            exports,
-            limits,
-            mappings,
-            base,
-        } = kept;
+    /// Of a file that nobody writes any more.
+    pub(crate) fn new(file: File, kept: Kept) -> io::Result<Arc<Self>> {
         seal(&file)?;
         let file = Arc::new(file);
-        let view = View::of(&file, layout.size)?;
+        let view = View::of(&file, kept.layout.size)?;
         Ok(Arc::new(Self {
             id: next_id(),
             file,
             view,
-            pages,
-            state,
-            plain,
-            layout,
-            exports,
-            limits,
-            mappings,
-            base,
+            kept,
         }))
+    }
+
+    /// The pages in which memory that is this snapshot's differs from that of snapshot `id`; `None` where
+    /// that isn't known.
+    fn difference_to(&self, id: u64) -> Option<&Pages> {
+        static NONE: Pages = Pages(Vec::new());
+        match &self.kept.base {
+            _ if self.id == id => Some(&NONE),
+            Some((base, changed)) if *base == id => Some(changed),
+            _ => None,
+        }
     }
 
     /// The guest's memory in bytes.
     pub fn memory_size(&self) -> u64 {
-        self.layout.size
+        self.kept.layout.size
     }
 
     /// The bytes that it takes.
     pub fn size(&self) -> u64 {
-        self.pages.iter().count() as u64 * PAGE
+        self.kept.pages.iter().count() as u64 * PAGE
     }
 
     fn page(&self, page: u64) -> Option<&[u8]> {
-        match self.pages.contains(page) {
+        match self.kept.pages.contains(page) {
             true => self.view.page(page),
             false => None,
         }
@@ -199,9 +185,7 @@ impl Sandbox {
         self.processor
             .drain_dirty(Gpa(0), &mut |page| pages.insert(page))?;
         pages.insert_bytes(self.layout.control.at, PAGE);
-        if self.input_written != 0 {
-            pages.insert_bytes(self.layout.input.at, self.input_written);
-        }
+        pages.insert_bytes(self.layout.input.at, self.input_written);
         Ok(pages)
     }
 
@@ -220,13 +204,15 @@ impl Sandbox {
         let written = self.written()?;
         let (mut pages, base) = match &self.origin {
             Origin::Empty(loaded) => (loaded.clone(), None),
-            Origin::Snapshot(origin) => (origin.pages.clone(), Some((origin.id, written.clone()))),
+            Origin::Snapshot(origin) => (
+                origin.kept.pages.clone(),
+                Some((origin.id, written.clone())),
+            ),
         };
         pages.join(&written);
         let kept = self.keep(&file, &mut pages);
         let snapshot = kept.and_then(|()| {
-            Snapshot::new(Kept {
-                file,
+            let kept = Kept {
                 pages,
                 state,
                 plain: self.plain,
@@ -235,7 +221,8 @@ impl Sandbox {
                 limits: self.limits,
                 mappings: self.mappings.recipes(),
                 base,
-            })
+            };
+            Snapshot::new(file, kept)
         });
         match snapshot {
             Ok(snapshot) => {
@@ -264,7 +251,7 @@ impl Sandbox {
             Origin::Empty(pages) => pages.join(&written),
             // What differs from it is not known any more: the next restore replaces all.
             Origin::Snapshot(_) => {
-                let mut pages = Pages::with(self.layout.size);
+                let mut pages = Pages::default();
                 pages.insert_bytes(0, self.layout.size);
                 self.origin = Origin::Empty(pages);
             }
@@ -275,7 +262,7 @@ impl Sandbox {
     fn keep(&self, file: &File, pages: &mut Pages) -> io::Result<()> {
         let all: Vec<u64> = pages.iter().collect();
         let mut run = 0..0;
-        let flush = |run: &std::ops::Range<u64>| -> io::Result<()> {
+        let flush = |run: &Range<u64>| -> io::Result<()> {
             let (at, len) = (run.start * PAGE, (run.end - run.start) * PAGE);
             let bytes = self
                 .region
@@ -312,15 +299,15 @@ impl Sandbox {
         if let Status::Unrecoverable(why) = &self.status {
             return Err(RestoreError::Unrecoverable(why.clone()));
         }
-        if !Arc::ptr_eq(&self.exports, &snapshot.exports) {
-            let links = self.functions.link(&snapshot.exports.description);
+        if !Arc::ptr_eq(&self.exports, &snapshot.kept.exports) {
+            let links = self.functions.link(&snapshot.kept.exports.description);
             self.links = links.map_err(|error| RestoreError::HostFunctions(Box::new(error)))?;
-            self.exports = snapshot.exports.clone();
+            self.exports = snapshot.kept.exports.clone();
         }
         self.status = Status::Unrecoverable("a restore failed".into());
         self.spans.close_all();
         self.restore_memory(snapshot)?;
-        self.set_mappings(&snapshot.mappings)?;
+        self.set_mappings(&snapshot.kept.mappings)?;
         self.set_processor(snapshot)?;
         self.input_written = 0;
         self.control.set_seed(fresh_seed());
@@ -333,50 +320,40 @@ impl Sandbox {
     /// Sets the registers; only those that code in ring 3 can change, if no other code has run here. A
     /// snapshot from a file may be in any ring.
     fn set_processor(&mut self, snapshot: &Snapshot) -> Result<(), StateError> {
-        self.plain &= snapshot.plain;
+        self.plain &= snapshot.kept.plain;
         match self.plain {
-            true => self.processor.set_user_state(&snapshot.state),
-            false => self.processor.set_state(&snapshot.state),
+            true => self.processor.set_user_state(&snapshot.kept.state),
+            false => self.processor.set_state(&snapshot.kept.state),
         }
     }
 
     fn restore_memory(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), RestoreError> {
         let rebuild = |error| RestoreError::Rebuild(Box::new(error));
-        if self.layout != snapshot.layout {
+        if self.layout != snapshot.kept.layout {
             return self.rebuild(snapshot).map_err(rebuild);
         }
-        let from_base = match &self.origin {
-            Origin::Snapshot(origin) if origin.id == snapshot.id => Some(None),
-            Origin::Snapshot(origin) => match &origin.base {
-                Some((base, changed)) if *base == snapshot.id => Some(Some(changed.clone())),
-                _ => None,
-            },
+        let origin = match &self.origin {
+            Origin::Snapshot(origin) => Some(origin.clone()),
             Origin::Empty(_) => None,
         };
-        let Some(changed) = from_base else {
+        let changed = origin
+            .as_deref()
+            .and_then(|origin| origin.difference_to(snapshot.id));
+        let Some(changed) = changed else {
             self.processor.drain_dirty(Gpa(0), &mut |_| {})?;
             let remapped = self.region.remap(&snapshot.file);
             remapped.map_err(|error| rebuild(BuildError::Memory(error)))?;
             self.origin = Origin::Snapshot(snapshot.clone());
             return Ok(());
         };
-        let region = &mut self.region;
         let mut complete = true;
-        self.processor.drain_dirty(Gpa(0), &mut |page| {
-            complete &= region.restore_page(page, snapshot.page(page));
-        })?;
-        let mut again = |at: u64, len: u64| {
-            for page in at / PAGE..(at + len).div_ceil(PAGE) {
-                complete &= region.restore_page(page, snapshot.page(page));
-            }
+        let mut again = |page| {
+            complete &= self.region.restore_page(page, snapshot.page(page));
         };
-        again(self.layout.control.at, PAGE);
-        again(self.layout.input.at, self.input_written);
-        if let Some(changed) = changed {
-            for page in changed.iter() {
-                complete &= region.restore_page(page, snapshot.page(page));
-            }
-        }
+        self.processor.drain_dirty(Gpa(0), &mut again)?;
+        pages_of(self.layout.control.at, PAGE).for_each(&mut again);
+        pages_of(self.layout.input.at, self.input_written).for_each(&mut again);
+        changed.iter().for_each(&mut again);
         if !complete {
             let outside = io::Error::other("a page outside of the sandbox's memory was written");
             return Err(rebuild(BuildError::Memory(outside)));
@@ -389,17 +366,17 @@ impl Sandbox {
     fn rebuild(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), BuildError> {
         let backend = self.processor.backend();
         let region =
-            Region::of(&snapshot.file, snapshot.layout.size).map_err(BuildError::Memory)?;
-        let processor = processor::make(backend, slot(&region, &snapshot.layout))?;
+            Region::of(&snapshot.file, snapshot.kept.layout.size).map_err(BuildError::Memory)?;
+        let processor = processor::make(backend, slot(&region, &snapshot.kept.layout))?;
         let (limits, metrics) = (self.limits, self.metrics);
         let (debug, aids) = (self.debug.take(), std::mem::take(&mut self.aids));
         let made = Self::assemble(Parts {
             processor,
             region,
-            layout: snapshot.layout,
+            layout: snapshot.kept.layout,
             functions: self.functions.clone(),
             limits,
-            exports: snapshot.exports.clone(),
+            exports: snapshot.kept.exports.clone(),
             links: std::mem::take(&mut self.links),
             origin: Origin::Snapshot(snapshot.clone()),
         })?;
@@ -417,8 +394,8 @@ impl Sandbox {
         functions: &Arc<HostFunctions>,
         backend: Backend,
     ) -> Result<Self, BuildError> {
-        let links = functions.link(&snapshot.exports.description)?;
-        let layout = snapshot.layout;
+        let links = functions.link(&snapshot.kept.exports.description)?;
+        let layout = snapshot.kept.layout;
         let region = Region::of(&snapshot.file, layout.size).map_err(BuildError::Memory)?;
         let processor = processor::make(backend, slot(&region, &layout))?;
         let mut sandbox = Self::assemble(Parts {
@@ -426,15 +403,15 @@ impl Sandbox {
             region,
             layout,
             functions: functions.clone(),
-            limits: snapshot.limits,
-            exports: snapshot.exports.clone(),
+            limits: snapshot.kept.limits,
+            exports: snapshot.kept.exports.clone(),
             links,
             origin: Origin::Snapshot(snapshot.clone()),
         })?;
         sandbox.set_processor(snapshot)?;
         sandbox.control.set_seed(fresh_seed());
         sandbox.set_profiled();
-        let mapped = sandbox.set_mappings(&snapshot.mappings);
+        let mapped = sandbox.set_mappings(&snapshot.kept.mappings);
         mapped.map_err(|error| BuildError::Mapping(Box::new(error)))?;
         Ok(sandbox)
     }

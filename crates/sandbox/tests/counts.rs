@@ -3,9 +3,8 @@
 mod common;
 
 use std::process::Command;
-use std::sync::Arc;
 
-use skerry_sandbox::{Backend, HostFunctions, Sandbox};
+use skerry_sandbox::{Backend, Sandbox};
 
 /// What the process that is counted does, and how often.
 const WHAT: &str = "SKERRY_COUNTED";
@@ -17,14 +16,6 @@ fn backend() -> Backend {
     }
 }
 
-fn functions() -> Arc<HostFunctions> {
-    let mut functions = HostFunctions::new();
-    functions.add("host_add", |a: i32, b: i32| a.wrapping_add(b));
-    functions.add("host_echo", |bytes: Vec<u8>| bytes);
-    functions.add("host_fail", |message: String| Err::<i32, String>(message));
-    Arc::new(functions)
-}
-
 /// The process that is counted; without [`WHAT`] nothing.
 #[test]
 fn counted() {
@@ -34,7 +25,7 @@ fn counted() {
     let mut words = asked.split(' ').skip(1);
     let what = words.next().unwrap();
     let times: i32 = words.next().unwrap().parse().unwrap();
-    let functions = functions();
+    let functions = common::functions();
     let mut sandbox = common::sandbox();
     // Until all is compiled, where anything is.
     let warm = if backend() == Backend::Kvm { 50 } else { 3000 };

@@ -6,11 +6,13 @@
 )]
 mod common;
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use skerry_sandbox::{Backend, CallError, Sandbox};
+use skerry_sandbox::{Backend, CallError, DebugListener, Sandbox};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -253,6 +255,27 @@ fn a_span_that_is_kept_is_closed_by_a_restore() {
         sandbox.restore(&snapshot).unwrap();
         assert_eq!(seen.lines(), ["close forgotten"]);
         assert_eq!(seen.left(), (0, 0));
+    });
+}
+
+#[test]
+fn a_call_with_a_debugger_ends_its_spans_too() {
+    traced(|seen, sandbox| {
+        let listener = DebugListener::tcp("127.0.0.1:0").unwrap();
+        let at = listener.local_address().unwrap();
+        sandbox.debug(listener);
+        let debugger = std::thread::spawn(move || {
+            let mut stream = TcpStream::connect(at).unwrap();
+            // It detaches, and the call goes on as one that had a debugger.
+            stream.write_all(b"$D#44").unwrap();
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+        });
+        sandbox.call::<()>("forgotten", ()).unwrap();
+        debugger.join().unwrap();
+        let expected = ["new INFO forgotten ", "enter forgotten", "exit forgotten"];
+        assert_eq!(seen.lines(), expected);
+        assert_eq!(seen.left(), (1, 0));
     });
 }
 

@@ -7,7 +7,7 @@ use skerry_hypervisor::state::DebugRegisters;
 use skerry_sandbox_abi::status;
 
 use crate::error::CallError;
-use crate::fault::{Fault, Frame};
+use crate::fault::{Fault, Frame, in_stub};
 use crate::sandbox::{Sandbox, Status};
 use crate::tables;
 
@@ -47,11 +47,6 @@ pub(crate) struct Context {
 }
 
 impl Sandbox {
-    /// Whether the processor stands in ring 0, which is the stubs.
-    pub(super) fn in_stub(&self, state: &CpuState) -> bool {
-        state.system.segments[CS].attributes >> 5 & 3 == 0
-    }
-
     /// What the guest is.
     pub(crate) fn context(&mut self) -> Result<Context, CallError> {
         let mut state = self.processor.state()?;
@@ -66,7 +61,7 @@ impl Sandbox {
             state.events.exception = None;
         }
         let (mut exception, mut fault) = (None, None);
-        if self.in_stub(&state) {
+        if in_stub(&state.system) {
             let frame = Frame::read(&self.region)
                 .ok_or_else(|| CallError::Misbehaved("no exception frame".into()))?;
             let ring3 = tables::entry_registers(&self.layout, frame.rip);

@@ -176,7 +176,8 @@ impl Sandbox {
     }
 
     /// Writes a core dump if crashes are to be dumped and this is one.
-    pub(super) fn dump_crash(&mut self, error: &CallError) {
+    #[cold]
+    pub(crate) fn dump_crash(&mut self, error: &CallError) {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let crashed = matches!(
             error,

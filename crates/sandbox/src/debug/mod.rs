@@ -45,7 +45,6 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::error::CallError;
-use crate::sandbox::Sandbox;
 
 pub use listener::DebugListener;
 pub(crate) use profile::Profile;
@@ -86,12 +85,4 @@ pub(crate) struct Aids {
     measures: bool,
     /// Allocations, while they are wanted.
     pub(crate) profile: Option<Box<Profile>>,
-}
-
-impl Sandbox {
-    /// A call has failed in the middle of the guest.
-    #[cold]
-    pub(crate) fn note_failure(&mut self, error: &CallError) {
-        self.dump_crash(error);
-    }
 }

@@ -9,6 +9,7 @@ use super::points::{Hardware, INT3};
 use super::session::{Resume, Stop, Wish};
 use crate::error::CallError;
 use crate::exits::Next;
+use crate::fault::in_stub;
 use crate::sandbox::Sandbox;
 
 /// DR6: a single step (Intel SDM 3B §18.2.3).
@@ -32,13 +33,7 @@ impl Sandbox {
         self.processor.begin_call();
         let ended = self.debugged();
         self.processor.end_call();
-        if self.control.log_len() != 0 {
-            self.show_log();
-        }
-        if let Err(error) = &ended {
-            self.note_failure(error);
-        }
-        ended
+        self.entered(ended)
     }
 
     fn debugged(&mut self) -> Result<(), CallError> {
@@ -159,7 +154,7 @@ impl Sandbox {
         }
         if self.debug.as_deref().is_some_and(|d| d.context.is_none()) {
             let state = self.processor.state()?;
-            if self.in_stub(&state) {
+            if in_stub(&state.system) {
                 // An exception is on its way, perhaps the debugger's own: it comes first.
                 if let Some(debugging) = self.debug.as_deref_mut() {
                     debugging.due = Some(Stop::Signal(Signal::SIGINT));
@@ -280,7 +275,7 @@ impl Sandbox {
             }
         }
         let now = self.processor.state()?;
-        if self.in_stub(&now) {
+        if in_stub(&now.system) {
             // Poisoned: a restore replaces all of it, and a look at it finds its frame.
             return Ok(());
         }

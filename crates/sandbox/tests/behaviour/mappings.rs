@@ -1,11 +1,8 @@
 //! Files and shared regions in the guest's address space.
 
-use std::sync::Arc;
-
-use crate::common::{builder, sandbox};
+use crate::common::{builder, functions, sandbox};
 use skerry_sandbox::{
-    Access, CallError, Fault, HostFunctions, MapFileError, MapMode, Sandbox, SharedRegion,
-    SnapshotError,
+    Access, CallError, Fault, MapFileError, MapMode, Sandbox, SharedRegion, SnapshotError,
 };
 
 fn peek(sandbox: &mut Sandbox, address: u64) -> u64 {
@@ -158,11 +155,7 @@ fn mappings_belong_to_the_snapshot_that_was_taken_with_them() {
     sandbox.restore(&with_a).unwrap();
     assert_eq!(peek(&mut sandbox, a.address + 80), 10);
     assert!(sandbox.call::<u64>("peek", (b.address,)).is_err());
-    let mut functions = HostFunctions::new();
-    functions.add("host_add", |a: i32, b: i32| a.wrapping_add(b));
-    functions.add("host_echo", |bytes: Vec<u8>| bytes);
-    functions.add("host_fail", |message: String| Err::<i32, String>(message));
-    let functions = Arc::new(functions);
+    let functions = functions();
     let mut copy = Sandbox::from_snapshot_on(&with_both, &functions, crate::backend()).unwrap();
     assert_eq!(
         (

@@ -2,18 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::common::{builder, guest, sandbox};
+use crate::common::{builder, functions, guest, sandbox};
 use skerry_sandbox::{
     BuildError, CallError, HostFunctions, RestoreError, Sandbox, Snapshot, SnapshotError, Status,
 };
-
-fn functions() -> Arc<HostFunctions> {
-    let mut functions = HostFunctions::new();
-    functions.add("host_add", |a: i32, b: i32| a.wrapping_add(b));
-    functions.add("host_echo", |bytes: Vec<u8>| bytes);
-    functions.add("host_fail", |message: String| Err::<i32, String>(message));
-    Arc::new(functions)
-}
 
 fn count(sandbox: &mut Sandbox) -> i64 {
     sandbox.call("count", ()).unwrap()

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use skerry_sandbox::{Builder, Sandbox};
+use skerry_sandbox::{Builder, HostFunctions, Sandbox};
 
 /// Builds packages of the guests' workspace, and says where the programs are.
 pub fn build(packages: &[&str]) -> PathBuf {
@@ -42,14 +42,21 @@ pub fn guest(package: &str) -> PathBuf {
     BUILT.get_or_init(|| build(&all)).join(package)
 }
 
+/// The host functions that the test guest needs.
+pub fn functions() -> Arc<HostFunctions> {
+    let mut functions = HostFunctions::new();
+    functions.add("host_add", |a: i32, b: i32| a.wrapping_add(b));
+    functions.add("host_echo", |bytes: Vec<u8>| bytes);
+    functions.add("host_fail", |message: String| Err::<i32, String>(message));
+    Arc::new(functions)
+}
+
 /// A builder with the test guest and the host functions that it needs.
 pub fn builder() -> Builder {
     Sandbox::builder()
         .guest(guest("sandbox-testguest"))
         .backend(crate::backend())
-        .host_fn("host_add", |a: i32, b: i32| a.wrapping_add(b))
-        .host_fn("host_echo", |bytes: Vec<u8>| bytes)
-        .host_fn("host_fail", |message: String| Err::<i32, String>(message))
+        .host_functions(&functions())
 }
 
 /// A sandbox of the test guest.
