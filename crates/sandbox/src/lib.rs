@@ -61,6 +61,7 @@ mod region;
 mod sandbox;
 mod snapshot;
 mod tables;
+mod versions;
 pub mod wasm;
 mod watchdog;
 
