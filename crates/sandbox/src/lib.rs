@@ -42,6 +42,7 @@
 //! memory of the host. What is mapped where is the host's: the guest runs in ring 3 and has no
 //! way to its page tables, control, debug or model-specific registers.
 
+mod bare;
 mod builder;
 mod debug;
 mod disk;
@@ -63,6 +64,7 @@ mod sandbox;
 pub mod script;
 mod snapshot;
 mod tables;
+mod versions;
 pub mod wasm;
 mod watchdog;
 
