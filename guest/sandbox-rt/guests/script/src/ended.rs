@@ -1,6 +1,5 @@
 //! Why the engine gave up, as the host is told.
 
-use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 
@@ -41,7 +40,7 @@ pub(crate) fn unparsed(error: &ParseError) -> Ended {
 /// Of a script that was running; a value where it has only left by another way. `granted` are the host's
 /// functions, `called` the function that the host called.
 pub(crate) fn ended(
-    mut error: Box<EvalAltResult>,
+    mut error: EvalAltResult,
     granted: &[Granted],
     called: Option<&str>,
 ) -> Result<Dynamic, Ended> {
@@ -50,11 +49,11 @@ pub(crate) fn ended(
     let innermost = loop {
         let at = error.position();
         known = position(at).or(known);
-        match *error {
+        match error {
             EvalAltResult::ErrorInFunctionCall(name, _, inner, _) => {
                 calls.push_front(name);
                 calls.truncate(CALLS);
-                error = inner;
+                error = *inner;
             }
             other => break other,
         }

@@ -123,7 +123,7 @@ impl Loaded {
         result: Result<Dynamic, Box<EvalAltResult>>,
         called: Option<&str>,
     ) -> Result<Value, Ended> {
-        let value = result.or_else(|error| ended(error, &self.granted, called))?;
+        let value = result.or_else(|error| ended(*error, &self.granted, called))?;
         from_engine(value).map_err(Ended::from)
     }
 
