@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use skerry_sandbox::script::{
-    DEPTH, Grants, Limit, Limits, Position, Script, ScriptBuilder, ScriptError, Value, guest,
+    DEPTH, Grants, Limit, Limits, Position, Script, ScriptBuilder, ScriptError, Value, from_value,
+    guest,
 };
-use skerry_sandbox::{Backend, CallError, Fault, Sandbox, Snapshot, Status};
+use skerry_sandbox::{Backend, CallError, Decode, Fault, Reader, Sandbox, Snapshot, Status, Tag};
+use skerry_sandbox_abi::script::Outcome;
 
 fn builder(source: &str) -> ScriptBuilder {
     Script::builder().source(source).backend(Backend::Soft)
@@ -838,4 +841,25 @@ fn the_guest_refuses_what_makes_no_sense() {
     std::fs::write(file.path(), [0xff]).unwrap();
     let error = Script::builder().path(file.path()).build();
     assert!(matches!(error, Err(ScriptError::NotText)));
+}
+
+proptest! {
+    #[test]
+    fn whatever_a_guest_answers_is_a_value_or_an_error(
+        some in any::<bool>(),
+        item in prop::collection::vec(any::<u8>(), 0..300),
+        arrays in 0_usize..400,
+    ) {
+        // One CBOR item in its block, in arrays of one (RFC 8949 §3, major type 4).
+        let item = [vec![0x81; arrays], item].concat();
+        let mut bytes = match some {
+            true => vec![Tag::Some as u8, Tag::Struct as u8],
+            false => vec![Tag::Struct as u8],
+        };
+        bytes.extend_from_slice(&(item.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&item);
+        if let Ok(Outcome(Ok(value))) = Outcome::<Value>::decode(&mut Reader::new(&bytes)) {
+            let _ = (value.to_string(), from_value::<Drawing>(value));
+        }
+    }
 }
