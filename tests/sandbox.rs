@@ -72,7 +72,7 @@ fn mistakes_are_one_line_and_say_what_there_is() {
     let plain = guest("sandbox-plainguest");
     let plain = plain.to_str().unwrap();
     let cases: [(&[&str], &str); 5] = [
-        (&["call", plain, "half", "1"], "it has: double, divide"),
+        (&["call", plain, "half", "1"], "it has: divide, double"),
         (
             &["call", plain, "double"],
             "takes 1 arguments, and 0 were given",
@@ -232,5 +232,136 @@ fn a_bench_measures_what_there_is() {
             json["rows"][row]["median_us"].as_f64().unwrap() > 0.0,
             "{row}"
         );
+    }
+}
+
+/// A script with this text, which stays as long as its folder.
+fn written(text: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("text.rhai");
+    std::fs::write(&path, text).unwrap();
+    (folder, path)
+}
+
+#[test]
+fn a_script_is_run_and_its_functions_are_called() {
+    let text = "print(\"begun\"); let n = 40; fn add(m) { n + m } fn same(x) { x } \
+        fn len(x) { x.len() } n + 2";
+    let (folder, path) = written(text);
+    let script = path.to_str().unwrap();
+    let output = skerry(&["call", "--hypervisor", "soft", script]);
+    assert_eq!(
+        said(&output),
+        (Some(0), "begun\n42\n".into(), String::new())
+    );
+    let bytes = folder.path().join("bytes");
+    std::fs::write(&bytes, [0; 7]).unwrap();
+    let file = format!("@{}", bytes.display());
+    let cases: [(&[&str], &str); 8] = [
+        (&["add", "2"], "42"),
+        (&["add", "--", "-1"], "39"),
+        (&["same", "two words"], "two words"),
+        (&["same", "\"5\""], "5"),
+        (
+            &["same", "[1,{\"b\":2.5,\"a\":null}]"],
+            "[1,{\"a\":null,\"b\":2.5}]",
+        ),
+        (&["same", "true"], "true"),
+        (&["len", &file], "7"),
+        (&["same", "1e3"], "1000.0"),
+    ];
+    for (arguments, expected) in cases {
+        let output = skerry(&[&["call", script][..], arguments].concat());
+        let expected = format!("begun\n{expected}\n");
+        assert_eq!(said(&output), (Some(0), expected, String::new()));
+    }
+    let output = skerry(&["call", "--json", script, "same", "text"]);
+    assert_eq!(said(&output).1, "begun\n\"text\"\n");
+    let (status, stdout, _) = said(&skerry(&["inspect", script]));
+    assert_eq!(status, Some(0));
+    assert_eq!(
+        stdout,
+        "runtime: Rhai\nfunctions:\n  add(m: any) -> any\n  len(x: any) -> any\n  \
+         same(x: any) -> any\n"
+    );
+    let bench = [
+        "bench", "--count", "5", "--format", "json", script, "add", "2",
+    ];
+    let json: serde_json::Value = serde_json::from_slice(&skerry(&bench).stdout).unwrap();
+    for row in [
+        "create",
+        "create from a snapshot",
+        "call",
+        "restore after a call",
+    ] {
+        assert!(
+            json["rows"][row]["median_us"].as_f64().unwrap() > 0.0,
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_script_is_told_with_its_place() {
+    let (_folder, path) = written("fn f(n) {\n    10 / n\n}\nfn spin() { loop {} }");
+    let script = path.to_str().unwrap();
+    let (status, stdout, stderr) = said(&skerry(&["call", script, "f", "0"]));
+    assert_eq!((status, stdout.as_str()), (Some(1), ""), "{stderr}");
+    assert!(
+        stderr.contains("at line 2, column 8 in f") && stderr.lines().count() == 1,
+        "{stderr}"
+    );
+    let spin = [
+        "call",
+        "--hypervisor",
+        "soft",
+        "--timeout",
+        "200ms",
+        script,
+        "spin",
+    ];
+    let (status, _, stderr) = said(&skerry(&spin));
+    assert_eq!(status, Some(124), "{stderr}");
+    let (_broken, broken) = written("let x = 1;\nlet = 2;");
+    let broken = broken.to_str().unwrap();
+    let program = guest("sandbox-plainguest");
+    let program = program.to_str().unwrap();
+    let module = module();
+    let module = module.to_str().unwrap();
+    let cases: [(&[&str], &str); 9] = [
+        (&["call", broken], "at line 2, column 5"),
+        (&["inspect", broken], "at line 2, column 5"),
+        (&["call", script, "g"], "functions: f, spin"),
+        (
+            &["call", script, "f"],
+            "takes 1 arguments, and 0 were given",
+        ),
+        (
+            &["call", "--gdb", "127.0.0.1:0", script],
+            "are for programs",
+        ),
+        (
+            &["call", "--core-dumps", "/tmp", script],
+            "are for programs",
+        ),
+        (
+            &["call", "--grant", "clock", script],
+            "--grant is for WebAssembly",
+        ),
+        (&["call", "/nonexistent.rhai"], "Can't read the guest"),
+        (
+            &["call", script, "f", "18446744073709551615"],
+            "larger than a script's",
+        ),
+    ];
+    for (arguments, expected) in cases {
+        let (status, stdout, stderr) = said(&skerry(arguments));
+        assert_eq!((status, stdout.as_str()), (Some(125), ""), "{stderr}");
+        assert!(stderr.contains(expected), "{arguments:?}: {stderr}");
+    }
+    for guest in [program, module] {
+        let (status, _, stderr) = said(&skerry(&["call", guest]));
+        assert_eq!(status, Some(125), "{stderr}");
+        assert!(stderr.contains("function's name is missing"), "{stderr}");
     }
 }

@@ -30,6 +30,7 @@ mod answer;
 mod codec;
 mod describe;
 mod layout;
+pub mod script;
 mod value;
 pub mod wasm;
 

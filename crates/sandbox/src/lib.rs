@@ -36,6 +36,7 @@
 //! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
 //! | [`wasm`] | WebAssembly modules, by a guest that comes with the crate |
+//! | [`script`] | scripts, by another |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
 //! memory of the host. What is mapped where is the host's: the guest runs in ring 3 and has no
@@ -60,6 +61,7 @@ mod mapping;
 mod processor;
 mod region;
 mod sandbox;
+pub mod script;
 mod snapshot;
 mod tables;
 mod versions;

@@ -29,7 +29,7 @@ pub enum SandboxVerb {
 /// What a sandbox is made of.
 #[derive(Debug, Args)]
 pub struct SandboxGuestArgs {
-    /// The guest's program, or a WebAssembly module
+    /// The guest's program, a WebAssembly module, or a script (.rhai)
     #[arg(value_name = "GUEST")]
     pub guest: PathBuf,
 
@@ -37,11 +37,11 @@ pub struct SandboxGuestArgs {
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     pub hypervisor: HypervisorArg,
 
-    /// The guest's heap: a number of bytes, or with k, m, g; a WebAssembly module's own default is larger `[default: 1m]`
+    /// The guest's heap: a number of bytes, or with k, m, g; the defaults of WebAssembly modules and scripts are larger `[default: 1m]`
     #[arg(long, value_name = "SIZE")]
     pub heap: Option<Size>,
 
-    /// The guest's stack; not for WebAssembly modules `[default: 256k]`
+    /// The guest's stack; not for WebAssembly modules `[default: 256k, a script's 4m]`
     #[arg(long, value_name = "SIZE")]
     pub stack: Option<Size>,
 
@@ -107,12 +107,13 @@ pub struct SandboxCallArgs {
     #[arg(long = "grant", value_enum, value_name = "NAME")]
     pub grants: Vec<GrantArg>,
 
-    /// The function; `_start` of a WebAssembly module is its program, which gets the arguments as words
+    /// The function; `_start` of a WebAssembly module is its program, which gets the arguments as words. A
+    /// script is run first; without a function its value is printed
     #[arg(value_name = "FUNCTION")]
-    pub function: String,
+    pub function: Option<String>,
 
     /// Its arguments, as its signature has them; lists, options and structures as JSON, and `@FILE` for
-    /// bytes from a file
+    /// bytes from a file. A script's are JSON, or else strings
     #[arg(value_name = "ARG", allow_hyphen_values = true)]
     pub arguments: Vec<String>,
 }

@@ -1,5 +1,7 @@
 //! `skerry sandbox`: functions in virtual machines of their own.
 
+mod script;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -99,11 +101,13 @@ fn signature(sandbox: &Sandbox, name: &str) -> Result<Function> {
         return Ok(function.clone());
     }
     let description = sandbox.description();
-    let names: Vec<_> = description
+    let mut names: Vec<_> = description
         .exports
         .iter()
         .map(|f| f.name.as_str())
         .collect();
+    // Theirs is the linker's order.
+    names.sort_unstable();
     bail!(
         "The guest has no function {name:?}; it has: {}",
         names.join(", ")
@@ -216,7 +220,7 @@ fn call_wasm(args: &SandboxCallArgs) -> Result<u8> {
     }
     const PROGRAM: &str = "_start";
     let mut wasm = wasm(&args.guest, Some(&args.limits), &grants(args))?;
-    let ended = match args.function.as_str() {
+    let ended = match function_name(args)? {
         PROGRAM => wasm.run().map(|code| (Vec::new(), code as u8)),
         name => {
             let exports = wasm.exports()?;
@@ -264,7 +268,16 @@ fn failed(error: &CallError) -> u8 {
     }
 }
 
+/// The function to call: only a script can do without.
+fn function_name(args: &SandboxCallArgs) -> Result<&str> {
+    let name = args.function.as_deref();
+    name.context("A function's name is missing: only a script (.rhai) is run without")
+}
+
 fn call(args: &SandboxCallArgs) -> Result<u8> {
+    if script::is_script(&args.guest.guest) {
+        return script::call(args);
+    }
     if is_wasm(&args.guest.guest)? {
         return call_wasm(args);
     }
@@ -274,6 +287,7 @@ fn call(args: &SandboxCallArgs) -> Result<u8> {
             args.guest.guest
         );
     }
+    let name = function_name(args)?;
     let mut builder = limited(builder(&args.guest), &args.limits);
     if let Some(place) = &args.gdb {
         builder = builder.gdb(listener(place)?);
@@ -282,9 +296,9 @@ fn call(args: &SandboxCallArgs) -> Result<u8> {
         builder = builder.core_dumps(folder);
     }
     let mut sandbox = builder.build()?;
-    let function = signature(&sandbox, &args.function)?;
+    let function = signature(&sandbox, name)?;
     let arguments = arguments(&function, &args.arguments)?;
-    match sandbox.call_dynamic(&args.function, &arguments) {
+    match sandbox.call_dynamic(name, &arguments) {
         Ok(value) => {
             print(&value, args.json)?;
             Ok(0)
@@ -340,9 +354,13 @@ fn describe_wasm(args: &SandboxGuestArgs) -> Result<Description> {
 }
 
 fn inspect(args: &SandboxInspectArgs) -> Result<u8> {
-    let description = match is_wasm(&args.guest.guest)? {
-        true => describe_wasm(&args.guest)?,
-        false => builder(&args.guest).describe()?,
+    let guest = &args.guest;
+    let description = if script::is_script(&guest.guest) {
+        script::describe(guest)?
+    } else if is_wasm(&guest.guest)? {
+        describe_wasm(guest)?
+    } else {
+        builder(guest).describe()?
     };
     let mut out = std::io::stdout().lock();
     if args.format == Format::Json {
@@ -398,9 +416,17 @@ fn timed<T, E>(what: impl FnOnce() -> Result<T, E>) -> Result<Duration, E> {
 }
 
 fn bench(args: &SandboxBenchArgs) -> Result<u8> {
+    let (backend, rows) = match script::is_script(&args.guest.guest) {
+        true => script::bench(args)?,
+        false => bench_program(args)?,
+    };
+    print_rows(args, backend, &rows)
+}
+
+fn bench_program(args: &SandboxBenchArgs) -> Result<(Backend, Vec<Row>)> {
     if is_wasm(&args.guest.guest)? {
         bail!(
-            "bench measures programs, and {:?} is a WebAssembly module",
+            "bench measures programs and scripts, and {:?} is a WebAssembly module",
             args.guest.guest
         );
     }
@@ -434,6 +460,10 @@ fn bench(args: &SandboxBenchArgs) -> Result<u8> {
             })?);
         }
     }
+    Ok((backend, rows))
+}
+
+fn print_rows(args: &SandboxBenchArgs, backend: Backend, rows: &[Row]) -> Result<u8> {
     let mut out = std::io::stdout().lock();
     if args.format == Format::Json {
         let rows: serde_json::Map<_, _> = rows
@@ -456,7 +486,7 @@ fn bench(args: &SandboxBenchArgs) -> Result<u8> {
         "median",
         "p90"
     )?;
-    for row in &rows {
+    for row in rows {
         let (p10, median, p90) = (row.at(0.1), row.at(0.5), row.at(0.9));
         writeln!(out, "{:<24}{p10:>12.2}{median:>12.2}{p90:>12.2}", row.name)?;
     }

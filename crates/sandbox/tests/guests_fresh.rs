@@ -1,4 +1,4 @@
-//! The WebAssembly guest that comes with the crate was built from the sources beside it.
+//! The guests that come with the crate were built from the sources beside them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-/// The package that the program is.
-const PACKAGE: &str = "sandbox-wasm";
-const GUEST: &str = "guest/sandbox-rt/guests/wasm";
+/// The folder of the guests. `NAME` in it is the package `sandbox-NAME`, whose program is `NAME-x86_64`.
+const GUESTS: &str = "guest/sandbox-rt/guests";
+/// Those that come built, a name a line.
+static NAMES: &str = include_str!("../../../guest/sandbox-rt/guests/embedded.txt");
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -31,13 +32,14 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
 }
 
 /// Over the sources, the build settings and the dependencies' versions.
-fn sources() -> String {
+fn sources(guest: &str) -> String {
     let root = repository();
+    let folder = format!("{GUESTS}/{guest}");
     let mut files: Vec<PathBuf> = [
         "crates/sandbox-abi/Cargo.toml",
         "guest/sandbox-rt/macros/Cargo.toml",
-        "guest/sandbox-rt/guests/wasm/Cargo.toml",
-        "guest/sandbox-rt/guests/wasm/build.sh",
+        &format!("{GUESTS}/build.sh"),
+        &format!("{folder}/Cargo.toml"),
     ]
     .map(|file| root.join(file))
     .into();
@@ -45,7 +47,7 @@ fn sources() -> String {
         "crates/sandbox-abi/src",
         "guest/sandbox-rt/src",
         "guest/sandbox-rt/macros/src",
-        GUEST,
+        &folder,
     ] {
         collect(&root.join(folder), &mut files);
     }
@@ -62,14 +64,15 @@ fn sources() -> String {
     let manifest = fs::read_to_string(root.join("guest/sandbox-rt/Cargo.toml")).unwrap();
     let (_, profiles) = manifest.split_once("[profile.release]").expect("profiles");
     add("profiles", profiles.as_bytes());
-    add("versions", versions(&root).as_bytes());
+    add("versions", versions(&root, guest).as_bytes());
     hex(hash)
 }
 
-/// Name and version of every package that the program is built from, by the lock file.
-fn versions(root: &Path) -> String {
+/// Name and version of every package that the program is built from, by the lock file. Of a package that
+/// is there in two versions, both count.
+fn versions(root: &Path, guest: &str) -> String {
     let lock = fs::read_to_string(root.join("guest/sandbox-rt/Cargo.lock")).unwrap();
-    let mut packages: BTreeMap<&str, (&str, Vec<&str>)> = BTreeMap::new();
+    let mut packages: BTreeMap<&str, Vec<(&str, Vec<&str>)>> = BTreeMap::new();
     for package in lock.split("[[package]]").skip(1) {
         let field = |name: &str| {
             let line = package.lines().find_map(|line| line.strip_prefix(name));
@@ -82,39 +85,53 @@ fn versions(root: &Path) -> String {
             .unwrap_or_default();
         let names = list.split('"').skip(1).step_by(2);
         let names = names.filter_map(|name| name.split(' ').next()).collect();
-        packages.insert(field("name = "), (field("version = "), names));
+        let versions = packages.entry(field("name = ")).or_default();
+        versions.push((field("version = "), names));
     }
+    let package = format!("sandbox-{guest}");
     let mut seen = BTreeSet::new();
-    let mut waiting = vec![PACKAGE];
+    let mut waiting = vec![package.as_str()];
     while let Some(name) = waiting.pop() {
         if seen.insert(name) {
-            waiting.extend(&packages.get(name).expect("a package of the lock file").1);
+            let versions = packages.get(name).expect("a package of the lock file");
+            waiting.extend(versions.iter().flat_map(|(_, names)| names));
         }
     }
     seen.iter()
-        .map(|name| format!("{name} {}\n", packages[name].0))
+        .flat_map(|name| {
+            packages[name]
+                .iter()
+                .map(move |(version, _)| (name, version))
+        })
+        .map(|(name, version)| format!("{name} {version}\n"))
         .collect()
 }
 
 #[test]
-fn the_committed_guest_was_built_from_these_sources() {
-    let folder = repository().join(GUEST);
-    let program = fs::read(folder.join("wasm-x86_64")).unwrap();
-    let record = format!(
-        "sources {}\nprogram {}\n",
-        sources(),
-        hex(Sha256::new_with_prefix(&program))
-    );
-    let recorded = folder.join("wasm.sources.sha256");
-    // What `build.sh` does last.
-    if std::env::var_os("SKERRY_BLESS").is_some() {
-        fs::write(recorded, record).unwrap();
-        return;
+fn the_committed_guests_were_built_from_these_sources() {
+    // What `build.sh` does last, for those that it has built.
+    let built = std::env::var("SKERRY_BUILT_GUESTS").unwrap_or_default();
+    let built: Vec<&str> = built.split(' ').collect();
+    let mut stale = Vec::new();
+    for name in NAMES.lines() {
+        let folder = repository().join(GUESTS).join(name);
+        let program = fs::read(folder.join(format!("{name}-x86_64"))).unwrap();
+        assert!(program.starts_with(b"\x7fELF"), "{name} is no program");
+        let record = format!(
+            "sources {}\nprogram {}\n",
+            sources(name),
+            hex(Sha256::new_with_prefix(&program))
+        );
+        let recorded = folder.join(format!("{name}.sources.sha256"));
+        if built.contains(&name) {
+            fs::write(recorded, record).unwrap();
+        } else if fs::read_to_string(recorded).unwrap_or_default() != record {
+            stale.push(name);
+        }
     }
-    assert_eq!(
-        fs::read_to_string(recorded).unwrap(),
-        record,
-        "the WebAssembly guest or its sources changed: run {GUEST}/build.sh and commit wasm-x86_64"
+    assert!(
+        stale.is_empty(),
+        "guests or their sources changed: run {GUESTS}/build.sh {} and commit the programs",
+        stale.join(" ")
     );
-    assert!(program.starts_with(b"\x7fELF"));
 }
