@@ -3,4 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| skerry_sandbox::fuzz::program(bytes));
+fuzz_target!(
+    init: skerry_fuzz::begin_with(&skerry_sandbox::fuzz::program_seed()),
+    |bytes: &[u8]| skerry_sandbox::fuzz::program(bytes)
+);

@@ -3,4 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| skerry_sandbox::fuzz::saved(bytes));
+fuzz_target!(
+    init: skerry_fuzz::begin_with(&skerry_sandbox::fuzz::saved_seed()),
+    |bytes: &[u8]| skerry_sandbox::fuzz::saved(bytes)
+);

@@ -11,7 +11,7 @@ use crate::bare::Bare;
 use crate::builder::Limits;
 use crate::disk::Saved;
 use crate::host_fn::HostFunctions;
-use crate::layout::Layout;
+use crate::layout::{IMAGE_BASE, Layout};
 use crate::processor::Backend;
 use crate::sandbox::{Exports, Parts, Sandbox};
 use crate::snapshot::{Origin, Pages, memory_file};
@@ -71,6 +71,33 @@ const PUPPET: [u8; 7] = {
     // L: mov eax, [rdi + version]; out PORT, eax; jmp L
     [0x8b, 0x47, VERSION, 0xe7, PORT, 0xeb, 0xf9]
 };
+
+/// A guest's program as [`program`] takes it: one segment.
+pub fn program_seed() -> Vec<u8> {
+    let mut file = vec![0; 0x1000];
+    let header: &[(usize, &[u8])] = &[
+        (0, b"\x7fELF\x02\x01\x01"),
+        (16, &2_u16.to_le_bytes()),
+        (18, &62_u16.to_le_bytes()),
+        (20, &1_u32.to_le_bytes()),
+        (24, &IMAGE_BASE.to_le_bytes()),
+        (32, &64_u64.to_le_bytes()),
+        (52, &64_u16.to_le_bytes()),
+        (54, &56_u16.to_le_bytes()),
+        (56, &1_u16.to_le_bytes()),
+        (64, &1_u32.to_le_bytes()),
+        (68, &5_u32.to_le_bytes()),
+        (72, &0x1000_u64.to_le_bytes()),
+        (80, &IMAGE_BASE.to_le_bytes()),
+        (96, &7_u64.to_le_bytes()),
+        (104, &4096_u64.to_le_bytes()),
+    ];
+    for (at, bytes) in header {
+        file[*at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    file.extend_from_slice(&PUPPET);
+    file
+}
 
 /// A guest that does only that.
 fn puppet() -> Option<Sandbox> {
@@ -183,43 +210,15 @@ pub fn saved_seed() -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::elf::Program;
-    use crate::layout::IMAGE_BASE;
     use skerry_test_support::{Random, fuzz_briefly};
 
     const TIME: Duration = Duration::from_secs(3);
 
-    /// The puppet as a file: one segment.
-    fn elf() -> Vec<u8> {
-        let mut file = vec![0; 0x1000];
-        let header: &[(usize, &[u8])] = &[
-            (0, b"\x7fELF\x02\x01\x01"),
-            (16, &2_u16.to_le_bytes()),
-            (18, &62_u16.to_le_bytes()),
-            (20, &1_u32.to_le_bytes()),
-            (24, &IMAGE_BASE.to_le_bytes()),
-            (32, &64_u64.to_le_bytes()),
-            (52, &64_u16.to_le_bytes()),
-            (54, &56_u16.to_le_bytes()),
-            (56, &1_u16.to_le_bytes()),
-            (64, &1_u32.to_le_bytes()),
-            (68, &5_u32.to_le_bytes()),
-            (72, &0x1000_u64.to_le_bytes()),
-            (80, &IMAGE_BASE.to_le_bytes()),
-            (96, &7_u64.to_le_bytes()),
-            (104, &4096_u64.to_le_bytes()),
-        ];
-        for (at, bytes) in header {
-            file[*at..at + bytes.len()].copy_from_slice(bytes);
-        }
-        file.extend_from_slice(&PUPPET);
-        file
-    }
-
     #[test]
     fn any_file_is_a_guest_or_an_error() {
-        assert!(Program::parse(&elf()).is_ok());
+        assert!(Program::parse(&program_seed()).is_ok());
         fuzz_briefly(
-            &[elf()],
+            &[program_seed()],
             b"\x00\x01\x02\x03\x05\x06\x07\x3e\xff",
             TIME,
             program,
