@@ -36,12 +36,14 @@
 //! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
 //! | [`wasm`] | WebAssembly modules, by a guest that comes with the crate |
+//! | [`component`] | WebAssembly components, by another |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
 //! memory of the host. What is mapped where is the host's: the guest runs in ring 3 and has no
 //! way to its page tables, control, debug or model-specific registers.
 
 mod builder;
+pub mod component;
 mod debug;
 mod disk;
 mod dynamic;
