@@ -54,8 +54,7 @@ pub use text::{parse, to_json};
 pub use typed::{Wit, WitArguments, WitValue};
 
 /// The guest's program.
-static GUEST: &[u8] =
-    include_bytes!("../../../guest/sandbox-rt/guests/component/component-x86_64");
+static GUEST: &[u8] = include_bytes!("../../../guest/sandbox-rt/guests/component/component-x86_64");
 
 /// The guest's program, to be run as any other guest.
 pub fn guest() -> &'static [u8] {
@@ -194,11 +193,7 @@ impl Component {
     }
 
     /// Calls an exported function whose type is known only now.
-    pub fn call_values(
-        &mut self,
-        name: &str,
-        arguments: &[Val],
-    ) -> Result<Option<Val>, WasmError> {
+    pub fn call_values(&mut self, name: &str, arguments: &[Val]) -> Result<Option<Val>, WasmError> {
         self.ask("call", 2, |out| {
             name.encode(out);
             arguments.encode(out);

@@ -371,12 +371,24 @@ mod tests {
     #[test]
     fn wave_and_json_are_read_alike() {
         for (kind, wave, json) in [
-            (person(), r#"{name: "Ann", age: some(3)}"#, r#"{"name": "Ann", "age": 3}"#),
-            (person(), r#"{name: "A\"\\\u{e9}", age: none}"#, r#"{"age": null, "name": "A\"\\\u00e9"}"#),
+            (
+                person(),
+                r#"{name: "Ann", age: some(3)}"#,
+                r#"{"name": "Ann", "age": 3}"#,
+            ),
+            (
+                person(),
+                r#"{name: "A\"\\\u{e9}", age: none}"#,
+                r#"{"age": null, "name": "A\"\\\u00e9"}"#,
+            ),
             (person(), r#"{name: ""}"#, r#"{"name": ""}"#),
             (Type::List(Box::new(Type::U8)), "[1, 255,]", "[1,255]"),
             (Type::List(Box::new(Type::S16)), "[]", " [ ] "),
-            (Type::Tuple(vec![Type::Char, Type::F64]), "('x', inf)", r#"["x", inf]"#),
+            (
+                Type::Tuple(vec![Type::Char, Type::F64]),
+                "('x', inf)",
+                r#"["x", inf]"#,
+            ),
             (Type::Flags(vec!["r".into(), "w".into()]), "{w}", r#"["w"]"#),
             (Type::Enum(vec!["red".into()]), "red", r#""red""#),
             (
@@ -389,7 +401,11 @@ mod tests {
                 "dot",
                 r#"{"dot": null}"#,
             ),
-            (Type::Result(None, Some(Box::new(Type::String))), "ok", r#"{"ok": null}"#),
+            (
+                Type::Result(None, Some(Box::new(Type::String))),
+                "ok",
+                r#"{"ok": null}"#,
+            ),
             (
                 Type::Result(None, Some(Box::new(Type::String))),
                 r#"err("no")"#,
@@ -404,10 +420,16 @@ mod tests {
 
     #[test]
     fn words_need_no_quotes_and_numbers_have_limits() {
-        assert_eq!(parse("two words", &Type::String), Ok(Val::String("two words".into())));
+        assert_eq!(
+            parse("two words", &Type::String),
+            Ok(Val::String("two words".into()))
+        );
         assert_eq!(parse("é", &Type::Char), Ok(Val::Char('é')));
         assert_eq!(parse("-128", &Type::S8), Ok(Val::S8(-128)));
-        assert_eq!(parse("18446744073709551615", &Type::U64), Ok(Val::U64(u64::MAX)));
+        assert_eq!(
+            parse("18446744073709551615", &Type::U64),
+            Ok(Val::U64(u64::MAX))
+        );
         for (text, kind) in [
             ("256", Type::U8),
             ("-1", Type::U64),
@@ -433,7 +455,10 @@ mod tests {
     #[test]
     fn json_tells_values() {
         let value = Val::Record(vec![
-            ("a".into(), Val::Variant("box".into(), Some(Box::new(Val::U32(7))))),
+            (
+                "a".into(),
+                Val::Variant("box".into(), Some(Box::new(Val::U32(7)))),
+            ),
             ("b".into(), Val::F64(f64::NAN)),
             ("c".into(), Val::Result(Err(None))),
             ("d".into(), Val::Option(None)),

@@ -93,7 +93,9 @@ pub enum WasmError {
     #[error("The component can't be compiled: {0}")]
     Compile(String),
     /// Built without the feature `components`: only what was compiled before runs.
-    #[error("Components can't be compiled: skerry-sandbox was built without its feature `components`")]
+    #[error(
+        "Components can't be compiled: skerry-sandbox was built without its feature `components`"
+    )]
     NoCompiler,
     /// The sandbox holds no module, or one already: it is another guest's.
     #[error("The sandbox is not one that a module can be called in")]

@@ -85,10 +85,7 @@ macro_rules! sandboxed {
     () => {
         /// Makes one that is what `snapshot` was when it was taken: nothing is compiled or loaded. Limits
         /// are those of the one it was taken of.
-        pub fn from_snapshot(
-            snapshot: &Arc<Snapshot>,
-            grants: &Grants,
-        ) -> Result<Self, WasmError> {
+        pub fn from_snapshot(snapshot: &Arc<Snapshot>, grants: &Grants) -> Result<Self, WasmError> {
             Self::from_snapshot_on(snapshot, grants, Backend::Auto)
         }
 

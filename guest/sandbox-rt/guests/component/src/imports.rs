@@ -131,7 +131,10 @@ fn call_host(
         .map(|((_, kind), value)| from_engine(&kind, value.clone()))
         .collect();
     let passed = values.map_err(|_| {
-        failed(full, &"resources, streams and futures can't be passed to a host function")
+        failed(
+            full,
+            &"resources, streams and futures can't be passed to a host function",
+        )
     });
     // Also where they can't be passed the host is asked: it tells whether the function is granted.
     let count = kind.params().len() as u32;
@@ -152,11 +155,7 @@ fn call_host(
     }
 }
 
-fn returned(
-    full: &str,
-    reply: &mut Reader<'_>,
-    kind: &EngineType,
-) -> Result<EngineVal, Refusal> {
+fn returned(full: &str, reply: &mut Reader<'_>, kind: &EngineType) -> Result<EngineVal, Refusal> {
     let value = Val::decode(reply).and_then(|value| reply.end().map(|()| value));
     let value = value.ok().and_then(|value| to_engine(kind, value).ok());
     value.ok_or_else(|| {

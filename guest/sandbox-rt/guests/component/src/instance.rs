@@ -7,6 +7,7 @@ use skerry_sandbox_rt::abi::component::{Func as Exported, Limits, RUN, Val};
 use skerry_sandbox_rt::abi::wasm::{Refusal, Trap};
 use wasmtime::component::types::ComponentItem;
 use wasmtime::component::{Component, Func, Instance, Linker, Val as EngineVal};
+use wasmtime::error::OutOfMemory;
 use wasmtime::{Engine, Error, ResourceLimiter, Store, Trap as EngineTrap};
 
 use crate::config::config;
@@ -95,6 +96,9 @@ fn trap(code: EngineTrap) -> Option<Trap> {
 fn refusal(error: &Error, otherwise: fn(String) -> Refusal) -> Refusal {
     if let Some(Ended(refusal)) = error.downcast_ref::<Ended>() {
         return refusal.clone();
+    }
+    if error.is::<OutOfMemory>() {
+        return Refusal::Trap(Trap::OutOfMemory);
     }
     match error.downcast_ref::<EngineTrap>() {
         Some(EngineTrap::CannotEnterComponent) => Refusal::Ended,
@@ -227,7 +231,10 @@ impl Loaded {
             return Ok(None);
         };
         let value = from_engine(&kind, value).map_err(|_| {
-            Refusal::Arguments(alloc::format!("{} returns what can't be passed", described()))
+            Refusal::Arguments(alloc::format!(
+                "{} returns what can't be passed",
+                described()
+            ))
         })?;
         Ok(Some(value))
     }

@@ -28,10 +28,10 @@ pub(crate) fn kind(kind: &EngineType) -> Type {
         EngineType::String => Type::String,
         EngineType::List(list) => Type::List(boxed(list.ty())),
         EngineType::Option(option) => Type::Option(boxed(option.ty())),
-        EngineType::Result(result) => {
-            Type::Result(result.ok().map(boxed), result.err().map(boxed))
+        EngineType::Result(result) => Type::Result(result.ok().map(boxed), result.err().map(boxed)),
+        EngineType::Tuple(tuple) => {
+            Type::Tuple(tuple.types().map(|item| self::kind(&item)).collect())
         }
-        EngineType::Tuple(tuple) => Type::Tuple(tuple.types().map(|item| self::kind(&item)).collect()),
         EngineType::Record(record) => {
             let field = |field: types::Field<'_>| (field.name.to_string(), self::kind(&field.ty));
             Type::Record(record.fields().map(field).collect())
@@ -123,7 +123,9 @@ fn named_to_engine(kind: &EngineType, value: Val) -> Result<EngineVal, Mismatch>
             let each = each.map(|(kind, value)| to_engine(&kind, value));
             EngineVal::Tuple(each.collect::<Result<_, _>>()?)
         }
-        (EngineType::Record(record), Val::Record(mut given)) if record.fields().len() == given.len() => {
+        (EngineType::Record(record), Val::Record(mut given))
+            if record.fields().len() == given.len() =>
+        {
             let fields = record.fields().map(|field| {
                 // Most often in order: then the first is the one.
                 let at = given.iter().position(|(name, _)| name == field.name);
@@ -200,7 +202,8 @@ pub(crate) fn from_engine(kind: &EngineType, value: EngineVal) -> Result<Val, Mi
         }
         (EngineType::Record(record), EngineVal::Record(values)) => {
             let each = record.fields().zip(values);
-            let each = each.map(|(field, (name, value))| Ok((name, from_engine(&field.ty, value)?)));
+            let each =
+                each.map(|(field, (name, value))| Ok((name, from_engine(&field.ty, value)?)));
             Val::Record(each.collect::<Result<_, _>>()?)
         }
         (EngineType::Variant(variant), EngineVal::Variant(name, value)) => {

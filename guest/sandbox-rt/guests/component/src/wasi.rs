@@ -11,9 +11,7 @@ use alloc::vec::Vec;
 
 use skerry_sandbox_rt::abi::wasm::{Refusal, Trap, wasi as names};
 use skerry_sandbox_rt::wasm as host;
-use wasmtime::component::{
-    ComponentType, Lift, LinkerInstance, Lower, Resource, ResourceType,
-};
+use wasmtime::component::{ComponentType, Lift, LinkerInstance, Lower, Resource, ResourceType};
 use wasmtime::{Result, StoreContextMut};
 
 use crate::imports::{Unknown, end, full_name};
@@ -152,9 +150,8 @@ fn program(to: &mut Link<'_>, name: &str, import: String) -> Result<()> {
 }
 
 fn standard(to: &mut Link<'_>, name: &str) -> Result<()> {
-    let output = |number: u32| {
-        move |_: Store<'_>, (): ()| Ok((Resource::<OutputStream>::new_own(number),))
-    };
+    let output =
+        |number: u32| move |_: Store<'_>, (): ()| Ok((Resource::<OutputStream>::new_own(number),));
     match name {
         "get-stdin" => to.func_wrap(name, |_: Store<'_>, (): ()| {
             Ok((Resource::<InputStream>::new_own(STDIN),))
@@ -171,11 +168,10 @@ fn terminal(to: &mut Link<'_>, name: &str) -> Result<()> {
         "get-terminal-stdin" => to.func_wrap(name, |_: Store<'_>, (): ()| {
             Ok((None::<Resource<TerminalInput>>,))
         }),
-        "get-terminal-stdout" | "get-terminal-stderr" => {
-            to.func_wrap(name, |_: Store<'_>, (): ()| {
+        "get-terminal-stdout" | "get-terminal-stderr" => to
+            .func_wrap(name, |_: Store<'_>, (): ()| {
                 Ok((None::<Resource<TerminalOutput>>,))
-            })
-        }
+            }),
         _ => not_here(),
     }
 }
@@ -183,11 +179,10 @@ fn terminal(to: &mut Link<'_>, name: &str) -> Result<()> {
 fn poll(to: &mut Link<'_>, name: &str) -> Result<()> {
     type One = (Resource<Pollable>,);
     match name {
-        "[method]error.to-debug-string" => {
-            to.func_wrap(name, |_: Store<'_>, _: (Resource<IoError>,)| {
+        "[method]error.to-debug-string" => to
+            .func_wrap(name, |_: Store<'_>, _: (Resource<IoError>,)| {
                 Ok((String::from("error"),))
-            })
-        }
+            }),
         "[method]pollable.ready" => to.func_wrap(name, |_: Store<'_>, _: One| Ok((true,))),
         "[method]pollable.block" => to.func_wrap(name, |_: Store<'_>, _: One| Ok(())),
         "poll" => to.func_wrap(
@@ -223,11 +218,10 @@ fn input(to: &mut Link<'_>, name: &str, import: String) -> Result<()> {
                 Ok((bytes.map(|bytes| bytes.len() as u64),))
             })
         }
-        "[method]input-stream.subscribe" => {
-            to.func_wrap(name, |_: Store<'_>, _: (Resource<InputStream>,)| {
+        "[method]input-stream.subscribe" => to
+            .func_wrap(name, |_: Store<'_>, _: (Resource<InputStream>,)| {
                 Ok((Resource::<Pollable>::new_own(0),))
-            })
-        }
+            }),
         _ => not_here(),
     }
 }
@@ -245,11 +239,10 @@ fn output(to: &mut Link<'_>, name: &str, import: String) -> Result<()> {
         Ok((Ok(()),))
     };
     match name {
-        "[method]output-stream.check-write" => {
-            to.func_wrap(name, |_: Store<'_>, _: Stream| -> Streamed<u64> {
+        "[method]output-stream.check-write" => to
+            .func_wrap(name, |_: Store<'_>, _: Stream| -> Streamed<u64> {
                 Ok((Ok(host::CHUNK as u64),))
-            })
-        }
+            }),
         "[method]output-stream.write" | "[method]output-stream.blocking-write-and-flush" => to
             .func_wrap(
                 name,
@@ -268,11 +261,10 @@ fn output(to: &mut Link<'_>, name: &str, import: String) -> Result<()> {
                 write(&stream, &vec![0; len as usize])
             },
         ),
-        "[method]output-stream.flush" | "[method]output-stream.blocking-flush" => {
-            to.func_wrap(name, |_: Store<'_>, _: Stream| -> Streamed<()> {
+        "[method]output-stream.flush" | "[method]output-stream.blocking-flush" => to
+            .func_wrap(name, |_: Store<'_>, _: Stream| -> Streamed<()> {
                 Ok((Ok(()),))
-            })
-        }
+            }),
         "[method]output-stream.subscribe" => to.func_wrap(name, |_: Store<'_>, _: Stream| {
             Ok((Resource::<Pollable>::new_own(0),))
         }),
