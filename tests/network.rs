@@ -10,17 +10,12 @@ use std::thread;
 use std::time::Duration;
 
 use common::home::Home;
-use common::{eventually, noise};
+use common::{eventually, hex, noise};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// What a connection to a server of the host's may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn hex(digest: impl AsRef<[u8]>) -> String {
-    let digest = digest.as_ref().iter();
-    digest.map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// A server on the loopback interface with a thread for each connection; gives its port.
 fn serve(address: &str, each: impl Fn(TcpStream) + Clone + Send + 'static) -> u16 {

@@ -10,17 +10,12 @@ use std::thread;
 use std::time::Duration;
 
 use common::home::Home;
-use common::{eventually, noise};
+use common::{eventually, hex, noise};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 const INNER: &str = "in_a_namespace_of_its_own";
 const TAP: &str = "tap=tap0,ip=10.1.0.2/24,gateway=10.1.0.1,ip=fd01::2/64,gateway=fd01::1";
-
-fn hex(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 fn succeeds(words: &[&str]) -> bool {
     let (program, args) = words.split_first().expect("a program");
@@ -171,7 +166,7 @@ fn the_guest_knows_its_place(home: &Home) {
 fn transfers_pass_both_ways(home: &Home) {
     const LEN: usize = 6 << 20;
     let sent = noise(LEN, 3);
-    let digest = hex(&sent);
+    let digest = hex(Sha256::digest(&sent));
     let listener = TcpListener::bind("10.1.0.1:0").expect("listen");
     let port = listener.local_addr().expect("address").port();
     let server = thread::spawn(move || {
@@ -187,7 +182,10 @@ fn transfers_pass_both_ways(home: &Home) {
         format!("nc 10.1.0.1 {port} </dev/null >/tmp/blob; sha256sum </tmp/blob | cut -c 1-64");
     assert_eq!(home.sh("one", &script), digest);
     home.sh("one", &format!("nc 10.1.0.1 {port} </tmp/blob"));
-    assert_eq!(hex(&server.join().expect("the server")), digest);
+    assert_eq!(
+        hex(Sha256::digest(server.join().expect("the server"))),
+        digest
+    );
     // And connections that the host opens, at ports that nobody published; over IPv6 too.
     home.sh(
         "one",
@@ -208,7 +206,11 @@ fn transfers_pass_both_ways(home: &Home) {
             got.clear();
             stream.read_to_end(&mut got).is_ok()
         });
-        assert_eq!(hex(&got[got.len() - LEN..]), digest, "{address}");
+        assert_eq!(
+            hex(Sha256::digest(&got[got.len() - LEN..])),
+            digest,
+            "{address}"
+        );
     }
 }
 

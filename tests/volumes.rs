@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use common::home::Home;
-use common::{Ran, eventually, noise};
+use common::{Ran, eventually, hex, noise};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -55,13 +55,6 @@ fn sh(home: &Home, options: &[&str], script: &str) -> String {
     let ran = run(home, options, script);
     assert_eq!(ran.status, 0, "{script}: {}", ran.stderr);
     ran.text().trim_end().to_owned()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
 }
 
 #[test]
@@ -201,7 +194,10 @@ fn large_files_and_many_files_arrive_whole() {
     let script = "sha256sum < /m/big; cp /m/big /m/copy; cat < /m/copy > /m/back; \
                   ls /m/many | wc -l; ls -l /m/many | grep -c file-; cd /m/many; rm -r /m/many; ls -a /m";
     let text = sh(&home, &["-v", &folder.at("/m")], script);
-    let expected = format!("{}  -\n10000\n10000\n.\n..\nback\nbig\ncopy", hex(&sent));
+    let expected = format!(
+        "{}  -\n10000\n10000\n.\n..\nback\nbig\ncopy",
+        hex(Sha256::digest(&sent))
+    );
     assert_eq!(text, expected);
     for name in ["copy", "back"] {
         assert!(fs::read(folder.path(name)).expect("file") == sent, "{name}");

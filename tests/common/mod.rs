@@ -81,6 +81,12 @@ pub fn copy_program(from: impl AsRef<std::ffi::OsStr>, to: &std::path::Path) {
     assert!(status.success(), "install: {status}");
 }
 
+/// Bytes, a digest for one, in hexadecimal digits.
+pub fn hex(bytes: impl AsRef<[u8]>) -> String {
+    let bytes = bytes.as_ref().iter();
+    bytes.map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// `skerry` with these arguments, its own data folder and a clean environment.
 pub fn skerry(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_skerry"));

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use super::hex;
+
 /// Runs a program that a test needs; `false` when this host doesn't have it.
 fn tool(name: &str, args: &[&str]) -> Option<Vec<u8>> {
     let output = Command::new(name)
@@ -273,18 +275,12 @@ fn forward(client: TcpStream, target: u16, line: Line, counter: &AtomicU64) {
     let _ = client.shutdown(Shutdown::Both);
 }
 
-/// The hexadecimal digits of a SHA-256 digest.
-pub fn hex(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Writes an image with layers of one file each in the OCI layout.
 pub fn layout(folder: &Path, architecture: &str, layers: &[&[u8]]) {
     let blobs = folder.join("blobs/sha256");
     std::fs::create_dir_all(&blobs).expect("blobs");
     let blob = |bytes: &[u8]| {
-        let digits = hex(bytes);
+        let digits = hex(Sha256::digest(bytes));
         std::fs::write(blobs.join(&digits), bytes).expect("blob");
         serde_json::json!({"digest": format!("sha256:{digits}"), "size": bytes.len()})
     };
@@ -299,7 +295,7 @@ pub fn layout(folder: &Path, architecture: &str, layers: &[&[u8]]) {
         .collect();
     let diff_ids: Vec<_> = archives
         .iter()
-        .map(|a| format!("sha256:{}", hex(a)))
+        .map(|a| format!("sha256:{}", hex(Sha256::digest(a))))
         .collect();
     let config = serde_json::json!({"os": "linux", "architecture": architecture,
         "rootfs": {"type": "layers", "diff_ids": diff_ids}});

@@ -17,6 +17,7 @@
 
 mod docker;
 mod error;
+mod follow;
 mod native;
 mod server;
 mod streams;

@@ -42,6 +42,7 @@ mod soft;
 mod statistics;
 pub mod tap;
 mod transport;
+pub mod units;
 mod vetting;
 pub mod vm;
 pub mod vms;

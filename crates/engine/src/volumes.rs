@@ -102,7 +102,7 @@ fn check_name(name: &str) -> Result<(), EngineError> {
 }
 
 fn hex(bytes: [u8; 16]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:032x}", u128::from_be_bytes(bytes))
 }
 
 fn failed(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> EngineError {

@@ -12,6 +12,7 @@ use crate::error::BuildError;
 use crate::host_fn::{HostFn, HostFunctions};
 use crate::processor::Backend;
 use crate::sandbox::{Sandbox, Start};
+use crate::versions::Versions;
 
 /// Sizes in bytes, and limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,6 +123,7 @@ pub struct Builder {
     log_level: Option<tracing::Level>,
     gdb: Option<DebugListener>,
     aids: Aids,
+    versions: Versions,
 }
 
 impl Default for Builder {
@@ -136,6 +138,7 @@ impl Default for Builder {
             log_level: None,
             gdb: None,
             aids: Aids::default(),
+            versions: Versions::default(),
         }
     }
 }
@@ -244,6 +247,13 @@ impl Builder {
         self
     }
 
+    /// The versions of the interface that it offers.
+    #[cfg(test)]
+    pub(crate) fn versions(mut self, versions: Versions) -> Self {
+        self.versions = versions;
+        self
+    }
+
     /// Makes it: loads the guest and runs it until it is ready.
     pub fn build(self) -> Result<Sandbox, BuildError> {
         self.start(true)
@@ -269,6 +279,7 @@ impl Builder {
             gdb: self.gdb,
             aids: self.aids,
             link,
+            versions: self.versions,
         };
         Sandbox::load(&program, start)
     }

@@ -6,16 +6,15 @@ use std::time::Duration;
 use skerry_hypervisor::PAGE_SIZE;
 use skerry_sandbox_abi::{Control, Description, Function, PORT, Reader};
 
-use crate::builder::{Config, Limits};
+use crate::Value;
+use crate::bare::Bare;
+use crate::builder::Limits;
 use crate::disk::Saved;
-use crate::elf::{Program, Rights};
 use crate::host_fn::HostFunctions;
-use crate::layout::{IMAGE_BASE, Layout};
-use crate::processor::{self, Backend};
-use crate::region::Region;
-use crate::sandbox::{Exports, Parts, Sandbox, slot};
+use crate::layout::Layout;
+use crate::processor::Backend;
+use crate::sandbox::{Exports, Parts, Sandbox};
 use crate::snapshot::{Origin, Pages, memory_file};
-use crate::{Value, tables};
 
 /// No guest here needs more.
 const INSTRUCTIONS: u64 = 2000;
@@ -50,24 +49,6 @@ pub fn program(bytes: &[u8]) {
     }
 }
 
-/// A guest that leaves for whatever reason its control page's third word says, over and over.
-fn puppet() -> Program {
-    let version = core::mem::offset_of!(Control, version) as u8;
-    // L: mov eax, [rdi + version]; out PORT, eax; jmp L
-    let code = [0x8b, 0x47, version, 0xe7, PORT, 0xeb, 0xf9];
-    let mut bytes = vec![0; PAGE_SIZE];
-    bytes[..code.len()].copy_from_slice(&code);
-    Program {
-        base: IMAGE_BASE,
-        bytes,
-        pages: vec![Some(Rights {
-            write: false,
-            execute: true,
-        })],
-        entry: IMAGE_BASE,
-    }
-}
-
 fn functions() -> Arc<HostFunctions> {
     let mut functions = HostFunctions::new();
     functions.add("add", |a: i32, b: i32| a.wrapping_add(b));
@@ -84,21 +65,20 @@ fn function(name: &str) -> Function {
     }
 }
 
-fn puppet_sandbox() -> Option<Sandbox> {
-    let program = puppet();
-    let config = Config {
-        heap: 4096,
-        stack: 4096,
-        input: 4096,
-        output: 4096,
-        log: 4096,
-    };
-    let layout = Layout::new(&config, program.base, program.bytes.len() as u64).ok()?;
-    let mut region = Region::new(layout.size).ok()?;
-    tables::build(&mut region, &layout, &program).ok()?;
-    let mut processor = processor::make(Backend::Soft, slot(&region, &layout)).ok()?;
-    let registers = tables::entry_registers(&layout, program.entry);
-    processor.set_registers(&registers).ok()?;
+/// Leaves for whatever reason the control page's third word says, over and over.
+const PUPPET: [u8; 7] = {
+    const VERSION: u8 = core::mem::offset_of!(Control, version) as u8;
+    // L: mov eax, [rdi + version]; out PORT, eax; jmp L
+    [0x8b, 0x47, VERSION, 0xe7, PORT, 0xeb, 0xf9]
+};
+
+/// A guest that does only that.
+fn puppet() -> Option<Sandbox> {
+    let Bare {
+        processor,
+        region,
+        layout,
+    } = Bare::new(Backend::Soft, &PUPPET).ok()?;
     let sandbox = Sandbox::assemble(Parts {
         processor,
         region,
@@ -110,14 +90,14 @@ fn puppet_sandbox() -> Option<Sandbox> {
             ..Description::default()
         }),
         links: vec![Some(0), Some(1), Some(2)],
-        origin: Origin::empty(&layout, PAGE_SIZE as u64),
+        origin: Origin::empty(&layout, Bare::SIZE),
     });
     sandbox.ok()
 }
 
 /// Any bytes as what a guest leaves in its control page, its output and its log.
 pub fn frames(bytes: &[u8]) {
-    let Some(mut sandbox) = puppet_sandbox() else {
+    let Some(mut sandbox) = puppet() else {
         return;
     };
     let (page, rest) = bytes
@@ -189,7 +169,7 @@ pub fn saved(bytes: &[u8]) {
 
 /// A snapshot's configuration and state as [`saved`] takes them.
 pub fn saved_seed() -> Vec<u8> {
-    let sandbox = puppet_sandbox();
+    let sandbox = puppet();
     let snapshot = sandbox.and_then(|mut sandbox| sandbox.snapshot().ok());
     snapshot.map_or_else(Vec::new, |snapshot| {
         let mut bytes = serde_json::to_vec(&snapshot.saved()).unwrap_or_default();
@@ -202,20 +182,21 @@ pub fn saved_seed() -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::elf::Program;
+    use crate::layout::IMAGE_BASE;
     use skerry_test_support::{Random, fuzz_briefly};
 
     const TIME: Duration = Duration::from_secs(3);
 
     /// The puppet as a file: one segment.
     fn elf() -> Vec<u8> {
-        let program = puppet();
         let mut file = vec![0; 0x1000];
         let header: &[(usize, &[u8])] = &[
             (0, b"\x7fELF\x02\x01\x01"),
             (16, &2_u16.to_le_bytes()),
             (18, &62_u16.to_le_bytes()),
             (20, &1_u32.to_le_bytes()),
-            (24, &program.entry.to_le_bytes()),
+            (24, &IMAGE_BASE.to_le_bytes()),
             (32, &64_u64.to_le_bytes()),
             (52, &64_u16.to_le_bytes()),
             (54, &56_u16.to_le_bytes()),
@@ -223,14 +204,14 @@ mod tests {
             (64, &1_u32.to_le_bytes()),
             (68, &5_u32.to_le_bytes()),
             (72, &0x1000_u64.to_le_bytes()),
-            (80, &program.entry.to_le_bytes()),
+            (80, &IMAGE_BASE.to_le_bytes()),
             (96, &7_u64.to_le_bytes()),
             (104, &4096_u64.to_le_bytes()),
         ];
         for (at, bytes) in header {
             file[*at..at + bytes.len()].copy_from_slice(bytes);
         }
-        file.extend_from_slice(&program.bytes[..7]);
+        file.extend_from_slice(&PUPPET);
         file
     }
 

@@ -42,6 +42,7 @@
 //! memory of the host. What is mapped where is the host's: the guest runs in ring 3 and has no
 //! way to its page tables, control, debug or model-specific registers.
 
+mod bare;
 mod builder;
 pub mod component;
 mod debug;
@@ -63,6 +64,7 @@ mod region;
 mod sandbox;
 mod snapshot;
 mod tables;
+mod versions;
 pub mod wasm;
 mod watchdog;
 

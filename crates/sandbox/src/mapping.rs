@@ -268,7 +268,9 @@ impl Mappings {
         let tables =
             tables::for_mapping(recipe.mapped.address, recipe.gpa, pages, tables_at, write)
                 .map_err(MapFileError::Memory)?;
-        made.push(slot(tables_at, tables.region, true));
+        // Not read-only: with nested paging a processor reads a guest's tables by accesses that count as writes
+        // (AMD64 APM volume 2 §15.25.5). No address of the guest's leads there.
+        made.push(slot(tables_at, tables.region, false));
         for slot in made {
             let gpa = slot.gpa;
             if let Err(error) = processor.map(slot) {

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use skerry_hypervisor::{Gpa, MemorySlot};
 use skerry_sandbox_abi::{
-    Arguments, Control, Decode, DecodeError, Description, Function, Reader, VERSION_MAX,
-    VERSION_MIN, Writer, request, status,
+    Arguments, Control, Decode, DecodeError, Description, Function, Reader, Writer, request, status,
 };
 
 use crate::builder::{Builder, Config, Limits};
@@ -24,6 +23,7 @@ use crate::processor::{self, Backend, Processor};
 use crate::region::{ControlPage, Region};
 use crate::snapshot::{Origin, Snapshot};
 use crate::tables;
+use crate::versions::Versions;
 use crate::watchdog::Timer;
 
 /// Whether a sandbox can be called.
@@ -218,6 +218,7 @@ pub(crate) struct Start {
     pub(crate) aids: Aids,
     /// Whether the host functions must be there.
     pub(crate) link: bool,
+    pub(crate) versions: Versions,
 }
 
 /// The parts that a sandbox is made of.
@@ -288,6 +289,7 @@ impl Sandbox {
             gdb,
             aids,
             link,
+            versions,
         } = start;
         let mut aids = aids;
         if let Some(profile) = &mut aids.profile {
@@ -313,11 +315,13 @@ impl Sandbox {
             links: Vec::new(),
             origin: Origin::empty(&layout, written),
         })?;
-        sandbox.control.set_all(sandbox.first_control(log_level));
+        sandbox
+            .control
+            .set_all(sandbox.first_control(&versions, log_level));
         sandbox.debug = gdb.map(Debugging::new);
         sandbox.aids = aids;
         sandbox.set_profiled();
-        sandbox.introduce()?;
+        sandbox.introduce(&versions)?;
         if link {
             sandbox.links = sandbox.functions.link(&sandbox.exports.description)?;
         }
@@ -326,7 +330,7 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    fn first_control(&self, log_level: u32) -> Control {
+    fn first_control(&self, versions: &Versions, log_level: u32) -> Control {
         let Layout {
             log,
             input,
@@ -335,8 +339,8 @@ impl Sandbox {
             ..
         } = self.layout;
         Control {
-            version_min: VERSION_MIN,
-            version_max: VERSION_MAX,
+            version_min: versions.min(),
+            version_max: versions.max(),
             log_level,
             input: input.gva,
             input_size: input.len,
@@ -352,16 +356,10 @@ impl Sandbox {
     }
 
     /// Lets the guest initialise and describe itself.
-    fn introduce(&mut self) -> Result<(), BuildError> {
+    fn introduce(&mut self, versions: &Versions) -> Result<(), BuildError> {
         let init = |error| BuildError::Init(Box::new(error));
         self.enter().map_err(init)?;
-        let version = self.control.version();
-        if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
-            return Err(BuildError::Version {
-                min: VERSION_MIN,
-                max: VERSION_MAX,
-            });
-        }
+        versions.check(self.control.version())?;
         self.control.set_request(request::DESCRIBE);
         self.control.set_input_len(0);
         self.enter().map_err(init)?;

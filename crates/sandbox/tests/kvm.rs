@@ -5,6 +5,8 @@ mod calls;
 #[path = "behaviour/cancel.rs"]
 mod cancel;
 mod common;
+#[path = "common/kvm.rs"]
+mod here;
 #[path = "behaviour/mappings.rs"]
 mod mappings;
 #[path = "behaviour/memory.rs"]
@@ -14,21 +16,5 @@ mod snapshots;
 
 /// What these tests run on.
 fn backend() -> skerry_sandbox::Backend {
-    use skerry_sandbox::{Backend, Sandbox};
-    static WORKS: std::sync::OnceLock<Backend> = std::sync::OnceLock::new();
-    *WORKS.get_or_init(|| {
-        let guest = common::guest("sandbox-plainguest");
-        let made = Sandbox::builder()
-            .guest(guest)
-            .backend(Backend::Kvm)
-            .build();
-        let called = made.map(|mut sandbox| sandbox.call::<i32>("double", (1,)));
-        match called {
-            Ok(Ok(2)) => Backend::Kvm,
-            other => {
-                eprintln!("KVM runs no sandbox here, these tests run on soft: {other:?}");
-                Backend::Soft
-            }
-        }
-    })
+    here::backend()
 }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use skerry_engine::run::RunIo;
 use skerry_engine::vms::{self, Since, Status};
 
-use super::containers::flag;
+use super::query::flag;
 use super::reaper;
 use crate::error::{ApiError, chain};
 use crate::streams::{self, Kind, Wire};

@@ -22,6 +22,7 @@ use skerry_engine::vms::{self, Begin, Detached, Launch, RestartPolicy};
 use skerry_engine::{MachineOptions, WinSize};
 
 use super::exec::{SIZE, Size, variables};
+use super::query::bytes;
 use super::reaper::{self, LABEL};
 use crate::error::ApiError;
 use crate::work::{Shared, work};
@@ -300,24 +301,6 @@ fn disk_size(host: &mut Fields) -> Result<Option<u64>, ApiError> {
         )));
     }
     size.map(|size| bytes(&size)).transpose()
-}
-
-/// `10G`, as docker's client passes it on.
-fn bytes(text: &str) -> Result<u64, ApiError> {
-    let wrong = || ApiError::invalid(format!("{text} is no size: write one such as 10G"));
-    let lower = text.to_ascii_lowercase();
-    let number = lower.trim_end_matches(['i', 'b']);
-    let digits = number.trim_end_matches(['k', 'm', 'g', 't']);
-    let shift = match number.get(digits.len()..) {
-        Some("") => 0,
-        Some("k") => 10,
-        Some("m") => 20,
-        Some("g") => 30,
-        Some("t") => 40,
-        _ => return Err(wrong()),
-    };
-    let digits: u64 = digits.parse().map_err(|_| wrong())?;
-    digits.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
 /// Folders, volumes and memory file systems.

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 use tokio_stream::StreamExt;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use super::containers::flag;
+use super::query::flag;
 use crate::error::ApiError;
 use crate::streams::body;
 use crate::work::{App, Shared, work};

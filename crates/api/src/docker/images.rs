@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use skerry_engine::images::{self, ImageDetails, familiar};
 use skerry_engine::{EngineError, Progress};
 
-use super::containers::{filters, flag};
+use super::query::{filters, flag};
 use crate::error::{ApiError, chain};
 use crate::native;
 use crate::streams::{BodySender, body};

@@ -19,6 +19,7 @@ mod exec;
 mod files;
 mod images;
 mod networks;
+mod query;
 mod reaper;
 mod system;
 mod volumes;

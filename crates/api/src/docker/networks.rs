@@ -12,18 +12,13 @@ use skerry_engine::EngineError;
 use skerry_engine::network::IpNet;
 use skerry_engine::networks::{self, NetworkInfo, NetworkPlan};
 
-use super::containers::{Filters, date, filters};
 use super::create::Fields;
+use super::query::{FilterQuery, Filters, date, filters, has_label};
 use crate::error::ApiError;
 use crate::work::{App, Shared, work};
 
 /// The fewest digits of an identity that stand for it.
 const DIGITS: usize = 4;
-
-#[derive(Debug, Deserialize)]
-pub(super) struct ListQuery {
-    filters: Option<String>,
-}
 
 fn fits(info: &NetworkInfo, filters: &Filters) -> Result<bool, ApiError> {
     let config = &info.config;
@@ -34,10 +29,7 @@ fn fits(info: &NetworkInfo, filters: &Filters) -> Result<bool, ApiError> {
             "driver" => Ok(value == "bridge"),
             "scope" => Ok(value == "local"),
             "type" => Ok(value == "custom"),
-            "label" => Ok(match value.split_once('=') {
-                Some((label, text)) => config.labels.get(label).is_some_and(|found| found == text),
-                None => config.labels.contains_key(value),
-            }),
+            "label" => Ok(has_label(&config.labels, value)),
             other => Err(ApiError::invalid(format!(
                 "Networks can't be filtered by {other:?}: use name, id, driver, scope, type or label"
             ))),
@@ -127,7 +119,7 @@ fn described(app: &App, info: &NetworkInfo) -> Result<Value, ApiError> {
 
 pub(super) async fn list(
     State(app): State<Shared>,
-    Query(ListQuery { filters: text }): Query<ListQuery>,
+    Query(FilterQuery { filters: text }): Query<FilterQuery>,
 ) -> Result<Json<Vec<Value>>, ApiError> {
     work(&app, move |app| {
         let filters = filters(text.as_deref())?;
@@ -165,7 +157,7 @@ pub(super) async fn remove(
 
 pub(super) async fn prune(
     State(app): State<Shared>,
-    Query(ListQuery { filters: text }): Query<ListQuery>,
+    Query(FilterQuery { filters: text }): Query<FilterQuery>,
 ) -> Result<Json<Value>, ApiError> {
     work(&app, move |app| {
         if let Some((word, _)) = filters(text.as_deref())?.first_key_value() {

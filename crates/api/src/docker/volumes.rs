@@ -7,15 +7,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use skerry_engine::volumes::{Volume, Volumes};
 
-use super::containers::{Filters, date, filters, flag};
 use super::create::Fields;
+use super::query::{FilterQuery, Filters, bytes, date, filters, flag};
 use crate::error::ApiError;
 use crate::work::{Shared, work};
-
-#[derive(Debug, Deserialize)]
-pub(super) struct FilterQuery {
-    filters: Option<String>,
-}
 
 /// What is true in the filters for this word.
 fn is_set(filters: &Filters, word: &str) -> bool {
@@ -76,20 +71,6 @@ pub(super) async fn list(
     .await
 }
 
-/// A size in bytes, with a letter for 1024 of them and so on.
-fn size(text: &str) -> Option<u64> {
-    let text = text.trim().to_ascii_lowercase();
-    let text = text.trim_end_matches('b').trim_end_matches('i');
-    let (digits, shift) = match text.strip_suffix(['k', 'm', 'g', 't']) {
-        Some(digits) if text.ends_with('k') => (digits, 10),
-        Some(digits) if text.ends_with('m') => (digits, 20),
-        Some(digits) if text.ends_with('g') => (digits, 30),
-        Some(digits) => (digits, 40),
-        None => (text, 0),
-    };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
 pub(super) async fn create(
     State(app): State<Shared>,
     Json(body): Json<Value>,
@@ -123,15 +104,13 @@ fn wanted(body: Value) -> Result<(String, Option<u64>), ApiError> {
     }
     let mut options = Fields::of("DriverOpts.", fields.take("DriverOpts")?)?;
     let text: String = options.take("size")?;
-    let bytes = match text.is_empty() {
+    let size = match text.is_empty() {
         true => None,
-        false => Some(size(&text).ok_or_else(|| {
-            ApiError::invalid(format!("{text:?} is no size: write one such as 10g"))
-        })?),
+        false => Some(bytes(&text)?),
     };
     options.end()?;
     fields.end()?;
-    Ok((name, bytes))
+    Ok((name, size))
 }
 
 pub(super) async fn inspect(
@@ -220,17 +199,6 @@ pub(super) async fn disk_usage(State(app): State<Shared>) -> Result<Json<Value>,
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_letters() {
-        assert_eq!(size("10g"), Some(10 << 30));
-        assert_eq!(size("512MiB"), Some(512 << 20));
-        assert_eq!(size("4096"), Some(4096));
-        assert_eq!(
-            (size("x"), size(""), size("99999999999t")),
-            (None, None, None)
-        );
-    }
 
     #[test]
     fn what_can_not_be_had_is_refused_by_name() {

@@ -8,16 +8,15 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use skerry_engine::events::{Happened, Kind, Reader};
+use skerry_engine::events::{Happened, Kind};
 use skerry_engine::vms::{self, Registry, Usage, VmInfo, now};
 
-use super::containers::{Filters, date, filters, flag, moment};
+use super::query::{Filters, date, filters, flag, has_label, moment};
 use crate::error::ApiError;
+use crate::follow::follow;
 use crate::streams::body;
 use crate::work::{Shared, work};
 
-/// How often it is looked whether the client has gone.
-const LOOK: Duration = Duration::from_millis(500);
 /// What a machine takes is looked at for so long.
 const SPAN: Duration = Duration::from_secs(1);
 const JSON: [(header::HeaderName, &str); 1] = [(header::CONTENT_TYPE, "application/json")];
@@ -63,10 +62,7 @@ fn fits(event: &Happened, filters: &Filters) -> bool {
                 Kind::Image => event.id == *value || is("name", value),
                 Kind::Machine => is("image", value),
             },
-            _ => match value.split_once('=') {
-                Some((label, text)) => attribute(label).is_some_and(|found| found == text),
-                None => attribute(value).is_some(),
-            },
+            _ => has_label(&event.attributes, value),
         })
     })
 }
@@ -93,30 +89,10 @@ pub(super) async fn events(
 ) -> Result<Response, ApiError> {
     let filters = filters(query.filters.as_deref())?;
     check(&filters)?;
-    let since = moment(query.since.as_deref())?.unwrap_or_else(now);
+    let since = moment(query.since.as_deref())?;
     let until = moment(query.until.as_deref())?;
-    let mut reader = work(&app, |app| Ok(Reader::open(app.paths())?)).await?;
-    let (out, body) = body();
-    tokio::task::spawn_blocking(move || {
-        while !out.is_closed() {
-            let left = until.map(|until| Duration::from_nanos(until.saturating_sub(now())));
-            let limit = left.map_or(LOOK, |left| left.min(LOOK));
-            let sent = match reader.next(Some(limit)) {
-                Ok(Some(event)) if until.is_some_and(|until| event.time > until) => return,
-                Ok(Some(event)) if event.time >= since && fits(&event, &filters) => {
-                    out.send_line(&told(&event))
-                }
-                Ok(Some(_)) => Ok(()),
-                Ok(None) if left == Some(Duration::ZERO) => return,
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            };
-            // A client that has gone wants no more.
-            if sent.is_err() {
-                return;
-            }
-        }
-    });
+    let tell = move |event: Happened| fits(&event, &filters).then(|| told(&event));
+    let body = follow(&app, since, until, tell).await?;
     Ok((JSON, body).into_response())
 }
 

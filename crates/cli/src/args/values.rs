@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use skerry_engine::units;
+
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size(pub u64);
@@ -12,22 +14,7 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-        let shift = match &text[digits.len()..] {
-            "" | "b" | "B" => 0,
-            "k" | "K" | "KiB" => 10,
-            "m" | "M" | "MiB" => 20,
-            "g" | "G" | "GiB" => 30,
-            "t" | "T" | "TiB" => 40,
-            unit => return Err(format!("unknown unit {unit:?}: use K, M or G")),
-        };
-        let number: u64 = digits
-            .parse()
-            .map_err(|_| "not a size: write a number with K, M or G, such as 512M".to_owned())?;
-        number
-            .checked_mul(1 << shift)
-            .map(Size)
-            .ok_or_else(|| "too large".to_owned())
+        units::bytes(text).map(Size)
     }
 }
 

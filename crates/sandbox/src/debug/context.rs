@@ -25,7 +25,7 @@ pub(super) const RESUME: u64 = 1 << 16;
 
 const CS: usize = 1;
 const SS: usize = 2;
-const RSP: usize = 4;
+pub(super) const RSP: usize = 4;
 
 /// What interrupted the guest.
 #[derive(Clone, Copy, Debug)]

@@ -19,6 +19,7 @@
 //! | `memory` | its memory, without its rights |
 //! | `registers` | registers as gdb has them |
 //! | `points` | breakpoints and watchpoints |
+//! | `probe` | whether there are debug registers |
 //! | `profile` | where allocations come from |
 //! | `listener` | the connection |
 //! | `target` | what gdb asks for |
@@ -32,6 +33,7 @@ mod image;
 mod listener;
 mod memory;
 mod points;
+mod probe;
 mod profile;
 mod registers;
 mod run;

@@ -149,11 +149,11 @@ impl Breakpoints for Sandbox {
     }
 
     fn support_hw_breakpoint(&mut self) -> Option<HwBreakpointOps<'_, Self>> {
-        Some(self)
+        self.has_debug_registers().then_some(self)
     }
 
     fn support_hw_watchpoint(&mut self) -> Option<HwWatchpointOps<'_, Self>> {
-        Some(self)
+        self.has_debug_registers().then_some(self)
     }
 }
 

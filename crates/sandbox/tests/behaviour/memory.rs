@@ -145,6 +145,9 @@ fn what_ring_0_may_is_not_the_guests() {
             // A KVM that runs guests in ring 3 itself doesn't look at EFER.SCE: SYSCALL goes to where LSTAR
             // says, 0, and nothing is there.
             Err(CallError::Fault(Fault::AccessViolation { rip: 0, .. })) if which == 14 => 6,
+            // QEMU's nested SVM, below a KVM, lets a hypervisor intercept WBINVD before it looks at the ring;
+            // KVM goes on behind it.
+            Ok(()) if which == 16 && crate::backend() == skerry_sandbox::Backend::Kvm => continue,
             other => panic!("{which}: {other:?}"),
         };
         // XSETBV without OSXSAVE and SYSCALL without SCE are invalid opcodes; a KVM that runs guests
