@@ -362,6 +362,137 @@ fn what_is_wrong_with_a_script_is_told_with_its_place() {
     for guest in [program, module] {
         let (status, _, stderr) = said(&skerry(&["call", guest]));
         assert_eq!(status, Some(125), "{stderr}");
-        assert!(stderr.contains("function's name is missing"), "{stderr}");
+        assert!(stderr.contains("Which function?"), "{stderr}");
+    }
+}
+
+fn fixture(name: &str) -> String {
+    let folder = repository().join("crates/sandbox/tests/fixtures/component");
+    folder.join(name).to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_components_functions_are_called_with_values_of_wit() {
+    let values = fixture("values.wasm");
+    let call = |words: &[&str]| said(&skerry(&[&["call", &values], words].concat()));
+    for (words, status, stdout) in [
+        (&["fib", "10"][..], 0, "55\n"),
+        (&["same-string", "two words"], 0, "two words\n"),
+        (
+            &["same-tuple", r#"(1, "a", true)"#],
+            0,
+            "(1, \"a\", true)\n",
+        ),
+        (
+            &["same-tuple", r#"[1, "a", true]"#],
+            0,
+            "(1, \"a\", true)\n",
+        ),
+        (&["same-bytes", "[104, 105]"], 0, "hi"),
+        (&["nothing"], 0, ""),
+        (
+            &["same-person", r#"{"name": "Ann", "age": 3, "tags": ["x"]}"#],
+            0,
+            "{name: \"Ann\", age: some(3), tags: [\"x\"]}\n",
+        ),
+        (
+            &["test:values/shapes@1.2.0#area", "circle(2)"],
+            0,
+            "ok(12.566370614359172)\n",
+        ),
+        // A function that says that it failed.
+        (
+            &["area", "polygon([])"],
+            1,
+            "err(\"0 points make no polygon\")\n",
+        ),
+    ] {
+        let (code, out, err) = call(words);
+        assert_eq!(
+            (code, out.as_str(), err.as_str()),
+            (Some(status), stdout, ""),
+            "{words:?}"
+        );
+    }
+    let json = ["call", "--json", &values, "same-rights", "{read, exec}"];
+    let (code, out, _) = said(&skerry(&json));
+    assert_eq!((code, out.as_str()), (Some(0), "[\"read\",\"exec\"]\n"));
+    for (words, status, message) in [
+        (&["fib", "ten"][..], 125, "\"ten\" is no u32"),
+        (&["fib"], 125, "fib takes 1 arguments, and 0 were given"),
+        (
+            &["missing"],
+            125,
+            "exports no function \"missing\"; it has: ",
+        ),
+        (&[], 125, "The component is no program"),
+        (&["ask-price", "tea"], 1, "test:values/asked@1.2.0.price"),
+        (&["panics"], 1, "unreachable"),
+    ] {
+        let (code, out, err) = call(words);
+        // What Rust's library writes before it gives up comes first.
+        assert_eq!((code, out.as_str()), (Some(status), ""), "{words:?}: {err}");
+        let environment = "wasi.environ";
+        assert!(
+            err.contains(message) || err.contains(environment),
+            "{words:?}: {err}"
+        );
+    }
+    let (code, _, err) = said(&skerry(&["call", "--timeout", "300ms", &values, "spins"]));
+    assert_eq!(code, Some(124), "{err}");
+    let (code, _, err) = said(&skerry(&["call", "--stack", "1m", &values, "nothing"]));
+    assert_eq!(code, Some(125), "{err}");
+}
+
+#[test]
+fn a_component_that_is_a_program_runs_without_a_functions_name() {
+    let program = fixture("program.wasm");
+    let run = |words: &[&str]| said(&skerry(&[&["call"], words].concat()));
+    let (code, out, err) = run(&["--grant", "clock", &program]);
+    assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+    assert!(err.contains("nothing to do for []"), "{err}");
+    let (code, out, err) = run(&["--grant", "clock", &program, "_start", "file"]);
+    assert_eq!((code, out.as_str(), err.as_str()), (Some(0), "true\n", ""));
+    let (code, _, err) = run(&[&program]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("wasi:clocks/monotonic-clock@0.2"), "{err}");
+    let (code, _, err) = run(&[module().to_str().unwrap()]);
+    assert_eq!(code, Some(125));
+    assert!(err.contains("Which function?"), "{err}");
+}
+
+#[test]
+fn a_component_is_inspected_and_measured() {
+    let values = fixture("values.wasm");
+    let (status, stdout, _) = said(&skerry(&["inspect", &values]));
+    assert_eq!(status, Some(0));
+    for line in [
+        "runtime: WebAssembly component\n",
+        "  same-option: func(value: option<option<u32>>) -> option<option<u32>>\n",
+        "  test:values/shapes@1.2.0#same-color: func(value: enum { red, green, blue }) -> enum { red, green, blue }\n",
+        "imports:\n",
+        "  test:values/asked@1.2.0.price: func(name: string) -> option<u32>\n",
+    ] {
+        assert!(stdout.contains(line), "{line}: {stdout}");
+    }
+    let json = skerry(&["inspect", "--format", "json", &values]);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let exports = json["exports"].as_array().unwrap();
+    let fib = exports.iter().find(|function| function["name"] == "fib");
+    assert_eq!(fib.unwrap()["returns"], "u32");
+
+    for (guest, words) in [
+        (values.as_str(), &["fib", "1"][..]),
+        (module().to_str().unwrap(), &[]),
+    ] {
+        let arguments = ["bench", "--count", "3", "--format", "json", guest];
+        let output = skerry(&[&arguments[..], words].concat());
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        for row in ["create", "create from a snapshot"] {
+            assert!(
+                json["rows"][row]["median_us"].as_f64().unwrap() > 0.0,
+                "{row}"
+            );
+        }
     }
 }

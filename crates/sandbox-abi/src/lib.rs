@@ -28,6 +28,7 @@ pub mod __private {
 
 mod answer;
 mod codec;
+pub mod component;
 mod describe;
 mod layout;
 pub mod script;

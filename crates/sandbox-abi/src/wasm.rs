@@ -195,6 +195,10 @@ pub enum Refusal {
     },
     /// It ended itself: `proc_exit` with this number.
     Exit(i32),
+    /// It broke a rule of the component model's: a string that isn't UTF-8, a case that isn't there.
+    Interface(String),
+    /// A component that ended a call by a trap or an exit: it can't be entered any more.
+    Ended,
 }
 
 crate::serde_value!(Limits, Exported, Refusal);

@@ -36,6 +36,7 @@
 //! | `dynamic` | values whose types are known only at run time |
 //! | `snapshot`, `disk` | going back, copies, files |
 //! | [`wasm`] | WebAssembly modules, by a guest that comes with the crate |
+//! | [`component`] | WebAssembly components, by another |
 //! | [`script`] | scripts, by another |
 //!
 //! The guest is hostile: whatever it writes is checked before it is used, and nothing of it indexes
@@ -44,6 +45,7 @@
 
 mod bare;
 mod builder;
+pub mod component;
 mod debug;
 mod disk;
 mod dynamic;

@@ -19,17 +19,18 @@
 //! made of the other grants. An import that isn't granted does no harm until it is called: then the
 //! call ends with [`WasmError::NotGranted`]. There are no files and no sockets.
 //!
-//! Components (the component model) are refused: the engine has none.
+//! Components (the component model) are for [`crate::component`]: this engine refuses them.
 
 mod error;
 mod grants;
+mod shared;
 mod values;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use skerry_sandbox_abi::wasm::{Limits, Outcome};
-use skerry_sandbox_abi::{Decode, Encode, Reader, Writer};
+use skerry_sandbox_abi::wasm::Limits;
+use skerry_sandbox_abi::{Decode, Encode, Writer};
 
 use crate::builder::{Builder, Guest};
 use crate::error::BuildError;
@@ -39,6 +40,7 @@ use crate::snapshot::Snapshot;
 
 pub use error::WasmError;
 pub use grants::Grants;
+pub(crate) use shared::{ask, options, sandboxed};
 pub use skerry_sandbox_abi::wasm::{Exported, Kind, Trap, Value};
 pub use values::{WasmArguments, WasmResults};
 
@@ -79,27 +81,11 @@ impl Default for WasmBuilder {
 }
 
 impl WasmBuilder {
+    options!();
+
     /// The module: the path of a `.wasm` file, or its bytes.
     pub fn module(mut self, module: impl Into<Guest>) -> Self {
         self.module = Some(module.into());
-        self
-    }
-
-    /// What the module may do, besides computing; adds to what was granted before.
-    pub fn grants(mut self, grants: &Grants) -> Self {
-        self.sandbox = self.sandbox.host_functions(grants.functions());
-        self
-    }
-
-    /// Which backend runs it; the best that works here unless told.
-    pub fn backend(mut self, backend: Backend) -> Self {
-        self.sandbox = self.sandbox.backend(backend);
-        self
-    }
-
-    /// Bytes that the module's memory may grow to (16 MiB unless told).
-    pub fn memory(mut self, bytes: u64) -> Self {
-        self.limits.memory = bytes;
         self
     }
 
@@ -108,33 +94,6 @@ impl WasmBuilder {
     pub fn stack(mut self, bytes: u64, depth: u64) -> Self {
         self.limits.stack = bytes;
         self.limits.depth = depth;
-        self
-    }
-
-    /// Counts what the module does and ends a call that does more than this, with [`Trap::OutOfFuel`];
-    /// a simple instruction is about one. Unlike a time-out, it is the same every time and the module can
-    /// be called again. Not counted unless told: it costs speed.
-    pub fn fuel(mut self, each_call: u64) -> Self {
-        self.limits.fuel = Some(each_call);
-        self
-    }
-
-    /// How long a call may take; see [`Builder::call_timeout`].
-    pub fn call_timeout(mut self, timeout: Duration) -> Self {
-        self.sandbox = self.sandbox.call_timeout(timeout);
-        self
-    }
-
-    /// How much processor time a call may take; see [`Builder::call_cpu_time`].
-    pub fn call_cpu_time(mut self, time: Duration) -> Self {
-        self.sandbox = self.sandbox.call_cpu_time(time);
-        self
-    }
-
-    /// Bytes for engine, compiled module and memory together. Enough for the module and the memory that
-    /// it may have, unless told; taken only as it is used.
-    pub fn heap(mut self, bytes: u64) -> Self {
-        self.heap = Some(bytes);
         self
     }
 
@@ -179,58 +138,7 @@ impl Wasm {
         WasmBuilder::default()
     }
 
-    /// Makes one that is what `snapshot` was when it was taken: nothing is compiled. Limits are those
-    /// of the one it was taken of.
-    pub fn from_snapshot(snapshot: &Arc<Snapshot>, grants: &Grants) -> Result<Self, WasmError> {
-        Self::from_snapshot_on(snapshot, grants, Backend::Auto)
-    }
-
-    /// As [`Wasm::from_snapshot`], on this backend.
-    pub fn from_snapshot_on(
-        snapshot: &Arc<Snapshot>,
-        grants: &Grants,
-        backend: Backend,
-    ) -> Result<Self, WasmError> {
-        let sandbox = Sandbox::from_snapshot_on(snapshot, grants.functions(), backend)?;
-        Ok(Self { sandbox })
-    }
-
-    /// The sandbox that it is in: its status, metrics, limits, interrupt handle.
-    pub fn sandbox(&mut self) -> &mut Sandbox {
-        &mut self.sandbox
-    }
-
-    /// Keeps what it is now.
-    pub fn snapshot(&mut self) -> Result<Arc<Snapshot>, WasmError> {
-        Ok(self.sandbox.snapshot()?)
-    }
-
-    /// Goes back to what `snapshot` kept.
-    pub fn restore(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), WasmError> {
-        Ok(self.sandbox.restore(snapshot)?)
-    }
-
-    fn ask<T>(
-        &mut self,
-        function: &str,
-        count: u32,
-        put: impl FnOnce(&mut Writer<'_>),
-    ) -> Result<T, WasmError>
-    where
-        T: for<'a> Decode<'a>,
-    {
-        let encode = |out: &mut Writer<'_>| {
-            out.put(&count.to_le_bytes());
-            put(out);
-        };
-        let decode = |from: &mut Reader<'_>| {
-            let outcome = Outcome::<T>::decode(from)?;
-            from.end()?;
-            Ok(outcome)
-        };
-        let Outcome(outcome) = self.sandbox.call_with(function, encode, decode)?;
-        Ok(outcome?)
-    }
+    sandboxed!();
 
     /// The functions that it exports, as far as they pass numbers only.
     pub fn exports(&mut self) -> Result<Vec<Exported>, WasmError> {
@@ -271,11 +179,6 @@ impl Wasm {
             Err(WasmError::Exit(code)) => Ok(code),
             Err(error) => Err(error),
         }
-    }
-
-    /// The fuel that the last call used.
-    pub fn fuel_used(&mut self) -> Result<u64, WasmError> {
-        self.ask("fuel_used", 0, |_| ())
     }
 
     /// The size of the memory that it exports as `memory`.

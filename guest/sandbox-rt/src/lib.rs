@@ -36,6 +36,7 @@ mod panic;
 mod profile;
 #[cfg(feature = "tracing")]
 mod spans;
+pub mod wasm;
 
 pub use alloc::string::String;
 pub use calls::{Export, Import, Init, Named, Signature, host_call};

@@ -29,7 +29,7 @@ pub enum SandboxVerb {
 /// What a sandbox is made of.
 #[derive(Debug, Args)]
 pub struct SandboxGuestArgs {
-    /// The guest's program, a WebAssembly module, or a script (.rhai)
+    /// The guest's program, a WebAssembly module or component, or a script (.rhai)
     #[arg(value_name = "GUEST")]
     pub guest: PathBuf,
 
@@ -37,15 +37,15 @@ pub struct SandboxGuestArgs {
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     pub hypervisor: HypervisorArg,
 
-    /// The guest's heap: a number of bytes, or with k, m, g; the defaults of WebAssembly modules and scripts are larger `[default: 1m]`
+    /// The guest's heap: a number of bytes, or with k, m, g; the defaults of WebAssembly and of scripts are larger `[default: 1m]`
     #[arg(long, value_name = "SIZE")]
     pub heap: Option<Size>,
 
-    /// The guest's stack; not for WebAssembly modules `[default: 256k, a script's 4m]`
+    /// The guest's stack; not for WebAssembly `[default: 256k, a script's 4m]`
     #[arg(long, value_name = "SIZE")]
     pub stack: Option<Size>,
 
-    /// Room for the arguments of a call, and for what it returns; not for WebAssembly modules `[default: 1m]`
+    /// Room for the arguments of a call, and for what it returns; not for WebAssembly `[default: 1m]`
     #[arg(long, value_name = "SIZE")]
     pub buffers: Option<Size>,
 }
@@ -103,17 +103,17 @@ pub struct SandboxCallArgs {
     #[arg(long, value_name = "FOLDER")]
     pub core_dumps: Option<PathBuf>,
 
-    /// What a WebAssembly module may have besides stdout and stderr; more than once
+    /// What a WebAssembly program may have besides stdout and stderr; more than once
     #[arg(long = "grant", value_enum, value_name = "NAME")]
     pub grants: Vec<GrantArg>,
 
-    /// The function; `_start` of a WebAssembly module is its program, which gets the arguments as words. A
-    /// script is run first; without a function its value is printed
+    /// The function; `_start` of WebAssembly is its program, which gets the arguments as words, and which a
+    /// component runs without one. A script is run first; without a function its value is printed
     #[arg(value_name = "FUNCTION")]
     pub function: Option<String>,
 
-    /// Its arguments, as its signature has them; lists, options and structures as JSON, and `@FILE` for
-    /// bytes from a file. A script's are JSON, or else strings
+    /// Its arguments, as its signature has them; lists, options and structures as JSON (for components also
+    /// as WAVE), and `@FILE` for bytes from a file. A script's are JSON, or else strings
     #[arg(value_name = "ARG", allow_hyphen_values = true)]
     pub arguments: Vec<String>,
 }

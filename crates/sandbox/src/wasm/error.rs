@@ -51,6 +51,14 @@ pub enum WasmError {
         /// What it returned.
         found: Vec<Kind>,
     },
+    /// A component's function returns something else.
+    #[error("{name} doesn't return {wanted}")]
+    Result {
+        /// The function.
+        name: String,
+        /// What was asked for.
+        wanted: String,
+    },
     /// It trapped.
     #[error("The module trapped: {0}")]
     Trap(Trap),
@@ -73,6 +81,22 @@ pub enum WasmError {
     /// It ended itself by `proc_exit`.
     #[error("The module ended itself with code {0}")]
     Exit(i32),
+    /// A component broke a rule of the component model's: a string that isn't UTF-8, a case that isn't
+    /// there.
+    #[error("The component broke its interface: {0}")]
+    Interface(String),
+    /// A component ended an earlier call by a trap or an exit: by the component model's rules it can't be
+    /// entered again. Restore a snapshot.
+    #[error("The component ended in an earlier call: restore a snapshot")]
+    Ended,
+    /// A component can't be compiled: it is none, or needs what the compiler doesn't have.
+    #[error("The component can't be compiled: {0}")]
+    Compile(String),
+    /// Built without the feature `components`: only what was compiled before runs.
+    #[error(
+        "Components can't be compiled: skerry-sandbox was built without its feature `components`"
+    )]
+    NoCompiler,
     /// The sandbox holds no module, or one already: it is another guest's.
     #[error("The sandbox is not one that a module can be called in")]
     State,
@@ -109,6 +133,8 @@ impl From<Refusal> for WasmError {
             Refusal::NotGranted { import, needs } => Self::NotGranted { import, needs },
             Refusal::Host { name, message } => Self::Host { name, message },
             Refusal::Exit(code) => Self::Exit(code),
+            Refusal::Interface(why) => Self::Interface(why),
+            Refusal::Ended => Self::Ended,
         }
     }
 }

@@ -1,24 +1,16 @@
 //! Scripts: files that end in `.rhai`, by the guest that comes with Skerry.
 
 use std::io::Write;
-use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value as Json;
 use skerry_sandbox::script::{Defined, Grants, Script, ScriptBuilder, ScriptError, Value};
 use skerry_sandbox::script::{from_value, to_value};
-use skerry_sandbox::{Backend, Description, Function, Parameter};
+use skerry_sandbox::{Description, Function, Parameter};
 
-use super::{FUNCTION_FAILED, Row, backend, failed, measure, print, timed};
-use crate::args::{SandboxBenchArgs, SandboxCallArgs, SandboxGuestArgs, SandboxLimitArgs};
+use super::{FUNCTION_FAILED, backend, failed, print};
+use crate::args::{SandboxCallArgs, SandboxGuestArgs, SandboxLimitArgs};
 use crate::output;
-
-/// Whether a file is a script, which is told by its name only.
-pub fn is_script(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|extension| extension == "rhai")
-}
 
 /// Its output is the script's own: where it can't be written the script has lost its reader, as any program.
 fn grants() -> Grants {
@@ -28,11 +20,11 @@ fn grants() -> Grants {
 }
 
 /// Where what is printed is measured, and not looked at.
-fn silence() -> Grants {
+pub(super) fn silence() -> Grants {
     Grants::new().print(drop).debug(drop)
 }
 
-fn builder(args: &SandboxGuestArgs, grants: &Grants) -> ScriptBuilder {
+pub(super) fn builder(args: &SandboxGuestArgs, grants: &Grants) -> ScriptBuilder {
     let mut builder = Script::builder()
         .path(&args.guest)
         .grants(grants)
@@ -64,7 +56,7 @@ fn limited(args: &SandboxGuestArgs, limits: &SandboxLimitArgs) -> Result<Script,
 }
 
 /// Values of words: JSON, or else the word as a string; the bytes of a file for `@FILE`.
-fn arguments(words: &[String]) -> Result<Vec<Value>> {
+pub(super) fn arguments(words: &[String]) -> Result<Vec<Value>> {
     let each = words.iter().map(|word| {
         if let Some(path) = word.strip_prefix('@') {
             let bytes = std::fs::read(path).with_context(|| format!("Can't read {path}"))?;
@@ -96,7 +88,7 @@ fn printable(value: Value) -> skerry_sandbox::Value {
 }
 
 /// Runs a script, or one of its functions after it has run.
-pub fn call(args: &SandboxCallArgs) -> Result<u8> {
+pub(super) fn call(args: &SandboxCallArgs) -> Result<u8> {
     if args.gdb.is_some() || args.core_dumps.is_some() {
         bail!("--gdb and --core-dumps are for programs: a script isn't x86 code");
     }
@@ -151,7 +143,7 @@ fn known(script: &mut Script, error: ScriptError) -> ScriptError {
 }
 
 /// A script's functions, as those of any guest are told.
-pub fn describe(args: &SandboxGuestArgs) -> Result<Description> {
+pub(super) fn describe(args: &SandboxGuestArgs) -> Result<Description> {
     const ANY: &str = "any";
     let function = |function: Defined| Function {
         name: function.name,
@@ -171,39 +163,4 @@ pub fn describe(args: &SandboxGuestArgs) -> Result<Description> {
         exports: functions.into_iter().map(function).collect(),
         imports: Vec::new(),
     })
-}
-
-/// What a script costs, as [`super::bench`] measures programs. What is kept and copied has been run.
-pub fn bench(args: &SandboxBenchArgs) -> Result<(Backend, Vec<Row>)> {
-    let creations = args.count.min(1000);
-    let guest = &args.guest;
-    let silence = silence();
-    let values = arguments(&args.arguments)?;
-    let mut rows = vec![measure("create", creations, || {
-        Ok(timed(|| builder(guest, &silence).build())?)
-    })?];
-    let mut script = builder(guest, &silence).build()?;
-    script.run_value()?;
-    let snapshot = script.snapshot()?;
-    let backend = script.sandbox().backend();
-    rows.push(measure("create from a snapshot", creations, || {
-        Ok(timed(|| {
-            Script::from_snapshot_on(&snapshot, &silence, backend)
-        })?)
-    })?);
-    let Some(name) = &args.function else {
-        rows.push(measure("restore", args.count, || {
-            Ok(timed(|| script.restore(&snapshot))?)
-        })?);
-        return Ok((backend, rows));
-    };
-    rows.push(measure("call", args.count, || {
-        Ok(timed(|| script.call_values(name, &values))?)
-    })?);
-    rows.push(measure("restore after a call", args.count, || {
-        script.restore(&snapshot)?;
-        script.call_values(name, &values)?;
-        Ok::<Duration, anyhow::Error>(timed(|| script.restore(&snapshot))?)
-    })?);
-    Ok((backend, rows))
 }

@@ -1,13 +1,12 @@
 //! What a module's imports are linked to.
 
-use alloc::string::{String, ToString};
-use alloc::vec;
+use alloc::string::ToString;
 use alloc::vec::Vec;
 use core::fmt;
 
 use skerry_sandbox_rt::abi::wasm::{Kind, Refusal, Value, wasi as names};
 use skerry_sandbox_rt::abi::{Decode, Encode, Reader, Writer};
-use skerry_sandbox_rt::{HostError, call_by_name};
+use skerry_sandbox_rt::wasm::{failed, host};
 use wasmi::{Engine, ExternType, FuncType, Linker, Module, StoreLimits, Val};
 
 use crate::module::{from_engine, kinds, to_engine};
@@ -82,14 +81,20 @@ fn forward(
     let result = results.first().copied();
     let call = move |_: wasmi::Caller<'_, StoreLimits>, inputs: &[Val], outputs: &mut [Val]| {
         let values: Option<Vec<Value>> = inputs.iter().map(from_engine).collect();
-        let arguments = arguments(&values.unwrap_or_default());
-        let reply = host(&full, &full, &arguments)?;
-        if let (Some(kind), Some(output)) = (result, outputs.first_mut()) {
-            let value = value(&reply, kind);
-            let value = value.ok_or_else(|| end(other_type(&full, kind)))?;
-            *output = to_engine(&value);
-        }
-        Ok(())
+        let values = values.unwrap_or_default();
+        let arguments = |out: &mut Writer<'_>| {
+            out.put(&(values.len() as u32).to_le_bytes());
+            values.iter().for_each(|value| value.encode(out));
+        };
+        host(&full, &full, arguments, |reply| {
+            if let (Some(kind), Some(output)) = (result, outputs.first_mut()) {
+                let value = value(reply, kind);
+                let value = value.ok_or_else(|| other_type(&full, kind))?;
+                *output = to_engine(&value);
+            }
+            Ok(())
+        })
+        .map_err(end)
     };
     let linked = linker.func_new(module, name, kind.clone(), call);
     linked.map_err(|error| Refusal::Import(error.to_string()))?;
@@ -97,73 +102,11 @@ fn forward(
 }
 
 fn other_type(name: &str, kind: Kind) -> Refusal {
-    Refusal::Host {
-        name: name.to_string(),
-        message: alloc::format!("it doesn't return {kind}"),
-    }
+    failed(name, &alloc::format!("it doesn't return {kind}"))
 }
 
-/// Values as a host call has them: their number, then each.
-fn arguments(values: &[Value]) -> Vec<u8> {
-    /// A tag and eight bytes at most.
-    const LARGEST: usize = 9;
-    encoded(values.len() as u32, LARGEST * values.len(), |out| {
-        for value in values {
-            value.encode(out);
-        }
-    })
-}
-
-/// `count` arguments of at most `size` bytes.
-pub(crate) fn encoded(count: u32, size: usize, put: impl FnOnce(&mut Writer<'_>)) -> Vec<u8> {
-    let mut area = vec![0; size_of::<u32>() + size];
-    let mut out = Writer::new(&mut area);
-    out.put(&count.to_le_bytes());
-    put(&mut out);
-    let len = out.finish().unwrap_or_default();
-    area.truncate(len);
-    area
-}
-
-fn value(reply: &[u8], kind: Kind) -> Option<Value> {
-    let mut from = Reader::new(reply);
-    let value = Value::decode(&mut from).ok()?;
-    from.end().ok()?;
+fn value(reply: &mut Reader<'_>, kind: Kind) -> Option<Value> {
+    let value = Value::decode(reply).ok()?;
+    reply.end().ok()?;
     (value.kind() == kind).then_some(value)
-}
-
-/// Calls the host's function `name` for `import`.
-pub(crate) fn host(import: &str, name: &str, arguments: &[u8]) -> Result<Vec<u8>, wasmi::Error> {
-    call_by_name(name, arguments).map_err(|error| {
-        end(match error {
-            HostError::NoFunction => Refusal::NotGranted {
-                import: import.to_string(),
-                needs: name.to_string(),
-            },
-            error => Refusal::Host {
-                name: name.to_string(),
-                message: error.to_string(),
-            },
-        })
-    })
-}
-
-/// Calls the host's function `name` for a function of WASI's, and decodes what it returns.
-pub(crate) fn capability<T: for<'a> Decode<'a>>(
-    function: &str,
-    name: &str,
-    arguments: &[u8],
-) -> Result<T, wasmi::Error> {
-    let mut import = String::from(names::MODULE);
-    import.push('.');
-    import.push_str(function);
-    let reply = host(&import, name, arguments)?;
-    let mut from = Reader::new(&reply);
-    let value = T::decode(&mut from).and_then(|value| from.end().map(|()| value));
-    value.map_err(|error| {
-        end(Refusal::Host {
-            name: name.to_string(),
-            message: error.to_string(),
-        })
-    })
 }

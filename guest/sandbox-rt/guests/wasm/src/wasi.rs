@@ -9,12 +9,12 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use skerry_sandbox_rt::abi::Encode;
 use skerry_sandbox_rt::abi::wasm::{Refusal, wasi as names};
+use skerry_sandbox_rt::wasm::{self as host, CHUNK};
 use wasmi::errors::LinkerError;
 use wasmi::{Caller, Error, Extern, Linker, StoreLimits};
 
-use crate::imports::{capability, encoded, end};
+use crate::imports::end;
 
 /// The functions that [`link`] links.
 pub(crate) const NAMES: [&str; 16] = [
@@ -46,8 +46,10 @@ const FAULT: i32 = 21;
 const INVAL: i32 = 28;
 const SPIPE: i32 = 70;
 
-/// Bytes that one read or write passes at most: WASI lets both be shorter than was asked.
-const CHUNK: usize = 64 << 10;
+/// The whole name of one of them.
+fn import(function: &str) -> String {
+    alloc::format!("{}.{function}", names::MODULE)
+}
 
 /// The module's memory.
 fn memory<'a>(caller: &'a mut Context<'_>) -> Option<&'a mut [u8]> {
@@ -116,8 +118,7 @@ fn fd_write(mut caller: Context<'_>, fd: i32, at: i32, count: i32, written: i32)
             None => return Ok(FAULT),
         }
     }
-    let arguments = encoded(1, bytes.len() + 5, |out| bytes.encode(out));
-    capability::<()>("fd_write", name, &arguments)?;
+    host::write(&import("fd_write"), name, &bytes).map_err(end)?;
     Ok(put(
         &mut caller,
         written,
@@ -133,13 +134,7 @@ fn fd_read(mut caller: Context<'_>, fd: i32, at: i32, count: i32, read: i32) -> 
         return Ok(FAULT);
     };
     let wanted: usize = vectors.iter().map(|(_, len)| len).sum();
-    let bytes: Vec<u8> = capability("fd_read", names::STDIN, &number(wanted as u32))?;
-    if bytes.len() > wanted {
-        return Err(end(Refusal::Host {
-            name: names::STDIN.into(),
-            message: "it returned more bytes than were asked for".into(),
-        }));
-    }
+    let bytes = host::read(&import("fd_read"), wanted as u32).map_err(end)?;
     let mut rest = bytes.as_slice();
     for (start, len) in vectors {
         let (now, later) = rest.split_at(len.min(rest.len()));
@@ -149,10 +144,6 @@ fn fd_read(mut caller: Context<'_>, fd: i32, at: i32, count: i32, read: i32) -> 
         rest = later;
     }
     Ok(put(&mut caller, read, &(bytes.len() as u32).to_le_bytes()))
-}
-
-fn number(value: u32) -> Vec<u8> {
-    encoded(1, 5, |out| value.encode(out))
 }
 
 fn fd_fdstat_get(mut caller: Context<'_>, fd: i32, at: i32) -> Errno {
@@ -182,37 +173,23 @@ fn clock_time_get(mut caller: Context<'_>, clock: i32, _precision: i64, at: i32)
     if !(0..4).contains(&clock) {
         return Ok(INVAL);
     }
-    let now: u64 = capability("clock_time_get", names::CLOCK, &number(clock as u32))?;
+    let now = host::clock(&import("clock_time_get"), clock as u32).map_err(end)?;
     Ok(put(&mut caller, at, &now.to_le_bytes()))
 }
 
 fn random_get(mut caller: Context<'_>, at: i32, len: i32) -> Errno {
-    const MOST: usize = 4096;
-    let (mut at, mut left) = (at as u32, len as u32 as usize);
-    if room(&mut caller, at as i32, left).is_none() {
-        return Ok(FAULT);
-    }
-    while left != 0 {
-        let now = left.min(MOST);
-        let bytes: Vec<u8> = capability("random_get", names::RANDOM, &number(now as u32))?;
-        if bytes.len() != now {
-            return Err(end(Refusal::Host {
-                name: names::RANDOM.into(),
-                message: "it returned another number of bytes than was asked for".into(),
-            }));
+    match room(&mut caller, at, len as u32 as usize) {
+        Some(room) => {
+            host::random(&import("random_get"), room).map_err(end)?;
+            Ok(SUCCESS)
         }
-        if put(&mut caller, at as i32, &bytes) != SUCCESS {
-            return Ok(FAULT);
-        }
-        at = at.wrapping_add(now as u32);
-        left -= now;
+        None => Ok(FAULT),
     }
-    Ok(SUCCESS)
 }
 
 /// Strings as C has them: each with a zero at its end.
 fn strings(function: &str, name: &str) -> Result<Vec<Vec<u8>>, Error> {
-    let strings: Vec<String> = capability(function, name, &encoded(0, 0, |_| ()))?;
+    let strings = host::strings(&import(function), name).map_err(end)?;
     let terminated = strings.into_iter().map(|string| {
         let mut bytes = string.into_bytes();
         bytes.push(0);
