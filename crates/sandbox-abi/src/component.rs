@@ -451,7 +451,7 @@ impl Val {
             kind::ERR => Self::Result(Err(Self::decode_option(from, depth)?)),
             kind::FLAGS => {
                 let count = from.u32()? as usize;
-                Self::Flags(several(from, count, |from| String::decode(from))?)
+                Self::Flags(several(from, count, String::decode)?)
             }
             _ => return Err(DecodeError::Malformed("unknown kind of value")),
         })
