@@ -1,7 +1,7 @@
 //! What the host and the guest for WebAssembly components (`guest/sandbox-rt/guests/component`) say to
 //! each other, besides what [`crate::wasm`] has: types and values of the component model.
 //!
-//! A value that Rust has a type of its own for among those of [`crate::value`] is encoded as that one, so
+//! A value that Rust has a type of its own for among those of [`crate::Encode`] is encoded as that one, so
 //! that a host function which takes a `String` or a `Vec<u32>` gets it from a component as from any guest. The
 //! others have kinds that no [`Tag`] has.
 
@@ -451,7 +451,7 @@ impl Val {
             kind::ERR => Self::Result(Err(Self::decode_option(from, depth)?)),
             kind::FLAGS => {
                 let count = from.u32()? as usize;
-                Self::Flags(several(from, count, |from| String::decode(from))?)
+                Self::Flags(several(from, count, String::decode)?)
             }
             _ => return Err(DecodeError::Malformed("unknown kind of value")),
         })

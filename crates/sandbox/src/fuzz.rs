@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use skerry_hypervisor::PAGE_SIZE;
-use skerry_sandbox_abi::{Control, Description, Function, PORT, Reader};
+use skerry_sandbox_abi::component::{Func, Val};
+use skerry_sandbox_abi::wasm::Outcome;
+use skerry_sandbox_abi::{Control, Decode, Description, Function, PORT, Reader};
 
 use crate::Value;
 use crate::bare::Bare;
@@ -156,6 +158,9 @@ pub fn frames(bytes: &[u8]) {
         let _ = sandbox.call::<Vec<String>>("f", ("text", 1_u64));
     }
     let _ = Description::read(&mut Reader::new(rest));
+    // What the guests for WebAssembly answer.
+    let _ = Outcome::<Option<Val>>::decode(&mut Reader::new(rest));
+    let _ = Outcome::<Vec<Func>>::decode(&mut Reader::new(rest));
 }
 
 /// Any bytes as the configuration and, behind a zero byte, the processor state of a snapshot on disk.

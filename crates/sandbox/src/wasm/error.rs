@@ -24,13 +24,13 @@ pub enum WasmError {
     #[error(transparent)]
     Restore(Box<RestoreError>),
     /// The bytes are no module that the engine runs; components aren't either.
-    #[error("The module can't be loaded: {0}")]
+    #[error("The WebAssembly code can't be loaded: {0}")]
     Module(String),
     /// It imports what can't be given: memories, tables, globals, functions on references.
-    #[error("The module's imports can't be given: {0}")]
+    #[error("The imports can't be given: {0}")]
     Import(String),
     /// It exports no such function.
-    #[error("The module exports no function {0:?}")]
+    #[error("No function {0:?} is exported")]
     NoExport(String),
     /// It exports no memory.
     #[error("The module exports no memory named \"memory\"")]
@@ -60,10 +60,10 @@ pub enum WasmError {
         wanted: String,
     },
     /// It trapped.
-    #[error("The module trapped: {0}")]
+    #[error("WebAssembly trapped: {0}")]
     Trap(Trap),
     /// It called an import that it isn't granted.
-    #[error("The module called {import}, which it isn't granted: no host function {needs:?}")]
+    #[error("WebAssembly called {import}, which it isn't granted: no host function {needs:?}")]
     NotGranted {
         /// The import.
         import: String,
@@ -71,7 +71,7 @@ pub enum WasmError {
         needs: String,
     },
     /// A host function that it called failed, or has another type.
-    #[error("The host function {name}, called by the module: {message}")]
+    #[error("The host function {name}, called by WebAssembly: {message}")]
     Host {
         /// The host function.
         name: String,
@@ -79,7 +79,7 @@ pub enum WasmError {
         message: String,
     },
     /// It ended itself by `proc_exit`.
-    #[error("The module ended itself with code {0}")]
+    #[error("The program ended itself with code {0}")]
     Exit(i32),
     /// A component broke a rule of the component model's: a string that isn't UTF-8, a case that isn't
     /// there.
