@@ -220,17 +220,26 @@ fn measure(server: Arc<Server>, seconds: u64) -> Result<(), Box<dyn std::error::
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut arguments = std::env::args().skip(1).peekable();
-    let fresh = arguments
-        .next_if(|argument| argument == "--fresh")
-        .is_some();
-    let first = arguments.next().unwrap_or_else(|| "127.0.0.1:8080".into());
+    let mut arguments = std::env::args().skip(1);
+    let (mut fresh, mut seconds, mut address) = (false, None, None);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--fresh" => fresh = true,
+            "--measure" => seconds = Some(arguments.next().ok_or("--measure SECONDS")?.parse()?),
+            _ if argument.starts_with('-') || address.is_some() => {
+                return Err(
+                    format!("{argument:?}? [--fresh] [--measure SECONDS | ADDRESS]").into(),
+                );
+            }
+            _ => address = Some(argument),
+        }
+    }
     let server = Arc::new(Server::new(fresh)?);
-    if first == "--measure" {
-        let seconds = arguments.next().unwrap_or_else(|| "3".into()).parse()?;
+    if let Some(seconds) = seconds {
         return measure(server, seconds);
     }
-    let listener = TcpListener::bind(&first)?;
+    let address = address.unwrap_or_else(|| "127.0.0.1:8080".into());
+    let listener = TcpListener::bind(&address)?;
     println!("http://{}", listener.local_addr()?);
     listen(server, listener);
     Ok(())
